@@ -1,0 +1,8 @@
+"""The algorithms, one per file. Importing one registers it."""
+
+from peftkit.adapters.dora import DoRA as DoRA
+from peftkit.adapters.loha import LoHa as LoHa
+from peftkit.adapters.lokr import LoKr as LoKr
+from peftkit.adapters.loldu import LoLDU as LoLDU
+from peftkit.adapters.lora import LoRA as LoRA
+from peftkit.adapters.oft import OFT as OFT

@@ -1,0 +1,97 @@
+"""DoRA: weight decomposition of any additive adapter."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from peftkit import registry
+from peftkit.adapter import Adapter, factory, require
+from peftkit.delta import Decomposed, Delta
+from peftkit.delta.base import row_blocks
+from peftkit.geometry import Shape
+
+
+@registry.register("dora")
+class DoRA(Adapter):
+    r"""W + ΔW = t·(W + V), t = m/‖W + V‖ per row, with V the ΔW of `inner` and a trained magnitude m = ‖W‖ at the start.
+
+    axis: "out" normalises rows, one per output (the paper's code, PEFT, LyCORIS); "in" normalises over each input
+    channel (LyCORIS wd_on_out=False). detach_norm: hold ‖W + V‖ constant in the gradient (§4.3 of the paper).
+    Other options are those of the inner adapter.
+
+    ‖W + V‖² = ‖W‖² + 2<W, V> + ‖V‖² row by row from V's factors: V is never built. On another base the magnitudes
+    count relative to its norms, for which those of the first base are kept.
+
+    Paper: https://arxiv.org/abs/2402.09353.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2402.09353"
+    convention: ClassVar[str] = "magnitude/base_norm*norm(W)/norm(W+V)*(W+V)-W"
+    reads_base: ClassVar[bool] = True
+    on_another_base: ClassVar[str] = "keeps its magnitudes relative to the norms of the new base"
+
+    base_norm: Tensor
+
+    def __init__(
+        self,
+        shape: Shape,
+        weight: Tensor,
+        *,
+        inner: str = "lora",
+        axis: str = "out",
+        detach_norm: bool = True,
+        **inner_options: Any,
+    ) -> None:
+        super().__init__()
+        require(axis in ("out", "in"), "dora", "axis", axis, "'out' (rows) or 'in' (input channels)")
+        additive = [k for k in registry.kinds() if not registry.get(k).reads_base]
+        require(registry.get(inner).kind in additive, "dora", "inner", inner, f"one of {', '.join(additive)}")
+        self.inner = registry.build(inner, shape, weight, **inner_options)
+        self.options = {"inner": self.inner.kind, **self.inner.options}
+        self.input_dropout = self.inner.input_dropout
+        self.columns, self.detach_norm, self.positions = axis == "in", detach_norm, shape.positions
+        norm = self._base_sqnorm(weight).sqrt()
+        self.magnitude = nn.Parameter(norm.clone())
+        self.register_buffer("base_norm", norm)
+
+    def delta(self, weight: Tensor) -> Decomposed:
+        V = self.inner.delta(weight)
+        own = self._base_sqnorm(weight)
+        if self.detach_norm:
+            with torch.no_grad():
+                added = self._added_sqnorm(V, weight)
+        else:  # the norm takes part in the gradient, but nothing of the size of W waits for it
+            added = checkpoint(self._added_sqnorm, V, weight, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(added, Tensor)
+        norm = (own + added).clamp(min=0).sqrt()
+        # m/‖W + V‖ as two ratios: both are exactly 1 at the start, in any dtype, and the first carries to another base
+        t = _ratio(self.magnitude, self.base_norm) * _ratio(own.sqrt(), norm)
+        if self.columns:
+            t = t.repeat_interleave(self.positions)
+        return Decomposed(t - 1, t, weight, V, self.columns)
+
+    @torch.no_grad()
+    def _base_sqnorm(self, weight: Tensor) -> Tensor:
+        """‖W_i‖² per row (m,), or per input channel (channels,)."""
+        M = weight.mT if self.columns else weight
+        dtype = factory(weight)["dtype"]
+        blocks = (M[rows].to(dtype) for rows in row_blocks(*M.shape))
+        return self._per_scale(torch.cat([torch.einsum("ij,ij->i", block, block) for block in blocks]))
+
+    def _added_sqnorm(self, V: Delta, weight: Tensor) -> Tensor:
+        """2<W_i, V_i> + ‖V_i‖², what V adds to ‖W_i‖²."""
+        cross, squares = V.column_moments(weight) if self.columns else V.moments(weight)
+        return self._per_scale(2 * cross + squares)
+
+    def _per_scale(self, v: Tensor) -> Tensor:
+        """Columns summed over the kernel positions of their channel."""
+        return v.unflatten(0, (-1, self.positions)).sum(1) if self.columns else v
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator/denominator, and 1 where the denominator is 0: a row of zeros has no direction to scale."""
+    return torch.where(denominator == 0, torch.ones_like(numerator), numerator / denominator.where(denominator != 0, 1.0))

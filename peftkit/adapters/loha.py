@@ -1,0 +1,73 @@
+"""LoHa: the Hadamard product of two low-rank matrices."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapter import Adapter, factory, rank_scale, require, require_kernel, require_rank, uniform_fan_in_
+from peftkit.adapters.lora import tucker_down
+from peftkit.delta import Hadamard
+from peftkit.geometry import Shape
+from peftkit.registry import register
+
+
+@register("loha")
+class LoHa(Adapter):
+    r"""ΔW = γ·(B1·A1) ⊙ (B2·A2) with Bi (m, r), Ai (r, n), γ = α/r: rank up to r² for 2r(m + n) parameters.
+
+    With `tucker` (convolutions), Ai = Ti·Vi with a core Ti (r, r, K) and Vi (r, channels).
+    init: "lycoris" draws B1 ~ N(0, 0.1²), Ai ~ N(0, 1) and starts at B2 = 0; "peft" draws uniformly by fan-in
+    and starts at A2 = 0. One step of a sign optimiser moves ΔW 116 times further under the first (768², r = 8),
+    so a learning rate does not carry over from one to the other.
+
+    Papers: FedPara, https://arxiv.org/abs/2108.06098; LyCORIS, https://arxiv.org/abs/2309.14859.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2108.06098"
+    convention: ClassVar[str] = "gamma*(up1@down1)*(up2@down2)"
+
+    def __init__(
+        self,
+        shape: Shape,
+        weight: Tensor,
+        *,
+        rank: int = 4,
+        alpha: float | None = None,
+        tucker: bool = False,
+        init: str = "lycoris",
+    ) -> None:
+        super().__init__()
+        require_rank("loha", rank)
+        require(init in ("lycoris", "peft"), "loha", "init", init, "'lycoris' or 'peft'")
+        self.scale = rank_scale("loha", rank, alpha)
+        new = factory(weight)
+        inputs = shape.columns
+        if tucker:
+            require_kernel("loha", shape)
+            inputs = shape.channels
+        self.up1, self.up2 = (nn.Parameter(torch.empty(shape.rows, rank, **new)) for _ in range(2))
+        self.down1, self.down2 = (nn.Parameter(torch.empty(rank, inputs, **new)) for _ in range(2))
+        cores = [torch.empty(rank, rank, shape.positions, **new) for _ in range(2 if tucker else 0)]
+        self.core1 = nn.Parameter(cores[0]) if tucker else None
+        self.core2 = nn.Parameter(cores[1]) if tucker else None
+        if init == "lycoris":
+            nn.init.normal_(self.up1, std=0.1)
+            nn.init.normal_(self.down1)
+            nn.init.normal_(self.down2)
+            nn.init.zeros_(self.up2)
+        else:
+            uniform_fan_in_(self.up1, rank)
+            uniform_fan_in_(self.down1, inputs)
+            uniform_fan_in_(self.up2, rank)
+            nn.init.zeros_(self.down2)
+        for core in cores:
+            nn.init.normal_(core, std=0.1)
+
+    def delta(self, weight: Tensor) -> Hadamard:
+        del weight
+        down1 = self.down1 if self.core1 is None else tucker_down(self.core1, self.down1)
+        down2 = self.down2 if self.core2 is None else tucker_down(self.core2, self.down2)
+        return Hadamard(self.up1 * self.scale, down1, self.up2, down2)

@@ -1,0 +1,116 @@
+"""LoKr: a Kronecker product of a small matrix and a large one."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapter import Adapter, factory, rank_scale, require, require_kernel, require_rank, uniform_fan_in_
+from peftkit.adapters.lora import tucker_down
+from peftkit.delta import Kron
+from peftkit.geometry import Shape
+from peftkit.registry import register
+
+
+def factorize(size: int, factor: int) -> tuple[int, int]:
+    """(u, v) with u·v = size and u = max{u ≤ min(factor, √size) : u divides size}; factor −1 means √size.
+
+    Equation (5) of the LyCORIS paper, so u ≤ v always.
+    """
+    limit = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))
+    u = next(u for u in range(max(1, limit), 0, -1) if size % u == 0)
+    return u, size // u
+
+
+@register("lokr")
+class LoKr(Adapter):
+    r"""ΔW = γ·C ⊗ D with C (u_p, u_q) and D (v_p, v_q·K), u·v the factorisation of rows and input channels.
+
+    rank: of D = left·right; None, or a rank of at least max(v_p, v_q)/2, keeps D full (as LyCORIS and PEFT do).
+    factor: the bound on u, for both axes or as (rows, channels); −1 splits as evenly as the size allows.
+    decompose_both: C = C_left·C_right too, where its rank is below max(u_p, u_q)/2.
+    tucker: D = left·(T·V) with a core T (r, r, K), on convolutions with a low-rank D.
+    full_scale: γ where both C and D are full and no rank bounds either. "one", as LyCORIS trains (α has no effect
+    there), or "alpha/rank", as PEFT does. Elsewhere γ = α/r.
+    init: "lycoris" starts at D = 0, "peft" at C = 0.
+
+    Papers: KronA, https://arxiv.org/abs/2212.10650; LyCORIS, https://arxiv.org/abs/2309.14859.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2212.10650"
+    convention: ClassVar[str] = "gamma*kron(outer,block)"
+
+    def __init__(
+        self,
+        shape: Shape,
+        weight: Tensor,
+        *,
+        rank: int | None = None,
+        alpha: float | None = None,
+        factor: int | tuple[int, int] = 8,
+        decompose_both: bool = False,
+        tucker: bool = False,
+        full_scale: str = "one",
+        init: str = "lycoris",
+    ) -> None:
+        super().__init__()
+        if rank is not None:
+            require_rank("lokr", rank)
+        require(full_scale in ("one", "alpha/rank"), "lokr", "full_scale", full_scale, "'one' or 'alpha/rank'")
+        require(init in ("lycoris", "peft"), "lokr", "init", init, "'lycoris' or 'peft'")
+        factors = tuple(factor) if isinstance(factor, (tuple, list)) else (factor, factor)
+        valid = len(factors) == 2 and all(isinstance(f, int) and (f == -1 or f > 0) for f in factors)
+        require(valid, "lokr", "factor", factor, "a positive integer, -1, or a pair of them for (rows, channels)")
+        (u_p, v_p), (u_q, v_q) = factorize(shape.rows, factors[0]), factorize(shape.channels, factors[1])
+        full = rank is None or rank >= max(v_p, v_q) / 2
+        split = decompose_both and rank is not None and rank < max(u_p, u_q) / 2
+        if decompose_both:
+            require(rank is not None, "lokr", "rank", rank, "an integer, because decompose_both=True needs one")
+        if full and not split:
+            known = full_scale == "one" or rank is not None
+            require(known, "lokr", "rank", rank, "an integer, because full_scale='alpha/rank' divides by it")
+            self.scale = 1.0 if full_scale == "one" or rank is None else rank_scale("lokr", rank, alpha)
+        else:
+            assert rank is not None
+            self.scale = rank_scale("lokr", rank, alpha)
+        new = factory(weight)
+        self.outer, self.outer_left, self.outer_right = None, None, None
+        self.block, self.left, self.right, self.core = None, None, None, None
+        if split:
+            self.outer_left = nn.Parameter(uniform_fan_in_(torch.empty(u_p, rank, **new), rank))
+            self.outer_right = nn.Parameter(uniform_fan_in_(torch.empty(rank, u_q, **new), u_q))
+        else:
+            self.outer = nn.Parameter(uniform_fan_in_(torch.empty(u_p, u_q, **new), u_q))
+        columns = v_q * shape.positions
+        if full:
+            require(not tucker, "lokr", "tucker", tucker, f"a rank below {max(v_p, v_q) / 2:g} for this {shape} weight")
+            self.block = nn.Parameter(uniform_fan_in_(torch.empty(v_p, columns, **new), columns))
+        else:
+            self.left = nn.Parameter(uniform_fan_in_(torch.empty(v_p, rank, **new), rank))
+            if tucker:
+                require_kernel("lokr", shape)
+                core = torch.empty(rank, rank, shape.positions, **new)
+                self.core = nn.Parameter(uniform_fan_in_(core, rank * shape.positions))
+                columns = v_q
+            self.right = nn.Parameter(uniform_fan_in_(torch.empty(rank, columns, **new), columns))
+        start = (self.block, self.right) if init == "lycoris" else (self.outer, self.outer_right)
+        for parameter in start:
+            if parameter is not None:
+                nn.init.zeros_(parameter)
+
+    def delta(self, weight: Tensor) -> Kron:
+        del weight
+        if self.outer is not None:
+            outer = self.outer
+        else:
+            assert self.outer_left is not None and self.outer_right is not None
+            outer = self.outer_left @ self.outer_right
+        outer = outer * self.scale
+        if self.block is not None:
+            return Kron(outer, self.block)
+        assert self.right is not None
+        right = self.right if self.core is None else tucker_down(self.core, self.right)
+        return Kron(outer, right, self.left)

@@ -1,0 +1,84 @@
+"""LoRA, and LoCon: the same on convolutions."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapter import (
+    Adapter,
+    factory,
+    rank_scale,
+    require_kernel,
+    require_probability,
+    require_rank,
+    uniform_fan_in_,
+)
+from peftkit.delta import LowRank
+from peftkit.geometry import Shape
+from peftkit.registry import register
+
+
+@register("lora", "locon")
+class LoRA(Adapter):
+    r"""ΔW = γ·B·A with B (m, r) = 0 and A (r, n) ~ U(±1/√n); γ = α/r, or α/√r with `rslora`.
+
+    On a convolution A is a kernel with r outputs and B is 1×1. With `tucker`, A = T·V with a core T (r, r, K)
+    and V (r, channels): the Tucker-2 form of LyCORIS.
+
+    dropout: of elements of the layer's input, on the adapter's branch only (as in PEFT).
+    rank_dropout: of ranks, the kept ones scaled by 1/(1−p). module_dropout: of the whole ΔW, unscaled (as in kohya).
+
+    Papers: https://arxiv.org/abs/2106.09685; LoCon: https://arxiv.org/abs/2309.14859.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
+    convention: ClassVar[str] = "gamma*up@down"
+
+    def __init__(
+        self,
+        shape: Shape,
+        weight: Tensor,
+        *,
+        rank: int = 8,
+        alpha: float | None = None,
+        rslora: bool = False,
+        tucker: bool = False,
+        dropout: float = 0.0,
+        rank_dropout: float = 0.0,
+        module_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        require_rank("lora", rank)
+        probabilities = {"dropout": dropout, "rank_dropout": rank_dropout, "module_dropout": module_dropout}
+        for name, value in probabilities.items():
+            require_probability("lora", name, value)
+        self.scale = rank_scale("lora", rank, alpha, rslora)
+        self.input_dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
+        new = factory(weight)
+        self.up = nn.Parameter(torch.zeros(shape.rows, rank, **new))
+        if tucker:
+            require_kernel("lora", shape)
+            self.down = nn.Parameter(uniform_fan_in_(torch.empty(rank, shape.channels, **new), shape.channels))
+            core = torch.empty(rank, rank, shape.positions, **new)
+            self.core: nn.Parameter | None = nn.Parameter(uniform_fan_in_(core, rank * shape.positions))
+        else:
+            self.down = nn.Parameter(uniform_fan_in_(torch.empty(rank, shape.columns, **new), shape.columns))
+            self.core = None
+
+    def delta(self, weight: Tensor) -> LowRank:
+        del weight
+        up = self.up * self.scale
+        if self.training and self.rank_dropout:
+            keep = torch.rand(up.shape[1], device=up.device) >= self.rank_dropout
+            up = up * keep / (1 - self.rank_dropout)
+        if self.training and self.module_dropout:
+            up = up * (torch.rand((), device=up.device) >= self.module_dropout)
+        return LowRank(up, self.down if self.core is None else tucker_down(self.core, self.down))
+
+
+def tucker_down(core: Tensor, down: Tensor) -> Tensor:
+    """A[i, (c, k)] = Σ_j T[i, j, k]·V[j, c]. core (r, r, K), down (r, channels) -> (r, channels·K)."""
+    return torch.einsum("ijk,jc->ick", core, down).flatten(1)

@@ -1,0 +1,108 @@
+"""OFT: rotate blocks of the weight."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapter import Adapter, factory, require
+from peftkit.delta import Rotation
+from peftkit.errors import OptionError
+from peftkit.geometry import Shape
+from peftkit.registry import register
+
+
+def divisor_at_most(size: int, bound: int) -> int:
+    """The largest divisor of size that is at most bound."""
+    return next(d for d in range(min(size, bound), 0, -1) if size % d == 0)
+
+
+@register("oft")
+class OFT(Adapter):
+    r"""W + ΔW = R·W (side "out") or W·Rᵀ (side "in"), R = diag(R_1, …, R_k), R_i = (I + Q_i)(I − Q_i)⁻¹, Q_i skew.
+
+    side: "out" rotates output channels, as LyCORIS and kohya do, on any convolution; "in" rotates the fan-in, as PEFT
+    does. block_size: the size b of a block, or the largest divisor of the rotated dimension below it; blocks: their
+    number, which must divide it. constraint: bound on ‖Q‖_F as a multiple of the rotated dimension (COFT).
+    rescale: a trained factor per rotated coordinate beside R. path: what strength λ means. "linear" is W + λ(R − I)W;
+    "geodesic" is Cayley(λQ)·W, orthogonal at every λ and its own inverse at −λ.
+
+    The Cayley transform is solved in at least fp32, so R is orthogonal to 1e-6 however the parameters are kept.
+
+    Papers: OFT, https://arxiv.org/abs/2306.07280; BOFT, https://arxiv.org/abs/2311.06243.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2306.07280"
+    convention: ClassVar[str] = "cayley(I+Q)(I-Q)^-1,upper triangle row by row"
+    reads_base: ClassVar[bool] = True
+    on_another_base: ClassVar[str] = "rotates the new base the same way"
+
+    upper: Tensor
+
+    def __init__(
+        self,
+        shape: Shape,
+        weight: Tensor,
+        *,
+        block_size: int | None = None,
+        blocks: int | None = None,
+        side: str = "out",
+        constraint: float | None = None,
+        rescale: bool = False,
+        path: str = "linear",
+    ) -> None:
+        super().__init__()
+        require(side in ("out", "in"), "oft", "side", side, "'out' or 'in'")
+        require(path in ("linear", "geodesic"), "oft", "path", path, "'linear' or 'geodesic'")
+        require(constraint is None or constraint > 0, "oft", "constraint", constraint, "a positive number, or None")
+        if block_size is not None and blocks is not None:
+            raise OptionError(f"oft: block_size={block_size} and blocks={blocks} were given; give one of them")
+        size = shape.rows if side == "out" else shape.columns
+        if blocks is not None:
+            fits = isinstance(blocks, int) and blocks > 0 and size % blocks == 0
+            require(fits, "oft", "blocks", blocks, f"a divisor of {size}, the {side} dimension of this {shape} weight")
+            b = size // blocks
+        else:
+            bound = 32 if block_size is None else block_size
+            require(isinstance(bound, int) and bound > 0, "oft", "block_size", block_size, "a positive integer")
+            b = divisor_at_most(size, bound)
+        if b < 2:
+            raise OptionError(
+                f"oft: a block of {b} cannot rotate, and {size}, the {side} dimension of this {shape} weight, "
+                f"has no divisor between 2 and the block size; use a larger block, or side={'in' if side == 'out' else 'out'!r}"
+            )
+        self.side, self.geodesic, self.size = side, path == "geodesic", b
+        self.bound = None if constraint is None else constraint * size
+        new = factory(weight)
+        self.skew = nn.Parameter(torch.zeros(size // b, b * (b - 1) // 2, **new))
+        self.rescale = nn.Parameter(torch.ones(size, **new)) if rescale else None
+        self.register_buffer("upper", torch.triu_indices(b, b, 1, device=weight.device), persistent=False)
+
+    def delta(self, weight: Tensor) -> Rotation:
+        return self._rotation(weight, self.generator())
+
+    def at(self, weight: Tensor, strength: float | Tensor) -> Rotation:
+        if not self.geodesic:
+            return self.delta(weight).scaled(strength)
+        return self._rotation(weight, strength * self.generator(), strength)
+
+    def generator(self) -> Tensor:
+        """Q (k, b, b), skew-symmetric, inside the constraint."""
+        skew = self.skew.to(torch.promote_types(self.skew.dtype, torch.float32))
+        half = skew.new_zeros(*skew.shape[:1], self.size, self.size)
+        half = half.index_put((torch.arange(len(skew), device=skew.device)[:, None], *self.upper[:, None]), skew)
+        Q = half - half.mT
+        if self.bound is None:
+            return Q
+        norm = torch.linalg.vector_norm(Q)
+        return Q * torch.where(norm > self.bound, self.bound / norm.clamp(min=self.bound), torch.ones_like(norm))
+
+    def _rotation(self, weight: Tensor, Q: Tensor, strength: float | Tensor = 1.0) -> Rotation:
+        identity = torch.eye(self.size, dtype=Q.dtype, device=Q.device)
+        K = torch.linalg.solve(identity - Q, 2 * Q)  # R − I, zero where Q is
+        if self.rescale is not None:
+            factor = (strength * (self.rescale.to(K.dtype) - 1)).unflatten(0, (-1, self.size))
+            K = K + factor[:, :, None] * (K + identity)
+        return Rotation(K, weight, self.side)

@@ -1,0 +1,114 @@
+"""Delta: a weight change ΔW (m, n) held as factors.
+
+`dense` is the definition. Everything else has a default derived from it, which a structure overrides where its
+factors give the same number for less; the tests hold every override against the default.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from peftkit.geometry import Geometry
+
+# Rows are visited in blocks of about this many elements: 4 MiB of fp32, which stays in cache
+BLOCK = 1 << 20
+
+
+def row_blocks(rows: int, columns: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices that cover `rows`, each about BLOCK elements and a multiple of `multiple` rows."""
+    step = max(1, BLOCK // max(1, columns) // multiple) * multiple
+    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are formed in: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Delta(ABC):
+    """ΔW (m, n). Immutable: every method returns something new and writes nothing."""
+
+    #: whether `apply` reads wx, the layer's output without bias
+    reads_output: bool = False
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """ΔW itself, (m, n), in the dtype of its factors."""
+
+    @abstractmethod
+    def scaled(self, strength: float | Tensor) -> Delta:
+        """strength·ΔW, with the factor folded in where it is cheapest. strength: a number or a 0-d tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factors."""
+        return self.dense().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.dense().device
+
+    # -- blocks of rows ---------------------------------------------------------------------------------------
+
+    @property
+    def row_multiple(self) -> int:
+        """Blocks of rows must start at multiples of this to be computed alone; m when they cannot be."""
+        return self.shape[0]
+
+    def rows(self, block: slice) -> Tensor:
+        """dense()[block], without building the rest."""
+        return self.dense()[block]
+
+    # -- products ---------------------------------------------------------------------------------------------
+
+    def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
+        """ΔW·x as layer g applies its weight. x: the layer's input; wx: W·x without bias if `reads_output`."""
+        del wx
+        return g.run(x, self.dense())
+
+    def inner(self, M: Tensor) -> Tensor:
+        """<ΔW, M>_F, a scalar. M (m, n)."""
+        return (self.dense() * M).sum()
+
+    def sqnorm(self) -> Tensor:
+        """‖ΔW‖_F², a scalar."""
+        return self.dense().square().sum()
+
+    def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        """Per row i: <M_i, ΔW_i> and ‖ΔW_i‖², each (m,). M (m, n)."""
+        products, squares = [], []
+        for block in row_blocks(*self.shape, self.row_multiple):
+            rows = self.rows(block)
+            products.append((rows * M[block].to(rows.dtype)).sum(1))
+            squares.append(rows.square().sum(1))
+        return torch.cat(products), torch.cat(squares)
+
+    def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        """Per column j: <M_j, ΔW_j> and ‖ΔW_j‖², each (n,). M (m, n)."""
+        dense = self.dense()
+        return (dense * M).sum(0), dense.square().sum(0)
+
+    def added_to(self, M: Tensor, strength: float = 1.0) -> Tensor:
+        """M + strength·ΔW, accumulated in at least fp32 and rounded once to M's dtype. M (m, n)."""
+        acc = accumulation_dtype(M.dtype)
+        return (M.to(acc) + strength * self.dense().to(acc)).to(M.dtype)
+
+    # -- costs, in floating point operations ------------------------------------------------------------------
+
+    def apply_flops(self, outputs: int) -> int:
+        """Of `apply` over that many output positions; the default builds ΔW and runs it."""
+        return self.dense_flops() + 2 * outputs * self.shape[0] * self.shape[1]
+
+    def dense_flops(self) -> int:
+        """Of `dense`."""
+        return self.shape[0] * self.shape[1]

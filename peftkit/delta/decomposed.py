@@ -1,0 +1,93 @@
+"""Decomposed: ΔW = t·(W + V) − W with a magnitude t for every row (or input channel), the structure of DoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from peftkit.delta.base import Delta
+from peftkit.geometry import Geometry
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Decomposed(Delta):
+    """ΔW = e·W + f·V, held without cancellation: e = t − 1 and f = t, so that t = 1 leaves exactly V.
+
+    e, f: (m,) scale rows; or (n,) scale columns when `columns`. W (m, n) the base, V (m, n) the inner ΔW.
+    """
+
+    e: Tensor
+    f: Tensor
+    W: Tensor
+    V: Delta
+    columns: bool = False
+
+    @property
+    def reads_output(self) -> bool:  # type: ignore[override]
+        return not self.columns or self.V.reads_output
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.V.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.V.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.e.device
+
+    def _along(self, v: Tensor, block: slice = slice(None)) -> Tensor:
+        return v if self.columns else v[block, None]
+
+    def dense(self) -> Tensor:
+        return self._along(self.e) * self.W + self._along(self.f) * self.V.dense()
+
+    def scaled(self, strength: float | Tensor) -> Decomposed:
+        return replace(self, e=self.e * strength, f=self.f * strength)
+
+    @property
+    def row_multiple(self) -> int:
+        return self.V.row_multiple
+
+    def rows(self, block: slice) -> Tensor:
+        return self._along(self.e, block) * self.W[block] + self._along(self.f, block) * self.V.rows(block)
+
+    def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
+        if not self.columns:
+            assert wx is not None
+            inner = self.V.apply(x, wx, g)
+            return g.per_channel(self.e.to(wx.dtype)) * wx + g.per_channel(self.f.to(inner.dtype)) * inner
+        # Columns of one input channel share their scale, so it may act on the input
+        e, f = (v[:: g.shape.positions].repeat(g.groups).to(x.dtype) for v in (self.e, self.f))
+        inner = self.V.apply(g.per_channel(f) * x, wx, g)
+        return g.run(g.per_channel(e) * x, self.W) + inner
+
+    def inner(self, M: Tensor) -> Tensor:
+        along = self.V.column_moments if self.columns else self.V.moments
+        return (self.e * self._dots(self.W, M)).sum() + (self.f * along(M)[0]).sum()
+
+    def sqnorm(self) -> Tensor:
+        along = self.V.column_moments if self.columns else self.V.moments
+        cross, squares = along(self.W)
+        own = self._dots(self.W, self.W)
+        # ‖e·w + f·v‖² = e²w² + 2ef<w, v> + f²v², row by row
+        return (self.e.square() * own + 2 * self.e * self.f * cross + self.f.square() * squares).sum()
+
+    def _dots(self, M: Tensor, N: Tensor) -> Tensor:
+        """<M_i, N_i> per row (or column), accumulated in the dtype of the factors."""
+        spec = "ij,ij->j" if self.columns else "ij,ij->i"
+        return torch.einsum(spec, M.to(self.dtype), N.to(self.dtype))
+
+    def apply_flops(self, outputs: int) -> int:
+        m, n = self.shape
+        return self.V.apply_flops(outputs) + outputs * (2 * m * n if self.columns else 3 * m)
+
+    def dense_flops(self) -> int:
+        return self.V.dense_flops() + 3 * self.shape[0] * self.shape[1]
+
+    def __repr__(self) -> str:
+        return f"t·(W + {self.V!r}) − W over {'columns' if self.columns else 'rows'}"

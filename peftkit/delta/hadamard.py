@@ -1,0 +1,83 @@
+"""Hadamard: ΔW = (B1·A1) ⊙ (B2·A2), the structure of FedPara and LoHa."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftkit.delta.base import Delta
+from peftkit.delta.lowrank import LowRank
+from peftkit.geometry import Geometry
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Hadamard(Delta):
+    """ΔW = (B1·A1) ⊙ (B2·A2) with Bi (m, r) and Ai (r, n); of rank at most r²."""
+
+    B1: Tensor
+    A1: Tensor
+    B2: Tensor
+    A2: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.B1.shape[0], self.A1.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.A1.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.B1.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.B1.device
+
+    def dense(self) -> Tensor:
+        return (self.B1 @ self.A1) * (self.B2 @ self.A2)
+
+    def scaled(self, strength: float | Tensor) -> Hadamard:
+        return Hadamard(self.B1 * strength, self.A1, self.B2, self.A2)
+
+    def khatri_rao(self) -> LowRank:
+        """The same ΔW as one product of rank r²: row i of B is B1_i ⊗ B2_i, column j of A is A1_j ⊗ A2_j."""
+        B = (self.B1[:, :, None] * self.B2[:, None, :]).flatten(1)
+        A = (self.A1[:, None, :] * self.A2[None, :, :]).flatten(0, 1)
+        return LowRank(B, A)
+
+    @property
+    def row_multiple(self) -> int:
+        return 1
+
+    def rows(self, block: slice) -> Tensor:
+        product = self.B1[block] @ self.A1
+        other = self.B2[block] @ self.A2
+        return product * other if torch.is_grad_enabled() else product.mul_(other)
+
+    def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
+        return self.khatri_rao().apply(x, wx, g)
+
+    def inner(self, M: Tensor) -> Tensor:
+        return self.moments(M)[0].sum()
+
+    def sqnorm(self) -> Tensor:
+        # ‖ΔW‖² = Σ (FᵀF) ⊙ (HHᵀ) over the Khatri–Rao factors: r⁴ numbers, cheaper than mn·r for small ranks
+        if self.rank**3 <= max(self.shape):
+            return self.khatri_rao().sqnorm()
+        return self.moments(self.A1.new_zeros(1, 1).expand(self.shape))[1].sum()
+
+    def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        return Hadamard(self.A1.mT, self.B1.mT, self.A2.mT, self.B2.mT).moments(M.mT)
+
+    def apply_flops(self, outputs: int) -> int:
+        return (2 * outputs + 1) * self.rank**2 * sum(self.shape)
+
+    def dense_flops(self) -> int:
+        return (4 * self.rank + 1) * self.shape[0] * self.shape[1]
+
+    def __repr__(self) -> str:
+        return f"{LowRank(self.B1, self.A1)!r} ⊙ {LowRank(self.B2, self.A2)!r}"

@@ -1,0 +1,109 @@
+"""Kron: ΔW = C ⊗ D, the structure of KronA and LoKr."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from peftkit.delta.base import Delta
+from peftkit.geometry import Geometry
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Kron(Delta):
+    """ΔW = C ⊗ D with C (a, c) and D (b, d); D = left·right with left (b, r), right (r, d), or right alone.
+
+    Row i = (a, b) in order, so ΔW_ij = C[i // b, j // d]·D[i % b, j % d].
+    """
+
+    C: Tensor
+    right: Tensor
+    left: Tensor | None = None
+
+    @property
+    def D(self) -> Tensor:
+        return self.right if self.left is None else self.left @ self.right
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """The shape (b, d) of D."""
+        return (self.right if self.left is None else self.left).shape[0], self.right.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.C.shape[0] * self.block[0], self.C.shape[1] * self.block[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.C.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.C.device
+
+    def dense(self) -> Tensor:
+        return (self.C[:, None, :, None] * self.D[None, :, None, :]).reshape(self.shape)
+
+    def scaled(self, strength: float | Tensor) -> Kron:
+        return replace(self, C=self.C * strength)
+
+    @property
+    def row_multiple(self) -> int:
+        return 1
+
+    def rows(self, block: slice) -> Tensor:
+        i = torch.arange(block.start, block.stop, device=self.C.device)
+        b = self.block[0]
+        return (self.C[i // b][:, :, None] * self.D[i % b][:, None, :]).flatten(1)
+
+    def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
+        groups, (b, d) = g.groups, self.block
+        if self.C.shape[0] % groups:  # a group of the convolution ends inside a copy of D
+            return super().apply(x, wx, g)
+        C = self.C.reshape(groups, -1, self.C.shape[1])
+        if self._mixes_first():
+            mixed = g.mix(x, C, width=d // g.shape.positions)
+            return g.contract(mixed, self.right)
+        h = g.mix(g.contract(x, self.right), C, width=self.right.shape[0])
+        return h if self.left is None else g.pointwise(h, self.left)
+
+    def _mixes_first(self) -> bool:
+        """Whether C goes before a full D: the cheaper order. With a low-rank D, C acts at the bottleneck."""
+        a, c = self.C.shape
+        b, d = self.block
+        return self.left is None and a * (c * d + b * d) < c * b * (d + a)
+
+    def inner(self, M: Tensor) -> Tensor:
+        return self.moments(M)[0].sum()
+
+    def sqnorm(self) -> Tensor:
+        return self.C.square().sum() * self.D.square().sum()
+
+    def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        D, (a, c), (b, d) = self.D, self.C.shape, self.block
+        tiles = M.reshape(a, b, c, d)  # a band of rows shares one row of C
+        products = [torch.einsum("bcd,bd,c->b", band.to(self.dtype), D, row) for band, row in zip(tiles, self.C, strict=True)]
+        return torch.cat(products), torch.outer(self.C.square().sum(1), D.square().sum(1)).flatten()
+
+    def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        left = None if self.left is None else self.right.mT
+        right = self.right.mT if self.left is None else self.left.mT
+        return Kron(self.C.mT, right, left).moments(M.mT)
+
+    def apply_flops(self, outputs: int) -> int:
+        (a, c), (b, d) = self.C.shape, self.block
+        if self.left is not None:
+            r = self.left.shape[1]
+            return 2 * outputs * r * (c * d + a * c + a * b)
+        return 2 * outputs * min(c * b * (d + a), a * (c * d + b * d))
+
+    def dense_flops(self) -> int:
+        rank = 0 if self.left is None else self.left.shape[1]
+        return self.shape[0] * self.shape[1] + 2 * rank * self.block[0] * self.block[1]
+
+    def __repr__(self) -> str:
+        (a, c), (b, d) = self.C.shape, self.block
+        rank = "" if self.left is None else f", rank {self.left.shape[1]}"
+        return f"C({a}×{c}) ⊗ D({b}×{d}{rank})"

@@ -1,0 +1,75 @@
+"""LowRank: ΔW = B·A."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftkit.delta.base import Delta, row_blocks
+from peftkit.geometry import Geometry
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class LowRank(Delta):
+    """ΔW = B·A with B (m, r) and A (r, n)."""
+
+    B: Tensor
+    A: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.B.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.B.device
+
+    def dense(self) -> Tensor:
+        return self.B @ self.A
+
+    def scaled(self, strength: float | Tensor) -> LowRank:
+        return LowRank(self.B * strength, self.A)
+
+    @property
+    def row_multiple(self) -> int:
+        return 1
+
+    def rows(self, block: slice) -> Tensor:
+        return self.B[block] @ self.A
+
+    def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
+        del wx
+        return g.expand(g.contract(x, self.A), self.B)
+
+    def inner(self, M: Tensor) -> Tensor:
+        return ((M.to(self.dtype) @ self.A.mT) * self.B).sum()
+
+    def sqnorm(self) -> Tensor:
+        return ((self.B.mT @ self.B) * (self.A @ self.A.mT)).sum()
+
+    def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        projected = torch.cat([M[rows].to(self.dtype) @ self.A.mT for rows in row_blocks(*M.shape)])
+        return (projected * self.B).sum(1), ((self.B @ (self.A @ self.A.mT)) * self.B).sum(1)
+
+    def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        return LowRank(self.A.mT, self.B.mT).moments(M.mT)
+
+    def apply_flops(self, outputs: int) -> int:
+        return 2 * outputs * self.rank * sum(self.shape)
+
+    def dense_flops(self) -> int:
+        return 2 * self.rank * self.shape[0] * self.shape[1]
+
+    def __repr__(self) -> str:
+        m, n = self.shape
+        return f"B({m}×{self.rank})·A({self.rank}×{n})"

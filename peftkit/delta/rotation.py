@@ -1,0 +1,89 @@
+"""Rotation: ΔW = (R − I)·W or W·(R − I)ᵀ with R block-diagonal, the structure of OFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from peftkit.delta.base import Delta
+from peftkit.geometry import Geometry
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Rotation(Delta):
+    """ΔW = K·W (side "out") or W·Kᵀ (side "in") with K = R − I = diag(K_1, …, K_k), blocks (k, b, b).
+
+    K is held, not R: near the identity R − I has digits that R has lost.
+    """
+
+    K: Tensor
+    W: Tensor
+    side: str = "out"
+
+    @property
+    def reads_output(self) -> bool:  # type: ignore[override]
+        return self.side == "out"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.W.shape[0], self.W.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.K.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.K.device
+
+    @property
+    def size(self) -> int:
+        """b, the size of a block."""
+        return self.K.shape[-1]
+
+    def dense(self) -> Tensor:
+        return self.rows(slice(0, self.shape[0]))
+
+    def scaled(self, strength: float | Tensor) -> Rotation:
+        return replace(self, K=self.K * strength)
+
+    @property
+    def row_multiple(self) -> int:
+        return self.size if self.side == "out" else 1
+
+    def rows(self, block: slice) -> Tensor:
+        W = self.W[block].to(self.dtype)
+        if self.side == "out":
+            K = self.K[block.start // self.size : block.stop // self.size]
+            return (K @ W.unflatten(0, (-1, self.size))).flatten(0, 1)
+        return torch.einsum("mkj,kij->mki", W.unflatten(1, (-1, self.size)), self.K).flatten(1)
+
+    def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
+        if self.side == "out":
+            assert wx is not None
+            return g.mix(wx, self.K)
+        if g.shape.positions > 1:  # the blocks span kernel positions, which the input does not have
+            return super().apply(x, wx, g)
+        return g.run(g.mix(x, self.K.mT.repeat(g.groups, 1, 1)), self.W)
+
+    def inner(self, M: Tensor) -> Tensor:
+        return self.moments(M)[0].sum()
+
+    def sqnorm(self) -> Tensor:
+        return self.moments(self.W)[1].sum()
+
+    def apply_flops(self, outputs: int) -> int:
+        m, n = self.shape
+        if self.side == "out":
+            return 2 * outputs * m * self.size
+        return 2 * outputs * n * (self.size + m)
+
+    def dense_flops(self) -> int:
+        return 2 * self.shape[0] * self.shape[1] * self.size
+
+    def __repr__(self) -> str:
+        k, b = self.K.shape[:2]
+        product = "(R − I)·W" if self.side == "out" else "W·(R − I)ᵀ"
+        return f"{product} with R = diag of {k} blocks {b}×{b}"

@@ -1,0 +1,63 @@
+"""Every error a user of peftkit can meet. Each names the object, what came, what was expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PeftkitError(Exception):
+    """The parent of all errors below."""
+
+
+class UnknownAdapterError(PeftkitError, KeyError):
+    """No adapter algorithm, or no adapter on this model, has that name."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of its argument
+        return str(self.args[0])
+
+
+class OptionError(PeftkitError, ValueError):
+    """An option that the algorithm does not have, or a value it cannot take."""
+
+
+class TargetError(PeftkitError, ValueError):
+    """A target pattern that selects nothing, or something that cannot be selected."""
+
+
+class UnsupportedLayerError(PeftkitError, TypeError):
+    """A layer that this adapter cannot adapt without giving a wrong number."""
+
+
+class TiedWeightsError(PeftkitError, ValueError):
+    """A targeted weight is shared with another module and no policy was given."""
+
+
+class DuplicateNameError(PeftkitError, ValueError):
+    """That name is already taken."""
+
+
+class MergeStateError(PeftkitError, RuntimeError):
+    """merge, restore or another verb was called in a state in which it has no meaning."""
+
+
+class MergeError(PeftkitError, RuntimeError):
+    """A merge that would not do what it says: non-finite, or a weight that did not change."""
+
+
+class FileError(PeftkitError, ValueError):
+    """A file that is not an adapter file, is damaged, or is not what its header says."""
+
+
+class MismatchError(FileError):
+    """The file and the model do not fit: missing, unexpected, misshapen or non-finite tensors."""
+
+
+class WrongBaseError(FileError):
+    """The file was trained on another base."""
+
+
+def near(word: str, known: Iterable[str], count: int = 3) -> str:
+    """A hint naming the nearest known words, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    return f" Did you mean {', '.join(repr(c) for c in close)}?" if close else ""

@@ -1,0 +1,240 @@
+"""How a layer reads its weight. The only file that knows Linear from Conv.
+
+A weight is read as a matrix with one row per output channel; its columns are the fan-in of one output,
+(input channels of one group) × (kernel positions). An adapter sees nothing but that matrix and its `Shape`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftkit.errors import UnsupportedLayerError
+
+_CONV: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (*_CONV, *_TRANSPOSED)
+_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONVOLVE_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The matrix an adapter adapts: `rows` outputs by `channels` × `kernel` inputs, in `groups` bands of rows.
+
+    Rows [j·rows/groups, (j+1)·rows/groups) read the j-th run of `channels` input channels.
+    """
+
+    rows: int
+    channels: int
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def positions(self) -> int:
+        return math.prod(self.kernel)
+
+    @property
+    def columns(self) -> int:
+        return self.channels * self.positions
+
+    def __str__(self) -> str:
+        kernel = "×".join(map(str, self.kernel))
+        return f"{self.rows}×{self.channels}" + (f" kernel {kernel}" if kernel else "")
+
+
+class Geometry:
+    """One layer without its parameters: it can run with any weight, and with a low-rank part of one.
+
+    run(x, M)       the layer's own map with the matrix M (m, n) as its weight
+    contract(x, A)  A (r, c·K) over every run of c input channels: (…, C, *s) -> (…, (C/c)·r, *s')
+    expand(h, B)    B (m, r), pointwise, on h (…, groups·r, *s') -> (…, m, *s')
+
+    Operands are cast to the dtype of the activation, so fp32 factors serve a bf16 layer.
+
+    expand(contract(x, A), B) == run(x, B @ A), for every stride, dilation, padding mode and grouping.
+    """
+
+    shape: Shape
+    spatial: int  # number of spatial dimensions; 0 for Linear, whose channels are the last dimension
+
+    def __init__(self, weight_shape: torch.Size, layer: nn.Module | None = None) -> None:
+        """weight_shape: of the layer's weight. layer: the convolution, None for a plain matrix product."""
+        self.weight_shape = tuple(weight_shape)
+        self.transposed = isinstance(layer, _TRANSPOSED)
+        self.spatial = 0 if layer is None or isinstance(layer, nn.Linear) else len(weight_shape) - 2
+        if self.spatial:
+            assert isinstance(layer, (*_CONV, *_TRANSPOSED))
+            self.groups: int = layer.groups
+            self.stride, self.dilation, self.padding = layer.stride, layer.dilation, layer.padding
+            self.output_padding = layer.output_padding
+            # Conv layers with another padding mode pad by hand before they convolve; this is their own record of it
+            self.pad_mode: str = layer.padding_mode
+            self.pad_by: list[int] = list(layer._reversed_padding_repeated_twice) if self.pad_mode != "zeros" else []
+        else:
+            self.groups = 1
+        outputs = weight_shape[1] * self.groups if self.transposed else weight_shape[0]
+        channels = weight_shape[0] // self.groups if self.transposed else weight_shape[1]
+        self.shape = Shape(outputs, channels, tuple(weight_shape[2:]), self.groups)
+
+    # -- the weight as a matrix -------------------------------------------------------------------------------
+
+    def bands(self, weight: Tensor) -> Tensor:
+        """A view of the weight as (bands, rows of a band, channels, *kernel); all rows in order, flattened."""
+        if not self.transposed:
+            return weight.unsqueeze(0)
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The layer's weight as a matrix (m, n); a view where its memory allows."""
+        return self.bands(weight).reshape(self.shape.rows, self.shape.columns)
+
+    def weight(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix`: (m, n) -> the shape of the layer's weight."""
+        return self._kernel(matrix, self.groups)
+
+    def _kernel(self, matrix: Tensor, groups: int) -> Tensor:
+        """(rows, c·K) -> a weight that reads c channels in each of `groups` groups."""
+        if not self.spatial:
+            return matrix
+        kernel = self.shape.kernel
+        if not self.transposed:
+            return matrix.reshape(matrix.shape[0], -1, *kernel)
+        banded = matrix.reshape(groups, matrix.shape[0] // groups, -1, *kernel)
+        return banded.transpose(1, 2).flatten(0, 1)
+
+    # -- the layer as a map -----------------------------------------------------------------------------------
+
+    def run(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer with weight `matrix` (m, n) and the given bias (m,). x: the layer's input."""
+        matrix = matrix.to(x.dtype)
+        if not self.spatial:
+            return F.linear(x, matrix, bias)
+        return self._convolve(x, self.weight(matrix), bias, self.groups)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        if self.transposed:
+            convolve = _CONVOLVE_TRANSPOSED[self.spatial]
+            return convolve(x, weight, bias, self.stride, self.padding, self.output_padding, groups, self.dilation)
+        padding = self.padding
+        if self.pad_mode != "zeros":
+            x, padding = F.pad(x, self.pad_by, mode=self.pad_mode), 0
+        return _CONVOLVE[self.spatial](x, weight, bias, self.stride, padding, self.dilation, groups)
+
+    def contract(self, x: Tensor, A: Tensor) -> Tensor:
+        """A (r, c·K) over every run of c input channels. x (…, C, *s) -> (…, (C/c)·r, *s')."""
+        A = A.to(x.dtype)
+        if not self.spatial:
+            runs = x.shape[-1] // A.shape[1]
+            return F.linear(x, A) if runs == 1 else F.linear(x.unflatten(-1, (runs, -1)), A).flatten(-2)
+        lead, size = x.shape[: -self.spatial - 1], x.shape[-self.spatial :]
+        # Every run becomes an item of the batch: one small convolution serves all of them.
+        folded = x.reshape(-1, A.shape[1] // self.shape.positions, *size)
+        h = self._convolve(folded, self._kernel(A, 1), None, 1)
+        return h.reshape(*lead, -1, *h.shape[2:])
+
+    def expand(self, h: Tensor, B: Tensor) -> Tensor:
+        """B (m, r), pointwise, on h (…, groups·r, *s') -> (…, m, *s')."""
+        B = B.to(h.dtype)
+        if not self.spatial:
+            return F.linear(h, B)
+        return _CONVOLVE[self.spatial](h, B[(...,) + (None,) * self.spatial], groups=self.groups)
+
+    # -- channels, whatever the layer -------------------------------------------------------------------------
+
+    def pointwise(self, h: Tensor, B: Tensor) -> Tensor:
+        """B (v, r) on every run of r channels: (…, a·r, *s) -> (…, a·v, *s)."""
+        B = B.to(h.dtype)
+        if not self.spatial:
+            return F.linear(h.unflatten(-1, (-1, B.shape[1])), B).flatten(-2)
+        size = h.shape[-self.spatial :]
+        mixed = _CONVOLVE[self.spatial](h.reshape(-1, B.shape[1], *size), B[(...,) + (None,) * self.spatial])
+        return mixed.reshape(*h.shape[: -self.spatial - 1], -1, *size)
+
+    def mix(self, y: Tensor, K: Tensor, width: int = 1) -> Tensor:
+        """Block-diagonal mixing of channels, each block K_k ⊗ I_width.
+
+        K (k, i, j); y (…, k·j·width, *s) -> (…, k·i·width, *s).
+        """
+        lead, size = y.shape[: y.dim() - self.spatial - 1], y.shape[y.dim() - self.spatial :]
+        blocks = y.reshape(*lead, K.shape[0], K.shape[2], width * size.numel())
+        return torch.einsum("kij,...kjz->...kiz", K.to(y.dtype), blocks).reshape(*lead, -1, *size)
+
+    def sized_for(self, layer: nn.Module, x: Tensor, output_size: list[int] | None = None) -> Geometry:
+        """The geometry of one call of a transposed convolution that names the size of its output."""
+        if output_size is None:
+            return self
+        assert isinstance(layer, _TRANSPOSED)
+        sized = copy.copy(self)
+        sized.output_padding = layer._output_padding(
+            x, output_size, layer.stride, layer.padding, layer.kernel_size, self.spatial, layer.dilation
+        )
+        return sized
+
+    def per_channel(self, v: Tensor) -> Tensor:
+        """A vector over channels (c,), shaped to broadcast against an activation."""
+        return v[(...,) + (None,) * self.spatial]
+
+    def outputs(self, x: Tensor) -> int:
+        """How many output positions the layer computes for x: tokens, or pixels of the whole batch."""
+        if not self.spatial:
+            return x.numel() // x.shape[-1]
+        batch = x.shape[: -self.spatial - 1].numel()
+        size = x.shape[-self.spatial :]
+        if self.transposed:
+            return batch * math.prod(n * s for n, s in zip(size, self.stride, strict=True))
+        return batch * math.prod(-(-n // s) for n, s in zip(size, self.stride, strict=True))
+
+
+def supported(module: nn.Module) -> bool:
+    """Whether the module is a Linear or a convolution whose weight is an ordinary matrix of numbers."""
+    return isinstance(module, _LAYERS) and refusal(module) is None
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why this module cannot be adapted, or None."""
+    if not isinstance(module, _LAYERS):
+        return f"{type(module).__name__} is not one of {', '.join(c.__name__ for c in _LAYERS)}"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return f"its weight is not a parameter (a lazy, fused, weight-normed or parametrized {type(module).__name__})"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight is not initialised yet: run one batch through the model first"
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        return f"its weight is {weight.dtype}: a quantised or complex base has no ΔW to add to"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    return None
+
+
+def calls_its_weight(module: nn.Module) -> bool:
+    """Whether the module's class computes exactly what torch's own layer computes, y = W·x + b.
+
+    A subclass that overrides `forward` (weight standardisation, own padding, …) may do anything with its weight.
+    """
+    own = next(c for c in _LAYERS if isinstance(module, c))
+    plain = type(module).forward is own.forward
+    if isinstance(module, _CONV):
+        plain = plain and type(module)._conv_forward is own._conv_forward  # type: ignore[attr-defined]
+    return plain
+
+
+def of(module: nn.Module) -> Geometry:
+    """The geometry of a Linear or convolution."""
+    reason = refusal(module)
+    if reason is not None:
+        raise UnsupportedLayerError(f"cannot adapt this {type(module).__name__}: {reason}")
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return Geometry(weight.shape, module)

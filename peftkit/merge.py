@@ -1,0 +1,320 @@
+"""Merge adapters into the weights they sit on, and give every bit back.
+
+The merged weight is W + Σ λᵢ·ΔWᵢ(W), summed in at least fp32 and rounded once, written in place.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from peftkit.delta import Delta
+from peftkit.delta.base import accumulation_dtype, row_blocks
+from peftkit.errors import MergeError, MergeStateError, OptionError
+from peftkit.sites import Slot
+from peftkit.wrap import Adapted, adapter_at, hosts, names_of
+
+
+@dataclass(frozen=True)
+class MergedWeight:
+    """What happened to one weight."""
+
+    site: str
+    adapters: tuple[str, ...]
+    norm: float  # ‖Σ λᵢ·ΔWᵢ‖_F
+    change: float  # ‖W' − W‖_F, what the weight really moved
+    lost: float  # ‖ΔW − (W' − W)‖ / ‖ΔW‖, the share that the weight's dtype could not hold
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did, weight by weight. str(report) is a table."""
+
+    weights: tuple[MergedWeight, ...]
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The weights that moved."""
+        return tuple(w.site for w in self.weights if w.change > 0)
+
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖ over all weights."""
+        return math.sqrt(sum(w.norm**2 for w in self.weights))
+
+    @property
+    def lost(self) -> float:
+        """The share of ΔW lost to rounding, over all weights."""
+        total = sum(w.norm**2 for w in self.weights)
+        return math.sqrt(sum((w.lost * w.norm) ** 2 for w in self.weights) / total) if total else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"merged into {len(self.weights)} weights, {len(self.changed)} changed; "
+            f"‖ΔW‖ = {self.norm:.4g}, {100 * self.lost:.2g} % of it lost to the dtype"
+        )
+
+    def table(self) -> Table:
+        """Every weight, for rich to print."""
+        table = Table("weight", "adapters", "‖ΔW‖", "lost to the dtype")
+        for w in self.weights:
+            table.add_row(w.site, ", ".join(w.adapters), f"{w.norm:.4g}", f"{100 * w.lost:.2g} %")
+        return table
+
+
+class Snapshot(Protocol):
+    """How to get one weight back."""
+
+    def original(self, merged: Tensor) -> Tensor:
+        """The weight before the merge, from the weight after it."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Copy:
+    """A copy in main memory."""
+
+    weight: Tensor
+
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor) -> Copy:
+        """before: a tensor of one's own, kept as it is."""
+        del after
+        return cls(before.cpu())
+
+    def original(self, merged: Tensor) -> Tensor:
+        return self.weight.to(merged.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """The difference of the two weights as ordered integers, compressed: small where ΔW is small."""
+
+    planes: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor) -> Packed:
+        difference = _ordered(after) - _ordered(before)
+        # Zigzag makes small differences of either sign small; byte planes put their zeros together
+        zigzag = (difference << 1) ^ (difference >> (8 * difference.itemsize - 1))
+        planes = np.ascontiguousarray(zigzag).view(np.uint8).reshape(-1, difference.itemsize).T
+        return cls(tuple(zlib.compress(np.ascontiguousarray(plane).tobytes(), 1) for plane in planes))
+
+    def original(self, merged: Tensor) -> Tensor:
+        ordered = _ordered(merged)
+        planes = [np.frombuffer(zlib.decompress(plane), np.uint8) for plane in self.planes]
+        zigzag = np.ascontiguousarray(np.stack(planes, axis=1)).view(f"<u{ordered.itemsize}").reshape(-1)
+        difference = (zigzag >> 1).astype(ordered.dtype) ^ -(zigzag & 1).astype(ordered.dtype)
+        return _from_ordered(ordered - difference, merged)
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _ordered(weight: Tensor) -> np.ndarray:
+    """The bits of floats as integers in the order of the floats, a bijection. Any shape -> (numel,)."""
+    bits = weight.detach().cpu().contiguous().view(_INTEGERS[weight.itemsize]).numpy().reshape(-1)
+    return bits ^ ((bits >> (8 * bits.itemsize - 1)) & np.iinfo(bits.dtype).max)
+
+
+def _from_ordered(ordered: np.ndarray, like: Tensor) -> Tensor:
+    bits = ordered ^ ((ordered >> (8 * ordered.itemsize - 1)) & np.iinfo(ordered.dtype).max)
+    return torch.from_numpy(bits).view(like.dtype).reshape(like.shape).to(like.device)
+
+
+_MODES = {"copy": Copy, "packed": Packed}
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """The adapters that are in a module's weights now, and what those weights were."""
+
+    names: tuple[str, ...]
+    snapshots: dict[str, Snapshot]
+    checksums: dict[str, int]
+
+    def original(self, slot_name: str, merged: Tensor) -> Tensor:
+        """The slot's weight before the merge. merged: the slot's weight now."""
+        return self.snapshots[slot_name].original(merged) if slot_name in self.snapshots else merged
+
+
+def merge(
+    model: nn.Module, names: str | Sequence[str] | None = None, *, backup: str = "copy"
+) -> MergeReport:
+    """Write W + Σ λᵢ·ΔWᵢ into the weights, of all adapters or those named; the others go on acting on top.
+
+    backup: how to keep what `restore` needs: "copy" holds every weight in main memory, "packed" a compressed bit
+    difference (about a third of that for a 16-bit model, slower).
+    All or nothing: raises MergeStateError where something is merged already, MergeError if a ΔW is not finite or
+    would be lost whole to the dtype of its weight; the weights are then what they were.
+    """
+    if backup not in _MODES:
+        raise OptionError(f"backup={backup!r} was given, one of {', '.join(map(repr, _MODES))} was expected")
+    wanted = [names] if isinstance(names, str) else list(names_of(model) if names is None else names)
+    for name in wanted:
+        names_of(model, name)
+    affected = {
+        host_name: (host, tuple(n for n in host.adapters if n in wanted)) for host_name, host in hosts(model).items()
+    }
+    affected = {name: (host, own) for name, (host, own) in affected.items() if own}
+    for host_name, (host, own) in affected.items():
+        _check_state(host_name, host, own)
+    done: list[Adapted] = []
+    weights: list[MergedWeight] = []
+    try:
+        for host_name, (host, own) in affected.items():
+            weights += _merge_host(host_name, host, own, backup, done)
+        _refuse_inert(weights)
+    except BaseException:
+        for host in done:
+            _restore_host(host)
+        raise
+    return MergeReport(tuple(weights))
+
+
+def restore(model: nn.Module) -> tuple[str, ...]:
+    """Give merged weights back bit for bit and let their adapters act again; returns the modules restored."""
+    merged = {name: host for name, host in hosts(model).items() if host.adaptation.merged is not None}
+    if not merged:
+        raise MergeStateError("nothing is merged into this model: restore follows merge")
+    for name, host in merged.items():
+        state = host.adaptation
+        for slot_name, checksum in state.merged.checksums.items():
+            if _checksum(_weight(host, state.slots[slot_name])) != checksum:
+                raise MergeStateError(
+                    f"the weight of {name or 'the model'} has changed since the merge (trained, cast or overwritten): "
+                    "restoring would not give the base back. unwrap(model, keep_merged=True) keeps it as it is"
+                )
+    for host in merged.values():
+        _restore_host(host)
+    return tuple(merged)
+
+
+def _check_state(host_name: str, host: Adapted, own: tuple[str, ...]) -> None:
+    state = host.adaptation
+    where = host_name or "the model"
+    if state.merged is not None:
+        raise MergeStateError(f"{', '.join(state.merged.names)} is merged into {where} already: restore(model) first")
+    hidden = [name for name in own if state.hidden[name]]
+    if hidden:
+        raise MergeStateError(f"{hidden[0]} is disabled on {where}: merge outside the `disabled` or `enabled` block")
+
+
+@torch.no_grad()
+def _merge_host(
+    host_name: str, host: Adapted, own: tuple[str, ...], mode: str, done: list[Adapted]
+) -> Iterator[MergedWeight]:
+    state = host.adaptation
+    jobs = []
+    for slot_name, slot in state.slots.items():
+        present = [(name, a) for name in own if (a := adapter_at(host, name, slot_name)) is not None]
+        W = slot.geometry.matrix(_weight(host, slot))
+        training = [a.training for _, a in present]
+        for _, a in present:
+            a.eval()
+        deltas = [a(W, state.strengths[name]) for name, a in present if state.strengths[name].item() != 0]
+        for (_, a), was in zip(present, training, strict=True):
+            a.train(was)
+        jobs.append((slot_name, slot, tuple(name for name, _ in present), deltas))
+    snapshots: dict[str, Snapshot] = {}
+    state.merged = Merged(own, snapshots, {})
+    done.append(host)
+    results = []
+    for slot_name, slot, names, deltas in jobs:
+        if not names:
+            continue
+        site = ".".join(part for part in (host_name, slot_name) if part)
+        weight = _weight(host, slot)
+        before = weight.detach().clone()
+        snapshots[slot_name] = Copy(before)  # until the merge of this weight is complete
+        norm, change, lost = _add(deltas, weight, slot)
+        if not math.isfinite(norm):
+            raise MergeError(f"{site}: the ΔW of {', '.join(names)} is not finite; nothing was merged")
+        snapshots[slot_name] = _MODES[mode].of(before, weight)
+        state.merged.checksums[slot_name] = _checksum(weight)
+        results.append(MergedWeight(site, names, norm, change, lost))
+    state.refresh()
+    return iter(results)
+
+
+def _add(deltas: Sequence[Delta], weight: Tensor, slot: Slot) -> tuple[float, float, float]:
+    """weight += Σ ΔW in place, row block by row block; ‖ΔW‖, ‖W' − W‖ and the share lost. weight: the slot's."""
+    if not deltas:
+        return 0.0, 0.0, 0.0
+    acc = accumulation_dtype(weight.dtype)
+    bands = slot.geometry.bands(weight)  # (bands, rows, channels, *kernel), a view
+    rows, columns = slot.geometry.shape.rows, slot.geometry.shape.columns
+    # A block holds whole units of every delta, so that none reads a row that was written before
+    multiple = min(rows, math.lcm(*(d.row_multiple for d in deltas)))
+    sums = torch.zeros(3, dtype=torch.float64)
+    for block in row_blocks(rows, columns, multiple):
+        old = _rows(bands, block)
+        delta = deltas[0].rows(block).to(acc)
+        for other in deltas[1:]:
+            delta = delta + other.rows(block).to(acc)
+        new = (old.flatten(1).to(acc) + delta).to(weight.dtype)
+        moved = new.to(acc) - old.flatten(1).to(acc)
+        sums += torch.stack([_square(delta), _square(moved), _square(delta - moved)]).cpu()
+        _write(bands, block, new)
+    norm, change, lost = sums.sqrt().tolist()
+    return norm, change, lost / norm if norm else 0.0
+
+
+def _square(block: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(block, dtype=block.dtype).double().square()
+
+
+def _rows(bands: Tensor, block: slice) -> Tensor:
+    """Rows of the matrix as (rows, channels, *kernel), across bands if need be."""
+    return bands.flatten(0, 1)[block] if bands.shape[0] > 1 else bands[0, block]
+
+
+def _write(bands: Tensor, block: slice, rows: Tensor) -> None:
+    if bands.shape[0] == 1:
+        bands[0, block].copy_(rows.reshape(bands[0, block].shape))
+        return
+    size = bands.shape[1]
+    for i in range(block.start // size, -(-block.stop // size)):
+        start, stop = max(block.start, i * size), min(block.stop, (i + 1) * size)
+        part = rows[start - block.start : stop - block.start]
+        target = bands[i, start - i * size : stop - i * size]
+        target.copy_(part.reshape(target.shape))
+
+
+@torch.no_grad()
+def _restore_host(host: Adapted) -> None:
+    state = host.adaptation
+    for slot_name, snapshot in state.merged.snapshots.items():
+        weight = _weight(host, state.slots[slot_name])
+        weight.copy_(snapshot.original(weight))
+    state.merged = None
+    state.refresh()
+
+
+def _weight(host: Adapted, slot: Slot) -> Tensor:
+    """The slot's own part of its parameter, a view that writes through."""
+    return slot.of(cast(Tensor, host._parameters[slot.parameter])).detach()
+
+
+def _checksum(weight: Tensor) -> int:
+    bits = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return zlib.crc32(bits) ^ zlib.crc32(f"{weight.dtype}{tuple(weight.shape)}".encode())
+
+
+def _refuse_inert(weights: Sequence[MergedWeight]) -> None:
+    inert = [w for w in weights if w.norm > 0 and w.change == 0]
+    if inert:
+        w = inert[0]
+        raise MergeError(
+            f"{w.site}: ‖ΔW‖ = {w.norm:.3g} is too small for its weight's dtype to hold, and {len(inert)} of "
+            f"{len(weights)} weights would not change at all. Nothing was merged; keep the adapter applied, "
+            "raise its strength, or merge into a model in a wider dtype"
+        )

@@ -1,0 +1,113 @@
+"""The adapters by name. A duplicate is refused; an unknown name or option lists what exists."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from peftkit.adapter import Adapter
+from peftkit.errors import DuplicateNameError, OptionError, UnknownAdapterError, near
+from peftkit.geometry import Shape
+
+AdapterType = TypeVar("AdapterType", bound=type[Adapter])
+
+_CLASSES: dict[str, type[Adapter]] = {}
+_ALIASES: dict[str, str] = {}
+
+#: options that turn any additive adapter into the inner part of a weight decomposition
+_DECOMPOSITION = ("axis", "detach_norm")
+
+
+def register(kind: str, *aliases: str) -> Callable[[AdapterType], AdapterType]:
+    """Class decorator: make an Adapter available under `kind` and its aliases."""
+
+    def add(cls: AdapterType) -> AdapterType:
+        for name in (kind, *aliases):
+            if name in _CLASSES or name in _ALIASES:
+                taken = _CLASSES[_ALIASES.get(name, name)]
+                raise DuplicateNameError(
+                    f"cannot register {cls.__qualname__} as {name!r}: that name is {taken.__module__}.{taken.__qualname__}'s"
+                )
+        cls.kind = kind
+        _CLASSES[kind] = cls
+        _ALIASES.update(dict.fromkeys(aliases, kind))
+        return cls
+
+    return add
+
+
+def kinds() -> tuple[str, ...]:
+    """The registered names, aliases left out."""
+    return tuple(_CLASSES)
+
+
+def get(kind: str) -> type[Adapter]:
+    """The class registered under a name or an alias."""
+    if not isinstance(kind, str):
+        raise UnknownAdapterError(f"an adapter is named by a string, not {kind!r}; there are: {', '.join(kinds())}")
+    name = _ALIASES.get(kind, kind)
+    if name not in _CLASSES:
+        known = [*_CLASSES, *_ALIASES]
+        raise UnknownAdapterError(f"no adapter is called {kind!r}; there are: {', '.join(known)}.{near(kind, known)}")
+    return _CLASSES[name]
+
+
+def option_names(cls: type[Adapter]) -> tuple[str, ...]:
+    """The options a class takes by name."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+def build(
+    kind: str, shape: Shape, weight: Tensor, dtype: torch.dtype | None = None, **options: Any
+) -> Adapter:
+    """An adapter for one weight matrix.
+
+    weight: (m, n), read for its device, its dtype and, by algorithms that start from it, its values.
+    dtype: of the adapter's parameters; by default at least fp32.
+    Raises OptionError for an option the algorithm does not have or a value it cannot take.
+    """
+    cls = get(kind)
+    decompose = options.pop("decompose", False)
+    if decompose:
+        if cls.reads_base:
+            raise OptionError(
+                f"{cls.kind}: decompose=True was given, but its ΔW depends on the base; "
+                f"it works with {', '.join(k for k in kinds() if not _CLASSES[k].reads_base)}"
+            )
+        return build("dora", shape, weight, dtype, inner=cls.kind, **options)
+    _refuse_unknown(cls, options)
+    adapter = cls(shape, weight, **options)
+    given = {**options, **adapter.options} if "options" in adapter.__dict__ else options
+    defaults = {
+        p.name: p.default
+        for p in inspect.signature(cls.__init__).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is not inspect.Parameter.empty
+    }
+    adapter.options = {**defaults, **given}
+    if dtype is not None:
+        if not dtype.is_floating_point:
+            raise OptionError(f"{cls.kind}: dtype={dtype} was given, a floating point dtype was expected")
+        adapter.to(dtype)
+    return adapter
+
+
+def _refuse_unknown(cls: type[Adapter], options: dict[str, Any]) -> None:
+    accepts_inner = any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(cls.__init__).parameters.values()
+    )
+    known = option_names(cls)
+    unknown = [] if accepts_inner else [name for name in options if name not in known]
+    if not unknown:
+        return
+    name = unknown[0]
+    having = [k for k, c in _CLASSES.items() if name in option_names(c)]
+    if name in _DECOMPOSITION and not cls.reads_base:
+        having.append(f"{cls.kind} with decompose=True")
+    elsewhere = f" {name!r} is an option of {', '.join(having)}." if having else near(name, known)
+    extra = () if cls.reads_base else ("decompose",)
+    raise OptionError(f"{cls.kind} has no option {name!r}; it has {', '.join((*known, *extra)) or 'none'}.{elsewhere}")

@@ -1,0 +1,102 @@
+"""The weights of a model that can be adapted, and whether their layer is called or its weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftkit import geometry
+from peftkit.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One weight matrix of a module: a parameter, or some of its rows."""
+
+    parameter: str
+    geometry: Geometry
+    start: int | None = None
+    stop: int | None = None
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The slot's part of the parameter, a view."""
+        return parameter if self.start is None else parameter[self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight by its public name, "block.attn.to_q" or "block.attn.q_proj" (a slice of in_proj_weight)."""
+
+    name: str
+    module_name: str
+    module: nn.Module
+    slot_name: str
+    slot: Slot
+    read: bool  # the weight is read by someone who does not call the layer
+
+    @property
+    def parameter(self) -> Tensor:
+        parameter = self.module._parameters[self.slot.parameter]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def matrix(self) -> Tensor:
+        """W (m, n)."""
+        return self.slot.geometry.matrix(self.slot.of(self.parameter))
+
+
+def sites(model: nn.Module) -> dict[str, Site]:
+    """Every weight that can be adapted, by name, in the order of the model's modules."""
+    found: dict[str, Site] = {}
+    read = _read_by_their_parent(model)
+    for name, module in model.named_modules():
+        for slot_name, slot in slots(module).items():
+            full = ".".join(part for part in (name, slot_name) if part)
+            by_parent = id(module) in read or bool(slot_name) or not geometry.calls_its_weight(module)
+            found[full] = Site(full, name, module, slot_name, slot, by_parent)
+    return found
+
+
+def slots(module: nn.Module) -> dict[str, Slot]:
+    """The module's own weight as "", or the projections of an nn.MultiheadAttention by name."""
+    if geometry.supported(module):
+        return {"": Slot("weight", geometry.of(module))}
+    if not isinstance(module, nn.MultiheadAttention):
+        return {}
+    names = ("q_proj", "k_proj", "v_proj")
+    width = module.embed_dim
+    if module._parameters["in_proj_weight"] is not None:
+        square = Geometry(torch.Size((width, width)))
+        return {name: Slot("in_proj_weight", square, i * width, (i + 1) * width) for i, name in enumerate(names)}
+    sizes = (width, module.kdim, module.vdim)
+    return {
+        name: Slot(f"{name}_weight", Geometry(torch.Size((width, size))))
+        for name, size in zip(names, sizes, strict=True)
+    }
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why a module has no weight that can be adapted; None if it has one or is only a container."""
+    if slots(module):
+        return None
+    if isinstance(module, (nn.Linear, *geometry.CONVOLUTIONS)) or module._parameters:
+        return geometry.refusal(module)
+    return None
+
+
+def _read_by_their_parent(model: nn.Module) -> set[int]:
+    """Layers whose weight torch reads without calling them.
+
+    nn.MultiheadAttention hands out_proj.weight to one fused function; nn.TransformerEncoderLayer does so with
+    linear1 and linear2 when it infers.
+    """
+    read: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            read.add(id(module.out_proj))
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            read.update((id(module.linear1), id(module.linear2)))
+    return read
