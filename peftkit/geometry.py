@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -75,13 +76,13 @@ class Geometry:
         self.transposed = isinstance(layer, _TRANSPOSED)
         self.spatial = 0 if layer is None or isinstance(layer, nn.Linear) else len(weight_shape) - 2
         if self.spatial:
-            assert isinstance(layer, (*_CONV, *_TRANSPOSED))
-            self.groups: int = layer.groups
-            self.stride, self.dilation, self.padding = layer.stride, layer.dilation, layer.padding
-            self.output_padding = layer.output_padding
+            conv = cast(nn.Conv2d, layer)  # or one of its siblings: the attributes are the same
+            self.groups = conv.groups
+            self.stride, self.dilation, self.padding = conv.stride, conv.dilation, conv.padding
+            self.output_padding = conv.output_padding
             # Conv layers with another padding mode pad by hand before they convolve; this is their own record of it
-            self.pad_mode: str = layer.padding_mode
-            self.pad_by: list[int] = list(layer._reversed_padding_repeated_twice) if self.pad_mode != "zeros" else []
+            self.pad_mode = conv.padding_mode
+            self.pad_by = list(conv._reversed_padding_repeated_twice) if self.pad_mode != "zeros" else []
         else:
             self.groups = 1
         outputs = weight_shape[1] * self.groups if self.transposed else weight_shape[0]
@@ -175,11 +176,18 @@ class Geometry:
         """The geometry of one call of a transposed convolution that names the size of its output."""
         if output_size is None:
             return self
-        assert isinstance(layer, _TRANSPOSED)
+        conv = cast(nn.ConvTranspose2d, layer)
         sized = copy.copy(self)
-        sized.output_padding = layer._output_padding(
-            x, output_size, layer.stride, layer.padding, layer.kernel_size, self.spatial, layer.dilation
+        padding = conv._output_padding(
+            x,
+            output_size,
+            list(conv.stride),
+            list(cast("tuple[int, ...]", conv.padding)),
+            list(conv.kernel_size),
+            self.spatial,
+            list(conv.dilation),
         )
+        sized.output_padding = tuple(padding)
         return sized
 
     def per_channel(self, v: Tensor) -> Tensor:

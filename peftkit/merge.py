@@ -6,12 +6,10 @@ The merged weight is W + Σ λᵢ·ΔWᵢ(W), summed in at least fp32 and rounde
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
-import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from peftkit.delta import Delta
 from peftkit.delta.base import accumulation_dtype, row_blocks
 from peftkit.errors import MergeError, MergeStateError, OptionError
 from peftkit.sites import Slot
+from peftkit.snapshot import BACKUPS, Copy, Merged, Snapshot, checksum
 from peftkit.wrap import Adapted, adapter_at, hosts, names_of
 
 
@@ -70,85 +69,7 @@ class MergeReport:
         return table
 
 
-class Snapshot(Protocol):
-    """How to get one weight back."""
-
-    def original(self, merged: Tensor) -> Tensor:
-        """The weight before the merge, from the weight after it."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class Copy:
-    """A copy in main memory."""
-
-    weight: Tensor
-
-    @classmethod
-    def of(cls, before: Tensor, after: Tensor) -> Copy:
-        """before: a tensor of one's own, kept as it is."""
-        del after
-        return cls(before.cpu())
-
-    def original(self, merged: Tensor) -> Tensor:
-        return self.weight.to(merged.device)
-
-
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """The difference of the two weights as ordered integers, compressed: small where ΔW is small."""
-
-    planes: tuple[bytes, ...]
-
-    @classmethod
-    def of(cls, before: Tensor, after: Tensor) -> Packed:
-        difference = _ordered(after) - _ordered(before)
-        # Zigzag makes small differences of either sign small; byte planes put their zeros together
-        zigzag = (difference << 1) ^ (difference >> (8 * difference.itemsize - 1))
-        planes = np.ascontiguousarray(zigzag).view(np.uint8).reshape(-1, difference.itemsize).T
-        return cls(tuple(zlib.compress(np.ascontiguousarray(plane).tobytes(), 1) for plane in planes))
-
-    def original(self, merged: Tensor) -> Tensor:
-        ordered = _ordered(merged)
-        planes = [np.frombuffer(zlib.decompress(plane), np.uint8) for plane in self.planes]
-        zigzag = np.ascontiguousarray(np.stack(planes, axis=1)).view(f"<u{ordered.itemsize}").reshape(-1)
-        difference = (zigzag >> 1).astype(ordered.dtype) ^ -(zigzag & 1).astype(ordered.dtype)
-        return _from_ordered(ordered - difference, merged)
-
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _ordered(weight: Tensor) -> np.ndarray:
-    """The bits of floats as integers in the order of the floats, a bijection. Any shape -> (numel,)."""
-    bits = weight.detach().cpu().contiguous().view(_INTEGERS[weight.itemsize]).numpy().reshape(-1)
-    return bits ^ ((bits >> (8 * bits.itemsize - 1)) & np.iinfo(bits.dtype).max)
-
-
-def _from_ordered(ordered: np.ndarray, like: Tensor) -> Tensor:
-    bits = ordered ^ ((ordered >> (8 * ordered.itemsize - 1)) & np.iinfo(ordered.dtype).max)
-    return torch.from_numpy(bits).view(like.dtype).reshape(like.shape).to(like.device)
-
-
-_MODES = {"copy": Copy, "packed": Packed}
-
-
-@dataclass(frozen=True, eq=False)
-class Merged:
-    """The adapters that are in a module's weights now, and what those weights were."""
-
-    names: tuple[str, ...]
-    snapshots: dict[str, Snapshot]
-    checksums: dict[str, int]
-
-    def original(self, slot_name: str, merged: Tensor) -> Tensor:
-        """The slot's weight before the merge. merged: the slot's weight now."""
-        return self.snapshots[slot_name].original(merged) if slot_name in self.snapshots else merged
-
-
-def merge(
-    model: nn.Module, names: str | Sequence[str] | None = None, *, backup: str = "copy"
-) -> MergeReport:
+def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup: str = "copy") -> MergeReport:
     """Write W + Σ λᵢ·ΔWᵢ into the weights, of all adapters or those named; the others go on acting on top.
 
     backup: how to keep what `restore` needs: "copy" holds every weight in main memory, "packed" a compressed bit
@@ -156,8 +77,8 @@ def merge(
     All or nothing: raises MergeStateError where something is merged already, MergeError if a ΔW is not finite or
     would be lost whole to the dtype of its weight; the weights are then what they were.
     """
-    if backup not in _MODES:
-        raise OptionError(f"backup={backup!r} was given, one of {', '.join(map(repr, _MODES))} was expected")
+    if backup not in BACKUPS:
+        raise OptionError(f"backup={backup!r} was given, one of {', '.join(map(repr, BACKUPS))} was expected")
     wanted = [names] if isinstance(names, str) else list(names_of(model) if names is None else names)
     for name in wanted:
         names_of(model, name)
@@ -187,8 +108,9 @@ def restore(model: nn.Module) -> tuple[str, ...]:
         raise MergeStateError("nothing is merged into this model: restore follows merge")
     for name, host in merged.items():
         state = host.adaptation
-        for slot_name, checksum in state.merged.checksums.items():
-            if _checksum(_weight(host, state.slots[slot_name])) != checksum:
+        assert state.merged is not None
+        for slot_name, was in state.merged.checksums.items():
+            if checksum(_weight(host, state.slots[slot_name])) != was:
                 raise MergeStateError(
                     f"the weight of {name or 'the model'} has changed since the merge (trained, cast or overwritten): "
                     "restoring would not give the base back. unwrap(model, keep_merged=True) keeps it as it is"
@@ -238,8 +160,8 @@ def _merge_host(
         norm, change, lost = _add(deltas, weight, slot)
         if not math.isfinite(norm):
             raise MergeError(f"{site}: the ΔW of {', '.join(names)} is not finite; nothing was merged")
-        snapshots[slot_name] = _MODES[mode].of(before, weight)
-        state.merged.checksums[slot_name] = _checksum(weight)
+        snapshots[slot_name] = BACKUPS[mode].of(before, weight)
+        state.merged.checksums[slot_name] = checksum(weight)
         results.append(MergedWeight(site, names, norm, change, lost))
     state.refresh()
     return iter(results)
@@ -292,6 +214,7 @@ def _write(bands: Tensor, block: slice, rows: Tensor) -> None:
 @torch.no_grad()
 def _restore_host(host: Adapted) -> None:
     state = host.adaptation
+    assert state.merged is not None
     for slot_name, snapshot in state.merged.snapshots.items():
         weight = _weight(host, state.slots[slot_name])
         weight.copy_(snapshot.original(weight))
@@ -302,11 +225,6 @@ def _restore_host(host: Adapted) -> None:
 def _weight(host: Adapted, slot: Slot) -> Tensor:
     """The slot's own part of its parameter, a view that writes through."""
     return slot.of(cast(Tensor, host._parameters[slot.parameter])).detach()
-
-
-def _checksum(weight: Tensor) -> int:
-    bits = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return zlib.crc32(bits) ^ zlib.crc32(f"{weight.dtype}{tuple(weight.shape)}".encode())
 
 
 def _refuse_inert(weights: Sequence[MergedWeight]) -> None:

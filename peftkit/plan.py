@@ -81,7 +81,9 @@ class Plan:
         return tuple(entry.site.name for entry in self.entries)
 
     def __str__(self) -> str:
-        table = Table("pattern", "adapter", "layers", "route", "parameters", "MB", title="adapters", title_justify="left")
+        table = Table(
+            "pattern", "adapter", "layers", "route", "parameters", "MB", title="adapters", title_justify="left"
+        )
         groups: dict[tuple[str, str, str], list[Entry]] = {}
         for entry in self.entries:
             groups.setdefault((entry.pattern, entry.kind, entry.route), []).append(entry)
@@ -142,12 +144,12 @@ def plan(
             if not fresh:
                 taken = "are taken by earlier targets" if found else f"are excluded by {', '.join(rule.exclude)}"
                 raise TargetError(f"target {pattern!r} of {rule!r} adapts nothing: the layers it matches {taken}")
-            chosen.update({site: (rule, pattern) for site in fresh})
+            chosen.update(dict.fromkeys(fresh, (rule, pattern)))
     shared = tied_with(model, [finder.sites[name] for name in chosen])
     if shared and tied is None:
         raise TiedWeightsError(
-            f"{_listed(f'{a} shares its weight with {b}' for a, b in shared.items())}: merged into one, an adapter would "
-            "change both. Pass tied='untie' to give the layer its own copy, or tied='skip' to leave it out"
+            f"{_listed(f'{a} shares its weight with {b}' for a, b in shared.items())}: merged into one, an "
+            "adapter would change both. Pass tied='untie' to give the layer its own copy, or tied='skip' to leave it out"
         )
     skipped = list(finder.skipped.items())
     if tied == "skip":
@@ -156,9 +158,7 @@ def plan(
         if not chosen:
             raise TargetError("every targeted layer shares its weight with another and tied='skip' leaves none")
     dry = _DryRun(dtype, outputs)
-    entries = tuple(
-        dry.entry(finder.sites[site], rule, pattern) for site, (rule, pattern) in chosen.items()
-    )
+    entries = tuple(dry.entry(finder.sites[site], rule, pattern) for site, (rule, pattern) in chosen.items())
     refuse_taken([entry.site for entry in entries], name)
     return Plan(entries, tuple(skipped), frozenset(shared) if tied == "untie" else frozenset())
 
@@ -183,8 +183,8 @@ class _DryRun:
                 raise OptionError(f"{site.name}: {rule!r}: {error}") from error
             if site.read and adapter.input_dropout:
                 raise UnsupportedLayerError(
-                    f"{site.name}: {rule.kind} with dropout={adapter.input_dropout} drops elements of the layer's input, "
-                    "but this weight is read without calling its layer; use rank_dropout or leave it out"
+                    f"{site.name}: {rule.kind} with dropout={adapter.input_dropout} drops elements of the layer's "
+                    "input, but this weight is read without calling its layer; use rank_dropout or leave it out"
                 )
             parameters = [p for p in adapter.parameters() if p.requires_grad]
             count, size = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
@@ -230,7 +230,9 @@ class _Finder:
         if refused:
             name, reason = next(iter(refused.items()))
             more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-            raise UnsupportedLayerError(f"target {pattern!r} matches only {name}{more}, which cannot be adapted: {reason}")
+            raise UnsupportedLayerError(
+                f"target {pattern!r} matches only {name}{more}, which cannot be adapted: {reason}"
+            )
         raise TargetError(f"target {pattern!r} matches no layer of the model.{self._hint(pattern)}")
 
     def _by_name(self, regex: re.Pattern[str]) -> tuple[set[str], dict[str, str]]:
@@ -334,7 +336,8 @@ def refuse_taken(targeted: Sequence[Site], name: str) -> None:
     ]
     if taken:
         raise DuplicateNameError(
-            f"{_listed(taken)} already has an adapter named {name!r}: choose another name=, or unwrap(model, {name!r}) first"
+            f"{_listed(taken)} already has an adapter named {name!r}: choose another name=, "
+            f"or unwrap(model, {name!r}) first"
         )
 
 

@@ -30,7 +30,8 @@ def register(kind: str, *aliases: str) -> Callable[[AdapterType], AdapterType]:
             if name in _CLASSES or name in _ALIASES:
                 taken = _CLASSES[_ALIASES.get(name, name)]
                 raise DuplicateNameError(
-                    f"cannot register {cls.__qualname__} as {name!r}: that name is {taken.__module__}.{taken.__qualname__}'s"
+                    f"cannot register {cls.__qualname__} as {name!r}: "
+                    f"that name is {taken.__module__}.{taken.__qualname__}'s"
                 )
         cls.kind = kind
         _CLASSES[kind] = cls
@@ -62,9 +63,7 @@ def option_names(cls: type[Adapter]) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
 
 
-def build(
-    kind: str, shape: Shape, weight: Tensor, dtype: torch.dtype | None = None, **options: Any
-) -> Adapter:
+def build(kind: str, shape: Shape, weight: Tensor, dtype: torch.dtype | None = None, **options: Any) -> Adapter:
     """An adapter for one weight matrix.
 
     weight: (m, n), read for its device, its dtype and, by algorithms that start from it, its values.

@@ -32,7 +32,7 @@ from peftkit.formats import native
 from peftkit.formats.native import Header, Record
 from peftkit.plan import refuse_taken, tied_with
 from peftkit.sites import Site, sites
-from peftkit.wrap import adapters, install, names_of
+from peftkit.wrap import adapters, install, one_name
 
 _SAMPLES = 16
 
@@ -88,11 +88,9 @@ def save(
         raise FileError(f"{path}: a native file is called *.safetensors, {path.suffix or 'no suffix'!r} was given")
     if dtype is not None and not dtype.is_floating_point:
         raise OptionError(f"dtype={dtype} was given, a floating point dtype was expected")
-    names = names_of(model, name)
-    if len(names) > 1:
-        raise UnknownAdapterError(f"this model has the adapters {', '.join(names)}: say which to save by name=")
+    name = one_name(model, name)
     own: dict[str, tuple[Adapter, Tensor]] = {}
-    for site, _, adapter, host, slot in adapters(model, names[0]):
+    for site, _, adapter, host, slot in adapters(model, name):
         weight = slot.of(cast(Tensor, host._parameters[slot.parameter])).detach()
         if host.adaptation.merged is not None:
             slot_name = next(n for n, s in host.adaptation.slots.items() if s is slot)
@@ -105,7 +103,7 @@ def save(
     }
     shapes = {site.name: site.slot.geometry.shape for site in sites(model).values()}
     header = Header(
-        name=names[0],
+        name=name,
         records={
             site: Record(adapter.kind, adapter.convention, adapter.options, shapes[site])
             for site, (adapter, _) in own.items()
@@ -169,7 +167,9 @@ def load(
             left -= keys
             continue
         if site.slot.geometry.shape != record.shape:
-            mismatched.append(f"{site_name}: the file adapts a {record.shape} weight, the model's is {site.slot.geometry.shape}")
+            mismatched.append(
+                f"{site_name}: the file adapts a {record.shape} weight, the model's is {site.slot.geometry.shape}"
+            )
             left -= keys
             continue
         adapter = _rebuild(record, site, path)
@@ -228,7 +228,7 @@ def _own_keys(adapter: Adapter, portable: bool) -> list[str]:
 
 
 def _packed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A contiguous CPU copy, its matrices cast. Vectors and scalars are few, and differences of them are what counts."""
+    """A contiguous CPU copy, its matrices cast; vectors and scalars are few, and their differences are what counts."""
     cast_to = dtype if dtype is not None and tensor.is_floating_point() and tensor.dim() >= 2 else tensor.dtype
     return tensor.detach().to("cpu", cast_to, copy=True).contiguous()
 
@@ -273,7 +273,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
             header = native.decode(file.metadata(), path)
             return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise FileError(f"{path} is not a safetensors file, or is damaged ({error}); other files are never unpickled") from error
+        raise FileError(
+            f"{path} is not a safetensors file, or is damaged ({error}); other files are never unpickled"
+        ) from error
 
 
 def _check_base(
@@ -297,7 +299,11 @@ def _check_base(
 
 
 def _prove_alive(
-    temporary: Path, path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, tuple[Adapter, Tensor]], allow_zero: bool
+    temporary: Path,
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    own: Mapping[str, tuple[Adapter, Tensor]],
+    allow_zero: bool,
 ) -> None:
     """Read the file back as a loader would and make sure it holds what was meant."""
     header, back = _read(temporary)
@@ -329,5 +335,3 @@ def _cast_hint(tensor: Tensor) -> str:
 def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-

@@ -25,6 +25,7 @@ from peftkit.errors import MergeStateError, OptionError, UnknownAdapterError, ne
 from peftkit.plan import Plan, Rule, plan
 from peftkit.routes import ROUTES, choose
 from peftkit.sites import Site, Slot, slots
+from peftkit.snapshot import Merged
 
 # The names of the parameters that required gradients before the first wrap, kept on the model until the last unwrap
 _TRAINABLE = "_peftkit_trainable"
@@ -41,8 +42,8 @@ class Adaptation:
     strengths: dict[str, Tensor] = field(default_factory=dict)
     #: name -> how many `disabled` or `enabled` blocks hide it
     hidden: dict[str, int] = field(default_factory=dict)
-    #: adapters that are in the weight now, and how to get the weight back (a merge.Merged)
-    merged: Any = None
+    #: adapters that are in the weight now, and how to get the weight back
+    merged: Merged | None = None
     #: parameter name -> the shared parameter that `tied="untie"` replaced by a copy
     tied: dict[str, nn.Parameter] = field(default_factory=dict)
     #: the names that act in forward: not hidden, not merged, of a strength other than 0
@@ -80,8 +81,10 @@ class AdaptedCall(Adapted):
         weight, bias = cast(Tensor, self._parameters["weight"]), self._parameters["bias"]
         W = base = g.matrix(weight)
         acting = [cast(Adapter, self.adapters[name]) for name in state.acting]
-        unmerged = state.merged is not None and any(a.reads_base for a in acting)
-        if unmerged:  # ΔW is a function of the base, which the weight is not while others are merged into it
+        beside = state.merged is not None and any(a.reads_base for a in acting)
+        if (
+            state.merged is not None and beside
+        ):  # ΔW is a function of the base, which the weight is not while others are merged into it
             base = g.matrix(state.merged.original("", weight))
         deltas = [a(base, state.strengths[name]) for a, name in zip(acting, state.acting, strict=True)]
         drops = [a.input_dropout if self.training else 0.0 for a in acting]
@@ -89,7 +92,7 @@ class AdaptedCall(Adapted):
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         narrow = compute.itemsize < 4
         route = state.route
-        if unmerged:
+        if beside:
             route = "dense"
         elif any(drops):
             route = "factored"
@@ -214,8 +217,18 @@ def names_of(model: nn.Module, name: str | None = None) -> tuple[str, ...]:
     if name is None:
         return tuple(known)
     if name not in known:
-        raise UnknownAdapterError(f"no adapter on this model is called {name!r}; there is {', '.join(known)}.{near(name, known)}")
+        raise UnknownAdapterError(
+            f"no adapter on this model is called {name!r}; there is {', '.join(known)}.{near(name, known)}"
+        )
     return (name,)
+
+
+def one_name(model: nn.Module, name: str | None = None) -> str:
+    """`name`, or that of the only adapter on the model."""
+    names = names_of(model, name)
+    if len(names) > 1:
+        raise UnknownAdapterError(f"this model has the adapters {', '.join(names)}: say which by name=")
+    return next(iter(names))
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
@@ -227,12 +240,9 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Par
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """{site.parameter: tensor} of one adapter; `name` may be left out where there is only one."""
-    names = names_of(model, name)
-    if len(names) > 1:
-        raise UnknownAdapterError(f"this model has the adapters {', '.join(names)}: say which by name=")
     return {
         f"{site}.{key}".lstrip("."): tensor
-        for site, _, adapter, _, _ in adapters(model, names[0])
+        for site, _, adapter, _, _ in adapters(model, one_name(model, name))
         for key, tensor in adapter.state_dict().items()
     }
 
@@ -298,9 +308,7 @@ def install(
 def _is_adapters(model: nn.Module, key: str) -> bool:
     """Whether a parameter belongs to an adapter that a wrap of an inner module put there."""
     parts = key.split(".")
-    return any(
-        isinstance(model.get_submodule(".".join(parts[:end])), Adapter) for end in range(1, len(parts))
-    )
+    return any(isinstance(model.get_submodule(".".join(parts[:end])), Adapter) for end in range(1, len(parts)))
 
 
 def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str, untie: bool) -> None:
@@ -308,10 +316,12 @@ def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str
     if not isinstance(module, Adapted):
         own = slots(module)
         reads = tuple(dict.fromkeys(slot.parameter for slot in own.values())) if site.read else ()
+        base = type(module)
+        module.__class__ = adapted_class(base, reads)
+        assert isinstance(module, Adapted)
         module.adapters = nn.ModuleDict()
         module.adaptation = Adaptation(own, reads)
-        module.__class__ = adapted_class(type(module), reads)
-    host = cast(Adapted, module)
+    host = module
     state = host.adaptation
     state.route = route
     if untie and site.slot.parameter not in state.tied:
@@ -347,7 +357,8 @@ def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
                 )
             if set(merged.names) - set(names):
                 raise MergeStateError(
-                    f"{', '.join(merged.names)} are merged together into {host_name}: unwrap them together, or restore first"
+                    f"{', '.join(merged.names)} are merged together into {host_name}: "
+                    "unwrap them together, or restore first"
                 )
     touched: list[str] = []
     for host_name, host in hosts(model).items():
@@ -376,7 +387,7 @@ def _detach(host: Adapted, baked: bool) -> None:
     if not baked:  # a merged copy stays untied: the shared weight never had the adapter in it
         host._parameters.update(state.tied)
     del host.adapters, host.adaptation
-    host.__class__ = base_class(host)
+    cast(nn.Module, host).__class__ = base_class(host)
 
 
 def set_strength(model: nn.Module, strength: float, name: str | None = None) -> None:
@@ -388,7 +399,9 @@ def set_strength(model: nn.Module, strength: float, name: str | None = None) -> 
         merged = host.adaptation.merged
         stuck = [own for own in names if merged is not None and own in merged.names]
         if stuck:
-            raise MergeStateError(f"{stuck[0]} is merged into {host_name or 'the model'}: restore before changing its strength")
+            raise MergeStateError(
+                f"{stuck[0]} is merged into {host_name or 'the model'}: restore before changing its strength"
+            )
     for host in hosts(model).values():
         for own in names:
             if own in host.adaptation.strengths:

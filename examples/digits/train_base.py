@@ -54,7 +54,9 @@ def main() -> None:
     model = train(UNet(), seen, steps=1600, lr=2e-3)
     images, labels = digits()
     unseen = images[torch.from_numpy(labels >= 8)]
-    print(f"held-out loss on 0-7: {evaluate(model, held_out):.4f}   on the unseen 8 and 9: {evaluate(model, unseen):.4f}")
+    print(
+        f"held-out loss on 0-7: {evaluate(model, held_out):.4f}   on the unseen 8 and 9: {evaluate(model, unseen):.4f}"
+    )
     save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, BASE)
     print(f"wrote {BASE.name}, {BASE.stat().st_size / 1e6:.2f} MB")
 

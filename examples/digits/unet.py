@@ -46,9 +46,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)
-        q, k, v = (
-            f(tokens).view(b, h * w, self.heads, -1).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v)
-        )
+        q, k, v = (f(tokens).view(b, h * w, self.heads, -1).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
         return x + self.to_out(mixed).transpose(1, 2).view(b, c, h, w)
 
@@ -66,7 +64,11 @@ class UNet(nn.Module):
         self.shrink1 = nn.Conv2d(c, c, 3, stride=2, padding=1)
         self.down2, self.down2_attn = ResidualBlock(c, 2 * c, e), Attention(2 * c)
         self.shrink2 = nn.Conv2d(2 * c, 2 * c, 3, stride=2, padding=1)
-        self.mid1, self.mid_attn, self.mid2 = ResidualBlock(2 * c, 2 * c, e), Attention(2 * c), ResidualBlock(2 * c, 2 * c, e)
+        self.mid1, self.mid_attn, self.mid2 = (
+            ResidualBlock(2 * c, 2 * c, e),
+            Attention(2 * c),
+            ResidualBlock(2 * c, 2 * c, e),
+        )
         self.up2, self.up2_attn = ResidualBlock(4 * c, 2 * c, e), Attention(2 * c)
         self.grow = nn.Conv2d(2 * c, 2 * c, 3, padding=1)
         self.up1 = ResidualBlock(3 * c, c, e)

@@ -17,7 +17,7 @@ from peftkit.geometry import Shape
 
 @registry.register("dora")
 class DoRA(Adapter):
-    r"""W + ΔW = t·(W + V), t = m/‖W + V‖ per row, with V the ΔW of `inner` and a trained magnitude m = ‖W‖ at the start.
+    r"""W + ΔW = t·(W + V), t = m/‖W + V‖ per row; V is the ΔW of `inner`, the trained magnitude m starts at ‖W‖.
 
     axis: "out" normalises rows, one per output (the paper's code, PEFT, LyCORIS); "in" normalises over each input
     channel (LyCORIS wd_on_out=False). detach_norm: hold ‖W + V‖ constant in the gradient (§4.3 of the paper).
@@ -94,4 +94,6 @@ class DoRA(Adapter):
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """numerator/denominator, and 1 where the denominator is 0: a row of zeros has no direction to scale."""
-    return torch.where(denominator == 0, torch.ones_like(numerator), numerator / denominator.where(denominator != 0, 1.0))
+    return torch.where(
+        denominator == 0, torch.ones_like(numerator), numerator / denominator.where(denominator != 0, 1.0)
+    )

@@ -79,13 +79,13 @@ class LoKr(Adapter):
         new = factory(weight)
         self.outer, self.outer_left, self.outer_right = None, None, None
         self.block, self.left, self.right, self.core = None, None, None, None
-        if split:
+        if split and rank is not None:
             self.outer_left = nn.Parameter(uniform_fan_in_(torch.empty(u_p, rank, **new), rank))
             self.outer_right = nn.Parameter(uniform_fan_in_(torch.empty(rank, u_q, **new), u_q))
         else:
             self.outer = nn.Parameter(uniform_fan_in_(torch.empty(u_p, u_q, **new), u_q))
         columns = v_q * shape.positions
-        if full:
+        if full or rank is None:
             require(not tucker, "lokr", "tucker", tucker, f"a rank below {max(v_p, v_q) / 2:g} for this {shape} weight")
             self.block = nn.Parameter(uniform_fan_in_(torch.empty(v_p, columns, **new), columns))
         else:

@@ -71,7 +71,8 @@ class OFT(Adapter):
         if b < 2:
             raise OptionError(
                 f"oft: a block of {b} cannot rotate, and {size}, the {side} dimension of this {shape} weight, "
-                f"has no divisor between 2 and the block size; use a larger block, or side={'in' if side == 'out' else 'out'!r}"
+                "has no divisor between 2 and the block size; use a larger block, "
+                f"or side={'in' if side == 'out' else 'out'!r}"
             )
         self.side, self.geodesic, self.size = side, path == "geodesic", b
         self.bound = None if constraint is None else constraint * size

@@ -59,7 +59,7 @@ class Kron(Delta):
         return (self.C[i // b][:, :, None] * self.D[i % b][:, None, :]).flatten(1)
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
-        groups, (b, d) = g.groups, self.block
+        groups, d = g.groups, self.block[1]
         if self.C.shape[0] % groups:  # a group of the convolution ends inside a copy of D
             return super().apply(x, wx, g)
         C = self.C.reshape(groups, -1, self.C.shape[1])
@@ -84,7 +84,9 @@ class Kron(Delta):
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         D, (a, c), (b, d) = self.D, self.C.shape, self.block
         tiles = M.reshape(a, b, c, d)  # a band of rows shares one row of C
-        products = [torch.einsum("bcd,bd,c->b", band.to(self.dtype), D, row) for band, row in zip(tiles, self.C, strict=True)]
+        products = [
+            torch.einsum("bcd,bd,c->b", band.to(self.dtype), D, row) for band, row in zip(tiles, self.C, strict=True)
+        ]
         return torch.cat(products), torch.outer(self.C.square().sum(1), D.square().sum(1)).flatten()
 
     def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:

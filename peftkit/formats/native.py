@@ -80,7 +80,9 @@ def decode(metadata: dict[str, str] | None, path: object) -> Header:
     try:
         value = json.loads(metadata[KEY])
         if value["schema"] != SCHEMA:
-            raise FileError(f"{path} has schema {value['schema']}, this version of peftkit reads {SCHEMA}: update peftkit")
+            raise FileError(
+                f"{path} has schema {value['schema']}, this version of peftkit reads {SCHEMA}: update peftkit"
+            )
         records = {
             weight: Record(
                 str(group["kind"]),

@@ -1,0 +1,93 @@
+"""What it takes to give a merged weight back: a copy, or the compressed difference of its bits."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Snapshot(Protocol):
+    """How to get one weight back."""
+
+    def original(self, merged: Tensor) -> Tensor:
+        """The weight before the merge, from the weight after it."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Copy:
+    """A copy in main memory."""
+
+    weight: Tensor
+
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor) -> Copy:
+        """before: a tensor of one's own, kept as it is."""
+        del after
+        return cls(before.cpu())
+
+    def original(self, merged: Tensor) -> Tensor:
+        return self.weight.to(merged.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """The difference of the two weights as ordered integers, compressed: small where ΔW is small."""
+
+    planes: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor) -> Packed:
+        difference = _ordered(after) - _ordered(before)
+        # Zigzag makes small differences of either sign small; byte planes put their zeros together
+        zigzag = (difference << 1) ^ (difference >> (8 * difference.itemsize - 1))
+        planes = np.ascontiguousarray(zigzag).view(np.uint8).reshape(-1, difference.itemsize).T
+        return cls(tuple(zlib.compress(np.ascontiguousarray(plane).tobytes(), 1) for plane in planes))
+
+    def original(self, merged: Tensor) -> Tensor:
+        ordered = _ordered(merged)
+        planes = [np.frombuffer(zlib.decompress(plane), np.uint8) for plane in self.planes]
+        zigzag = np.ascontiguousarray(np.stack(planes, axis=1)).view(f"<u{ordered.itemsize}").reshape(-1)
+        difference = (zigzag >> 1).astype(ordered.dtype) ^ -(zigzag & 1).astype(ordered.dtype)
+        return _from_ordered(ordered - difference, merged)
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _ordered(weight: Tensor) -> np.ndarray:
+    """The bits of floats as integers in the order of the floats, a bijection. Any shape -> (numel,)."""
+    bits = weight.detach().cpu().contiguous().view(_INTEGERS[weight.itemsize]).numpy().reshape(-1)
+    return bits ^ ((bits >> (8 * bits.itemsize - 1)) & np.iinfo(bits.dtype).max)
+
+
+def _from_ordered(ordered: np.ndarray, like: Tensor) -> Tensor:
+    bits = ordered ^ ((ordered >> (8 * ordered.itemsize - 1)) & np.iinfo(ordered.dtype).max)
+    return torch.from_numpy(bits).view(like.dtype).reshape(like.shape).to(like.device)
+
+
+BACKUPS = {"copy": Copy, "packed": Packed}
+
+
+def checksum(weight: Tensor) -> int:
+    """Of a weight's bits, dtype and shape."""
+    bits = weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return zlib.crc32(bits) ^ zlib.crc32(f"{weight.dtype}{tuple(weight.shape)}".encode())
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """The adapters that are in a module's weights now, and what those weights were."""
+
+    names: tuple[str, ...]
+    snapshots: dict[str, Snapshot]
+    checksums: dict[str, int]
+
+    def original(self, slot_name: str, merged: Tensor) -> Tensor:
+        """The slot's weight before the merge. merged: the slot's weight now."""
+        return self.snapshots[slot_name].original(merged) if slot_name in self.snapshots else merged
