@@ -149,7 +149,7 @@ def plan(
     if shared and tied is None:
         raise TiedWeightsError(
             f"{_listed(f'{a} shares its weight with {b}' for a, b in shared.items())}: merged into one, an "
-            "adapter would change both. Pass tied='untie' to give the layer its own copy, or tied='skip' to leave it out"
+            "adapter would change both. Pass tied='untie' to give the layer its own copy, or tied='skip'"
         )
     skipped = list(finder.skipped.items())
     if tied == "skip":

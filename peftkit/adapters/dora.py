@@ -74,6 +74,15 @@ class DoRA(Adapter):
             t = t.repeat_interleave(self.positions)
         return Decomposed(t - 1, t, weight, V, self.columns)
 
+    def project_(self, weight: Tensor) -> None:
+        self.inner.project_(weight)
+
+    def rebase_(self, weight: Tensor) -> None:
+        self.inner.rebase_(weight)
+
+    def derived(self) -> dict[str, Tensor]:
+        return {f"inner.{key}": tensor for key, tensor in self.inner.derived().items()}
+
     @torch.no_grad()
     def _base_sqnorm(self, weight: Tensor) -> Tensor:
         """‖W_i‖² per row (m,), or per input channel (channels,)."""

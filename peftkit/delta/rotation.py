@@ -62,6 +62,8 @@ class Rotation(Delta):
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         if self.side == "out":
+            if g.shape.rows // g.groups % self.size:  # a block spans groups, whose rows read different inputs
+                return super().apply(x, wx, g)
             assert wx is not None
             return g.mix(wx, self.K)
         if g.shape.positions > 1:  # the blocks span kernel positions, which the input does not have

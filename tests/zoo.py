@@ -1,0 +1,104 @@
+"""The layers and the adapters that the laws are run over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """A layer with the shape of an input to it."""
+
+    make: Callable[[], nn.Module]
+    input: tuple[int, ...]
+
+
+LAYERS: dict[str, LayerCase] = {
+    "linear": LayerCase(lambda: nn.Linear(8, 12), (2, 3, 8)),
+    "linear no bias": LayerCase(lambda: nn.Linear(8, 12, bias=False), (3, 8)),
+    "linear vector": LayerCase(lambda: nn.Linear(8, 12), (8,)),
+    "conv1d k5 s2 d2": LayerCase(lambda: nn.Conv1d(8, 12, 5, stride=2, padding=4, dilation=2), (2, 8, 12)),
+    "conv1d unbatched": LayerCase(lambda: nn.Conv1d(8, 12, 3, padding=1), (8, 7)),
+    "conv2d k1": LayerCase(lambda: nn.Conv2d(8, 12, 1), (2, 8, 5, 4)),
+    "conv2d k1 g2": LayerCase(lambda: nn.Conv2d(8, 12, 1, groups=2), (2, 8, 5, 4)),
+    "conv2d k3": LayerCase(lambda: nn.Conv2d(8, 12, 3, padding=1), (2, 8, 5, 6)),
+    "conv2d k3 no bias s2": LayerCase(lambda: nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False), (2, 8, 7, 6)),
+    "conv2d k(1,3)": LayerCase(lambda: nn.Conv2d(8, 12, (1, 3), padding=(0, 1)), (2, 8, 4, 5)),
+    "conv2d asymmetric": LayerCase(lambda: nn.Conv2d(8, 12, 3, (2, 1), (1, 3), dilation=(1, 2)), (1, 8, 6, 7)),
+    "conv2d same": LayerCase(lambda: nn.Conv2d(8, 12, (2, 3), padding="same", dilation=2), (1, 8, 5, 6)),
+    "conv2d g2 d2": LayerCase(lambda: nn.Conv2d(8, 12, 3, padding=2, dilation=2, groups=2), (2, 8, 5, 6)),
+    "conv2d depthwise": LayerCase(lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), (2, 8, 5, 5)),
+    "conv2d depthwise k1": LayerCase(lambda: nn.Conv2d(8, 8, 1, groups=8), (2, 8, 3, 3)),
+    "conv2d depthwise ×2": LayerCase(lambda: nn.Conv2d(8, 16, 3, padding=1, groups=8), (2, 8, 4, 5)),
+    "conv2d reflect": LayerCase(lambda: nn.Conv2d(8, 12, 3, padding=1, padding_mode="reflect"), (2, 8, 5, 6)),
+    "conv2d circular g2": LayerCase(
+        lambda: nn.Conv2d(8, 12, 3, padding=(1, 2), groups=2, padding_mode="circular"), (2, 8, 5, 6)
+    ),
+    "conv2d replicate same": LayerCase(
+        lambda: nn.Conv2d(8, 12, 3, padding="same", padding_mode="replicate"), (2, 8, 4, 5)
+    ),
+    "conv3d k(1,1,3)": LayerCase(lambda: nn.Conv3d(8, 12, (1, 1, 3), padding=(0, 0, 1)), (1, 8, 2, 3, 4)),
+    "conv3d k3 g2": LayerCase(lambda: nn.Conv3d(8, 12, 3, padding=1, groups=2), (1, 8, 3, 3, 4)),
+    "transposed1d": LayerCase(lambda: nn.ConvTranspose1d(8, 12, 4, stride=2, padding=1), (2, 8, 5)),
+    "transposed2d": LayerCase(
+        lambda: nn.ConvTranspose2d(8, 12, 3, stride=2, padding=1, output_padding=1), (1, 8, 4, 3)
+    ),
+    "transposed2d g2": LayerCase(lambda: nn.ConvTranspose2d(8, 12, (3, 2), stride=(1, 2), groups=2), (2, 8, 3, 4)),
+    "transposed3d d2": LayerCase(lambda: nn.ConvTranspose3d(8, 12, 2, dilation=2, bias=False), (1, 8, 2, 3, 2)),
+}
+
+
+@dataclass(frozen=True)
+class AdapterCase:
+    """A kind with its options."""
+
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+ADAPTERS: dict[str, AdapterCase] = {
+    "lora": AdapterCase("lora", {"rank": 3, "alpha": 1.5}),
+    "lora rslora": AdapterCase("lora", {"rank": 4, "alpha": 2, "rslora": True}),
+    "lora tucker": AdapterCase("locon", {"rank": 2, "tucker": True}),
+    "loha": AdapterCase("loha", {"rank": 2, "alpha": 1}),
+    "loha tucker": AdapterCase("loha", {"rank": 2, "tucker": True, "init": "peft"}),
+    "lokr": AdapterCase("lokr", {"factor": 4}),
+    "lokr rank": AdapterCase("lokr", {"rank": 1, "alpha": 0.5, "factor": (2, 4), "decompose_both": True}),
+    "lokr tucker": AdapterCase("lokr", {"rank": 1, "factor": 2, "tucker": True, "init": "peft"}),
+    "loldu": AdapterCase("loldu", {"rank": 4, "alpha": 2}),
+    "loldu rank 1": AdapterCase("loldu", {"rank": 1, "init": "lu", "train_scale": False}),
+    "dora": AdapterCase("dora", {"rank": 3, "alpha": 1.5}),
+    "dora in": AdapterCase("dora", {"rank": 3, "axis": "in"}),
+    "dora full norm": AdapterCase("dora", {"rank": 2, "detach_norm": False}),
+    "dora of loha": AdapterCase("loha", {"rank": 2, "decompose": True}),
+    "dora of lokr in": AdapterCase("lokr", {"rank": 1, "decompose": True, "axis": "in"}),
+    "dora of loldu": AdapterCase("dora", {"inner": "loldu", "rank": 1}),
+    "oft": AdapterCase("oft", {"block_size": 4}),
+    "oft in": AdapterCase("oft", {"block_size": 4, "side": "in"}),
+    "oft bounded": AdapterCase("oft", {"blocks": 2, "constraint": 0.01}),
+    "oft rescaled geodesic": AdapterCase("oft", {"block_size": 4, "rescale": True, "path": "geodesic"}),
+}
+
+
+def make(layer: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Module, Tensor]:
+    """The layer and an input, both drawn from the seed."""
+    case = LAYERS[layer]
+    torch.manual_seed(seed)
+    module = case.make().to(dtype)
+    return module, torch.randn(case.input, dtype=dtype)
+
+
+def train(model: nn.Module, seed: int = 1, size: float = 0.2, name: str | None = None) -> None:
+    """What training does, as far as the algebra is concerned: move every adapter parameter."""
+    import peftkit as pk
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in pk.adapter_parameters(model, name):
+            step = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_((size * step).to(parameter.dtype))
