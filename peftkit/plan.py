@@ -178,7 +178,7 @@ class _DryRun:
             try:
                 adapter = registry.build(rule.kind, geometry.shape, weight, self.dtype, **rule.options)
             except OptionError as error:
-                raise type(error)(f"{site.name}: {error}") from None
+                raise type(error)(f"{site.name or 'the model'}: {error}") from None
             except TypeError as error:
                 raise OptionError(f"{site.name}: {rule!r}: {error}") from error
             if site.read and adapter.input_dropout:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import peftkit as pk
-from peftkit.delta import Delta
+from peftkit.adapters import DoRA
+from peftkit.delta import Decomposed, Delta
 from peftkit.errors import OptionError, UnsupportedLayerError
 from peftkit.wrap import Adapted, adapter_at
 from tests.zoo import ADAPTERS, make, train
@@ -56,6 +57,19 @@ def close(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, *terms: Tensor) -
     assert error <= BOUND[dtype] * size + 1e-300, f"{what}: relative error {error / size:.2e} above {BOUND[dtype]:.0e}"
 
 
+def terms(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """What the output is a sum of: the base's, and for t·(W + V) − W also its two large parts."""
+    with pk.disabled(module):
+        parts = [module(x)]
+    for name in module.adapters:
+        delta, W = the_delta(module, name)
+        if isinstance(delta, Decomposed):
+            g = module.adaptation.slots[""].geometry
+            e, f = (v if delta.columns else v[:, None] for v in (delta.e, delta.f))
+            parts += [g.run(x, e * W), g.run(x, f * delta.V.dense())]
+    return [part.detach() for part in parts]
+
+
 def bits(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
 
@@ -85,24 +99,31 @@ def routes_agree(adapter: str, layer: str, dtype: torch.dtype = torch.float64) -
         with pk.disabled(module):
             base = module(x)
         y = module(x)
-        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+        if not results:  # an upstream gradient along what the adapter did: its sums over positions do not cancel
+            weights, parts = (y - base).detach(), terms(module, x)
         parameters = pk.adapter_parameters(module)
         gradients = torch.autograd.grad((y * weights).sum(), [x, *parameters])
         (through_base,) = torch.autograd.grad((base * weights).sum(), x)
+        own = module.adapters["default"]
+        held: list[Tensor] = []
+        if isinstance(own, DoRA) and not own.detach_norm:  # its gradient is a difference from the one with the norm held
+            own.detach_norm = True
+            held = list(torch.autograd.grad((module(x) * weights).sum(), parameters))
+            worst = the_delta(module)[0].f.abs().max()  # and t, which grows as W + V vanishes, multiplies it once more
+            held = [worst * gradient for gradient in held]
         results.append((y.detach(), *gradients))
     names = ["output", "x", *(n for n, p in module.named_parameters() if p.requires_grad)]
     for name, a, b in zip(names, *results, strict=True):
         # Of the parameters' gradients the largest counts: some are differences of near-equals
-        terms = {"output": [base], "x": [through_base]}.get(name, results[1][2:])
-        close(a, b, dtype, name, *terms)
+        summed = {"output": parts, "x": [through_base]}.get(name, [*results[1][2:], *held])
+        close(a, b, dtype, name, *summed)
 
 
 def forward_is_merged(adapter: str, layer: str, dtype: torch.dtype = torch.float64) -> None:
     """3. forward(λ) == merged(λ); at λ = 0 both are the base, bit for bit; on both routes."""
     for route in ("factored", "dense"):
         module, x = wrapped(adapter, layer, dtype, route=route)
-        with pk.disabled(module):
-            base = module(x)
+        parts = terms(module, x)
         weight = bits(module.weight)
         for strength in STRENGTHS:
             pk.set_strength(module, strength)
@@ -110,11 +131,11 @@ def forward_is_merged(adapter: str, layer: str, dtype: torch.dtype = torch.float
             pk.merge(module)
             merged = module(x)
             if strength == 0:
-                assert torch.equal(y, base), "forward(0) is not the base"
+                assert torch.equal(y, parts[0]), "forward(0) is not the base"
                 assert bits(module.weight) == weight, "merged(0) is not the base"
             else:
-                close(y, merged, dtype, f"{route} λ={strength}", base)
-                assert not torch.equal(merged, base), "the merge changed nothing"
+                close(y, merged, dtype, f"{route} λ={strength}", *parts)
+                assert not torch.equal(merged, parts[0]), "the merge changed nothing"
             pk.restore(module)
 
 
@@ -124,14 +145,13 @@ def restore_is_exact(adapter: str, layer: str, dtype: torch.dtype = torch.float3
     pk.wrap(module, "lora", rank=1, name="second")
     train(module, seed=5, name="second")
     weight, output = bits(module.weight), module(x)
-    with pk.disabled(module):
-        base = module(x)
+    parts = terms(module, x)
     subsets = (None, "default", "second", ["second", "default"])
     for cycle in range(cycles):
         pk.merge(module, subsets[cycle % 4], backup=("copy", "packed")[cycle % 2])
         assert bits(module.weight) != weight, "the merge changed nothing"
         if cycle < 4:
-            close(module(x), output, dtype, f"output with {subsets[cycle % 4]} merged", base)
+            close(module(x), output, dtype, f"output with {subsets[cycle % 4]} merged", *parts)
         pk.restore(module)
         assert bits(module.weight) == weight, f"cycle {cycle}: bits differ"
     assert torch.equal(module(x), output)

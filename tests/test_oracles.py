@@ -105,7 +105,8 @@ LORA = {"lora_dim": 4, "alpha": 3}
 LOHA = {"lora_dim": 3, "alpha": 2}
 LOKR = {"lora_dim": 2, "alpha": 3, "factor": 3}  # 24 = 3·8, 36 = 3·12: a low-rank second block
 BOTH = {"lora_dim": 2, "alpha": 3, "factor": -1, "decompose_both": True}  # 24 = 4·6, 36 = 6·6: two low-rank blocks
-FULL = {"lora_dim": 16, "alpha": 3, "factor": 3}  # a rank at which neither block is decomposed
+FULL = {"lora_dim": 6, "alpha": 3, "factor": 3}  # half of 12, the first rank that keeps the second block full
+EDGE = {**BOTH, "lora_dim": 3}  # half of 6, the first rank that keeps both blocks full
 TUCKER, BYPASS, DECOMPOSED = {"use_tucker": True}, {"bypass_mode": True}, {"weight_decompose": True}
 COLUMNS = {**DECOMPOSED, "wd_on_out": False}
 
@@ -113,7 +114,8 @@ OUR_LORA = {"rank": 4, "alpha": 3}
 OUR_LOHA = {"rank": 3, "alpha": 2}
 OUR_LOKR = {"rank": 2, "alpha": 3, "factor": 3}
 OUR_BOTH = {"rank": 2, "alpha": 3, "factor": -1, "decompose_both": True}
-OUR_FULL = {"rank": 16, "alpha": 3, "factor": 3}
+OUR_FULL = {"rank": 6, "alpha": 3, "factor": 3}
+OUR_EDGE = {**OUR_BOTH, "rank": 3}
 # LyCORIS differentiates the norm of DoRA, PEFT does not
 THROUGH_NORM = {"detach_norm": False}
 
@@ -121,7 +123,7 @@ LYCORIS_CASES = [
     *lycoris("lora", "locon", LORA, "lora", **OUR_LORA).on(*PLAIN, *SPECIAL),
     *lycoris("lora-rslora", "locon", {**LORA, "rs_lora": True}, "lora", **OUR_LORA, rslora=True).on("linear", "conv3"),
     *lycoris("lora-tucker", "locon", {**LORA, **TUCKER}, "lora", **OUR_LORA, tucker=True).on(*KERNELS, *SPECIAL),
-    *lycoris("lora-bypass", "locon", {**LORA, **BYPASS}, "lora", **OUR_LORA).on(*PLAIN),
+    *lycoris("lora-bypass", "locon", {**LORA, **BYPASS}, "lora", **OUR_LORA).on(*PLAIN, "grouped"),
     *lycoris("lora-tucker-bypass", "locon", {**LORA, **TUCKER, **BYPASS}, "lora", **OUR_LORA, tucker=True).on(*KERNELS),
     *lycoris("loha", "loha", LOHA, "loha", **OUR_LOHA).on(*PLAIN, *SPECIAL),
     *lycoris("loha-tucker", "loha", {**LOHA, **TUCKER}, "loha", **OUR_LOHA, tucker=True).on(*KERNELS, *SPECIAL),
@@ -129,10 +131,11 @@ LYCORIS_CASES = [
     *lycoris("lokr", "lokr", LOKR, "lokr", **OUR_LOKR).on(*PLAIN, *SPECIAL),
     *lycoris("lokr-both", "lokr", BOTH, "lokr", **OUR_BOTH).on(*PLAIN, *SPECIAL),
     *lycoris("lokr-full", "lokr", FULL, "lokr", **OUR_FULL, full_scale="one").on(*PLAIN, *SPECIAL),
+    *lycoris("lokr-edge", "lokr", EDGE, "lokr", **OUR_EDGE, full_scale="one").on("linear", "strided3"),
     *lycoris("lokr-full-matrix", "lokr", {**LOKR, "full_matrix": True}, "lokr", factor=3).on("linear", "strided3"),
     *lycoris("lokr-tucker", "lokr", {**LOKR, **TUCKER}, "lokr", **OUR_LOKR, tucker=True).on(*KERNELS, *SPECIAL),
     *lycoris("lokr-both-tucker", "lokr", {**BOTH, **TUCKER}, "lokr", **OUR_BOTH, tucker=True).on(*KERNELS, *SPECIAL),
-    *lycoris("lokr-bypass", "lokr", {**LOKR, **BYPASS}, "lokr", **OUR_LOKR).on(*PLAIN),
+    *lycoris("lokr-bypass", "lokr", {**LOKR, **BYPASS}, "lokr", **OUR_LOKR).on(*PLAIN, "dilated"),
     *lycoris("dora", "locon", {**LORA, **DECOMPOSED}, "dora", **OUR_LORA, **THROUGH_NORM).on(*PLAIN, *SPECIAL),
     *lycoris(
         "dora-rslora", "locon", {**LORA, **DECOMPOSED, "rs_lora": True}, "dora", **OUR_LORA, **THROUGH_NORM, rslora=True
@@ -165,7 +168,8 @@ P_LORA, P_DORA = {"r": 4, "lora_alpha": 3}, {"r": 4, "lora_alpha": 3, "use_dora"
 P_LOHA = {"r": 3, "alpha": 2}
 P_LOKR = {"r": 2, "alpha": 3, "decompose_factor": 3}
 P_BOTH = {"r": 2, "alpha": 3, "decompose_factor": -1, "decompose_both": True}
-P_FULL = {"r": 16, "alpha": 3, "decompose_factor": 3}
+P_FULL = {"r": 6, "alpha": 3, "decompose_factor": 3}
+P_EDGE = {**P_BOTH, "r": 3}
 P_TUCKER = {"use_effective_conv2d": True}
 P_OFT = {"r": 0, "oft_block_size": 8}
 
@@ -188,6 +192,7 @@ PEFT_CASES = [
     *of_peft("lokr-full", "lokr", P_FULL, "lokr", **OUR_FULL, full_scale="alpha/rank").on(
         *POINTWISE, "conv3", "strided3", "oblong", *SPECIAL
     ),
+    *of_peft("lokr-edge", "lokr", P_EDGE, "lokr", **OUR_EDGE, full_scale="alpha/rank").on("linear", "strided3"),
     *of_peft("lokr-tucker", "lokr", {**P_LOKR, **P_TUCKER}, "lokr", **OUR_LOKR, tucker=True).on(*KERNELS, *SPECIAL),
     *of_peft("lokr-both-tucker", "lokr", {**P_BOTH, **P_TUCKER}, "lokr", **OUR_BOTH, tucker=True).on(*KERNELS),
     *of_peft("oft-exact", "oft", {**P_OFT, "use_cayley_neumann": False}, "oft", block_size=8, side="in").on(*POINTWISE),

@@ -1,0 +1,45 @@
+# make demo   set up .venv and run the main job on real digits      make test       set up .venv, lint, types, tests
+# make demo-text   the same with a real language model              make test-full  the long sweeps too
+# make laws   print adapter × layer × law
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo demo-text test test-full laws readme format clean
+
+$(VENV)/ready-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	touch $@
+
+demo: $(VENV)/ready-demo
+	$(BIN)/python examples/digits/demo.py
+
+demo-text: $(VENV)/ready-text
+	$(BIN)/python scripts/fetch_assets.py
+	$(BIN)/python examples/text_minilm.py
+
+test: $(VENV)/ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/pytest -n 2 -m "not slow"
+
+test-full: $(VENV)/ready-dev
+	$(BIN)/pytest -n 2
+
+laws: $(VENV)/ready-dev
+	$(BIN)/python scripts/laws_table.py
+
+readme: $(VENV)/ready-dev
+	$(BIN)/python scripts/readme_tables.py
+
+format: $(VENV)/ready-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) out .assets
