@@ -2,7 +2,6 @@
 
 import random
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,9 @@ def _poisoned(original: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _seeded_and_poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _seeded_and_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
     monkeypatch.setattr(torch, "empty", _poisoned(_empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(_empty_like))
-    yield

@@ -106,7 +106,7 @@ def routes_agree(adapter: str, layer: str, dtype: torch.dtype = torch.float64) -
         (through_base,) = torch.autograd.grad((base * weights).sum(), x)
         own = module.adapters["default"]
         held: list[Tensor] = []
-        if isinstance(own, DoRA) and not own.detach_norm:  # its gradient is a difference from the one with the norm held
+        if isinstance(own, DoRA) and not own.detach_norm:  # its gradient is a difference from that at a held norm
             own.detach_norm = True
             held = list(torch.autograd.grad((module(x) * weights).sum(), parameters))
             worst = the_delta(module)[0].f.abs().max()  # and t, which grows as W + V vanishes, multiplies it once more

@@ -13,9 +13,9 @@ STEPS = 200  # T, the length of the noising process
 
 def digits() -> tuple[Tensor, np.ndarray]:
     """The 1797 images of scikit-learn's digits set: (1797, 1, 8, 8) in [-1, 1], and their labels."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-    return images, data.target
+    flat, labels = load_digits(return_X_y=True)
+    images = torch.tensor(flat, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    return images, np.asarray(labels)
 
 
 def _cosine_schedule() -> Tensor:

@@ -73,8 +73,8 @@ class UNet(nn.Module):
         self.grow = nn.Conv2d(2 * c, 2 * c, 3, padding=1)
         self.up1 = ResidualBlock(3 * c, c, e)
         self.norm_out, self.conv_out = nn.GroupNorm(8, c), nn.Conv2d(c, 1, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         time = F.silu(self.time_mlp(time_embedding(t, self.width)))

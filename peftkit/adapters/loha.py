@@ -59,12 +59,16 @@ class LoHa(Adapter):
             nn.init.normal_(self.down2)
             nn.init.zeros_(self.up2)
         else:
-            uniform_fan_in_(self.up1, rank)
+            # PEFT stores `up` transposed beside a Tucker core, so that its fan-in is the rows
+            for up in (self.up1, self.up2):
+                uniform_fan_in_(up, shape.rows if tucker else rank)
             uniform_fan_in_(self.down1, inputs)
-            uniform_fan_in_(self.up2, rank)
             nn.init.zeros_(self.down2)
         for core in cores:
-            nn.init.normal_(core, std=0.1)
+            if init == "lycoris":
+                nn.init.normal_(core, std=0.1)
+            else:
+                uniform_fan_in_(core, rank * shape.positions)
 
     def delta(self, weight: Tensor) -> Hadamard:
         del weight

@@ -89,14 +89,15 @@ class LoKr(Adapter):
             require(not tucker, "lokr", "tucker", tucker, f"a rank below {max(v_p, v_q) / 2:g} for this {shape} weight")
             self.block = nn.Parameter(uniform_fan_in_(torch.empty(v_p, columns, **new), columns))
         else:
-            self.left = nn.Parameter(uniform_fan_in_(torch.empty(v_p, rank, **new), rank))
+            # Both peers store `left` transposed beside a Tucker core, so that its fan-in is the rows of D
+            self.left = nn.Parameter(uniform_fan_in_(torch.empty(v_p, rank, **new), v_p if tucker else rank))
             if tucker:
                 require_kernel("lokr", shape)
                 core = torch.empty(rank, rank, shape.positions, **new)
                 self.core = nn.Parameter(uniform_fan_in_(core, rank * shape.positions))
                 columns = v_q
             self.right = nn.Parameter(uniform_fan_in_(torch.empty(rank, columns, **new), columns))
-        start = (self.block, self.right) if init == "lycoris" else (self.outer, self.outer_right)
+        start = (self.block, self.right) if init == "lycoris" else (self.outer, self.outer_left)
         for parameter in start:
             if parameter is not None:
                 nn.init.zeros_(parameter)

@@ -1,0 +1,94 @@
+"""What a user does with a file: load it in a new process, merge it, restore, and merge it into another base.
+
+    python examples/digits/reload.py FOLDER KIND…
+
+demo.py runs this after training. Every claim is checked; the first that does not hold stops it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo import DIGIT, SHOWN, base_model, new_digit
+from diffusion import digits, sample
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from sklearn.svm import SVC
+from torch import Tensor, nn
+
+import peftkit as pk
+
+
+class Judge:
+    """A classifier of real digits, fitted on 1400 of them."""
+
+    def __init__(self) -> None:
+        images, labels = digits()
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).numpy()
+        flat = images.flatten(1).numpy()
+        self.classifier = SVC(C=10).fit(flat[order[:1400]], labels[order[:1400]])
+        self.accuracy = float(self.classifier.score(flat[order[1400:]], labels[order[1400:]]))
+
+    def share(self, images: Tensor) -> float:
+        """Of images that it calls the new digit."""
+        return float((self.classifier.predict(images.flatten(1).numpy()) == DIGIT).mean())
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    return {key: tensor.numpy().tobytes() for key, tensor in model.state_dict().items()}
+
+
+def reload(kind: str, folder: Path, judge: Judge) -> tuple[dict[str, Any], Tensor]:
+    """Load, check and sample one file; what was measured, and samples of the merged model."""
+    held_out = new_digit()[1]
+    probe = held_out[:8], torch.arange(8) * 25
+    model = base_model()
+    before = bits(model)
+    pk.load(model, folder / f"{kind}.safetensors")
+    with torch.no_grad():
+        wrapped = model(*probe)
+        expected = load_file(folder / f"{kind}.expected")["output"]
+        assert torch.equal(wrapped, expected), f"{kind}: reloaded is not what was trained"
+        report = pk.merge(model, backup="packed")
+        merged = model(*probe)
+        images = sample(model, 100)
+    error = ((merged - wrapped).norm() / wrapped.norm()).item()
+    assert error < 1e-5, f"{kind}: merged differs from wrapped by {error:.1e}"
+    pk.restore(model)
+    pk.unwrap(model)
+    assert bits(model) == before, f"{kind}: restored is not the base"
+
+    other = base_model(folder / "other.safetensors")
+    pk.load(other, folder / f"{kind}.safetensors", other_base=True)
+    pk.merge(other)
+    pk.unwrap(other, keep_merged=True)
+    return {
+        "share": judge.share(images),
+        "share on the other base": judge.share(sample(other, 100)),
+        "merged against wrapped": error,
+        "‖ΔW‖": report.norm,
+    }, images
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, kinds = Path(sys.argv[1]), sys.argv[2:]
+    judge = Judge()
+    base = sample(base_model(), 100)
+    other = sample(base_model(folder / "other.safetensors"), 100)
+    shares = {"share": judge.share(base), "share on the other base": judge.share(other)}
+    results: dict[str, dict[str, Any]] = {"base": {**shares, "judge's accuracy": judge.accuracy}}
+    samples = {"base": base[:SHOWN]}
+    for kind in track(kinds, description="reload"):
+        results[kind], images = reload(kind, folder, judge)
+        samples[kind] = images[:SHOWN].contiguous()
+    (folder / "reload.json").write_text(json.dumps(results))
+    save_file(samples, folder / "samples.safetensors")
+
+
+if __name__ == "__main__":
+    main()
