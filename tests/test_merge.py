@@ -1,0 +1,250 @@
+"""Merging: guards, partial merges, reports, and everything that must not lose a bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import peftkit as pk
+from peftkit.errors import MergeError, MergeStateError, OptionError
+from peftkit.snapshot import Packed
+from tests.laws import bits
+from tests.zoo import train
+
+
+def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 6)).to(dtype)
+
+
+def trained(dtype: torch.dtype = torch.float32, size: float = 0.2) -> nn.Sequential:
+    net = model(dtype)
+    pk.wrap(net, "lora", name="a", rank=2)
+    pk.wrap(net, "dora", name="b", rank=2)
+    train(net, size=size)
+    return net
+
+
+X = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+def test_guards() -> None:
+    net = trained()
+    with pytest.raises(OptionError, match="'copy', 'packed'"):
+        pk.merge(net, backup="none")
+    pk.merge(net, "a")
+    for again in ("a", "b", None):
+        with pytest.raises(MergeStateError, match="merged into 0 already"):
+            pk.merge(net, again)
+    with pytest.raises(MergeStateError, match="restore before changing"):
+        pk.set_strength(net, 2.0)
+    with pytest.raises(MergeStateError, match="restore before disabling"), pk.disabled(net):
+        pass
+    with pytest.raises(MergeStateError, match="restore before adding"):
+        pk.wrap(net, "lora", name="c")
+    with pytest.raises(MergeStateError, match=r"restore\(model\) first"):
+        pk.unwrap(net)
+    pk.set_strength(net, 2.0, "b")
+    pk.restore(net)
+    with pytest.raises(MergeStateError, match="nothing is merged"):
+        pk.restore(net)
+    with pk.disabled(net), pytest.raises(MergeStateError, match="disabled"):
+        pk.merge(net)
+
+
+@pytest.mark.parametrize("backup", ["copy", "packed"])
+@pytest.mark.parametrize("subset", ["a", "b", ["b", "a"]], ids=str)
+def test_a_partial_merge_keeps_the_function_and_the_gradients_of_the_rest(subset: Any, backup: str) -> None:
+    net = trained(torch.float64)
+    x = X.double()
+    expected = net(x)
+    pk.merge(net, subset, backup=backup)
+    torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
+    rest = {"a", "b"} - set(subset)
+    if rest:
+        assert pk.check(net, x, name=rest.pop()).ok
+    pk.restore(net)
+    assert torch.equal(net(x), expected)
+
+
+def test_modules_merge_and_restore_in_any_order() -> None:
+    net = trained()
+    before, output = [bits(p) for p in net.parameters()], net(X)
+    pk.merge(net[0])
+    pk.merge(net[2])
+    pk.restore(net[0])
+    pk.merge(net[0], "b")
+    pk.restore(net)
+    assert [bits(p) for p in net.parameters()] == before
+    assert torch.equal(net(X), output)
+
+
+def test_report() -> None:
+    net = trained(torch.bfloat16)
+    report = pk.merge(net, ["a", "b"])
+    assert [w.site for w in report.weights] == ["0", "2"] == list(report.changed)
+    assert all(w.adapters == ("a", "b") for w in report.weights)
+    assert 0 < report.lost < 0.1
+    assert "2 weights, 2 changed" in str(report)
+    assert report.table().row_count == 2
+
+
+def test_a_merge_that_would_do_nothing_raises_and_undoes_itself() -> None:
+    net = trained(torch.bfloat16)
+    before = [bits(p) for p in net.parameters()]
+    pk.set_strength(net, 1e-9)
+    with pytest.raises(MergeError, match="too small for its weight's dtype"):
+        pk.merge(net)
+    assert [bits(p) for p in net.parameters()] == before
+    pk.set_strength(net, 1.0)
+    pk.merge(net)
+    pk.restore(net)
+    assert [bits(p) for p in net.parameters()] == before
+
+
+def test_a_delta_that_is_not_finite_raises_and_undoes_itself() -> None:
+    net = trained()
+    with torch.no_grad():
+        net[2].adapters["a"].up[0, 0] = float("inf")
+    before = [bits(p) for p in net.parameters()]
+    with pytest.raises(MergeError, match="2: the ΔW of a, b is not finite"):
+        pk.merge(net)
+    assert [bits(p) for p in net.parameters()] == before
+    net.eval()
+    pk.merge(net[0])
+
+
+@pytest.mark.parametrize("backup", ["copy", "packed"])
+@pytest.mark.parametrize("change", ["train", "cast"])
+def test_restore_notices_that_the_weight_changed(backup: str, change: str) -> None:
+    net = trained()
+    pk.merge(net, backup=backup)
+    if change == "cast":
+        net.to(torch.bfloat16)
+    else:
+        with torch.no_grad():
+            net[2].weight[0, 0] += 1
+    with pytest.raises(MergeStateError, match="2 has changed|0 has changed"):
+        pk.restore(net)
+    pk.unwrap(net, keep_merged=True)
+    assert type(net[2]) is nn.Linear
+
+
+def test_keep_merged_bakes_the_adapters_in() -> None:
+    net = trained()
+    expected = net(X)
+    pk.merge(net, "a")
+    with pytest.raises(MergeStateError):
+        pk.unwrap(net, "a")
+    pk.unwrap(net, "a", keep_merged=True)
+    with pk.disabled(net):
+        baked = net(X)
+    pk.unwrap(net)
+    assert torch.equal(net(X), baked)
+    assert not torch.equal(baked, expected)
+
+
+def test_a_merged_model_serves_with_no_grad_and_under_inference_mode() -> None:
+    net = trained().eval()
+    with torch.inference_mode():
+        pk.merge(net)
+        merged = net(X)
+        pk.restore(net)
+    torch.testing.assert_close(merged, net(X))
+
+
+FLOATS = {
+    torch.float16: st.integers(-(2**15), 2**15 - 1),
+    torch.bfloat16: st.integers(-(2**15), 2**15 - 1),
+    torch.float32: st.integers(-(2**31), 2**31 - 1),
+    torch.float64: st.integers(-(2**63), 2**63 - 1),
+}
+INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_packed_returns_any_bit_pattern(data: st.DataObject) -> None:
+    """NaN payloads, infinities, denormals, both zeros: whatever the two weights are."""
+    dtype = data.draw(st.sampled_from(list(FLOATS)))
+    size = data.draw(st.integers(1, 12))
+    pair = [
+        torch.tensor(data.draw(st.lists(FLOATS[dtype], min_size=size, max_size=size)))
+        .to(INTEGERS.get(dtype, torch.int64))
+        .view(dtype)
+        .reshape(1, size)
+        for _ in range(2)
+    ]
+    before, after = pair
+    assert bits(Packed.of(before, after).original(after)) == bits(before)
+
+
+def test_packed_is_smaller_than_a_copy() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 512).to(torch.bfloat16)
+    pk.wrap(layer, "lora", rank=8)
+    train(layer, size=0.01)
+    pk.merge(layer, backup="packed")
+    snapshot = layer.adaptation.merged.snapshots[""]
+    assert sum(len(plane) for plane in snapshot.planes) < 0.5 * layer.weight.nbytes
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "loldu", "dora", "oft"])
+def test_in_place_and_in_any_memory_format(kind: str) -> None:
+    """Row blocks of several sizes, channels_last and strided weights: written where they are."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 96, 3).to(memory_format=torch.channels_last)
+    strided = nn.Linear(1536, 1024)
+    strided.weight = nn.Parameter(torch.randn(1536, 1024).mT)
+    for layer in (conv, strided):
+        pointer, stride = layer.weight.data_ptr(), layer.weight.stride()
+        options: dict[str, Any] = (
+            {"block_size": 32} if kind == "oft" else {"factor": 8} if kind == "lokr" else {"rank": 4}
+        )
+        pk.wrap(layer, kind, **options)
+        train(layer, size=0.02)
+        slot = layer.adaptation.slots[""]
+        W = slot.geometry.matrix(layer.weight.detach()).clone()
+        expected = layer.adapters["default"](W, 1.0).added_to(W)
+        before = bits(layer.weight)
+        pk.merge(layer)
+        # blocks of rows may sum a product in another order than the whole: one unit in the last place
+        torch.testing.assert_close(slot.geometry.matrix(layer.weight), expected.detach(), rtol=3e-6, atol=1e-6)
+        assert (layer.weight.data_ptr(), layer.weight.stride()) == (pointer, stride)
+        pk.restore(layer)
+        assert bits(layer.weight) == before
+
+
+class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+    """The largest tensor any operation made, in elements."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not any(out.data_ptr() == a.data_ptr() for a in args if isinstance(a, Tensor)):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "loldu", "dora", "oft"])
+def test_no_dense_temporary_beside_the_backup(kind: str) -> None:
+    layer = nn.Linear(2048, 2048).to(torch.bfloat16)
+    options: dict[str, Any] = {"block_size": 32} if kind == "oft" else {"factor": 8} if kind == "lokr" else {"rank": 4}
+    pk.wrap(layer, kind, **options)
+    train(layer, size=0.02)
+    snapshot = layer.weight.detach().clone()
+    with Counting() as counting:
+        from peftkit.merge import _add
+
+        slot = layer.adaptation.slots[""]
+        with torch.no_grad():
+            delta = layer.adapters["default"](slot.geometry.matrix(layer.weight), 1.0)
+            _add([delta], layer.weight.detach(), slot)
+    assert not torch.equal(layer.weight, snapshot)
+    assert counting.largest <= layer.weight.numel() // 4
