@@ -63,7 +63,9 @@ def option_names(cls: type[Adapter]) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
 
 
-def build(kind: str, shape: Shape, weight: Tensor, dtype: torch.dtype | None = None, **options: Any) -> Adapter:
+def build(
+    kind: str, shape: Shape, weight: Tensor, dtype: torch.dtype | None = None, /, **options: Any
+) -> Adapter:
     """An adapter for one weight matrix.
 
     weight: (m, n), read for its device, its dtype and, by algorithms that start from it, its values.

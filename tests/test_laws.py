@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 import peftkit as pk
+from peftkit.adapters.loldu import INITS
 from tests import laws
-from tests.zoo import ADAPTERS, LAYERS
+from tests.zoo import ADAPTERS, LAYERS, train
 
 CELLS = [(adapter, layer) for adapter in ADAPTERS for layer in LAYERS]
 REFUSED = {cell: reason for cell in CELLS if (reason := laws.refusal(*cell)) is not None}
@@ -51,3 +57,77 @@ def test_a_refusal_says_what_to_do(cell: tuple[str, str]) -> None:
     reason = REFUSED[cell]
     assert pk.registry.get(kind).kind in reason
     assert "expected" in reason or "use" in reason
+
+
+@st.composite
+def cells(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...], str, dict[str, Any]]:
+    """A layer of any size, stride, dilation, grouping and padding, its input's shape, and an adapter with options."""
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    channels, rows = groups * draw(st.integers(1, 5)), groups * draw(st.integers(1, 6))
+    bias = draw(st.booleans())
+    spatial = draw(st.integers(0, 3))
+    if spatial == 0:
+        layer: nn.Module = nn.Linear(channels, rows, bias)
+        size: tuple[int, ...] = (draw(st.integers(1, 3)), channels)
+    else:
+        kernel = tuple(draw(st.integers(1, 3)) for _ in range(spatial))
+        options: dict[str, Any] = {
+            "stride": draw(st.integers(1, 2)),
+            "dilation": draw(st.integers(1, 2)),
+            "groups": groups,
+            "bias": bias,
+        }
+        if draw(st.booleans()):
+            layer = getattr(nn, f"ConvTranspose{spatial}d")(channels, rows, kernel, **options)
+        else:
+            mode = draw(st.sampled_from(["zeros", "reflect", "circular", "replicate"]))
+            padding = tuple(draw(st.integers(0, 1)) for _ in range(spatial))
+            layer = getattr(nn, f"Conv{spatial}d")(channels, rows, kernel, padding=padding, padding_mode=mode, **options)
+        size = (draw(st.integers(1, 2)), channels, *(draw(st.integers(5, 6)) for _ in range(spatial)))
+    kind = draw(st.sampled_from(pk.kinds()))
+    rank = draw(st.integers(1, 3))
+    alpha = draw(st.sampled_from([None, 0.5, 7.0]))
+    drawn: dict[str, dict[str, Any]] = {
+        "lora": {"rank": rank, "alpha": alpha, "rslora": bias, "tucker": draw(st.booleans())},
+        "loha": {"rank": rank, "alpha": alpha, "tucker": draw(st.booleans())},
+        "lokr": {"rank": draw(st.sampled_from([None, 1])), "factor": draw(st.sampled_from([-1, 2, (2, 3)]))},
+        "loldu": {"rank": rank, "alpha": alpha, "init": draw(st.sampled_from(INITS))},
+        "dora": {"inner": draw(st.sampled_from(["lora", "loha"])), "rank": rank, "axis": draw(st.sampled_from(["out", "in"]))},
+        "oft": {"block_size": draw(st.integers(2, 5)), "side": draw(st.sampled_from(["out", "in"])), "rescale": bias},
+    }
+    return layer.double(), size, kind, drawn[kind]
+
+
+@given(cells(), st.integers(0, 2**16))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_laws_of_drawn_cells(cell: tuple[nn.Module, tuple[int, ...], str, dict[str, Any]], seed: int) -> None:
+    """Identity, routes with gradients, forward = merged, restore, and the algebra, or a typed refusal."""
+    layer, size, kind, options = cell
+    torch.manual_seed(seed)
+    x = torch.randn(size, dtype=torch.float64, requires_grad=True)
+    before, weight = layer(x), laws.bits(layer.weight)
+    try:
+        pk.wrap(layer, kind, **options)
+    except laws.REFUSALS as error:
+        assert kind in str(error)
+        return
+    assert torch.equal(layer(x), before)
+    train(layer, seed, size=0.1)
+    results = []
+    for route in ("factored", "dense"):
+        layer.adaptation.route = route
+        y = layer(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *pk.adapter_parameters(layer)])])
+    parts = laws.terms(layer, x)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * max(1.0, *(float(p.norm()) for p in parts)))
+    pk.set_strength(layer, -0.7)
+    y = layer(x)
+    pk.merge(layer)
+    laws.close(layer(x), y, torch.float64, "merged", *parts)
+    pk.restore(layer)
+    assert laws.bits(layer.weight) == weight
+    delta, W = laws.the_delta(layer)
+    dense = delta.dense()
+    laws.close(delta.inner(W), (dense * W).sum(), torch.float64, "inner", dense.norm() * W.norm())
+    laws.close(delta.sqnorm(), dense.square().sum(), torch.float64, "sqnorm", W.norm().square())

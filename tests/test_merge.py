@@ -129,7 +129,7 @@ def test_restore_notices_that_the_weight_changed(backup: str, change: str) -> No
     else:
         with torch.no_grad():
             net[2].weight[0, 0] += 1
-    with pytest.raises(MergeStateError, match="2 has changed|0 has changed"):
+    with pytest.raises(MergeStateError, match="has changed since the merge"):
         pk.restore(net)
     pk.unwrap(net, keep_merged=True)
     assert type(net[2]) is nn.Linear

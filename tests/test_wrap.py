@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import weakref
 from typing import Any
 
@@ -123,9 +124,8 @@ def test_exclude(net: Net) -> None:
     ],
 )
 def test_a_pattern_that_selects_nothing_raises(net: Net, targets: Any, exclude: Any, said: str) -> None:
-    with pytest.raises(TargetError, match=".*") as caught:
+    with pytest.raises(TargetError, match=re.escape(said)):
         pk.wrap(net, "lora", targets=targets, exclude=exclude)
-    assert said in str(caught.value)
     assert not hosts(net)
     assert all(p.requires_grad for p in net.parameters())
 
@@ -287,11 +287,10 @@ def test_disabled_and_enabled_nest_and_survive_exceptions(net: Net) -> None:
             assert torch.equal(net(TOKENS), base)
         assert torch.equal(net(TOKENS), base)
     assert torch.equal(net(TOKENS), both)
-    with pytest.raises(ZeroDivisionError), pk.disabled(net, "a"):
-        with pk.disabled(net, "b"):
-            assert torch.equal(net(TOKENS), base)
+    with pk.disabled(net, "a"):
         only_b = net(TOKENS)
-        _ = 1 / 0
+    with pytest.raises(IndexError), pk.disabled(net, "a"), pk.disabled(net, "b"):
+        net(torch.tensor([[99]]))
     assert torch.equal(net(TOKENS), both)
     with pk.enabled(net, "b"):
         assert torch.equal(net(TOKENS), only_b)
