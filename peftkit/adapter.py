@@ -53,9 +53,8 @@ class Adapter(nn.Module, ABC):
                 return self.at(weight, strength)
         return self.at(weight, strength)
 
-    def project_(self, weight: Tensor) -> None:
+    def project_(self) -> None:
         """Move the parameters, in place, into the set the algorithm allows. Most algorithms allow everything."""
-        del weight
 
     def rebase_(self, weight: Tensor) -> None:
         """Recompute what is derived from W, after parameters and buffers came from a file."""
@@ -90,6 +89,13 @@ def require(condition: bool, kind: str, option: str, value: object, expected: st
     """Raise an OptionError that names the adapter, the option, what came and what was expected."""
     if not condition:
         raise OptionError(f"{kind}: {option}={value!r} was given, {expected} was expected")
+
+
+def require_dtype(dtype: torch.dtype | None) -> None:
+    """Raise OptionError unless adapters and their files can be kept in it; None means a default."""
+    known = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if dtype not in known:
+        raise OptionError(f"dtype={dtype!r} was given, one of {', '.join(str(d) for d in known)} was expected")
 
 
 def require_rank(kind: str, rank: object) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkit.adapted import names_of, placed
 from peftkit.errors import PeftkitError
-from peftkit.wrap import adapters, names_of
 
 
 class CheckError(PeftkitError, RuntimeError):
@@ -46,11 +46,16 @@ def check(
     default the sum of squares of all its floating point tensors. Gradients, buffers and random state are put back.
     """
     names = names_of(model, name)
-    watched = [(f"{site}[{own}]", a) for site, own, a, _, _ in adapters(model) if own in names]
+    watched = [(f"{at.site}[{at.name}]", at.adapter) for at in placed(model, names)]
     ran: set[int] = set()
     hooks = [a.register_forward_hook(lambda module, *_: ran.add(id(module))) for _, a in watched]
     gradients = {p: p.grad for p in model.parameters()}
-    buffers = {b: b.detach().clone() for b in model.buffers()}
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     for parameter in gradients:
         parameter.grad = None
     try:
@@ -73,8 +78,8 @@ def check(
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         with torch.no_grad():
-            for buffer, value_before in buffers.items():
-                buffer.copy_(value_before)
+            for module, buffer_name, buffer, before in buffers:
+                module._buffers[buffer_name] = buffer.copy_(before)
     return CheckReport(
         tuple(label for label, a in watched if id(a) in ran),
         tuple(label for label, a in watched if id(a) not in ran),

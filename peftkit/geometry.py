@@ -15,13 +15,13 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftkit.errors import UnsupportedLayerError
 
 _CONV: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (*_CONV, *_TRANSPOSED)
-_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
+_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *_CONV, *_TRANSPOSED)
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONVOLVE_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
     1: F.conv_transpose1d,
@@ -141,9 +141,11 @@ class Geometry:
             return F.linear(x, A) if runs == 1 else F.linear(x.unflatten(-1, (runs, -1)), A).flatten(-2)
         lead, size = x.shape[: -self.spatial - 1], x.shape[-self.spatial :]
         # Every run becomes an item of the batch: one small convolution serves all of them.
-        folded = x.reshape(-1, A.shape[1] // self.shape.positions, *size)
+        channels = A.shape[1] // self.shape.positions
+        folded = x.reshape(x.numel() // (channels * size.numel() or 1), channels, *size)
         h = self._convolve(folded, self._kernel(A, 1), None, 1)
-        return h.reshape(*lead, -1, *h.shape[2:])
+        runs = x.shape[-self.spatial - 1] // folded.shape[1]
+        return h.reshape(*lead, runs * h.shape[1], *h.shape[2:])
 
     def expand(self, h: Tensor, B: Tensor) -> Tensor:
         """B (m, r), pointwise, on h (…, groups·r, *s') -> (…, m, *s')."""
@@ -160,8 +162,12 @@ class Geometry:
         if not self.spatial:
             return F.linear(h.unflatten(-1, (-1, B.shape[1])), B).flatten(-2)
         size = h.shape[-self.spatial :]
-        mixed = _CONVOLVE[self.spatial](h.reshape(-1, B.shape[1], *size), B[(...,) + (None,) * self.spatial])
-        return mixed.reshape(*h.shape[: -self.spatial - 1], -1, *size)
+        mixed = _CONVOLVE[self.spatial](
+            h.reshape(h.numel() // (B.shape[1] * size.numel() or 1), B.shape[1], *size),
+            B[(...,) + (None,) * self.spatial],
+        )
+        runs = h.shape[-self.spatial - 1] // B.shape[1]
+        return mixed.reshape(*h.shape[: -self.spatial - 1], runs * B.shape[0], *size)
 
     def mix(self, y: Tensor, K: Tensor, width: int = 1) -> Tensor:
         """Block-diagonal mixing of channels, each block K_k ⊗ I_width.
@@ -170,7 +176,8 @@ class Geometry:
         """
         lead, size = y.shape[: y.dim() - self.spatial - 1], y.shape[y.dim() - self.spatial :]
         blocks = y.reshape(*lead, K.shape[0], K.shape[2], width * size.numel())
-        return torch.einsum("kij,...kjz->...kiz", K.to(y.dtype), blocks).reshape(*lead, -1, *size)
+        mixed = torch.einsum("kij,...kjz->...kiz", K.to(y.dtype), blocks)
+        return mixed.reshape(*lead, K.shape[0] * K.shape[1] * width, *size)
 
     def sized_for(self, layer: nn.Module, x: Tensor, output_size: list[int] | None = None) -> Geometry:
         """The geometry of one call of a transposed convolution that names the size of its output."""
@@ -205,6 +212,11 @@ class Geometry:
         return batch * math.prod(-(-n // s) for n, s in zip(size, self.stride, strict=True))
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether the module is a Linear or a convolution of any sort."""
+    return isinstance(module, _LAYERS)
+
+
 def supported(module: nn.Module) -> bool:
     """Whether the module is a Linear or a convolution whose weight is an ordinary matrix of numbers."""
     return isinstance(module, _LAYERS) and refusal(module) is None
@@ -223,6 +235,8 @@ def refusal(module: nn.Module) -> str | None:
         return f"its weight is {weight.dtype}: a quantised or complex base has no ΔW to add to"
     if weight.numel() == 0:
         return "its weight is empty"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance (by an offloading hook or a patch), which would bypass ΔW"
     return None
 
 
@@ -231,6 +245,8 @@ def calls_its_weight(module: nn.Module) -> bool:
 
     A subclass that overrides `forward` (weight standardisation, own padding, …) may do anything with its weight.
     """
+    if isinstance(module, NonDynamicallyQuantizableLinear):  # the out_proj of an nn.MultiheadAttention, never called
+        return False
     own = next(c for c in _LAYERS if isinstance(module, c))
     plain = type(module).forward is own.forward
     if isinstance(module, _CONV):

@@ -8,18 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from peftkit.adapted import Adapted, hosts, names_of
 from peftkit.delta import Delta
 from peftkit.delta.base import accumulation_dtype, row_blocks
 from peftkit.errors import MergeError, MergeStateError, OptionError
-from peftkit.sites import Slot
+from peftkit.sites import Slot, site_name
 from peftkit.snapshot import BACKUPS, Copy, Merged, Snapshot, checksum
-from peftkit.wrap import Adapted, adapter_at, hosts, names_of
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,8 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup:
     if backup not in BACKUPS:
         raise OptionError(f"backup={backup!r} was given, one of {', '.join(map(repr, BACKUPS))} was expected")
     wanted = [names] if isinstance(names, str) else list(names_of(model) if names is None else names)
+    if not wanted:
+        raise OptionError("names is empty: name an adapter, or leave it out to merge them all")
     for name in wanted:
         names_of(model, name)
     affected = {
@@ -110,7 +111,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
         state = host.adaptation
         assert state.merged is not None
         for slot_name, was in state.merged.checksums.items():
-            if checksum(_weight(host, state.slots[slot_name])) != was:
+            if checksum(host.weight_of(state.slots[slot_name])) != was:
                 raise MergeStateError(
                     f"the weight of {name or 'the model'} has changed since the merge (trained, cast or overwritten): "
                     "restoring would not give the base back. unwrap(model, keep_merged=True) keeps it as it is"
@@ -125,9 +126,15 @@ def _check_state(host_name: str, host: Adapted, own: tuple[str, ...]) -> None:
     where = host_name or "the model"
     if state.merged is not None:
         raise MergeStateError(f"{', '.join(state.merged.names)} is merged into {where} already: restore(model) first")
-    hidden = [name for name in own if state.hidden[name]]
+    hidden = [name for name in own if state.hidden.get(name)]
     if hidden:
         raise MergeStateError(f"{hidden[0]} is disabled on {where}: merge outside the `disabled` or `enabled` block")
+    for slot in state.slots.values():
+        weight = host.weight_of(slot)
+        if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
+            raise MergeError(
+                f"{where}: several elements of its weight share memory (it was expanded), so none can change"
+            )
 
 
 @torch.no_grad()
@@ -135,36 +142,43 @@ def _merge_host(
     host_name: str, host: Adapted, own: tuple[str, ...], mode: str, done: list[Adapted]
 ) -> Iterator[MergedWeight]:
     state = host.adaptation
-    jobs = []
-    for slot_name, slot in state.slots.items():
-        present = [(name, a) for name in own if (a := adapter_at(host, name, slot_name)) is not None]
-        W = slot.geometry.matrix(_weight(host, slot))
-        training = [a.training for _, a in present]
-        for _, a in present:
-            a.eval()
-        deltas = [a(W, state.strengths[name]) for name, a in present if state.strengths[name].item() != 0]
-        for (_, a), was in zip(present, training, strict=True):
-            a.train(was)
-        jobs.append((slot_name, slot, tuple(name for name, _ in present), deltas))
+    jobs = {slot_name: _deltas(host, slot_name, own) for slot_name in state.slots}
     snapshots: dict[str, Snapshot] = {}
-    state.merged = Merged(own, snapshots, {})
+    merged = state.merged = Merged(own, snapshots, {})
     done.append(host)
     results = []
-    for slot_name, slot, names, deltas in jobs:
+    for slot_name, (names, deltas) in jobs.items():
         if not names:
             continue
-        site = ".".join(part for part in (host_name, slot_name) if part)
-        weight = _weight(host, slot)
-        before = weight.detach().clone()
+        slot = state.slots[slot_name]
+        site = site_name(host_name, slot_name) or "the model"
+        weight = host.weight_of(slot).detach()
+        before = weight.clone()
         snapshots[slot_name] = Copy(before)  # until the merge of this weight is complete
         norm, change, lost = _add(deltas, weight, slot)
         if not math.isfinite(norm):
             raise MergeError(f"{site}: the ΔW of {', '.join(names)} is not finite; nothing was merged")
+        if not math.isfinite(change):
+            raise MergeError(f"{site}: W + ΔW overflows {weight.dtype}, or was not finite before; nothing was merged")
         snapshots[slot_name] = BACKUPS[mode].of(before, weight)
-        state.merged.checksums[slot_name] = checksum(weight)
+        merged.checksums[slot_name] = checksum(weight)
         results.append(MergedWeight(site, names, norm, change, lost))
     state.refresh()
     return iter(results)
+
+
+def _deltas(host: Adapted, slot_name: str, own: Sequence[str]) -> tuple[tuple[str, ...], list[Delta]]:
+    """The adapters among `own` on one weight, and λ·ΔW of those with a strength, as in eval mode."""
+    present = {name: a for name in own if (a := host.adapter(name, slot_name)) is not None}
+    W, strengths = host.base_of(slot_name).detach(), host.adaptation.strengths
+    training = [a for a in present.values() if a.training]
+    try:
+        for adapter in training:
+            adapter.eval()
+        return tuple(present), [a(W, strengths[name]) for name, a in present.items() if strengths[name].item() != 0]
+    finally:
+        for adapter in training:
+            adapter.train()
 
 
 def _add(deltas: Sequence[Delta], weight: Tensor, slot: Slot) -> tuple[float, float, float]:
@@ -216,15 +230,10 @@ def _restore_host(host: Adapted) -> None:
     state = host.adaptation
     assert state.merged is not None
     for slot_name, snapshot in state.merged.snapshots.items():
-        weight = _weight(host, state.slots[slot_name])
+        weight = host.weight_of(state.slots[slot_name])
         weight.copy_(snapshot.original(weight))
     state.merged = None
     state.refresh()
-
-
-def _weight(host: Adapted, slot: Slot) -> Tensor:
-    """The slot's own part of its parameter, a view that writes through."""
-    return slot.of(cast(Tensor, host._parameters[slot.parameter])).detach()
 
 
 def _refuse_inert(weights: Sequence[MergedWeight]) -> None:

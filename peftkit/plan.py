@@ -11,17 +11,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
 from peftkit import registry
+from peftkit.adapter import require_dtype
 from peftkit.delta.base import accumulation_dtype
 from peftkit.errors import DuplicateNameError, OptionError, TargetError, TiedWeightsError, UnsupportedLayerError, near
 from peftkit.routes import choose
 from peftkit.sites import Site, sites, why_not
 
 _ATTENTION = r".*(Attention|Attn)\d*"
-_MLP = r".*(MLP|Mlp|FeedForward|FFN|Intermediate|Output)|.*Transformer(2DModel|Block|EncoderLayer|DecoderLayer)"
+_MLP = r".*(MLP|Mlp|FeedForward|FFN|LayerFF|Intermediate|Output)|.*Transformer(2DModel|Block)|.*(Encoder|Decoder)Layer"
 
 #: preset -> classes inside which every layer is adapted, after the three presets of the LyCORIS paper, section 5
 PRESETS: Mapping[str, str] = {
@@ -41,6 +43,8 @@ class Rule:
         self, targets: str | Sequence[str], kind: str, *, exclude: str | Sequence[str] = (), **options: Any
     ) -> None:
         self.targets = _patterns(targets)
+        if not self.targets:
+            raise TargetError("targets is empty: name at least one layer, class or preset")
         self.exclude = _patterns(exclude)
         self.kind = registry.get(kind).kind
         self.options = options
@@ -89,7 +93,7 @@ class Plan:
             groups.setdefault((entry.pattern, entry.kind, entry.route), []).append(entry)
         for (pattern, kind, route), entries in groups.items():
             parameters, size = sum(e.parameters for e in entries), sum(e.bytes for e in entries)
-            table.add_row(pattern, kind, f"{len(entries)}", route, f"{parameters:,}", f"{size / 1e6:.2f}")
+            table.add_row(escape(pattern), kind, f"{len(entries)}", route, f"{parameters:,}", f"{size / 1e6:.2f}")
         out = io.StringIO()
         console = Console(file=out, width=110)
         console.print(table)
@@ -111,7 +115,6 @@ def plan(
     name: str = "default",
     tied: str | None = None,
     dtype: torch.dtype | None = None,
-    outputs: int = 4096,
     **options: Any,
 ) -> Plan:
     """Resolve targets to layers and check every adapter against its layer, without touching the model.
@@ -120,7 +123,7 @@ def plan(
     ("Linear", "BasicTransformerBlock"), or a preset ("full", "attn-mlp", "attn-only"). A name or class of a module
     with layers inside selects them all. Every pattern, of exclude too, must select something.
     tied: what to do with a targeted weight another module shares: "skip" or "untie"; without it, raises.
-    outputs: how many output positions (tokens, pixels) the predicted route is for.
+    The table's route is that of a training step on 4096 tokens or pixels.
 
     Raises TargetError, OptionError, UnsupportedLayerError, TiedWeightsError, DuplicateNameError.
     """
@@ -132,6 +135,7 @@ def plan(
         raise OptionError("give either a kind with targets and options, or rules, which carry their own")
     if not rules:
         raise OptionError("rules is empty")
+    require_dtype(dtype)
     if tied not in (None, "skip", "untie"):
         raise OptionError(f"tied={tied!r} was given, 'skip', 'untie' or None was expected")
     finder = _Finder(model)
@@ -157,7 +161,7 @@ def plan(
         chosen = {site: choice for site, choice in chosen.items() if site not in shared}
         if not chosen:
             raise TargetError("every targeted layer shares its weight with another and tied='skip' leaves none")
-    dry = _DryRun(dtype, outputs)
+    dry = _DryRun(dtype)
     entries = tuple(dry.entry(finder.sites[site], rule, pattern) for site, (rule, pattern) in chosen.items())
     refuse_taken([entry.site for entry in entries], name)
     return Plan(entries, tuple(skipped), frozenset(shared) if tied == "untie" else frozenset())
@@ -166,8 +170,10 @@ def plan(
 class _DryRun:
     """Builds adapters on the meta device, once per distinct shape: counts without memory, and every refusal."""
 
-    def __init__(self, dtype: torch.dtype | None, outputs: int) -> None:
-        self.dtype, self.outputs = dtype, outputs
+    OUTPUTS = 4096
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
         self.seen: dict[Any, tuple[int, int, str]] = {}
 
     def entry(self, site: Site, rule: Rule, pattern: str) -> Entry:
@@ -178,7 +184,7 @@ class _DryRun:
             try:
                 adapter = registry.build(rule.kind, geometry.shape, weight, self.dtype, **rule.options)
             except OptionError as error:
-                raise type(error)(f"{site.name or 'the model'}: {error}") from None
+                raise type(error)(f"{site.label}: {error}") from None
             except TypeError as error:
                 raise OptionError(f"{site.name}: {rule!r}: {error}") from error
             if site.read and adapter.input_dropout:
@@ -193,7 +199,7 @@ class _DryRun:
             else:
                 compute = accumulation_dtype(weight.dtype)
                 delta = adapter.delta(weight)
-                route = choose([delta], geometry.shape, self.outputs, training=True, narrow=compute != weight.dtype)
+                route = choose([delta], geometry.shape, self.OUTPUTS, training=True, narrow=compute != weight.dtype)
             self.seen[key] = count, size, route
         return Entry(site, rule.kind, dict(rule.options), pattern, *self.seen[key])
 
@@ -209,7 +215,9 @@ class _Finder:
         #: every name of a module -> the one its sites go by
         self.canonical = {name: first[id(module)] for name, module in self.modules.items()}
         self.within: dict[str, list[str]] = {}
+        self.of_module: dict[str, list[str]] = {}
         for site in self.sites.values():
+            self.of_module.setdefault(site.module_name, []).append(site.name)
             parts = site.name.split(".")
             for end in range(len(parts) + 1):
                 self.within.setdefault(".".join(parts[:end]), []).append(site.name)
@@ -217,7 +225,7 @@ class _Finder:
     def find(self, pattern: str) -> list[str]:
         """The sites a pattern selects, in model order; raises if there are none."""
         if pattern in PRESETS and pattern not in self.modules:
-            found, refused = self._inside_classes(re.compile(PRESETS[pattern])), {}
+            found, refused = self._inside_classes(re.compile(PRESETS[pattern]))
         elif pattern.startswith("re:"):
             found, refused = self._by_name(_regex(pattern[3:]))
         elif any(c in pattern for c in "*?["):
@@ -241,7 +249,7 @@ class _Finder:
         for name, module in self.modules.items():
             if not regex.fullmatch(name):
                 continue
-            inside = [s.name for s in self.sites.values() if s.module_name == self.canonical[name]]
+            inside = self.of_module.get(self.canonical[name], [])
             found.update(inside)
             reason = why_not(module)
             if not inside and reason is not None:
@@ -263,9 +271,17 @@ class _Finder:
                 refused[name] = why_not(self.modules[name]) or "there is no Linear or convolution inside it"
         return found, refused
 
-    def _inside_classes(self, classes: re.Pattern[str]) -> set[str]:
+    def _inside_classes(self, classes: re.Pattern[str]) -> tuple[set[str], dict[str, str]]:
         holders = [n for n, m in self.modules.items() if any(classes.fullmatch(c.__name__) for c in _own_classes(m))]
-        return {site for name in holders for site in self.within.get(self.canonical[name], [])}
+        found = {site for name in holders for site in self.within.get(self.canonical[name], [])}
+        refused = {}
+        for name, module in self.modules.items():
+            matrices = any(p is not None and p.dim() > 1 for p in module._parameters.values())
+            if matrices and not self.within.get(name) and any(_inside(name, holder) for holder in holders):
+                reason = why_not(module)
+                if reason is not None:
+                    refused[name] = reason
+        return found, refused
 
     def _hint(self, pattern: str) -> str:
         if not self.sites:
@@ -276,6 +292,11 @@ class _Finder:
         classes = {c.__name__ for m in self.modules.values() for c in _own_classes(m)}
         hint = near(pattern, [*self.modules, *self.sites, *classes, *PRESETS, *tails.values()])
         return hint or f" Its layers are named like {', '.join(map(repr, list(self.sites)[:3]))}."
+
+
+def _inside(name: str, holder: str) -> bool:
+    """Whether a module of that name is the holder or below it."""
+    return not holder or name == holder or name.startswith(f"{holder}.")
 
 
 def _own_classes(module: nn.Module) -> list[type]:
@@ -292,7 +313,7 @@ def _regex(source: str) -> re.Pattern[str]:
 
 
 def _patterns(value: str | Sequence[str]) -> tuple[str, ...]:
-    patterns = (value,) if isinstance(value, str) else tuple(value)
+    patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else (value,)
     if not all(isinstance(p, str) and p for p in patterns):
         raise TargetError(f"targets are strings, {value!r} was given")
     return patterns
@@ -325,10 +346,16 @@ def _memory(parameter: torch.Tensor) -> Any:
 
 def refuse_taken(targeted: Sequence[Site], name: str) -> None:
     """Raise if `name` cannot name an adapter, or does so already on one of the targeted weights."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in nn.ModuleDict.__dict__ or name in nn.Module.__dict__:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in dir(nn.ModuleDict()):
         raise OptionError(f"name={name!r} was given; a name is letters, digits, '_' and '-', and not a method's")
+    for site in targeted:
+        own = [a for a in ("adapters", "adaptation") if hasattr(site.module, a)]
+        if own and "adaptation" not in site.module.__dict__:
+            raise UnsupportedLayerError(
+                f"{site.label} has an attribute {own[0]!r} of its own, which wrapping would hide"
+            )
     taken = [
-        site.name
+        site.label
         for site in targeted
         if isinstance(held := site.module._modules.get("adapters"), nn.ModuleDict)
         and name in held

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from peftkit.adapter import Adapter
+from peftkit.adapter import Adapter, require
 from peftkit.errors import DuplicateNameError, OptionError, UnknownAdapterError, near
 from peftkit.geometry import Shape
 
@@ -63,9 +66,7 @@ def option_names(cls: type[Adapter]) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
 
 
-def build(
-    kind: str, shape: Shape, weight: Tensor, dtype: torch.dtype | None = None, /, **options: Any
-) -> Adapter:
+def build(kind: str, shape: Shape, weight: Tensor, dtype: torch.dtype | None = None, /, **options: Any) -> Adapter:
     """An adapter for one weight matrix.
 
     weight: (m, n), read for its device, its dtype and, by algorithms that start from it, its values.
@@ -74,6 +75,7 @@ def build(
     """
     cls = get(kind)
     decompose = options.pop("decompose", False)
+    require(isinstance(decompose, bool), cls.kind, "decompose", decompose, "True or False")
     if decompose:
         if cls.reads_base:
             raise OptionError(
@@ -82,6 +84,8 @@ def build(
             )
         return build("dora", shape, weight, dtype, inner=cls.kind, **options)
     _refuse_unknown(cls, options)
+    options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
+    _check_types(cls, options)
     adapter = cls(shape, weight, **options)
     given = {**options, **adapter.options} if "options" in adapter.__dict__ else options
     defaults = {
@@ -90,11 +94,30 @@ def build(
         if p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is not inspect.Parameter.empty
     }
     adapter.options = {**defaults, **given}
-    if dtype is not None:
-        if not dtype.is_floating_point:
-            raise OptionError(f"{cls.kind}: dtype={dtype} was given, a floating point dtype was expected")
-        adapter.to(dtype)
-    return adapter
+    return adapter if dtype is None else adapter.to(dtype)
+
+
+def _check_types(cls: type[Adapter], options: dict[str, Any]) -> None:
+    """Every option is of the type its signature declares; a bool is no number, and a number is finite."""
+    hints = get_type_hints(cls.__init__)
+    for name, value in options.items():
+        declared = hints.get(name, Any)  # DoRA passes the rest on to its inner adapter, where it is checked
+        choices = get_args(declared) if isinstance(declared, UnionType) else (declared,)
+        if declared is not Any and not any(_is_a(value, choice) for choice in choices):
+            expected = str(declared.__name__ if isinstance(declared, type) else declared)
+            require(False, cls.kind, name, value, f"{expected}{', finite' if 'float' in expected else ''}")
+
+
+def _is_a(value: object, declared: Any) -> bool:
+    if declared is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if declared is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(declared, type) and get_origin(declared) is None:
+        return isinstance(value, declared)
+    if get_origin(declared) is tuple:
+        return isinstance(value, (tuple, list)) and all(map(_is_a, value, get_args(declared)))
+    return True
 
 
 def _refuse_unknown(cls: type[Adapter], options: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from peftkit import registry
 from peftkit._version import __version__
-from peftkit.adapter import Adapter
+from peftkit.adapted import Placed, one_name, placed
+from peftkit.adapter import Adapter, require_dtype
 from peftkit.errors import (
     FileError,
     MismatchError,
@@ -32,9 +33,9 @@ from peftkit.formats import native
 from peftkit.formats.native import Header, Record
 from peftkit.plan import refuse_taken, tied_with
 from peftkit.sites import Site, sites
-from peftkit.wrap import adapters, install, one_name
+from peftkit.wrap import check_install, install, require_strength
 
-_SAMPLES = 16
+_SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -84,39 +85,37 @@ def save(
     and at least one ΔW is not zero after the cast (unless allow_zero). On failure nothing is left behind.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
+    if path.suffix != ".safetensors" or path.is_dir():
         raise FileError(f"{path}: a native file is called *.safetensors, {path.suffix or 'no suffix'!r} was given")
-    if dtype is not None and not dtype.is_floating_point:
-        raise OptionError(f"dtype={dtype} was given, a floating point dtype was expected")
+    if not path.parent.is_dir():
+        raise FileError(f"there is no folder {path.parent} to write {path.name} in")
+    require_dtype(dtype)
     name = one_name(model, name)
-    own: dict[str, tuple[Adapter, Tensor]] = {}
-    for site, _, adapter, host, slot in adapters(model, name):
-        weight = slot.of(cast(Tensor, host._parameters[slot.parameter])).detach()
-        if host.adaptation.merged is not None:
-            slot_name = next(n for n, s in host.adaptation.slots.items() if s is slot)
-            weight = host.adaptation.merged.original(slot_name, weight)
-        own[site] = adapter, slot.geometry.matrix(weight)
-    tensors = {
-        _key(site, key): _packed(tensor, dtype)
-        for site, (adapter, _) in own.items()
-        for key, tensor in {**adapter.state_dict(), **(adapter.derived() if portable else {})}.items()
-    }
-    shapes = {site.name: site.slot.geometry.shape for site in sites(model).values()}
+    own = {at.site: at for at in placed(model, [name])}
+    tensors: dict[str, Tensor] = {}
+    for site, at in own.items():
+        for key in _stored_keys(at.adapter, portable):
+            full = _key(site, key)
+            if full in tensors:
+                raise FileError(f"two adapters of {name!r} would be saved under the key {full!r}: give them two names")
+            tensors[full] = _packed(at.adapter.state_dict()[key], dtype)
     header = Header(
         name=name,
         records={
-            site: Record(adapter.kind, adapter.convention, adapter.options, shapes[site])
-            for site, (adapter, _) in own.items()
+            site: Record(at.adapter.kind, at.adapter.convention, at.adapter.options, at.slot.geometry.shape)
+            for site, at in own.items()
         },
-        base={site: _samples(weight) for site, (_, weight) in own.items()},
+        base={site: _samples(at.base) for site, at in own.items()},
         portable=portable,
         training=dict(training or {}),
         version=__version__,
     )
     try:
         metadata = native.encode(header)
-    except TypeError as error:
-        raise OptionError(f"training={training!r} was given, facts that JSON can hold were expected: {error}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OptionError(
+            f"training={training!r:.200} was given, facts that JSON can hold were expected: {error}"
+        ) from None
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         save_file(tensors, temporary, metadata)
@@ -148,53 +147,54 @@ def load(
 
     Raises FileError, MismatchError, WrongBaseError.
     """
+    if tied not in (None, "untie"):
+        raise OptionError(f"tied={tied!r} was given, 'untie' or None was expected")
+    require_strength(strength)
     header, tensors = _read(path)
     name = header.name if name is None else name
     ours = sites(model)
+    keys_of = _sorted_by_site(tensors, header.records)
     missing: list[str] = []
     unexpected: list[str] = []
     mismatched: list[str] = []
-    non_finite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    left = set(tensors)
-    built: list[tuple[Site, Adapter]] = []
-    distances: dict[str, float] = {}
+    non_finite: list[str] = []
+    fitting: list[tuple[Site, Record]] = []
     for site_name, record in header.records.items():
-        keys = {key for key in left if key.startswith(f"{site_name}.") or not site_name}
-        site = ours.get(site_name)
+        site, keys = ours.get(site_name), keys_of.get(site_name, [])
         if site is None:
             hint = near(site_name, ours)
-            unexpected += [f"{key}: the model has no weight {site_name!r}.{hint}" for key in sorted(keys)]
-            left -= keys
+            unexpected += [f"{key}: the model has no weight {site_name!r}.{hint}" for key in keys]
             continue
-        if site.slot.geometry.shape != record.shape:
-            mismatched.append(
-                f"{site_name}: the file adapts a {record.shape} weight, the model's is {site.slot.geometry.shape}"
-            )
-            left -= keys
+        shape = site.slot.geometry.shape
+        if shape != record.shape:
+            mismatched.append(f"{site.label}: the file adapts a {record.shape} weight, the model's is {shape}")
             continue
-        adapter = _rebuild(record, site, path)
-        wanted = {**adapter.state_dict(), **(adapter.derived() if header.portable else {})}
-        wanted = {_key(site_name, key): tensor for key, tensor in wanted.items()}
-        lacking = [key for key in wanted if key not in tensors]
+        # Built without memory first: a header is free to ask for any rank
+        sketch = _rebuild(record, site.matrix.to("meta"), f"{path}: {site.label}")
+        expected = {_key(site_name, key): sketch.state_dict()[key] for key in _stored_keys(sketch, header.portable)}
+        lacking = [key for key in expected if key not in tensors]
         wrong = [
-            f"{key}: {tuple(tensors[key].shape)} in the file, {tuple(t.shape)} expected"
-            for key, t in wanted.items()
-            if key in tensors and tensors[key].shape != t.shape
+            f"{key}: {_shown(tensors[key])} in the file, {_shown(t)} expected"
+            for key, t in expected.items()
+            if key in tensors and not _fits(tensors[key], t)
         ]
-        left -= set(wanted)
+        broken = [
+            key for key, t in expected.items() if key in tensors and not torch.isfinite(tensors[key].to(t.dtype)).all()
+        ]
         missing += lacking
         mismatched += wrong
-        if lacking or wrong or any(key in non_finite for key in wanted):
-            continue
-        if site_name in header.base:
-            distances[site_name] = native.distance(_samples(site.matrix), header.base[site_name])
-        _fill(adapter, site.matrix, {key: tensors[_key(site_name, key)] for key in _own_keys(adapter, header.portable)})
-        built.append((site, adapter))
-    unexpected += sorted(f"{key}: no adapter in the header has it.{near(key, ours)}" for key in left)
+        non_finite += broken
+        unexpected += [f"{key}: {record.kind} has no such parameter here" for key in keys if key not in expected]
+        if not (lacking or wrong or broken):
+            fitting.append((site, record))
+    unexpected += [f"{key}: no adapter in the header has it.{near(key, ours)}" for key in keys_of.get(None, [])]
+    distances = {
+        site.name: native.distance(_samples(site.matrix.detach()), header.base[site.name]) for site, _ in fitting
+    }
     furthest = max(distances.values(), default=0.0)
     report = LoadReport(
         name,
-        tuple(site.name for site, _ in built),
+        tuple(site.name for site, _ in fitting),
         tuple(missing),
         tuple(unexpected),
         tuple(mismatched),
@@ -203,15 +203,23 @@ def load(
     )
     if strict and not report.complete:
         raise MismatchError(f"{path} does not fit this model\n{report}")
-    if not built:
+    if not fitting:
         raise MismatchError(f"nothing in {path} fits this model\n{report}")
-    _check_base(path, distances, built, header.portable, other_base)
-    targeted = [site for site, _ in built]
+    targeted = [site for site, _ in fitting]
     refuse_taken(targeted, name)
+    check_install(targeted, strength, route)
     shared = tied_with(model, targeted)
-    if shared and tied != "untie":
-        site, other = next(iter(shared.items()))
-        raise TiedWeightsError(f"{site} shares its weight with {other}: pass tied='untie' to give it its own copy")
+    if shared and tied is None:
+        site_name, other = next(iter(shared.items()))
+        raise TiedWeightsError(f"{site_name} shares its weight with {other}: pass tied='untie' to give it its own copy")
+    built: list[tuple[Site, Adapter]] = []
+    for site, record in fitting:
+        weight = site.matrix.detach()
+        adapter = _rebuild(record, weight, f"{path}: {site.label}")
+        keys = _stored_keys(adapter, header.portable)
+        _fill(adapter, weight, {key: tensors[_key(site.name, key)] for key in keys})
+        built.append((site, adapter))
+    _check_base(path, distances, built, header.portable, other_base)
     install(model, built, name, strength=strength, route=route, untie=set(shared))
     return report
 
@@ -223,8 +231,28 @@ def _key(site: str, key: str) -> str:
     return f"{site}.{key}" if site else key
 
 
-def _own_keys(adapter: Adapter, portable: bool) -> list[str]:
-    return [*adapter.state_dict(), *(adapter.derived() if portable else ())]
+def _stored_keys(adapter: Adapter, portable: bool) -> list[str]:
+    """The tensors a file holds: all of the adapter's, without what its base can give again unless portable."""
+    derived = adapter.derived()
+    return [key for key in adapter.state_dict() if portable or key not in derived]
+
+
+def _sorted_by_site(tensors: Mapping[str, Tensor], records: Mapping[str, Record]) -> dict[str | None, list[str]]:
+    """The keys of a file by the weight they belong to, the longest name that fits; None for those without one."""
+    found: dict[str | None, list[str]] = {}
+    for key in sorted(tensors):
+        parts = key.split(".")
+        owners = (".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1))
+        found.setdefault(next((owner for owner in owners if owner in records), None), []).append(key)
+    return found
+
+
+def _fits(ours: Tensor, expected: Tensor) -> bool:
+    return ours.shape == expected.shape and ours.is_floating_point() == expected.is_floating_point()
+
+
+def _shown(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}" if tensor.is_floating_point() else f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
 def _packed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -241,25 +269,21 @@ def _samples(weight: Tensor) -> np.ndarray:
 
 def _fill(adapter: Adapter, weight: Tensor, tensors: Mapping[str, Tensor]) -> None:
     """Put a file's tensors into an adapter, and derive from W what the file does not hold."""
-    derived = adapter.derived()
-    adapter.load_state_dict({key: tensor for key, tensor in tensors.items() if key not in derived})
-    given = {key: tensor for key, tensor in tensors.items() if key in derived}
-    if given:
-        for key, tensor in given.items():
-            derived[key].copy_(tensor)
-    else:
+    adapter.load_state_dict({**adapter.state_dict(), **tensors})
+    if not set(adapter.derived()) <= set(tensors):
         adapter.rebase_(weight)
 
 
-def _rebuild(record: Record, site: Site, path: object) -> Adapter:
+def _rebuild(record: Record, weight: Tensor, where: str) -> Adapter:
+    """A fresh adapter as the header describes it. weight: W (m, n)."""
     try:
-        adapter = registry.build(record.kind, record.shape, site.matrix.detach(), None, **record.options)
+        adapter = registry.build(record.kind, record.shape, weight, None, **record.options)
     except (OptionError, UnknownAdapterError, TypeError) as error:
-        raise FileError(f"{path}: {site.name}: {error}") from error
+        raise FileError(f"{where}: {error}") from error
     if adapter.convention != record.convention:
         raise FileError(
-            f"{path}: {site.name} was written under the convention {record.convention!r}, "
-            f"{record.kind} is now {adapter.convention!r}: the numbers would mean something else"
+            f"{where} was written under the convention {record.convention!r}, {record.kind} is now "
+            f"{adapter.convention!r}: the numbers would mean something else"
         )
     return adapter
 
@@ -274,14 +298,14 @@ def _read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
             return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise FileError(
-            f"{path} is not a safetensors file, or is damaged ({error}); other files are never unpickled"
+            f"{path} is not a safetensors file, or is damaged ({error}); others are never unpickled"
         ) from error
 
 
 def _check_base(
     path: object, distances: Mapping[str, float], built: list[tuple[Site, Adapter]], portable: bool, other_base: bool
 ) -> None:
-    far = {site: d for site, d in distances.items() if d > native.SAME_BASE}
+    far = {site: d for site, d in distances.items() if not d <= native.SAME_BASE}
     if not far:
         return
     strangers = [adapter for site, adapter in built if site.name in far]
@@ -293,8 +317,8 @@ def _check_base(
     means = "; ".join(f"{kind} {meaning}" for kind, meaning in kinds.items())
     advice = "" if bound else " To use it here on purpose, pass other_base=True."
     raise WrongBaseError(
-        f"{path} was trained on another base: {len(far)} of {len(distances)} weights differ, most of all {worst} "
-        f"by {100 * far[worst]:.3g} %. On another base, {means}.{advice}"
+        f"{path} was trained on another base: {len(far)} of {len(distances)} weights differ, most of all "
+        f"{worst or 'its own'} by {100 * far[worst]:.3g} %. On another base, {means}.{advice}"
     )
 
 
@@ -302,7 +326,7 @@ def _prove_alive(
     temporary: Path,
     path: Path,
     tensors: Mapping[str, Tensor],
-    own: Mapping[str, tuple[Adapter, Tensor]],
+    own: Mapping[str, Placed],
     allow_zero: bool,
 ) -> None:
     """Read the file back as a loader would and make sure it holds what was meant."""
@@ -313,19 +337,16 @@ def _prove_alive(
         if not torch.isfinite(tensor).all():
             raise FileError(f"{path}: {key} is not finite{_cast_hint(tensors[key])}; nothing was saved")
     with torch.no_grad():
-        for site, (adapter, weight) in own.items():
-            if allow_zero:
-                break
-            twin = copy.deepcopy(adapter).eval()
-            keys = _own_keys(twin, header.portable)
+        for site, at in own.items():
+            twin, weight = copy.deepcopy(at.adapter).eval(), at.base
+            keys = _stored_keys(twin, header.portable)
             _fill(twin, weight, {key: back[_key(site, key)].to(weight.device) for key in keys})
-            if twin(weight, 1.0).sqnorm() > 0:
+            if allow_zero or twin(weight, 1.0).sqnorm() > 0:
                 return
-    if not allow_zero:
-        raise FileError(
-            f"{path}: every ΔW is zero in the file, so loading it would do nothing; nothing was saved. "
-            "Train the adapter first, save in a wider dtype, or pass allow_zero=True"
-        )
+    raise FileError(
+        f"{path}: every ΔW is zero in the file, so loading it would do nothing; nothing was saved. "
+        "Train the adapter first, save in a wider dtype, or pass allow_zero=True"
+    )
 
 
 def _cast_hint(tensor: Tensor) -> str:

@@ -37,6 +37,11 @@ class Site:
     read: bool  # the weight is read by someone who does not call the layer
 
     @property
+    def label(self) -> str:
+        """The name for a message: the root has none."""
+        return self.name or "the model"
+
+    @property
     def parameter(self) -> Tensor:
         parameter = self.module._parameters[self.slot.parameter]
         assert parameter is not None
@@ -48,15 +53,24 @@ class Site:
         return self.slot.geometry.matrix(self.slot.of(self.parameter))
 
 
+def site_name(module_name: str, slot_name: str) -> str:
+    """The public name of a module's weight."""
+    return ".".join(part for part in (module_name, slot_name) if part)
+
+
 def sites(model: nn.Module) -> dict[str, Site]:
     """Every weight that can be adapted, by name, in the order of the model's modules."""
     found: dict[str, Site] = {}
     read = _read_by_their_parent(model)
     for name, module in model.named_modules():
         for slot_name, slot in slots(module).items():
-            full = ".".join(part for part in (name, slot_name) if part)
-            by_parent = id(module) in read or bool(slot_name) or not geometry.calls_its_weight(module)
-            found[full] = Site(full, name, module, slot_name, slot, by_parent)
+            full = site_name(name, slot_name)
+            state = module.__dict__.get("adaptation")  # an adapted module stays as it was adapted first
+            if state is not None:
+                by_other = bool(state.reads)
+            else:
+                by_other = id(module) in read or bool(slot_name) or not geometry.calls_its_weight(module)
+            found[full] = Site(full, name, module, slot_name, slot, by_other)
     return found
 
 
@@ -82,9 +96,7 @@ def why_not(module: nn.Module) -> str | None:
     """Why a module has no weight that can be adapted; None if it has one or is only a container."""
     if slots(module):
         return None
-    if isinstance(module, (nn.Linear, *geometry.CONVOLUTIONS)) or module._parameters:
-        return geometry.refusal(module)
-    return None
+    return geometry.refusal(module) if module._parameters or geometry.is_layer(module) else None
 
 
 def _read_by_their_parent(model: nn.Module) -> set[int]:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peftkit.errors import MergeStateError
+
 
 class Snapshot(Protocol):
     """How to get one weight back."""
@@ -40,6 +42,7 @@ class Packed:
     """The difference of the two weights as ordered integers, compressed: small where ΔW is small."""
 
     planes: tuple[bytes, ...]
+    checksum: int
 
     @classmethod
     def of(cls, before: Tensor, after: Tensor) -> Packed:
@@ -47,9 +50,13 @@ class Packed:
         # Zigzag makes small differences of either sign small; byte planes put their zeros together
         zigzag = (difference << 1) ^ (difference >> (8 * difference.itemsize - 1))
         planes = np.ascontiguousarray(zigzag).view(np.uint8).reshape(-1, difference.itemsize).T
-        return cls(tuple(zlib.compress(np.ascontiguousarray(plane).tobytes(), 1) for plane in planes))
+        return cls(tuple(zlib.compress(np.ascontiguousarray(plane).tobytes(), 1) for plane in planes), checksum(after))
 
     def original(self, merged: Tensor) -> Tensor:
+        if checksum(merged) != self.checksum:
+            raise MergeStateError(
+                "a merged weight was trained, cast or overwritten: the difference to it no longer gives the base back"
+            )
         ordered = _ordered(merged)
         planes = [np.frombuffer(zlib.decompress(plane), np.uint8) for plane in self.planes]
         zigzag = np.ascontiguousarray(np.stack(planes, axis=1)).view(f"<u{ordered.itemsize}").reshape(-1)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import peftkit as pk
+from peftkit.adapted import Adapted
 from peftkit.adapters import DoRA
 from peftkit.delta import Decomposed, Delta
 from peftkit.errors import OptionError, UnsupportedLayerError
-from peftkit.wrap import Adapted, adapter_at
 from tests.zoo import ADAPTERS, make, train
 
 #: what a cell that has no meaning raises, at wrap
@@ -45,7 +45,7 @@ def the_delta(module: nn.Module, name: str = "default", strength: float = 1.0) -
     assert isinstance(module, Adapted)
     slot = module.adaptation.slots[""]
     W = slot.geometry.matrix(module._parameters["weight"].detach())
-    adapter = adapter_at(module, name, "")
+    adapter = module.adapter(name, "")
     assert adapter is not None
     return adapter(W, strength), W
 

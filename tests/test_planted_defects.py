@@ -10,6 +10,7 @@ from peftkit.geometry import Geometry
 from peftkit.snapshot import Copy
 from tests import laws
 
+
 def test_the_laws_hold_before_anything_is_planted() -> None:
     laws.forward_is_merged("loha", "linear")
     laws.forward_is_merged("oft", "linear")

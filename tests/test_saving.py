@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftkit as pk
+from peftkit.adapted import hosts
 from peftkit.errors import (
     DuplicateNameError,
     FileError,
@@ -26,7 +27,6 @@ from peftkit.errors import (
     UnknownAdapterError,
     WrongBaseError,
 )
-from peftkit.wrap import hosts
 from tests.laws import bits
 from tests.zoo import ADAPTERS, train
 
@@ -130,10 +130,13 @@ def test_a_fresh_process_needs_only_the_file(case: str, tmp_path: Path) -> None:
 def test_strict_names_the_key_and_the_nearest_module(file: Path) -> None:
     tensors = load_file(file)
     renamed = {k.replace("body.proj", "body.porj"): v for k, v in tensors.items()}
-    refused(model(), rewrite(file, renamed), MismatchError, "missing (2)", "body.proj.down", "unexpected (2)", "body.porj")
-    header = json.loads(safe_open(file, "pt").metadata()["peftkit"])  # noqa: SIM115
+    refused(
+        model(), rewrite(file, renamed), MismatchError, "missing (2)", "body.proj.down", "unexpected (2)", "body.porj"
+    )
+    header = json.loads(safe_open(file, "pt").metadata()["peftkit"])
     groups = json.loads(json.dumps(header["groups"]).replace("body.proj", "body.porj"))
-    path = rewrite(file, renamed, groups=groups)
+    base = {k.replace("body.proj", "body.porj"): v for k, v in header["base"].items()}
+    path = rewrite(file, renamed, groups=groups, base=base)
     refused(model(), path, MismatchError, "no weight 'body.porj'", "Did you mean 'body.proj'")
     report = pk.load(net := model(), path, strict=False)
     assert report.loaded == ("conv",)
@@ -180,7 +183,7 @@ def test_a_damaged_header(file: Path, header: dict[str, Any], said: str | None) 
 
 
 def test_options_and_conventions_of_the_header_are_checked(file: Path) -> None:
-    header = json.loads(safe_open(file, "pt").metadata()["peftkit"])  # noqa: SIM115
+    header = json.loads(safe_open(file, "pt").metadata()["peftkit"])
     for field, value, said in (
         ("kind", "lorra", "no adapter is called 'lorra'"),
         ("convention", "0", "written under the convention '0'"),
@@ -197,7 +200,7 @@ def test_other_files_are_refused_and_never_unpickled(tmp_path: Path, file: Path)
 
     for name in ("a.safetensors", "a.pt"):
         (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
-        refused(model(), tmp_path / name, FileError, "never unpickled")
+        refused(model(), tmp_path / name, FileError, "are never unpickled")
     torch.save({"x": torch.ones(1)}, tmp_path / "b.safetensors")
     refused(model(), tmp_path / "b.safetensors", FileError, "not a safetensors file")
     (tmp_path / "c.safetensors").write_bytes(file.read_bytes()[:-7])
@@ -253,7 +256,7 @@ class TestFailedSave:
 
     def test_arguments(self, net: nn.ModuleDict, tmp_path: Path) -> None:
         self.fails(net, tmp_path, "JSON", training={"x": torch.ones(1)})
-        self.fails(net, tmp_path, "floating point", dtype=torch.int8)
+        self.fails(net, tmp_path, "torch.float16", dtype=torch.int8)
         with pytest.raises(FileError, match=r"\*\.safetensors"):
             pk.save(net, tmp_path / "a.pt")
         with pytest.raises(UnknownAdapterError):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import peftkit as pk
+from peftkit.adapted import hosts
 from peftkit.errors import (
     DuplicateNameError,
     MergeStateError,
@@ -22,7 +23,6 @@ from peftkit.errors import (
     UnknownAdapterError,
     UnsupportedLayerError,
 )
-from peftkit.wrap import hosts
 from tests.zoo import ADAPTERS, train
 
 
@@ -173,8 +173,8 @@ def test_plan_touches_nothing(net: Net) -> None:
         ("oft", {"decompose": True}, "depends on the base"),
         ("lora", {"axis": "in"}, "lora with decompose=True"),
         ("lora", {"rank": 0}, "a positive integer"),
-        ("lora", {"rank": True}, "a positive integer"),
-        ("lora", {"alpha": float("nan")}, "a finite number"),
+        ("lora", {"rank": True}, "int was expected"),
+        ("lora", {"alpha": float("nan")}, "float | None, finite was expected"),
         ("lora", {"dropout": 1.0}, "a probability"),
         ("lokr", {"factor": 0}, "a positive integer, -1"),
         ("lokr", {"full_scale": "alpha/rank"}, "an integer"),

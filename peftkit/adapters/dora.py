@@ -6,12 +6,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from peftkit import registry
 from peftkit.adapter import Adapter, factory, require
 from peftkit.delta import Decomposed, Delta
-from peftkit.delta.base import row_blocks
+from peftkit.delta.base import recomputed, row_blocks
 from peftkit.geometry import Shape
 
 
@@ -65,17 +64,16 @@ class DoRA(Adapter):
             with torch.no_grad():
                 added = self._added_sqnorm(V, weight)
         else:  # the norm takes part in the gradient, but nothing of the size of W waits for it
-            added = checkpoint(self._added_sqnorm, V, weight, use_reentrant=False, preserve_rng_state=False)
-        assert isinstance(added, Tensor)
-        norm = (own + added).clamp(min=0).sqrt()
+            added = recomputed(lambda W: self._added_sqnorm(V, W), weight)
+        norm = _root((own + added).clamp(min=0))
         # m/‖W + V‖ as two ratios: both are exactly 1 at the start, in any dtype, and the first carries to another base
         t = _ratio(self.magnitude, self.base_norm) * _ratio(own.sqrt(), norm)
         if self.columns:
             t = t.repeat_interleave(self.positions)
         return Decomposed(t - 1, t, weight, V, self.columns)
 
-    def project_(self, weight: Tensor) -> None:
-        self.inner.project_(weight)
+    def project_(self) -> None:
+        self.inner.project_()
 
     def rebase_(self, weight: Tensor) -> None:
         self.inner.rebase_(weight)
@@ -101,8 +99,13 @@ class DoRA(Adapter):
         return v.unflatten(0, (-1, self.positions)).sum(1) if self.columns else v
 
 
+def _root(square: Tensor) -> Tensor:
+    """√square, with gradient 0 at 0."""
+    zero = square == 0
+    return square.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
+
+
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """numerator/denominator, and 1 where the denominator is 0: a row of zeros has no direction to scale."""
-    return torch.where(
-        denominator == 0, torch.ones_like(numerator), numerator / denominator.where(denominator != 0, 1.0)
-    )
+    zero = denominator == 0
+    return (numerator / denominator.masked_fill(zero, 1.0)).masked_fill(zero, 1.0)

@@ -7,10 +7,12 @@ factors give the same number for less; the tests hold every override against the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from peftkit.geometry import Geometry
 
@@ -27,6 +29,13 @@ def row_blocks(rows: int, columns: int, multiple: int = 1) -> Iterator[slice]:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are formed in: at least fp32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), with what it builds on the way thrown away and built again for backward."""
+    if not torch.is_grad_enabled():
+        return function(x)
+    return cast(Tensor, checkpoint(function, x, use_reentrant=False, preserve_rng_state=False))
 
 
 class Delta(ABC):
@@ -74,7 +83,7 @@ class Delta(ABC):
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         """ΔW·x as layer g applies its weight. x: the layer's input; wx: W·x without bias if `reads_output`."""
         del wx
-        return g.run(x, self.dense())
+        return recomputed(lambda x: g.run(x, self.dense()), x)
 
     def inner(self, M: Tensor) -> Tensor:
         """<ΔW, M>_F, a scalar. M (m, n)."""

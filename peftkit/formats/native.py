@@ -97,6 +97,8 @@ def decode(metadata: dict[str, str] | None, path: object) -> Header:
             weight: np.frombuffer(base64.b64decode(samples, validate=True), "<f4")
             for weight, samples in value["base"].items()
         }
+        if set(base) != set(records):
+            raise FileError(f"the {KEY!r} header of {path} is damaged: its fingerprints are not those of its weights")
         return Header(
             str(value["name"]), records, base, bool(value["portable"]), dict(value["training"]), str(value["version"])
         )
@@ -108,7 +110,7 @@ def decode(metadata: dict[str, str] | None, path: object) -> Header:
 
 def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
     """‖ours − theirs‖ / ‖theirs‖ of two sets of samples; infinite where they cannot be compared."""
-    if ours.shape != theirs.shape:
+    if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         return float("inf")
     gap, norm = float(np.linalg.norm(ours - theirs)), float(np.linalg.norm(theirs))
     if gap == 0:
