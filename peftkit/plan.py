@@ -67,7 +67,7 @@ class Entry:
     route: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What `wrap` will do, or did. str(plan) is a table."""
 
@@ -102,7 +102,9 @@ class Plan:
             reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
             console.print(f"skipped {_listed(names)}: {reason}", markup=False, highlight=False)
-        return out.getvalue()
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip()
+
+    __repr__ = __str__
 
 
 def plan(

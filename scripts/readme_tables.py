@@ -63,7 +63,7 @@ def digits_table(measured: dict[str, dict[str, Any]]) -> str:
             f"| {'(base)' if kind == 'base' else kind} | {size} | {loss:.4f} | {row['share']:.0%} "
             f"| {row['share on the other base']:.0%} |"
         )
-    rows.append("\nLoLDU's file carries its base's factors, so that it fits another base; without them it is 14 kB.")
+    rows += ["", "LoLDU's file carries its base's factors, so that it fits another base; it is small without them."]
     return "\n".join(rows)
 
 

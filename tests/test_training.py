@@ -125,10 +125,11 @@ def test_activation_checkpointing(kind: str, reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ddp(kind: str, tmp_path: Any) -> None:
+def test_ddp(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = cell(kind, "linear")
     expected = torch.autograd.grad(module(x).square().sum(), pk.adapter_parameters(module))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         parallel = nn.parallel.DistributedDataParallel(module)
         parallel(x).square().sum().backward()
