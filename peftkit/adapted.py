@@ -123,8 +123,8 @@ class AdaptedCall(Adapted):
                 base = super().forward(input, *args, **kwargs)
                 return base + recomputed(lambda x: g.run(x, total(deltas)), input)
             bias = cast("Tensor | None", self.bias)
-            weight = g.matrix(self.weight_of(state.slots[""]))
-            return recomputed(lambda x: g.run(x, total(deltas, weight), bias), input)
+            weight = self.weight_of(state.slots[""])
+            return recomputed(lambda x: g.call(x, changed(weight, deltas, g), bias), input)
         y = super().forward(input, *args, **kwargs)
         wx = None
         if any(delta.reads_output for delta in deltas):
@@ -169,22 +169,22 @@ class AdaptedRead(Adapted):
         parts = []
         for slot_name, slot in slots.items():
             weight, deltas = slot.of(parameter), self.deltas(slot_name)
-            if deltas:
-                matrix = slot.geometry.matrix(weight)
-                weight = slot.geometry.weight(total(deltas, matrix).to(matrix.dtype))
-            parts.append(weight)
+            parts.append(changed(weight, deltas, slot.geometry) if deltas else weight)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def total(deltas: Sequence[Delta], base: Tensor | None = None) -> Tensor:
-    """[base +] Σ ΔW (m, n), summed in at least fp32, outside autocast."""
+def total(deltas: Sequence[Delta]) -> Tensor:
+    """Σ ΔW (m, n), summed in at least fp32, outside autocast."""
     with torch.autocast(deltas[0].device.type, enabled=False):
-        if base is None:
-            base, deltas = deltas[0].dense(), deltas[1:]
-        base = base.to(accumulation_dtype(base.dtype))
-        for delta in deltas:
-            base = delta.added_to(base)
-        return base
+        first = deltas[0].dense()
+        first = first.to(accumulation_dtype(first.dtype))
+        return functools.reduce(lambda M, delta: delta.added_to(M), deltas[1:], first)
+
+
+def changed(weight: Tensor, deltas: Sequence[Delta], g: Geometry) -> Tensor:
+    """W + Σ ΔW, rounded once, in the shape, the dtype and the memory format of the layer's weight."""
+    acc = accumulation_dtype(weight.dtype)
+    return (weight.to(acc) + g.weight(total(deltas))).to(weight.dtype)
 
 
 @functools.cache

@@ -119,10 +119,13 @@ class Geometry:
 
     def run(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer with weight `matrix` (m, n) and the given bias (m,). x: the layer's input."""
-        matrix = matrix.to(x.dtype)
+        return self.call(x, self.weight(matrix.to(x.dtype)), bias)
+
+    def call(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer with a weight in its own shape."""
         if not self.spatial:
-            return F.linear(x, matrix, bias)
-        return self._convolve(x, self.weight(matrix), bias, self.groups)
+            return F.linear(x, weight, bias)
+        return self._convolve(x, weight, bias, self.groups)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         if self.transposed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import peftkit as pk
 from peftkit.adapters.loldu import INITS
+from peftkit.errors import MergeError
 from tests import laws
 from tests.zoo import ADAPTERS, LAYERS, train
 
@@ -104,9 +106,10 @@ def cells(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...], str, dict[str, A
     return layer.double(), size, kind, drawn[kind]
 
 
-@given(cells(), st.integers(0, 2**16))
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-def test_laws_of_drawn_cells(cell: tuple[nn.Module, tuple[int, ...], str, dict[str, Any]], seed: int) -> None:
+Cell = tuple[nn.Module, tuple[int, ...], str, dict[str, Any]]
+
+
+def hold(cell: Cell, seed: int) -> None:
     """Identity, routes with gradients, forward = merged, restore, and the algebra, or a typed refusal."""
     layer, size, kind, options = cell
     torch.manual_seed(seed)
@@ -136,3 +139,60 @@ def test_laws_of_drawn_cells(cell: tuple[nn.Module, tuple[int, ...], str, dict[s
     dense = delta.dense()
     laws.close(delta.inner(W), (dense * W).sum(), torch.float64, "inner", dense.norm() * W.norm())
     laws.close(delta.sqnorm(), dense.square().sum(), torch.float64, "sqnorm", W.norm().square())
+
+
+def hold_narrow(cell: Cell, seed: int, dtype: torch.dtype) -> None:
+    """Identity, forward = merged at a strength, and restore, to the bounds of the dtype."""
+    layer, size, kind, options = cell
+    layer.to(dtype)
+    torch.manual_seed(seed)
+    x = torch.randn(size).to(dtype)
+    before, weight = layer(x), laws.bits(layer.weight)
+    try:
+        pk.wrap(layer, kind, **options)
+    except laws.REFUSALS:
+        return
+    assert torch.equal(layer(x), before)
+    train(layer, seed, size=0.1)
+    parts = laws.terms(layer, x)
+    for strength in (1.0, -0.7):
+        pk.set_strength(layer, strength)
+        y = layer(x)
+        try:
+            pk.merge(layer, backup="packed")
+        except MergeError:  # a ΔW too small for the dtype: nothing was written
+            assert laws.bits(layer.weight) == weight
+            continue
+        laws.close(layer(x), y, dtype, f"merged at {strength}", *parts)
+        pk.restore(layer)
+        assert laws.bits(layer.weight) == weight
+
+
+relaxed = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+@given(cells(), st.integers(0, 2**16))
+@settings(max_examples=150, **relaxed)
+def test_laws_of_drawn_cells(cell: Cell, seed: int) -> None:
+    hold(cell, seed)
+
+
+@given(cells(), st.integers(0, 2**16), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@settings(max_examples=150, **relaxed)
+def test_laws_of_drawn_cells_in_other_dtypes(cell: Cell, seed: int, dtype: torch.dtype) -> None:
+    hold_narrow(cell, seed, dtype)
+
+
+@pytest.mark.slow
+@given(cells(), st.integers(0, 2**16), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@settings(max_examples=1500, **relaxed)
+def test_laws_of_many_drawn_cells(cell: Cell, seed: int, dtype: torch.dtype) -> None:
+    hold(copy.deepcopy(cell), seed)
+    hold_narrow(cell, seed, dtype)
+
+
+@pytest.mark.slow
+@every_cell
+def test_a_hundred_cycles_of_every_cell(adapter: str, layer: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        laws.restore_is_exact(adapter, layer, dtype, cycles=100)

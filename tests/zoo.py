@@ -49,6 +49,10 @@ LAYERS: dict[str, LayerCase] = {
         lambda: nn.ConvTranspose2d(8, 12, 3, stride=2, padding=1, output_padding=1), (1, 8, 4, 3)
     ),
     "transposed2d g2": LayerCase(lambda: nn.ConvTranspose2d(8, 12, (3, 2), stride=(1, 2), groups=2), (2, 8, 3, 4)),
+    "transposed2d k1": LayerCase(lambda: nn.ConvTranspose2d(8, 12, 1, bias=False), (1, 8, 5, 5)),
+    "conv2d channels last": LayerCase(
+        lambda: nn.Conv2d(8, 12, 3, padding=1).to(memory_format=torch.channels_last), (2, 8, 5, 6)
+    ),
     "transposed3d d2": LayerCase(lambda: nn.ConvTranspose3d(8, 12, 2, dilation=2, bias=False), (1, 8, 2, 3, 2)),
 }
 
