@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,55 +152,7 @@ def load(
     require_strength(strength)
     header, tensors = _read(path)
     name = header.name if name is None else name
-    ours = sites(model)
-    keys_of = _sorted_by_site(tensors, header.records)
-    missing: list[str] = []
-    unexpected: list[str] = []
-    mismatched: list[str] = []
-    non_finite: list[str] = []
-    fitting: list[tuple[Site, Record]] = []
-    for site_name, record in header.records.items():
-        site, keys = ours.get(site_name), keys_of.get(site_name, [])
-        if site is None:
-            hint = near(site_name, ours)
-            unexpected += [f"{key}: the model has no weight {site_name!r}.{hint}" for key in keys]
-            continue
-        shape = site.slot.geometry.shape
-        if shape != record.shape:
-            mismatched.append(f"{site.label}: the file adapts a {record.shape} weight, the model's is {shape}")
-            continue
-        # Built without memory first: a header is free to ask for any rank
-        sketch = _rebuild(record, site.matrix.to("meta"), f"{path}: {site.label}")
-        expected = {_key(site_name, key): sketch.state_dict()[key] for key in _stored_keys(sketch, header.portable)}
-        lacking = [key for key in expected if key not in tensors]
-        wrong = [
-            f"{key}: {_shown(tensors[key])} in the file, {_shown(t)} expected"
-            for key, t in expected.items()
-            if key in tensors and not _fits(tensors[key], t)
-        ]
-        broken = [
-            key for key, t in expected.items() if key in tensors and not torch.isfinite(tensors[key].to(t.dtype)).all()
-        ]
-        missing += lacking
-        mismatched += wrong
-        non_finite += broken
-        unexpected += [f"{key}: {record.kind} has no such parameter here" for key in keys if key not in expected]
-        if not (lacking or wrong or broken):
-            fitting.append((site, record))
-    unexpected += [f"{key}: no adapter in the header has it.{near(key, ours)}" for key in keys_of.get(None, [])]
-    distances = {
-        site.name: native.distance(_samples(site.matrix.detach()), header.base[site.name]) for site, _ in fitting
-    }
-    furthest = max(distances.values(), default=0.0)
-    report = LoadReport(
-        name,
-        tuple(site.name for site, _ in fitting),
-        tuple(missing),
-        tuple(unexpected),
-        tuple(mismatched),
-        tuple(non_finite),
-        furthest,
-    )
+    fitting, report = _compare(path, name, header, tensors, sites(model))
     if strict and not report.complete:
         raise MismatchError(f"{path} does not fit this model\n{report}")
     if not fitting:
@@ -219,12 +171,57 @@ def load(
         keys = _stored_keys(adapter, header.portable)
         _fill(adapter, weight, {key: tensors[_key(site.name, key)] for key in keys})
         built.append((site, adapter))
-    _check_base(path, distances, built, header.portable, other_base)
+    _check_base(path, header, built, other_base)
     install(model, built, name, strength=strength, route=route, untie=set(shared))
     return report
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _compare(
+    path: object, name: str, header: Header, tensors: Mapping[str, Tensor], ours: Mapping[str, Site]
+) -> tuple[list[tuple[Site, Record]], LoadReport]:
+    """The weights whose adapters fit whole, and the report on all of them."""
+    missing: list[str] = []
+    unexpected: list[str] = []
+    mismatched: list[str] = []
+    non_finite: list[str] = []
+    fitting: list[tuple[Site, Record]] = []
+    keys_of = _sorted_by_site(tensors, header.records)
+    for site_name, record in header.records.items():
+        site, keys = ours.get(site_name), keys_of.get(site_name, [])
+        if site is None:
+            hint = near(site_name, ours)
+            unexpected += [f"{key}: the model has no weight {site_name!r}.{hint}" for key in keys or [site_name]]
+            continue
+        shape = site.slot.geometry.shape
+        if shape != record.shape:
+            mismatched.append(f"{site.label}: the file adapts a {record.shape} weight, the model's is {shape}")
+            continue
+        # Built without memory first: a header is free to ask for any rank
+        sketch = _rebuild(record, site.matrix.to("meta"), f"{path}: {site.label}")
+        expected = {_key(site_name, key): sketch.state_dict()[key] for key in _stored_keys(sketch, header.portable)}
+        both = [(key, tensors[key], t) for key, t in expected.items() if key in tensors]
+        lacking = [key for key in expected if key not in tensors]
+        wrong = [f"{key}: {_shown(t)} in the file, {_shown(e)} expected" for key, t, e in both if not _fits(t, e)]
+        broken = [key for key, t, e in both if not torch.isfinite(t.to(e.dtype)).all()]
+        missing += lacking
+        mismatched += wrong
+        non_finite += broken
+        unexpected += [f"{key}: {record.kind} has no such parameter here" for key in keys if key not in expected]
+        if not (lacking or wrong or broken):
+            fitting.append((site, record))
+    unexpected += [f"{key}: no adapter in the header has it.{near(key, ours)}" for key in keys_of.get(None, [])]
+    distances = [_distance(site, header) for site, _ in fitting]
+    loaded = tuple(site.name for site, _ in fitting)
+    problems = (tuple(missing), tuple(unexpected), tuple(mismatched), tuple(non_finite))
+    return fitting, LoadReport(name, loaded, *problems, max(distances, default=0.0))
+
+
+def _distance(site: Site, header: Header) -> float:
+    """How far a weight is from the one the file was trained on."""
+    return native.distance(_samples(site.matrix.detach()), header.base[site.name])
 
 
 def _key(site: str, key: str) -> str:
@@ -302,14 +299,13 @@ def _read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
         ) from error
 
 
-def _check_base(
-    path: object, distances: Mapping[str, float], built: list[tuple[Site, Adapter]], portable: bool, other_base: bool
-) -> None:
-    far = {site: d for site, d in distances.items() if not d <= native.SAME_BASE}
+def _check_base(path: object, header: Header, built: Sequence[tuple[Site, Adapter]], other_base: bool) -> None:
+    distances = {site.name: _distance(site, header) for site, _ in built}
+    far = {site: d for site, d in distances.items() if d > native.SAME_BASE}
     if not far:
         return
     strangers = [adapter for site, adapter in built if site.name in far]
-    bound = [a for a in strangers if a.derived() and not portable]
+    bound = [a for a in strangers if a.derived() and not header.portable]
     if other_base and not bound:
         return
     worst = max(far, key=lambda site: far[site])
