@@ -28,7 +28,7 @@ class Adapter(nn.Module, ABC):
     paper: ClassVar[str] = ""
     #: what the stored numbers mean; changes with their meaning, so that an old file is refused, never misread
     convention: ClassVar[str] = "1"
-    #: whether ΔW depends on the values of W when it is computed
+    #: whether ΔW depends on the values of W when it is computed; without it, `delta` may be given W in any shape
     reads_base: ClassVar[bool] = False
     #: what the same file means on another base, for the error a user meets there
     on_another_base: ClassVar[str] = "adds the same ΔW"
