@@ -228,7 +228,7 @@ def supported(module: nn.Module) -> bool:
 def refusal(module: nn.Module) -> str | None:
     """Why this module cannot be adapted, or None."""
     if not isinstance(module, _LAYERS):
-        return f"{type(module).__name__} is not one of {', '.join(c.__name__ for c in _LAYERS)}"
+        return f"{type(module).__name__} is not a Linear or a convolution"
     weight = module._parameters.get("weight")
     if weight is None:
         return f"its weight is not a parameter (a lazy, fused, weight-normed or parametrized {type(module).__name__})"

@@ -36,14 +36,14 @@ def pivot(weight: Tensor, rank: int) -> Pivoting:
     order = list(range(weight.shape[0]))
     for i, j in enumerate([] if swaps.is_meta else swaps.tolist()):
         order[i], order[j - 1] = order[j - 1], order[i]
-    noise = max(weight.shape) * torch.finfo(panel.dtype).eps * panel.abs().amax()
-    columns = packed.diagonal().abs() <= noise
-    half = Pivoting(
-        torch.tensor(order, dtype=torch.int32, device=weight.device), torch.stack([columns, torch.zeros_like(columns)])
-    )
+    # What is left of a column, or of a row, once it is only rounding
+    noise = max(weight.shape) * torch.finfo(panel.dtype).eps
+    columns = packed.diagonal().abs() <= noise * panel.abs().amax()
+    chosen = torch.tensor(order, dtype=torch.int32, device=weight.device)
+    half = Pivoting(chosen, torch.stack([columns, torch.zeros_like(columns)]))
     _, upper = _triangles(weight, half)
-    rows = upper.abs().amax(1) <= max(weight.shape) * torch.finfo(upper.dtype).eps * weight.abs().amax()
-    return Pivoting(half.order, torch.stack([columns, rows]))
+    rows = upper.abs().amax(1) <= noise * weight[chosen[:rank].long()].abs().amax()
+    return Pivoting(chosen, torch.stack([columns, rows]))
 
 
 def factor(weight: Tensor, pivoting: Pivoting) -> tuple[Tensor, Tensor, Tensor]:

@@ -132,7 +132,7 @@ def test_a_pattern_that_selects_nothing_raises(net: Net, targets: Any, exclude: 
 
 @pytest.mark.parametrize("target", ["embed", "norm", "*embed", "LayerNorm"])
 def test_what_cannot_be_adapted_raises_with_the_reason(net: Net, target: str) -> None:
-    with pytest.raises(UnsupportedLayerError, match="is not one of Linear"):
+    with pytest.raises(UnsupportedLayerError, match="is not a Linear or a convolution"):
         pk.wrap(net, "lora", targets=target)
 
 
