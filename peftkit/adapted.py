@@ -21,7 +21,7 @@ from peftkit.delta.base import accumulation_dtype, recomputed
 from peftkit.errors import MergeStateError, UnknownAdapterError, near
 from peftkit.geometry import Geometry
 from peftkit.routes import choose
-from peftkit.sites import Slot, site_name
+from peftkit.sites import Slot, dotted
 from peftkit.snapshot import Merged
 
 
@@ -242,7 +242,7 @@ def placed(model: nn.Module, names: Sequence[str]) -> Iterator[Placed]:
             for name in host.adapters:
                 adapter = host.adapter(name, slot_name)
                 if adapter is not None and name in names:
-                    yield Placed(site_name(host_name, slot_name), name, adapter, host, slot_name)
+                    yield Placed(dotted(host_name, slot_name), name, adapter, host, slot_name)
 
 
 def names_of(model: nn.Module, name: str | None = None) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from peftkit.adapted import Adapted, hosts, names_of
 from peftkit.delta import Delta
 from peftkit.delta.base import accumulation_dtype, row_blocks
 from peftkit.errors import MergeError, MergeStateError, OptionError
-from peftkit.sites import Slot, site_name
+from peftkit.sites import Slot, dotted
 from peftkit.snapshot import BACKUPS, Copy, Merged, Snapshot, checksum
 
 
@@ -151,7 +151,7 @@ def _merge_host(
         if not names:
             continue
         slot = state.slots[slot_name]
-        site = site_name(host_name, slot_name) or "the model"
+        site = dotted(host_name, slot_name) or "the model"
         weight = host.weight_of(slot).detach()
         before = weight.clone()
         snapshots[slot_name] = Copy(before)  # until the merge of this weight is complete

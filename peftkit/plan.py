@@ -20,7 +20,7 @@ from peftkit.adapter import require_dtype
 from peftkit.delta.base import accumulation_dtype
 from peftkit.errors import DuplicateNameError, OptionError, TargetError, TiedWeightsError, UnsupportedLayerError, near
 from peftkit.routes import choose
-from peftkit.sites import Site, sites, why_not
+from peftkit.sites import Site, dotted, sites, why_not
 
 _ATTENTION = r".*(Attention|Attn)\d*"
 _MLP = r".*(MLP|Mlp|FeedForward|FFN|LayerFF|Intermediate|Output)|.*Transformer(2DModel|Block)|.*(Encoder|Decoder)Layer"
@@ -327,10 +327,10 @@ def tied_with(model: nn.Module, targeted: Sequence[Site]) -> dict[str, str]:
     for module_name, module in model.named_modules():
         for parameter_name, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(_memory(parameter), []).append(f"{module_name}.{parameter_name}".lstrip("."))
+                owners.setdefault(_memory(parameter), []).append(dotted(module_name, parameter_name))
     shared: dict[str, str] = {}
     for site in targeted:
-        own = f"{site.module_name}.{site.slot.parameter}".lstrip(".")
+        own = dotted(site.module_name, site.slot.parameter)
         others = [other for other in owners[_memory(site.parameter)] if other != own]
         if others:
             shared[site.name] = ", ".join(others)

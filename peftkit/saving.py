@@ -32,7 +32,7 @@ from peftkit.errors import (
 from peftkit.formats import native
 from peftkit.formats.native import Header, Record
 from peftkit.plan import refuse_taken, tied_with
-from peftkit.sites import Site, sites
+from peftkit.sites import Site, dotted, sites
 from peftkit.wrap import check_install, install, require_strength
 
 _SAMPLES = 32
@@ -95,7 +95,7 @@ def save(
     tensors: dict[str, Tensor] = {}
     for site, at in own.items():
         for key in _stored_keys(at.adapter, portable):
-            full = _key(site, key)
+            full = dotted(site, key)
             if full in tensors:
                 raise FileError(f"two adapters of {name!r} would be saved under the key {full!r}: give them two names")
             tensors[full] = _packed(at.adapter.state_dict()[key], dtype)
@@ -169,7 +169,7 @@ def load(
         weight = site.matrix.detach()
         adapter = _rebuild(record, weight, f"{path}: {site.label}")
         keys = _stored_keys(adapter, header.portable)
-        _fill(adapter, weight, {key: tensors[_key(site.name, key)] for key in keys})
+        _fill(adapter, weight, {key: tensors[dotted(site.name, key)] for key in keys})
         built.append((site, adapter))
     _check_base(path, header, built, other_base)
     install(model, built, name, strength=strength, route=route, untie=set(shared))
@@ -201,7 +201,7 @@ def _compare(
             continue
         # Built without memory first: a header is free to ask for any rank
         sketch = _rebuild(record, site.matrix.to("meta"), f"{path}: {site.label}")
-        expected = {_key(site_name, key): sketch.state_dict()[key] for key in _stored_keys(sketch, header.portable)}
+        expected = {dotted(site_name, key): sketch.state_dict()[key] for key in _stored_keys(sketch, header.portable)}
         both = [(key, tensors[key], t) for key, t in expected.items() if key in tensors]
         lacking = [key for key in expected if key not in tensors]
         wrong = [f"{key}: {_shown(t)} in the file, {_shown(e)} expected" for key, t, e in both if not _fits(t, e)]
@@ -222,10 +222,6 @@ def _compare(
 def _distance(site: Site, header: Header) -> float:
     """How far a weight is from the one the file was trained on."""
     return native.distance(_samples(site.matrix.detach()), header.base[site.name])
-
-
-def _key(site: str, key: str) -> str:
-    return f"{site}.{key}" if site else key
 
 
 def _stored_keys(adapter: Adapter, portable: bool) -> list[str]:
@@ -336,7 +332,7 @@ def _prove_alive(
         for site, at in own.items():
             twin, weight = copy.deepcopy(at.adapter).eval(), at.base
             keys = _stored_keys(twin, header.portable)
-            _fill(twin, weight, {key: back[_key(site, key)].to(weight.device) for key in keys})
+            _fill(twin, weight, {key: back[dotted(site, key)].to(weight.device) for key in keys})
             if allow_zero or twin(weight, 1.0).sqnorm() > 0:
                 return
     raise FileError(

@@ -53,9 +53,9 @@ class Site:
         return self.slot.geometry.matrix(self.slot.of(self.parameter))
 
 
-def site_name(module_name: str, slot_name: str) -> str:
-    """The public name of a module's weight."""
-    return ".".join(part for part in (module_name, slot_name) if part)
+def dotted(*names: str) -> str:
+    """Names joined by dots; the root's is empty and leaves none."""
+    return ".".join(name for name in names if name)
 
 
 def sites(model: nn.Module) -> dict[str, Site]:
@@ -64,7 +64,7 @@ def sites(model: nn.Module) -> dict[str, Site]:
     read = _read_by_their_parent(model)
     for name, module in model.named_modules():
         for slot_name, slot in slots(module).items():
-            full = site_name(name, slot_name)
+            full = dotted(name, slot_name)
             state = module.__dict__.get("adaptation")  # an adapted module stays as it was adapted first
             if state is not None:
                 by_other = bool(state.reads)

@@ -25,7 +25,7 @@ from peftkit.adapter import Adapter
 from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError
 from peftkit.plan import Plan, Rule, plan
 from peftkit.routes import ROUTES
-from peftkit.sites import Site, slots
+from peftkit.sites import Site, dotted, slots
 
 # The parameters that required gradients before the first wrap, kept on the model until its last unwrap
 _TRAINABLE = "_peftkit_trainable"
@@ -40,7 +40,7 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Par
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """{weight.parameter: tensor} of one adapter; `name` may be left out where there is only one."""
     return {
-        f"{at.site}.{key}".lstrip("."): tensor
+        dotted(at.site, key): tensor
         for at in placed(model, [one_name(model, name)])
         for key, tensor in at.adapter.state_dict().items()
     }
