@@ -71,8 +71,8 @@ class MergeReport:
 def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup: str = "copy") -> MergeReport:
     """Write W + Σ λᵢ·ΔWᵢ into the weights, of all adapters or those named; the others go on acting on top.
 
-    backup: how to keep what `restore` needs: "copy" holds every weight in main memory, "packed" a compressed bit
-    difference (about a third of that for a 16-bit model, slower).
+    backup: how to keep what `restore` needs: "copy" holds every weight in main memory, "packed" the compressed
+    difference of the bits, slower: where ‖ΔW‖ is 3 % of ‖W‖, 0.42 of a copy in bf16, 0.61 in fp16 and 0.71 in fp32.
     All or nothing: raises MergeStateError where something is merged already, MergeError if a ΔW is not finite or
     would be lost whole to the dtype of its weight; the weights are then what they were.
     """
