@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit import registry
+from peftkit.adapter import factory
 from peftkit.adapters import OFT, LoLDU
 from peftkit.adapters.loldu import INITS
+from peftkit.delta import Delta
 from peftkit.geometry import Shape
 from peftkit.ldu import factor, pivot
 from tests.zoo import train
@@ -299,3 +303,61 @@ def test_a_small_partial_factorisation_costs_little() -> None:
     with FlopCounterMode(display=False) as counter:
         factor(W, pivot(W, 16))
     assert counter.get_total_flops() < 2 / 3 * 512**3 / 20
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Delta):
+    """ΔW = diag(s)·W, with nothing but what a structure must have."""
+
+    s: Tensor
+    W: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.W.shape[0], self.W.shape[1]
+
+    def dense(self) -> Tensor:
+        return self.s[:, None] * self.W
+
+    def scaled(self, strength: float | Tensor) -> Rows:
+        return Rows(self.s * strength, self.W)
+
+
+class RowScale(pk.Adapter):
+    """ΔW = diag(s)·W with s (m,) = 0 at the start."""
+
+    reads_base = True
+
+    def __init__(self, shape: Shape, weight: Tensor) -> None:
+        super().__init__()
+        self.s = nn.Parameter(torch.zeros(shape.rows, **factory(weight)))
+
+    def delta(self, weight: Tensor) -> Rows:
+        return Rows(self.s, weight)
+
+
+def test_a_structure_needs_three_members_and_an_adapter_one_method(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
+    pk.register("rows")(RowScale)
+    for make, x in (
+        (lambda: nn.Linear(6, 8), torch.randn(3, 6)),
+        (lambda: nn.Conv2d(4, 8, 3, groups=2, padding_mode="circular", padding=1), torch.randn(1, 4, 5, 5)),
+        (lambda: nn.ConvTranspose1d(4, 8, 3, groups=2), torch.randn(1, 4, 5)),
+    ):
+        layer = make()
+        before = layer(x)
+        pk.wrap(layer, "rows")
+        assert torch.equal(layer(x), before)
+        train(layer)
+        trained = layer(x)
+        path = pk.save(layer, tmp_path / "rows.safetensors")
+        pk.merge(layer)
+        torch.testing.assert_close(layer(x), trained)
+        pk.restore(layer)
+        pk.unwrap(layer)
+        assert torch.equal(layer(x), before)
+        pk.load(layer, path)
+        assert torch.equal(layer(x), trained)
+        assert pk.check(layer, x).ok
