@@ -72,7 +72,6 @@ class Geometry:
 
     def __init__(self, weight_shape: torch.Size, layer: nn.Module | None = None) -> None:
         """weight_shape: of the layer's weight. layer: the convolution, None for a plain matrix product."""
-        self.weight_shape = tuple(weight_shape)
         self.transposed = isinstance(layer, _TRANSPOSED)
         self.spatial = 0 if layer is None or isinstance(layer, nn.Linear) else len(weight_shape) - 2
         if self.spatial:
@@ -117,12 +116,12 @@ class Geometry:
 
     # -- the layer as a map -----------------------------------------------------------------------------------
 
-    def run(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer with weight `matrix` (m, n) and the given bias (m,). x: the layer's input."""
-        return self.call(x, self.weight(matrix.to(x.dtype)), bias)
+    def run(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """The layer with weight `matrix` (m, n) and no bias. x: the layer's input."""
+        return self.call(x, self.weight(matrix.to(x.dtype)))
 
     def call(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer with a weight in its own shape."""
+        """The layer with a weight in its own shape and a bias (m,)."""
         if not self.spatial:
             return F.linear(x, weight, bias)
         return self._convolve(x, weight, bias, self.groups)

@@ -152,7 +152,7 @@ def load(
     require_strength(strength)
     header, tensors = _read(path)
     name = header.name if name is None else name
-    fitting, report = _compare(path, name, header, tensors, sites(model))
+    fitting, distances, report = _compare(path, name, header, tensors, sites(model))
     if strict and not report.complete:
         raise MismatchError(f"{path} does not fit this model\n{report}")
     if not fitting:
@@ -171,7 +171,7 @@ def load(
         keys = _stored_keys(adapter, header.portable)
         _fill(adapter, weight, {key: tensors[dotted(site.name, key)] for key in keys})
         built.append((site, adapter))
-    _check_base(path, header, built, other_base)
+    _check_base(path, distances, built, header.portable, other_base)
     install(model, built, name, strength=strength, route=route, untie=set(shared))
     return report
 
@@ -181,8 +181,8 @@ def load(
 
 def _compare(
     path: object, name: str, header: Header, tensors: Mapping[str, Tensor], ours: Mapping[str, Site]
-) -> tuple[list[tuple[Site, Record]], LoadReport]:
-    """The weights whose adapters fit whole, and the report on all of them."""
+) -> tuple[list[tuple[Site, Record]], dict[str, float], LoadReport]:
+    """The weights whose adapters fit whole, how far each is from the file's base, and the report on all of them."""
     missing: list[str] = []
     unexpected: list[str] = []
     mismatched: list[str] = []
@@ -213,15 +213,12 @@ def _compare(
         if not (lacking or wrong or broken):
             fitting.append((site, record))
     unexpected += [f"{key}: no adapter in the header has it.{near(key, ours)}" for key in keys_of.get(None, [])]
-    distances = [_distance(site, header) for site, _ in fitting]
+    distances = {
+        site.name: native.distance(_samples(site.matrix.detach()), header.base[site.name]) for site, _ in fitting
+    }
     loaded = tuple(site.name for site, _ in fitting)
     problems = (tuple(missing), tuple(unexpected), tuple(mismatched), tuple(non_finite))
-    return fitting, LoadReport(name, loaded, *problems, max(distances, default=0.0))
-
-
-def _distance(site: Site, header: Header) -> float:
-    """How far a weight is from the one the file was trained on."""
-    return native.distance(_samples(site.matrix.detach()), header.base[site.name])
+    return fitting, distances, LoadReport(name, loaded, *problems, max(distances.values(), default=0.0))
 
 
 def _stored_keys(adapter: Adapter, portable: bool) -> list[str]:
@@ -295,13 +292,18 @@ def _read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
         ) from error
 
 
-def _check_base(path: object, header: Header, built: Sequence[tuple[Site, Adapter]], other_base: bool) -> None:
-    distances = {site.name: _distance(site, header) for site, _ in built}
+def _check_base(
+    path: object,
+    distances: Mapping[str, float],
+    built: Sequence[tuple[Site, Adapter]],
+    portable: bool,
+    other_base: bool,
+) -> None:
     far = {site: d for site, d in distances.items() if d > native.SAME_BASE}
     if not far:
         return
     strangers = [adapter for site, adapter in built if site.name in far]
-    bound = [a for a in strangers if a.derived() and not header.portable]
+    bound = [a for a in strangers if a.derived() and not portable]
     if other_base and not bound:
         return
     worst = max(far, key=lambda site: far[site])

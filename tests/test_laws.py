@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit.adapters.loldu import INITS
@@ -109,18 +109,31 @@ def cells(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...], str, dict[str, A
 Cell = tuple[nn.Module, tuple[int, ...], str, dict[str, Any]]
 
 
-def hold(cell: Cell, seed: int) -> None:
-    """Identity, routes with gradients, forward = merged, restore, and the algebra, or a typed refusal."""
+def trained(cell: Cell, seed: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor, bytes] | None:
+    """The wrapped and trained layer, an input and the bits of its weight; None for a typed refusal.
+
+    Checks that wrapping changed nothing.
+    """
     layer, size, kind, options = cell
+    layer.to(dtype)
     torch.manual_seed(seed)
-    x = torch.randn(size, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(size).to(dtype).requires_grad_()
     before, weight = layer(x), laws.bits(layer.weight)
     try:
         pk.wrap(layer, kind, **options)
     except laws.REFUSALS:
-        return
+        return None
     assert torch.equal(layer(x), before)
     train(layer, seed, size=0.1)
+    return layer, x, weight
+
+
+def hold(cell: Cell, seed: int) -> None:
+    """Identity, routes with gradients, forward = merged, restore, and the algebra, or a typed refusal."""
+    made = trained(cell, seed, torch.float64)
+    if made is None:
+        return
+    layer, x, weight = made
     results = []
     for route in ("factored", "dense"):
         layer.adaptation.route = route
@@ -143,17 +156,10 @@ def hold(cell: Cell, seed: int) -> None:
 
 def hold_narrow(cell: Cell, seed: int, dtype: torch.dtype) -> None:
     """Identity, forward = merged at a strength, and restore, to the bounds of the dtype."""
-    layer, size, kind, options = cell
-    layer.to(dtype)
-    torch.manual_seed(seed)
-    x = torch.randn(size).to(dtype)
-    before, weight = layer(x), laws.bits(layer.weight)
-    try:
-        pk.wrap(layer, kind, **options)
-    except laws.REFUSALS:
+    made = trained(cell, seed, dtype)
+    if made is None:
         return
-    assert torch.equal(layer(x), before)
-    train(layer, seed, size=0.1)
+    layer, x, weight = made
     parts = laws.terms(layer, x)
     for strength in (1.0, -0.7):
         pk.set_strength(layer, strength)
