@@ -49,6 +49,10 @@ class FileError(PeftkitError, ValueError):
     """A file that is not an adapter file, is damaged, or is not what its header says."""
 
 
+class AmbiguousFileError(FileError):
+    """A file that can be read in two ways. The message names the option that says which."""
+
+
 class MismatchError(FileError):
     """The file and the model do not fit: missing, unexpected, misshapen or non-finite tensors."""
 

@@ -101,6 +101,9 @@ def cells(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...], str, dict[str, A
             "rank": rank,
             "axis": draw(st.sampled_from(["out", "in"])),
         },
+        "full": {},
+        "ia3": {"side": draw(st.sampled_from(["out", "in"]))},
+        "glora": {"rank": rank, "alpha": alpha},
         "oft": {"block_size": draw(st.integers(2, 5)), "side": draw(st.sampled_from(["out", "in"])), "rescale": bias},
     }
     return layer.double(), size, kind, drawn[kind]

@@ -82,7 +82,15 @@ ADAPTERS: dict[str, AdapterCase] = {
     "dora of loha": AdapterCase("loha", {"rank": 2, "decompose": True}),
     "dora of lokr in": AdapterCase("lokr", {"rank": 1, "decompose": True, "axis": "in"}),
     "dora of loldu": AdapterCase("dora", {"inner": "loldu", "rank": 1}),
+    "lokr as told": AdapterCase(
+        "lokr", {"rank": 3, "alpha": 2, "outer": (4, 2), "decompose_both": True, "full": False}
+    ),
+    "full": AdapterCase("full"),
+    "ia3": AdapterCase("ia3"),
+    "ia3 in": AdapterCase("ia3", {"side": "in"}),
+    "glora": AdapterCase("glora", {"rank": 2, "alpha": 1}),
     "oft": AdapterCase("oft", {"block_size": 4}),
+    "oft series": AdapterCase("oft", {"block_size": 2, "side": "in", "terms": 5}),
     "oft in": AdapterCase("oft", {"block_size": 4, "side": "in"}),
     "oft bounded": AdapterCase("oft", {"blocks": 2, "constraint": 0.01}),
     "oft rescaled geodesic": AdapterCase("oft", {"block_size": 4, "rescale": True, "path": "geodesic"}),

@@ -1,6 +1,9 @@
 """The algorithms, one per file. Importing one registers it."""
 
 from peftkit.adapters.dora import DoRA as DoRA
+from peftkit.adapters.full import Full as Full
+from peftkit.adapters.glora import GLoRA as GLoRA
+from peftkit.adapters.ia3 import IA3 as IA3
 from peftkit.adapters.loha import LoHa as LoHa
 from peftkit.adapters.lokr import LoKr as LoKr
 from peftkit.adapters.loldu import LoLDU as LoLDU

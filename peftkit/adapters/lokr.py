@@ -35,6 +35,8 @@ class LoKr(Adapter):
     tucker: D = left·(T·V) with a core T (r, r, K), on convolutions with a low-rank D.
     full_scale: γ where both C and D are full and no rank bounds either. "one", as LyCORIS trains (α has no effect
     there), or "alpha/rank", as PEFT does. Elsewhere γ = α/r.
+    outer: the exact shape (u_p, u_q) of C in place of `factor`; decompose_both then splits C at any rank. full: whether
+    D is full, in place of the rule above. Files made elsewhere need them.
     init: "lycoris" starts at D = 0, "peft" at C = 0.
 
     Papers: KronA, https://arxiv.org/abs/2212.10650; LyCORIS, https://arxiv.org/abs/2309.14859.
@@ -54,6 +56,8 @@ class LoKr(Adapter):
         decompose_both: bool = False,
         tucker: bool = False,
         full_scale: str = "one",
+        outer: tuple[int, int] | None = None,
+        full: bool | None = None,
         init: str = "lycoris",
     ) -> None:
         super().__init__()
@@ -65,8 +69,15 @@ class LoKr(Adapter):
         valid = len(factors) == 2 and all(isinstance(f, int) and (f == -1 or f > 0) for f in factors)
         require(valid, "lokr", "factor", factor, "a positive integer, -1, or a pair of them for (rows, channels)")
         (u_p, v_p), (u_q, v_q) = factorize(shape.rows, factors[0]), factorize(shape.channels, factors[1])
-        full = rank is None or rank >= max(v_p, v_q) / 2
-        split = decompose_both and rank is not None and rank < max(u_p, u_q) / 2
+        if outer is not None:
+            (u_p, u_q), sizes = outer, (shape.rows, shape.channels)
+            divides = all(u > 0 and size % u == 0 for u, size in zip(outer, sizes, strict=True))
+            require(divides, "lokr", "outer", outer, f"divisors of {sizes}, the rows and channels of this weight")
+            v_p, v_q = shape.rows // u_p, shape.channels // u_q
+        if full is None:
+            full = rank is None or rank >= max(v_p, v_q) / 2
+        require(full or rank is not None, "lokr", "full", full, "True, or a rank")
+        split = decompose_both and rank is not None and (outer is not None or rank < max(u_p, u_q) / 2)
         if decompose_both:
             require(rank is not None, "lokr", "rank", rank, "an integer, because decompose_both=True needs one")
         if full and not split:

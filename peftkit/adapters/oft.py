@@ -27,7 +27,8 @@ class OFT(Adapter):
     does. block_size: the size b of a block, or the largest divisor of the rotated dimension below it; blocks: their
     number, which must divide it. constraint: bound on ‖Q‖_F as a multiple of the rotated dimension (COFT).
     rescale: a trained factor per rotated coordinate beside R. path: what strength λ means. "linear" is W + λ(R − I)W;
-    "geodesic" is Cayley(λQ)·W, orthogonal at every λ and its own inverse at −λ.
+    "geodesic" is Cayley(λQ)·W, orthogonal at every λ and its own inverse at −λ. terms: R as that many terms of the
+    series I + 2Q + 2Q² + … + Qᵗ⁻¹, orthogonal only where Q is small, as PEFT trains by default (5); None solves for R.
 
     The Cayley transform is solved in at least fp32, so R is orthogonal to 1e-6 however the parameters are kept.
 
@@ -52,11 +53,13 @@ class OFT(Adapter):
         constraint: float | None = None,
         rescale: bool = False,
         path: str = "linear",
+        terms: int | None = None,
     ) -> None:
         super().__init__()
         require(side in ("out", "in"), "oft", "side", side, "'out' or 'in'")
         require(path in ("linear", "geodesic"), "oft", "path", path, "'linear' or 'geodesic'")
         require(constraint is None or constraint > 0, "oft", "constraint", constraint, "a positive number, or None")
+        require(terms is None or terms > 1, "oft", "terms", terms, "an integer above 1, or None to solve for R")
         if block_size is not None and blocks is not None:
             raise OptionError(f"oft: block_size={block_size} and blocks={blocks} were given; give one of them")
         size = shape.rows if side == "out" else shape.columns
@@ -74,7 +77,7 @@ class OFT(Adapter):
                 "has no divisor between 2 and the block size; use a larger block, "
                 f"or side={'in' if side == 'out' else 'out'!r}"
             )
-        self.side, self.geodesic, self.size = side, path == "geodesic", b
+        self.side, self.geodesic, self.size, self.terms = side, path == "geodesic", b, terms
         self.bound = None if constraint is None else constraint * size
         new = factory(weight)
         self.skew = nn.Parameter(torch.zeros(size // b, b * (b - 1) // 2, **new))
@@ -102,8 +105,16 @@ class OFT(Adapter):
 
     def _rotation(self, weight: Tensor, Q: Tensor, strength: float | Tensor = 1.0) -> Rotation:
         identity = torch.eye(self.size, dtype=Q.dtype, device=Q.device)
-        K = torch.linalg.solve(identity - Q, 2 * Q)  # R − I, zero where Q is
+        K = torch.linalg.solve(identity - Q, 2 * Q) if self.terms is None else _series(Q, self.terms)  # 0 where Q is
         if self.rescale is not None:
             factor = (strength * (self.rescale.to(K.dtype) - 1)).unflatten(0, (-1, self.size))
             K = K + factor[:, :, None] * (K + identity)
         return Rotation(K, weight, self.side)
+
+
+def _series(Q: Tensor, terms: int) -> Tensor:
+    """2Q + 2Q² + … + Qᵗ⁻¹, R − I up to the remainder of (I + Q)(I − Q)⁻¹ = I + 2Q + 2Q² + …."""
+    K, power = torch.zeros_like(Q), Q
+    for _ in range(terms - 2):
+        K, power = K + 2 * power, power @ Q
+    return K + power

@@ -2,7 +2,9 @@
 
 from peftkit.delta.base import Delta as Delta
 from peftkit.delta.decomposed import Decomposed as Decomposed
+from peftkit.delta.dense import Dense as Dense
 from peftkit.delta.hadamard import Hadamard as Hadamard
 from peftkit.delta.kron import Kron as Kron
 from peftkit.delta.lowrank import LowRank as LowRank
 from peftkit.delta.rotation import Rotation as Rotation
+from peftkit.delta.scaled import Scaled as Scaled

@@ -1,0 +1,32 @@
+"""Full: ΔW itself, trained or taken from a file."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapter import Adapter, factory
+from peftkit.delta import Dense
+from peftkit.geometry import Shape
+from peftkit.registry import register
+
+
+@register("full", "diff")
+class Full(Adapter):
+    """ΔW = M (m, n), starting at 0: full fine-tuning kept apart from the base, and what any ΔW can be written as.
+
+    Source: LyCORIS' "full" and the "diff" of WebUI files, https://github.com/KohakuBlueleaf/LyCORIS.
+    """
+
+    paper: ClassVar[str] = "https://github.com/KohakuBlueleaf/LyCORIS"
+    convention: ClassVar[str] = "change"
+
+    def __init__(self, shape: Shape, weight: Tensor) -> None:
+        super().__init__()
+        self.change = nn.Parameter(torch.zeros(shape.rows, shape.columns, **factory(weight)))
+
+    def delta(self, weight: Tensor) -> Dense:
+        del weight
+        return Dense(self.change)

@@ -1,0 +1,37 @@
+"""(IA)³: a gain for every output or input channel."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapter import Adapter, factory, require
+from peftkit.delta import Scaled
+from peftkit.geometry import Shape
+from peftkit.registry import register
+
+
+@register("ia3")
+class IA3(Adapter):
+    """ΔW = diag(w)·W (side "out") or W·diag(w) over input channels (side "in"); w = l − 1 starts at 0.
+
+    The bias stays as it is, as in LyCORIS; PEFT scales it too on side "out".
+
+    Paper: https://arxiv.org/abs/2205.05638.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2205.05638"
+    convention: ClassVar[str] = "gate*W"
+    reads_base: ClassVar[bool] = True
+    on_another_base: ClassVar[str] = "scales the channels of the new base"
+
+    def __init__(self, shape: Shape, weight: Tensor, *, side: str = "out") -> None:
+        super().__init__()
+        require(side in ("out", "in"), "ia3", "side", side, "'out' or 'in'")
+        self.columns, self.positions = side == "in", shape.positions
+        self.gate = nn.Parameter(torch.zeros(shape.channels if self.columns else shape.rows, **factory(weight)))
+
+    def delta(self, weight: Tensor) -> Scaled:
+        return Scaled(self.gate.repeat_interleave(self.positions) if self.columns else self.gate, weight, self.columns)

@@ -1,0 +1,80 @@
+"""Scaled: ΔW = diag(e)·W or W·diag(e), the structure of (IA)³."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from peftkit.delta.base import Delta
+from peftkit.geometry import Geometry
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Scaled(Delta):
+    """ΔW = e·W over rows, e (m,); or over columns, e (n,), equal on the positions of one input channel."""
+
+    e: Tensor
+    W: Tensor
+    columns: bool = False
+
+    @property
+    def reads_output(self) -> bool:  # type: ignore[override]
+        return not self.columns
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.W.shape[0], self.W.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.e.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.e.device
+
+    def dense(self) -> Tensor:
+        return self.rows(slice(0, self.shape[0]))
+
+    def scaled(self, strength: float | Tensor) -> Scaled:
+        return replace(self, e=self.e * strength)
+
+    @property
+    def row_multiple(self) -> int:
+        return 1
+
+    def rows(self, block: slice) -> Tensor:
+        return (self.e if self.columns else self.e[block, None]) * self.W[block].to(self.dtype)
+
+    def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
+        if not self.columns:
+            assert wx is not None
+            return g.per_channel(self.e.to(wx.dtype)) * wx
+        e = self.e[:: g.shape.positions].repeat(g.groups).to(x.dtype)
+        return g.run(g.per_channel(e) * x, self.W)
+
+    def inner(self, M: Tensor) -> Tensor:
+        return (self.e * self._dots(M)).sum()
+
+    def sqnorm(self) -> Tensor:
+        return (self.e.square() * self._dots(self.W)).sum()
+
+    def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        if self.columns:
+            return super().moments(M)
+        return self.e * self._dots(M), self.e.square() * self._dots(self.W)
+
+    def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        return Scaled(self.e, self.W.mT, not self.columns).moments(M.mT)
+
+    def _dots(self, M: Tensor) -> Tensor:
+        """<W_i, M_i> per row (or column), accumulated in the dtype of e."""
+        return torch.einsum("ij,ij->j" if self.columns else "ij,ij->i", self.W.to(self.dtype), M.to(self.dtype))
+
+    def apply_flops(self, outputs: int) -> int:
+        return outputs * (2 * self.shape[0] * self.shape[1] if self.columns else self.shape[0])
+
+    def __repr__(self) -> str:
+        return "W·diag(e)" if self.columns else "diag(e)·W"
