@@ -6,6 +6,8 @@ from peftkit.adapter import Adapter as Adapter
 from peftkit.check import CheckReport as CheckReport
 from peftkit.check import check as check
 from peftkit.delta import Delta as Delta
+from peftkit.loading import LoadReport as LoadReport
+from peftkit.loading import load as load
 from peftkit.merge import MergeReport as MergeReport
 from peftkit.merge import merge as merge
 from peftkit.merge import restore as restore
@@ -14,8 +16,6 @@ from peftkit.plan import Rule as Rule
 from peftkit.plan import plan as plan
 from peftkit.registry import kinds as kinds
 from peftkit.registry import register as register
-from peftkit.saving import LoadReport as LoadReport
-from peftkit.saving import load as load
 from peftkit.saving import save as save
 from peftkit.wrap import adapter_parameters as adapter_parameters
 from peftkit.wrap import adapter_state_dict as adapter_state_dict

@@ -30,6 +30,8 @@ class Adapter(nn.Module, ABC):
     convention: ClassVar[str] = "1"
     #: whether ΔW depends on the values of W when it is computed; without it, `delta` may be given W in any shape
     reads_base: ClassVar[bool] = False
+    #: entries that hold what the base was when the adapter was made; a file without them is taken to be of this base
+    from_base: ClassVar[tuple[str, ...]] = ()
     #: what the same file means on another base, for the error a user meets there
     on_another_base: ClassVar[str] = "adds the same ΔW"
 

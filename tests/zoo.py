@@ -97,6 +97,11 @@ ADAPTERS: dict[str, AdapterCase] = {
 }
 
 
+def smallest_kernel(case: str) -> int:
+    """The kernel a convolution may have for the adapter: GLoRA takes no larger one than 1."""
+    return 1 if ADAPTERS[case].kind == "glora" else 3
+
+
 def make(layer: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Module, Tensor]:
     """The layer and an input, both drawn from the seed."""
     case = LAYERS[layer]

@@ -1,8 +1,8 @@
 """The safetensors container: headers checked before anything is believed, files written whole or not at all.
 
-A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}, "__metadata__": {str: str}} and the
-tensors' bytes without holes. Written files are a function of their content alone: the header's keys are ordered, which
-the reference writer leaves to a hash map's seed.
+A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}, "__metadata__": {str: str}} and
+the tensors' bytes without holes. Written files are a function of their content alone: the header's keys are ordered,
+which the reference writer leaves to a hash map's seed.
 """
 
 from __future__ import annotations
@@ -128,13 +128,14 @@ def read(path: str | os.PathLike[str]) -> Container:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
-        if head.startswith(_PICKLES):
-            raise FileError(
-                f"{path} is a pickle, which can run code when it is read, not a safetensors file; "
-                "pass allow_pickle=True to read it as data only"
-            )
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
+        sound = 2 <= length <= min(MAX_HEADER, size - 8)
+        if not sound and head.startswith(_PICKLES):
+            raise FileError(
+                f"{path} is a pickle, not a safetensors file; pickles can run code and are never unpickled, "
+                "unless as data only with allow_pickle=True"
+            )
+        if not sound:
             raise FileError(f"{path} is not a safetensors file: {size} bytes cannot hold a header of {length}")
         header = _parse(file.read(length), path)
     metadata = header.pop("__metadata__", {})
@@ -148,7 +149,7 @@ def read(path: str | os.PathLike[str]) -> Container:
             raise FileError(f"the header of {path} is damaged: {name} at byte {info.start} {what}, which ends at {end}")
         end = info.stop
     if end != size - 8 - length:
-        raise FileError(f"{path} holds {size - 8 - length} bytes of tensors, its header says {end}: it was cut off")
+        raise FileError(f"{path} holds {size - 8 - length} bytes of tensors, its header says {end}: it is damaged or cut off")
     return Container(path, infos, metadata, 8 + length)
 
 

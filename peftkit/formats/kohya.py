@@ -85,7 +85,7 @@ def split(keys: Iterable[str]) -> tuple[Modules, list[str]]:
 _LONGEST_FIRST = tuple(sorted(SUFFIXES, key=len, reverse=True))
 
 
-def patch(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch | None:
+def patch(module: str, t: Mapping[str, Tensor], scale: Scale, dora_axis: str | None = None) -> Patch | None:
     """One module's tensors, by role -> its adapter; None if all it changes are vectors (see `vectors`).
 
     Raises FileError for a set of tensors that is none, AmbiguousFileError for one that is two.
@@ -102,7 +102,7 @@ def patch(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch | None:
     except (RuntimeError, IndexError) as error:  # shapes that do not go together
         shapes = ", ".join(f"{role} {tuple(tensor.shape)}" for role, tensor in t.items())
         raise FileError(f"{module}: these tensors do not make one adapter: {shapes}") from error
-    return _decompose(module, found, decomposed) if decomposed else found
+    return _decompose(module, found, decomposed, dora_axis) if decomposed else found
 
 
 def vectors(module: str, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -127,8 +127,8 @@ def alpha_scale(alphas: Mapping[str, float], zero: str | None) -> Scale:
             return {"alpha": None}, "1: there is no alpha"
         if alpha == 0 and zero is None:
             raise AmbiguousFileError(
-                f"{module}: alpha is 0, which A1111, ComfyUI, Forge and diffusers read as 'off' and kohya and LyCORIS as "
-                "'the rank': say which by alpha_zero='off' or alpha_zero='rank'"
+                f"{module}: alpha is 0, which A1111, ComfyUI, Forge and diffusers read as 'off' and kohya and LyCORIS "
+                "as 'the rank': say which by alpha_zero='off' or alpha_zero='rank'"
             )
         if alpha == 0 and zero == "rank":
             return {"alpha": None}, "1: alpha is 0, read as the rank"
@@ -187,8 +187,7 @@ def _lokr(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
     full, low_rank = {"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}
     small = {"lokr_w1"} if "lokr_w1" in t else {"lokr_w1_a", "lokr_w1_b"}
     _require(module, t, small | (full if "lokr_w2" in t else low_rank), {"lokr_t2"} if "lokr_w2_a" in t else set())
-    C = t["lokr_w1"] if "lokr_w1" in t else None
-    C_left, C_right = t.get("lokr_w1_a"), t.get("lokr_w1_b")
+    C, C_left, C_right = t.get("lokr_w1"), t.get("lokr_w1_a"), t.get("lokr_w1_b")
     outer = C.shape if C is not None else (C_left.shape[0], C_right.shape[1])  # type: ignore[union-attr]
     if "lokr_w2" in t:
         D, rank = t["lokr_w2"], None if C_right is None else C_right.shape[0]
@@ -283,26 +282,32 @@ _READERS: tuple[tuple[set[str], Callable[[str, Mapping[str, Tensor], Scale], Pat
 )
 
 
-def _decompose(module: str, inner: Patch, found: Mapping[str, Tensor]) -> Patch:
-    """DoRA around another adapter. Its vector says by its shape which axis it is for: (rows, 1, …) or (1, channels, …)."""
+def _decompose(module: str, inner: Patch, found: Mapping[str, Tensor], told: str | None) -> Patch:
+    """DoRA around another adapter. Its vector's shape says which axis it is for: (rows, 1, …) or (1, channels, …)."""
     if len(found) > 1:
         raise FileError(f"{module}: dora_scale and lora_magnitude_vector are both there, one was expected")
     ((role, vector),) = found.items()
-    rows, channels = inner.shape.rows, inner.shape.channels
-    if role == "magnitude":  # PEFT's: per output, (rows,) or (1, rows, 1, 1)
-        axis = "out"
-    elif vector.dim() > 1 and vector.numel() == vector.shape[0] == rows and rows > 1:
+    rows = inner.shape.rows
+    per_output = vector.dim() > 1 and vector.numel() == vector.shape[0] == rows and rows > 1
+    if role == "magnitude" or per_output:  # PEFT's is per output whatever its shape, (rows,) or (1, rows, 1, 1)
         axis = "out"
     elif vector.dim() > 1 and vector.numel() == vector.shape[1] and vector.shape[0] == 1 and rows > 1:
         axis = "in"
-    elif vector.dim() == 1 and rows != channels and vector.numel() in (rows, channels) and inner.kernel_known:
+    elif vector.dim() == 1 and (vector.numel() == rows) != _may_be_channels(vector.numel(), inner):
         axis = "out" if vector.numel() == rows else "in"
+    elif told is not None:
+        axis = told
     else:
         raise AmbiguousFileError(
             f"{module}: dora_scale of shape {tuple(vector.shape)} on a {inner.shape} weight can be per output or per "
             "input; say which by dora_axis='out' or dora_axis='in'"
         )
     return _decomposed(inner, vector.flatten(), axis)
+
+
+def _may_be_channels(size: int, inner: Patch) -> bool:
+    """Whether the weight can have that many input channels; of a flattened kernel only their product is known."""
+    return size == inner.shape.channels if inner.kernel_known else inner.shape.columns % size == 0
 
 
 def _decomposed(inner: Patch, magnitude: Tensor, axis: str) -> Patch:

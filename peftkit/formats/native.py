@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +74,7 @@ def encode(header: Header) -> dict[str, str]:
     return {KEY: json.dumps(value, ensure_ascii=False)}
 
 
-def decode(metadata: dict[str, str] | None, path: object) -> Header:
+def decode(metadata: Mapping[str, str] | None, path: object) -> Header:
     """safetensors metadata -> Header. path: for the errors."""
     if not metadata or KEY not in metadata:
         raise FileError(f"{path} has no {KEY!r} entry in its header: peftkit did not write it")
@@ -106,6 +107,16 @@ def decode(metadata: dict[str, str] | None, path: object) -> Header:
         if isinstance(error, FileError):
             raise
         raise FileError(f"the {KEY!r} header of {path} is damaged: {error!r}") from error
+
+
+def sorted_by_weight(keys: Iterable[str], weights: Collection[str]) -> dict[str | None, list[str]]:
+    """The keys of a file by the weight they belong to, the longest name that fits; None for those without one."""
+    found: dict[str | None, list[str]] = {}
+    for key in sorted(keys):
+        parts = key.split(".")
+        owners = (".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1))
+        found.setdefault(next((owner for owner in owners if owner in weights), None), []).append(key)
+    return found
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray) -> float:

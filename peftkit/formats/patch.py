@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,9 @@ from peftkit.geometry import Shape
 class Patch:
     """An adapter of one weight: its kind, its options and its tensors as `Adapter.state_dict` names them.
 
-    shape: of the matrix it adapts. A file that holds factors of a flattened kernel says rows and columns only; then
-    `kernel_known` is False and shape.kernel is empty. convention: of a native file; None for what was translated.
-    scale: where the factor γ came from, in words for a user.
+    shape: of the matrix it adapts, 0 where the file does not say. A file that holds factors of a flattened kernel says
+    rows and columns only; then `kernel_known` is False and shape.kernel is empty. convention: of a native file; None
+    for what was translated. scale: where the factor γ came from, in words. bias: why it cannot go on a layer with one.
     """
 
     kind: str
@@ -28,23 +28,46 @@ class Patch:
     kernel_known: bool = True
     convention: str | None = None
     scale: str = ""
+    bias: str = ""
+
+    @property
+    def rank(self) -> int | None:
+        rank = self.options.get("rank")
+        return rank if isinstance(rank, int) else None
+
+
+class Patches(Mapping[str, Patch]):
+    """Patches by name, each read from its file when it is asked for and not kept."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Patch]) -> None:
+        self._names, self._read = tuple(names), read
+
+    def __getitem__(self, name: str) -> Patch:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
 class Bundle:
     """What an adapter file holds: patches by the weight they are for, under names of the file's own spelling.
 
-    format: "native", "kohya", "lycoris", "diffusers" or "peft". vectors: changes of biases and norms, which are not
-    matrices, by "module.bias" or "module.weight". base: fingerprints of the weights it was trained on. portable:
-    whether derived tensors are in the file. unclaimed: tensors of a native file that its header does not mention.
+    format: "native", "kohya", "diffusers" or "peft". vectors: changes of biases and norms, which are not matrices, by
+    "module.bias" or "module.weight". base: fingerprints of the weights it was trained on. portable: whether derived
+    tensors are in the file. unclaimed: tensors of a native file that its header does not mention.
     """
 
     format: str
-    patches: dict[str, Patch]
+    patches: Mapping[str, Patch]
     name: str = "default"
-    vectors: dict[str, Tensor] = field(default_factory=dict)
-    base: dict[str, np.ndarray] = field(default_factory=dict)
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    base: Mapping[str, np.ndarray] = field(default_factory=dict)
     portable: bool = True
     unclaimed: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()

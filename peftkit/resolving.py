@@ -1,0 +1,103 @@
+"""Find the weights that the names in an adapter file mean, among those of a model or of a checkpoint."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from peftkit.errors import AmbiguousFileError, near
+from peftkit.formats import names
+from peftkit.formats.names import Family
+from peftkit.formats.patch import Bundle
+
+#: what trainers put before a module's path, where the path itself tells the components apart
+_FILE_PREFIXES = (
+    "",
+    "lycoris_",
+    "lora_unet_",
+    "lora_transformer_",
+    "oft_unet_",
+    "base_model.model.",
+    "diffusion_model.",
+    "model.diffusion_model.",
+    "transformer.",
+    "unet.",
+)
+#: what checkpoints put before it
+_WEIGHT_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where rows of a patch go: a weight, or its rows [start, stop).
+
+    swapped: the two halves of the rows change places. transposed: the weight is kept as (in, out). bias: what goes with
+    the weight, where there is one.
+    """
+
+    weight: str
+    start: int | None = None
+    stop: int | None = None
+    swapped: bool = False
+    transposed: bool = False
+    bias: str | None = None
+
+
+class Resolver:
+    """Names of a file -> the parts of weights they mean, in the order of the patch's rows.
+
+    paths: module path -> its weight. places: canonical name of a family's module -> its weight, None where it is not.
+    """
+
+    def __init__(self, paths: Mapping[str, Part], places: Callable[[str], Part | None]) -> None:
+        self._dotted: defaultdict[str, dict[str, Part]] = defaultdict(dict)
+        for path, part in paths.items():
+            for prefix in _WEIGHT_PREFIXES:
+                if path.startswith(prefix):
+                    self._dotted[path.removeprefix(prefix)][path] = part
+        self._underscored: defaultdict[str, dict[str, Part]] = defaultdict(dict)
+        for spelled, found in self._dotted.items():
+            self._underscored[spelled.replace(".", "_")] |= found
+        self._places = places
+
+    def __call__(self, name: str, families: Sequence[Family] = ()) -> tuple[Part, ...]:
+        """() for a name that means nothing here."""
+        own = self._by_path(name)
+        if own is not None:
+            return (own,)
+        for family in families:
+            parts = tuple(part for m in family.find(name) if (part := self._places(m.name)) is not None)
+            if parts and len(parts) == len(family.find(name)):
+                swaps = family.swaps(name)
+                return tuple(replace(part, swapped=part.swapped != swaps) for part in parts)
+        return ()
+
+    def hint(self, name: str) -> str:
+        """The paths that come near a name, for a message."""
+        return near(name, self._dotted)
+
+    def _by_path(self, name: str) -> Part | None:
+        for table in (self._dotted, self._underscored):
+            for prefix in _FILE_PREFIXES:
+                found = table.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
+                if found is not None and len(found) > 1:
+                    raise AmbiguousFileError(f"{name} can be {' or '.join(sorted(found))}: rename it in the file")
+                if found is not None:
+                    return next(iter(found.values()))
+        return None
+
+
+def families_of(bundle: Bundle, among: Iterable[str] | None = None) -> tuple[Family, ...]:
+    """The families that have all these modules of a file, told apart by the shapes of its patches; best first."""
+    shapes: dict[str, tuple[int, int] | None] = {}
+    for name in bundle.patches if among is None else among:
+        shape = bundle.patches[name].shape
+        shapes[name] = (shape.rows, shape.columns) if shape.rows and shape.columns else None
+    return names.guess(shapes)
+
+
+def common(families: Sequence[Family], name: str) -> str:
+    """The component that a name means, "" where that is not known."""
+    components = {module.name.partition(".")[0] for family in families for module in family.find(name)}
+    return components.pop() if len(components) == 1 else ""
