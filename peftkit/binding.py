@@ -27,6 +27,14 @@ class Misfit:
     mismatched: tuple[str, ...] = ()
     non_finite: tuple[str, ...] = ()
 
+    @property
+    def first(self) -> str:
+        """One reason, for a message."""
+        for what in ("mismatched", "missing", "unexpected", "non_finite"):
+            if getattr(self, what):
+                return f"{what.replace('_', '-')}: {getattr(self, what)[0]}"
+        return ""
+
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.mismatched or self.non_finite)
 
@@ -108,9 +116,14 @@ def shown(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}" if tensor.is_floating_point() else f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
+def sample_index(size: int) -> Tensor:
+    """Where a fingerprint looks in a weight of that many entries, row by row."""
+    return torch.linspace(0, size - 1, _SAMPLES, dtype=torch.float64).long()
+
+
 def samples(weight: Tensor) -> np.ndarray:
     """Entries of W (m, n) spread evenly over it, in float32: a fingerprint that survives a cast."""
-    index = torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64).long().to(weight.device)
+    index = sample_index(weight.numel()).to(weight.device)
     return weight.detach()[index // weight.shape[1], index % weight.shape[1]].float().cpu().numpy()
 
 

@@ -53,6 +53,10 @@ class AmbiguousFileError(FileError):
     """A file that can be read in two ways. The message names the option that says which."""
 
 
+class ExportError(PeftkitError, ValueError):
+    """An adapter that the target has no exact words for."""
+
+
 class MismatchError(FileError):
     """The file and the model do not fit: missing, unexpected, misshapen or non-finite tensors."""
 

@@ -88,6 +88,16 @@ class Geometry:
         channels = weight_shape[0] // self.groups if self.transposed else weight_shape[1]
         self.shape = Shape(outputs, channels, tuple(weight_shape[2:]), self.groups)
 
+    @classmethod
+    def of_weight(cls, weight_shape: tuple[int, ...], groups: int = 1, *, transposed: bool = False) -> Geometry:
+        """How a weight in a file is read as a matrix; such a geometry cannot run."""
+        geometry = cls(torch.Size(weight_shape))
+        if transposed:
+            geometry.transposed, geometry.groups, geometry.spatial = True, groups, len(weight_shape) - 2
+            rows, channels = weight_shape[1] * groups, weight_shape[0] // groups
+            geometry.shape = Shape(rows, channels, tuple(weight_shape[2:]), groups)
+        return geometry
+
     # -- the weight as a matrix -------------------------------------------------------------------------------
 
     def bands(self, weight: Tensor) -> Tensor:

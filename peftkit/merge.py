@@ -11,25 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from peftkit.adapted import Adapted, hosts, names_of
+from peftkit.adding import MergedWeight, add_, refuse_inert
 from peftkit.delta import Delta
-from peftkit.delta.base import accumulation_dtype, row_blocks
 from peftkit.errors import MergeError, MergeStateError, OptionError
-from peftkit.sites import Slot, dotted
+from peftkit.sites import dotted
 from peftkit.snapshot import BACKUPS, Copy, Merged, Snapshot, checksum
-
-
-@dataclass(frozen=True)
-class MergedWeight:
-    """What happened to one weight."""
-
-    site: str
-    adapters: tuple[str, ...]
-    norm: float  # ‖Σ λᵢ·ΔWᵢ‖_F
-    change: float  # ‖W' − W‖_F, what the weight really moved
-    lost: float  # ‖ΔW − (W' − W)‖ / ‖ΔW‖, the share that the weight's dtype could not hold
 
 
 @dataclass(frozen=True)
@@ -94,7 +83,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup:
     try:
         for host_name, (host, own) in affected.items():
             weights += _merge_host(host_name, host, own, backup, done)
-        _refuse_inert(weights)
+        refuse_inert(weights)
     except BaseException:
         for host in done:
             _restore_host(host)
@@ -155,7 +144,7 @@ def _merge_host(
         weight = host.weight_of(slot).detach()
         before = weight.clone()
         snapshots[slot_name] = Copy(before)  # until the merge of this weight is complete
-        norm, change, lost = _add(deltas, weight, slot)
+        norm, change, lost = add_(deltas, weight, slot.geometry)
         if not math.isfinite(norm):
             raise MergeError(f"{site}: the ΔW of {', '.join(names)} is not finite; nothing was merged")
         if not math.isfinite(change):
@@ -181,50 +170,6 @@ def _deltas(host: Adapted, slot_name: str, own: Sequence[str]) -> tuple[tuple[st
             adapter.train()
 
 
-def _add(deltas: Sequence[Delta], weight: Tensor, slot: Slot) -> tuple[float, float, float]:
-    """weight += Σ ΔW in place, row block by row block; ‖ΔW‖, ‖W' − W‖ and the share lost. weight: the slot's."""
-    if not deltas:
-        return 0.0, 0.0, 0.0
-    acc = accumulation_dtype(weight.dtype)
-    bands = slot.geometry.bands(weight)  # (bands, rows, channels, *kernel), a view
-    rows, columns = slot.geometry.shape.rows, slot.geometry.shape.columns
-    # A block holds whole units of every delta, so that none reads a row that was written before
-    multiple = min(rows, math.lcm(*(d.row_multiple for d in deltas)))
-    sums = torch.zeros(3, dtype=torch.float64)
-    for block in row_blocks(rows, columns, multiple):
-        old = _rows(bands, block)
-        delta = deltas[0].rows(block).to(acc)
-        for other in deltas[1:]:
-            delta = delta + other.rows(block).to(acc)
-        new = (old.flatten(1).to(acc) + delta).to(weight.dtype)
-        moved = new.to(acc) - old.flatten(1).to(acc)
-        sums += torch.stack([_square(delta), _square(moved), _square(delta - moved)]).cpu()
-        _write(bands, block, new)
-    norm, change, lost = sums.sqrt().tolist()
-    return norm, change, lost / norm if norm else 0.0
-
-
-def _square(block: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(block, dtype=block.dtype).double().square()
-
-
-def _rows(bands: Tensor, block: slice) -> Tensor:
-    """Rows of the matrix as (rows, channels, *kernel), across bands if need be."""
-    return bands.flatten(0, 1)[block] if bands.shape[0] > 1 else bands[0, block]
-
-
-def _write(bands: Tensor, block: slice, rows: Tensor) -> None:
-    if bands.shape[0] == 1:
-        bands[0, block].copy_(rows.reshape(bands[0, block].shape))
-        return
-    size = bands.shape[1]
-    for i in range(block.start // size, -(-block.stop // size)):
-        start, stop = max(block.start, i * size), min(block.stop, (i + 1) * size)
-        part = rows[start - block.start : stop - block.start]
-        target = bands[i, start - i * size : stop - i * size]
-        target.copy_(part.reshape(target.shape))
-
-
 @torch.no_grad()
 def _restore_host(host: Adapted) -> None:
     state = host.adaptation
@@ -234,14 +179,3 @@ def _restore_host(host: Adapted) -> None:
         weight.copy_(snapshot.original(weight))
     state.merged = None
     state.refresh()
-
-
-def _refuse_inert(weights: Sequence[MergedWeight]) -> None:
-    inert = [w for w in weights if w.norm > 0 and w.change == 0]
-    if inert:
-        w = inert[0]
-        raise MergeError(
-            f"{w.site}: ‖ΔW‖ = {w.norm:.3g} is too small for its weight's dtype to hold, and {len(inert)} of "
-            f"{len(weights)} weights would not change at all. Nothing was merged; keep the adapter applied, "
-            "raise its strength, or merge into a model in a wider dtype"
-        )

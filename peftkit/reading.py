@@ -93,7 +93,16 @@ def _native(source: _Source) -> Bundle:
     def patch(name: str) -> Patch:
         record = header.records[name]
         tensors = {key[len(name) :].removeprefix("."): source[key] for key in owned.get(name, ())}
-        return Patch(record.kind, record.options, record.shape, tensors, True, record.convention, "its header")
+        return Patch(
+            record.kind,
+            record.options,
+            record.shape,
+            tensors,
+            True,
+            record.convention,
+            "its header",
+            transposed=record.transposed,
+        )
 
     return Bundle(
         "native",

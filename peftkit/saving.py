@@ -58,7 +58,13 @@ def save(
     header = Header(
         name=name,
         records={
-            site: Record(at.adapter.kind, at.adapter.convention, at.adapter.options, at.slot.geometry.shape)
+            site: Record(
+                at.adapter.kind,
+                at.adapter.convention,
+                at.adapter.options,
+                at.slot.geometry.shape,
+                at.slot.geometry.transposed,
+            )
             for site, at in own.items()
         },
         base={site: samples(at.base) for site, at in own.items()},

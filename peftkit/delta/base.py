@@ -28,6 +28,8 @@ def row_blocks(rows: int, columns: int, multiple: int = 1) -> Iterator[slice]:
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are formed in: at least fp32."""
+    if dtype.itemsize < 2:  # torch does not promote the 8-bit floats
+        return torch.float32
     return torch.promote_types(dtype, torch.float32)
 
 

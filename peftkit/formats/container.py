@@ -96,9 +96,20 @@ class Container:
         bits = torch.empty(info.size, dtype=torch.uint8)
         with self.path.open("rb") as file:
             file.seek(self.data + info.start)
-            if file.readinto(memoryview(bits.numpy())) != info.size:
+            if file.readinto(bits.numpy().data) != info.size:
                 raise FileError(f"{self.path} ended inside {name}: it was cut off after its header was read")
         return bits.view(dtype).reshape(info.shape)
+
+    def elements(self, name: str, index: list[int]) -> Tensor:
+        """A few entries of one tensor, in the order of its memory, without reading the rest."""
+        info = self.infos[name]
+        dtype = DTYPES[info.dtype]
+        with self.path.open("rb") as file:
+            chunks = []
+            for i in index:
+                file.seek(self.data + info.start + i * dtype.itemsize)
+                chunks.append(file.read(dtype.itemsize))
+        return torch.frombuffer(bytearray(b"".join(chunks)), dtype=dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them."""
@@ -149,7 +160,9 @@ def read(path: str | os.PathLike[str]) -> Container:
             raise FileError(f"the header of {path} is damaged: {name} at byte {info.start} {what}, which ends at {end}")
         end = info.stop
     if end != size - 8 - length:
-        raise FileError(f"{path} holds {size - 8 - length} bytes of tensors, its header says {end}: it is damaged or cut off")
+        raise FileError(
+            f"{path} holds {size - 8 - length} bytes of tensors, its header says {end}: it is damaged or cut off"
+        )
     return Container(path, infos, metadata, 8 + length)
 
 
@@ -186,7 +199,7 @@ def header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Ma
 
 def raw(tensor: Tensor) -> memoryview:
     """A tensor's bytes, row by row."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def digest(path: Path, start: int = 0, stop: int | None = None) -> str:

@@ -256,11 +256,16 @@ def sd3(depth: int, normed: bool = False, dual: int = 0) -> Iterator[Module]:
     """
     width, head = 64 * depth, 64
 
-    def attention(name: str, qkv: tuple[str, ...], norms: tuple[str, ...], original: str) -> Iterator[Module]:
-        yield from _fused({f"{name}.{part}": width for part in qkv}, f"{original}.qkv", width)
+    def attention(name: str, original: str, ours: _Stream, layer: str, out: bool = True) -> Iterator[Module]:
+        def path(part: str) -> str:
+            return f"{name}.{part.replace('attn.', f'{layer}.')}"
+
+        yield from _fused({path(part): width for part in ours.qkv}, f"{original}.{layer}.qkv", width)
         if normed:
-            for norm, kind in zip(norms, "qk", strict=True):
-                yield _module(f"{name}.{norm}", f"{original}.ln_{kind}", head, bias=False)
+            for norm, kind in zip(ours.norms, "qk", strict=True):
+                yield _module(path(norm), f"{original}.{layer}.ln_{kind}", head, bias=False)
+        if out:
+            yield _module(path(ours.out), f"{original}.{layer}.proj", width, width)
 
     yield _module("pos_embed.proj", "x_embedder.proj", width, 16, 2, 2)
     for kind, original, inputs in (("timestep", "t_embedder", 256), ("text", "y_embedder", 2048)):
@@ -274,13 +279,10 @@ def sd3(depth: int, normed: bool = False, dual: int = 0) -> Iterator[Module]:
             rows = (2 if ends else 9 if second else 6) * width
             modulation = f"{original}.adaLN_modulation.1"
             yield _module(f"{name}.{ours.modulation}", modulation, rows, width, swapped=ends)
-            yield from attention(name, ours.qkv, ours.norms, f"{original}.attn")
+            yield from attention(name, original, ours, "attn", out=not ends)
             if second:
-                again = [part.replace("attn.", "attn2.") for part in (*ours.qkv, *ours.norms, ours.out)]
-                yield from attention(name, tuple(again[:3]), tuple(again[3:5]), f"{original}.attn2")
-                yield _module(f"{name}.{again[5]}", f"{original}.attn2.proj", width, width)
+                yield from attention(name, original, ours, "attn2")
             if not ends:
-                yield _module(f"{name}.{ours.out}", f"{original}.attn.proj", width, width)
                 yield _module(f"{name}.{ours.up}", f"{original}.mlp.fc1", 4 * width, width)
                 yield _module(f"{name}.{ours.down}", f"{original}.mlp.fc2", width, 4 * width)
     yield _module("norm_out.linear", "final_layer.adaLN_modulation.1", 2 * width, width, swapped=True)
@@ -291,7 +293,10 @@ def sd3(depth: int, normed: bool = False, dual: int = 0) -> Iterator[Module]:
 
 
 def clip(width: int, layers: int, projected: bool = False) -> Iterator[Module]:
-    """CLIPTextModel as it is on disk, or CLIPTextModelWithProjection; the originals in these names are the same."""
+    """CLIPTextModel, or CLIPTextModelWithProjection; originals in these names are the same.
+
+    The level "text_model" is in every published file, and in the class before transformers 5.6.
+    """
     layer = {
         **{f"self_attn.{part}_proj": (width, width) for part in ("q", "k", "v", "out")},
         "layer_norm1": (width,),
@@ -362,7 +367,7 @@ def t5(width: int = 4096, hidden: int = 10240, layers: int = 24) -> Iterator[Mod
 
 # ------------------------------------------------------------------------- the networks, but for what differs by family
 
-_POSITIONS = "text_model.embeddings.position_embedding"  # an image encoder has the same layers, and other positions
+_POSITIONS = "text_model.embeddings.position_embedding"  # other encoders have the same layers, and other positions
 UNET = partial(
     Component,
     name="unet",

@@ -8,6 +8,7 @@ entry, "peftkit", a JSON object:
     name         the adapter's name
     portable     whether factors derived from the base are in the file
     groups       [{kind, convention, options, weights: {name: [rows, channels, kernel, groups]}}]
+    transposed   [names of the weights that are transposed convolutions'], where there are any
     base         {name: base64 of float32 samples of the base weight}
     training     whatever the user passed to `save`
 """
@@ -40,6 +41,7 @@ class Record:
     convention: str
     options: dict[str, Any]
     shape: Shape
+    transposed: bool = False  # a transposed convolution, whose weight is kept as (in, out)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ def encode(header: Header) -> dict[str, str]:
         "name": header.name,
         "portable": header.portable,
         "groups": list(groups.values()),
+        **(
+            {"transposed": transposed} if (transposed := [w for w, r in header.records.items() if r.transposed]) else {}
+        ),
         "base": {k: base64.b64encode(v.astype("<f4").tobytes()).decode() for k, v in header.base.items()},
         "training": header.training,
     }
@@ -90,6 +95,7 @@ def decode(metadata: Mapping[str, str] | None, path: object) -> Header:
                 str(group["convention"]),
                 dict(group["options"]),
                 Shape(int(rows), int(channels), tuple(int(k) for k in kernel), int(groups)),
+                weight in value.get("transposed", ()),
             )
             for group in value["groups"]
             for weight, (rows, channels, kernel, groups) in group["weights"].items()

@@ -19,6 +19,7 @@ class Patch:
     shape: of the matrix it adapts, 0 where the file does not say. A file that holds factors of a flattened kernel says
     rows and columns only; then `kernel_known` is False and shape.kernel is empty. convention: of a native file; None
     for what was translated. scale: where the factor γ came from, in words. bias: why it cannot go on a layer with one.
+    transposed: whether the weight is a transposed convolution's, kept as (in, out).
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Patch:
     convention: str | None = None
     scale: str = ""
     bias: str = ""
+    transposed: bool = False
 
     @property
     def rank(self) -> int | None:

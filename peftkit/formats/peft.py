@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from peftkit.adapters.lokr import factorize
 from peftkit.errors import FileError
 from peftkit.formats import kohya
+from peftkit.formats.forms import Turn
 from peftkit.formats.kohya import Modules, Scale
 from peftkit.formats.patch import Patch
 from peftkit.geometry import Shape
@@ -162,3 +165,48 @@ def _ia3(module: str, t: Mapping[str, Tensor]) -> Patch:
     options = {"side": "out" if out else "in"}
     gate = gain.flatten().float() - 1
     return Patch("ia3", options, shape, {"gate": gate}, kernel_known=False, scale="1: IA3 has no alpha", bias=reason)
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def config(kind: str, ranks: Mapping[str, int], options: Mapping[str, Any]) -> dict[str, Any]:
+    """adapter_config.json of modules with these ranks, α = r for each, so that every scale is 1.
+
+    ranks: path of a module -> its rank. options: what else the kind needs.
+    """
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != common}
+    alpha = "lora_alpha" if kind == "LORA" else "alpha"
+    scale = {} if kind == "OFT" else {"r": common, alpha: common, "rank_pattern": pattern, "alpha_pattern": pattern}
+    return {
+        "peft_type": kind,
+        "base_model_name_or_path": None,
+        "task_type": None,
+        "inference_mode": True,
+        # A pattern matches whole paths; a list would match every path that ends so
+        "target_modules": "|".join(re.escape(path) for path in ranks),
+        **scale,
+        **options,
+    }
+
+
+def skew(turn: Turn) -> Tensor:
+    """oft_R of a rotation of the input: the upper triangles of Q, or of −Q for the exact one, which PEFT inverts."""
+    i, j = torch.triu_indices(turn.Q.shape[1], turn.Q.shape[1], 1)
+    upper = turn.Q[:, i, j]
+    return upper if turn.terms is not None else -upper
+
+
+def decompose_factor(shapes: Sequence[tuple[Sequence[int], tuple[int, int]]]) -> int | None:
+    """The one factor from which PEFT makes all these Kronecker factors. shapes: that of C, and (rows, channels)."""
+    candidates = [-1, *dict.fromkeys(u for C, _ in shapes for u in C)]
+    for factor in candidates:
+        if all((_split(rows, factor), _split(channels, factor)) == tuple(C) for C, (rows, channels) in shapes):
+            return factor
+    return None
+
+
+def _split(size: int, factor: int) -> int:
+    """The first factor PEFT splits a size into: a divisor as it is, else the most even split below it."""
+    return factor if factor > 0 and size % factor == 0 else factorize(size, factor)[0]

@@ -1,0 +1,85 @@
+"""W + Σ ΔW, in place: summed in at least fp32, rounded once, with what the rounding cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftkit.delta import Delta
+from peftkit.delta.base import accumulation_dtype, row_blocks
+from peftkit.errors import MergeError
+from peftkit.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class MergedWeight:
+    """What happened to one weight."""
+
+    site: str
+    adapters: tuple[str, ...]
+    norm: float  # ‖Σ λᵢ·ΔWᵢ‖_F
+    change: float  # ‖W' − W‖_F, what the weight really moved
+    lost: float  # ‖ΔW − (W' − W)‖ / ‖ΔW‖, the share that the weight's dtype could not hold
+
+
+def add_(deltas: Sequence[Delta], weight: Tensor, geometry: Geometry) -> tuple[float, float, float]:
+    """weight += Σ ΔW in place, row block by row block; ‖ΔW‖, ‖W' − W‖ and the share lost.
+
+    weight: in its layer's shape, which `geometry` reads as a matrix.
+    """
+    if not deltas:
+        return 0.0, 0.0, 0.0
+    acc = accumulation_dtype(weight.dtype)
+    bands = geometry.bands(weight)  # (bands, rows, channels, *kernel), a view
+    rows, columns = geometry.shape.rows, geometry.shape.columns
+    # A block holds whole units of every delta, so that none reads a row that was written before
+    multiple = min(rows, math.lcm(*(d.row_multiple for d in deltas)))
+    sums = torch.zeros(3, dtype=torch.float64)
+    for block in row_blocks(rows, columns, multiple):
+        old = _rows(bands, block)
+        delta = deltas[0].rows(block).to(acc)
+        for other in deltas[1:]:
+            delta = delta + other.rows(block).to(acc)
+        new = (old.flatten(1).to(acc) + delta).to(weight.dtype)
+        moved = new.to(acc) - old.flatten(1).to(acc)
+        sums += torch.stack([_square(delta), _square(moved), _square(delta - moved)]).cpu()
+        _write(bands, block, new)
+    norm, change, lost = sums.sqrt().tolist()
+    return norm, change, lost / norm if norm else 0.0
+
+
+def _square(block: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(block, dtype=block.dtype).double().square()
+
+
+def _rows(bands: Tensor, block: slice) -> Tensor:
+    """Rows of the matrix as (rows, channels, *kernel), across bands if need be."""
+    return bands.flatten(0, 1)[block] if bands.shape[0] > 1 else bands[0, block]
+
+
+def _write(bands: Tensor, block: slice, rows: Tensor) -> None:
+    if bands.shape[0] == 1:
+        bands[0, block].copy_(rows.reshape(bands[0, block].shape))
+        return
+    size = bands.shape[1]
+    for i in range(block.start // size, -(-block.stop // size)):
+        start, stop = max(block.start, i * size), min(block.stop, (i + 1) * size)
+        part = rows[start - block.start : stop - block.start]
+        target = bands[i, start - i * size : stop - i * size]
+        target.copy_(part.reshape(target.shape))
+
+
+def refuse_inert(weights: Sequence[MergedWeight]) -> None:
+    """Raise MergeError for a ΔW that rounding would lose whole."""
+    inert = [w for w in weights if w.norm > 0 and w.change == 0]
+    if inert:
+        w = inert[0]
+        raise MergeError(
+            f"{w.site}: ‖ΔW‖ = {w.norm:.3g} is too small for its weight's dtype to hold, and {len(inert)} of "
+            f"{len(weights)} weights would not change at all. Nothing was merged; keep the adapter applied, "
+            "raise its strength, or merge into a model in a wider dtype"
+        )

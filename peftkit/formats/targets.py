@@ -1,0 +1,127 @@
+"""The programs an adapter can be exported to, and what each of them reads right.
+
+Read from their sources: A1111 1.10.1, Forge of June 2025, ComfyUI 0.28, sd-scripts of February 2026, LyCORIS 4.1.3,
+diffusers 0.42, PEFT 0.21. `reads` has the structures a program rebuilds exactly; what it lacks is written as something
+it has, and what it reads wrongly it does not have here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from peftkit.errors import OptionError, near
+from peftkit.geometry import Shape
+
+
+@dataclass(frozen=True)
+class Target:
+    """One program.
+
+    reads: structures. decomposes: (structure, axis) pairs it reads inside a weight decomposition.
+    nonlinear: those whose law of strength is not W + λ·ΔW there. style, transformer_style: how modules of U-Nets and of
+    transformers are named (see `names`), None where they are not. generic: what comes before the path of a module of
+    any other model, None where only known models load.
+    """
+
+    name: str
+    title: str
+    reads: frozenset[str]
+    decomposes: frozenset[tuple[str, str]] = frozenset()
+    nonlinear: frozenset[str] = frozenset()
+    style: str = "kohya"
+    transformer_style: str | None = "kohya"
+    generic: str | None = None
+
+    @property
+    def dense(self) -> bool:
+        return "full" in self.reads
+
+    def refusal(self, structure: str, shape: Shape) -> str | None:
+        """Why it would not read this structure on such a weight, or None."""
+        spatial = len(shape.kernel)
+        if self.name == "a1111" and structure == "lora" and spatial in (1, 3):
+            return f"A1111 drops the whole file at a {spatial}-dimensional convolution"
+        if structure == "ia3" and spatial and self.name == "a1111":
+            return "A1111 fails on (IA)³ of a convolution's outputs"
+        if structure == "glora" and spatial and self.name == "a1111":
+            return "A1111 fails on GLoRA of a convolution"
+        if shape.groups > 1 and self.name in ("kohya", "diffusers", "peft"):
+            return f"{self.title} gives the adapter of a grouped convolution another meaning"
+        return None
+
+
+_WEBUI = frozenset({"lora", "loha", "lokr", "full"})
+_IN = frozenset({("lora", "in"), ("loha", "in"), ("lokr", "in")})
+_OUT = frozenset({("lora", "out"), ("loha", "out"), ("lokr", "out")})
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        target.name: target
+        for target in (
+            Target(
+                "a1111",
+                "A1111",
+                _WEBUI | {"oft", "oft rescaled", "ia3", "glora old"},
+                _IN,
+                nonlinear=frozenset({"oft rescaled"}),
+                transformer_style=None,
+            ),
+            Target(
+                "forge",
+                "Forge",
+                _WEBUI | {"glora"},
+                _IN,
+                transformer_style="transformer",
+                generic="diffusion_model.",
+            ),
+            Target(
+                "comfyui",
+                "ComfyUI",
+                _WEBUI | {"oft", "glora"},
+                _IN,
+                nonlinear=frozenset({"oft"}),
+                transformer_style="transformer",
+                generic="diffusion_model.",
+            ),
+            Target("kohya", "sd-scripts", frozenset({"lora"})),
+            Target(
+                "lycoris",
+                "LyCORIS",
+                _WEBUI | {"oft", "oft rescaled", "glora"},
+                _OUT,
+                nonlinear=frozenset({"oft rescaled", "dora"}),
+                style="lycoris",
+                transformer_style="lycoris",
+                generic="lycoris_",
+            ),
+            Target(
+                "diffusers",
+                "diffusers",
+                frozenset({"lora"}),
+                frozenset({("lora", "out")}),
+                nonlinear=frozenset({"dora"}),
+                style="diffusers",
+                transformer_style="diffusers",
+            ),
+            Target(
+                "peft",
+                "PEFT",
+                frozenset({"lora", "loha", "lokr", "oft in"}),
+                frozenset({("lora", "out")}),
+                nonlinear=frozenset({"dora", "oft in"}),
+                style="peft",
+                transformer_style="peft",
+                generic="base_model.model.",
+            ),
+        )
+    }
+)
+
+
+def get(name: str) -> Target:
+    """The target of that name."""
+    if name not in TARGETS:
+        raise OptionError(f"target={name!r} was given, one of {', '.join(TARGETS)} was expected.{near(name, TARGETS)}")
+    return TARGETS[name]
