@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftkit.errors import FileError
 from peftkit.formats import container
@@ -31,8 +31,8 @@ class Shard(Protocol):
 
 
 @dataclass(frozen=True)
-class Unpickled:
-    """The tensors of a pickle, in memory."""
+class Loaded:
+    """Tensors in memory: of a pickle, or of a model."""
 
     tensors: Mapping[str, Tensor]
     infos: Mapping[str, Info]
@@ -69,7 +69,7 @@ class Base:
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors."""
+        """Of all tensors, in bytes."""
         return sum(self.info(key).size for key in self.where)
 
     def info(self, key: str) -> Info:
@@ -85,6 +85,12 @@ class Base:
         """A few entries of one tensor."""
         shard, name = self.where[key]
         return self.shards[shard][0].elements(name, index)
+
+
+def of_model(model: nn.Module) -> Base:
+    """A model in memory as a base, under its state dict's names."""
+    tensors = {key: tensor.detach() for key, tensor in model.state_dict().items() if tensor.dtype in container.NAMES}
+    return _joined(Path("the model"), {"the model": (_loaded(tensors), "")})
 
 
 def open_base(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Base:
@@ -154,8 +160,12 @@ def _shard(path: Path, allow_pickle: bool) -> Shard:
     unknown = [key for key, tensor in tensors.items() if tensor.dtype not in container.NAMES]
     if unknown:
         raise FileError(f"{path}: {unknown[0]} is {tensors[unknown[0]].dtype}, which safetensors cannot hold")
+    return _loaded(tensors)
+
+
+def _loaded(tensors: Mapping[str, Tensor]) -> Loaded:
     infos = {key: Info(container.NAMES[t.dtype], tuple(t.shape), 0, t.nbytes) for key, t in tensors.items()}
-    return Unpickled(tensors, infos, {})
+    return Loaded(tensors, infos, {})
 
 
 def _joined(path: Path, shards: Mapping[str, tuple[Shard, str]]) -> Base:

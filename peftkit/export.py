@@ -22,18 +22,20 @@ from torch import Tensor, nn
 
 from peftkit.adapted import one_name, placed
 from peftkit.adapter import Adapter, require_dtype
+from peftkit.bases import Base, of_model, open_base
 from peftkit.binding import bind, misfit, stand_in
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
-from peftkit.delta.base import row_blocks
-from peftkit.errors import ExportError, FileError, OptionError
+from peftkit.delta.base import distance
+from peftkit.errors import ExportError, FileError, MismatchError, OptionError
 from peftkit.formats import container, forms, metadata, names, peft, targets
 from peftkit.formats.forms import Additive, Decomposition, Gate, Turn
 from peftkit.formats.names import Family, Module
-from peftkit.formats.patch import Patch
+from peftkit.formats.patch import Bundle, Patch
 from peftkit.formats.targets import Target
 from peftkit.geometry import Shape
-from peftkit.loading import load
+from peftkit.placing import resolver_of, shape_of, whole
 from peftkit.reading import read
+from peftkit.resolving import families_of
 from peftkit.spelling import Spelled, spell
 
 
@@ -101,7 +103,7 @@ def export(
     target: str,
     *,
     name: str | None = None,
-    base: nn.Module | None = None,
+    base: nn.Module | str | os.PathLike[str] | None = None,
     family: str | None = None,
     component: str | None = None,
     dtype: torch.dtype | None = None,
@@ -112,7 +114,7 @@ def export(
     """Write the adapters of a wrapped model, or of any adapter file, for another program.
 
     target: "a1111", "forge", "comfyui", "kohya", "lycoris", "diffusers", or "peft", which gets a folder. name: which of
-    several adapters. base: the model that a file is for, where ΔW has to be computed; a wrapped model is its own.
+    several adapters. base: the model or the checkpoint that a file is for, where ΔW or names depend on it.
     family: the model's, for its names and labels ("sd15", "sdxl", "flux", …); found by itself where names and shapes say
     it. component: which part of a pipeline the source is, where its names do not tell ("text_encoder_2").
     dtype: of the tensors. bake: write ΔW itself for adapters that depend on their base. title, training: for the
@@ -125,7 +127,7 @@ def export(
     path = Path(path)
     if goal.name != "peft" and path.suffix != ".safetensors":
         raise OptionError(f"{path}: {goal.title} reads *.safetensors, {path.suffix or 'no suffix'!r} was given")
-    items = list(_of_model(source, name) if isinstance(source, nn.Module) else _of_file(source, base, goal))
+    items = list(_of_model(source, name) if isinstance(source, nn.Module) else items_of_file(source, base))
     known = _family(items, family, component)
     modules = _modules(items, goal, known, component)
     pieces = [_piece(module, members, goal, known, bake) for module, members in modules.items()]
@@ -158,16 +160,15 @@ def _of_model(model: nn.Module, name: str | None) -> Iterator[Item]:
         yield Item(at.site, copy.deepcopy(at.adapter).eval(), geometry.shape, at.base)
 
 
-def _of_file(path: str | os.PathLike[str], base: nn.Module | None, goal: Target) -> Iterator[Item]:
+def items_of_file(path: str | os.PathLike[str], base: nn.Module | str | os.PathLike[str] | None) -> Iterator[Item]:
+    """The adapters of a file. With a base, under its modules' names where these are whole modules."""
     bundle = read(path)
     if bundle.vectors:
         raise ExportError(
             f"{path} changes biases or norms ({next(iter(bundle.vectors))}, …), which export does not carry"
         )
     if base is not None:
-        twin = copy.deepcopy(base)
-        load(twin, path, "exported", other_base=True)
-        yield from _of_model(twin, "exported")
+        yield from _on_base(path, bundle, of_model(base) if isinstance(base, nn.Module) else open_base(base))
         return
     for name, patch in bundle.patches.items():
         where = f"{path}: {name}"
@@ -177,6 +178,23 @@ def _of_file(path: str | os.PathLike[str], base: nn.Module | None, goal: Target)
         if found:
             raise ExportError(f"{where}: {found.first}")
         yield Item(name, bind(patch, patch.shape, stand_in(patch.shape), where), patch.shape, None)
+
+
+def _on_base(path: object, bundle: Bundle, base: Base) -> Iterator[Item]:
+    resolver, families = resolver_of(base)
+    for name, patch in bundle.patches.items():
+        where = f"{path}: {name}"
+        parts = resolver(name, families or families_of(bundle))
+        if not parts:
+            raise MismatchError(f"{where}: the base has no such weight.{resolver.hint(name)}")
+        shape, W = shape_of(base, parts, patch), whole(base, parts, patch)
+        found = misfit(patch, shape, W.dtype, portable=bundle.portable, where=where)
+        if found or patch.transposed:
+            raise ExportError(
+                f"{where}: {found.first or 'it is of a transposed convolution, which nothing else reads'}"
+            )
+        own = name if families or len(parts) > 1 else parts[0].weight.removesuffix(".weight")
+        yield Item(own, bind(patch, shape, W, where), shape, W)
 
 
 def _family(items: Sequence[Item], asked: str | None, component: str | None) -> Family | None:
@@ -455,11 +473,8 @@ def _error(patch: Patch, piece: Piece) -> tuple[float | None, float | None]:
         W = bases[0]
     back = bind(patch, piece.shape, W, piece.module)(W, 1.0)
     truth = _fused_truth(piece) if piece.parts else piece.members[0][1].adapter(W, 1.0)
-    gap = norm = 0.0
-    for block in row_blocks(*truth.shape, max(truth.row_multiple, back.row_multiple)):
-        ours, theirs = truth.rows(block).double(), back.rows(block).double()
-        gap, norm = gap + float((ours - theirs).square().sum()), norm + float(ours.square().sum())
-    return math.sqrt(gap / norm) if norm else math.sqrt(gap), math.sqrt(norm)
+    gap, norm = distance(truth, back)
+    return gap / norm if norm else gap, norm
 
 
 def _fused_truth(piece: Piece) -> Delta:
