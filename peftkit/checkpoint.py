@@ -32,7 +32,7 @@ from peftkit.formats import container
 from peftkit.formats.container import Info
 from peftkit.geometry import Geometry
 from peftkit.merge import MergeReport
-from peftkit.merge_plan import MergePlan, Planned, Strength, plan_merge
+from peftkit.merge_plan import Adapters, MergePlan, Planned, plan_merge
 from peftkit.placing import FLOATS, rows_of, whole
 
 #: called with bytes written and bytes in all
@@ -44,7 +44,7 @@ _STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 def merge_checkpoint(
     base: str | os.PathLike[str],
-    adapters: Mapping[str | os.PathLike[str], Strength],
+    adapters: Adapters,
     out: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
@@ -273,9 +273,10 @@ class _Writer:
         """λ·ΔW of a patch; where it reads the base, of the weight it is on, or of the one it was on."""
         plan, where = self.plan, f"{planned.file}: {planned.name}"
         patch = plan.bundles[planned.file].patches[planned.name]
+        first, *others = planned.parts
         if planned.law == "transplant" and plan.origin is not None:
             W = whole(plan.origin, planned.parts, patch)
-        elif len(planned.parts) > 1 or planned.parts[0].start is not None or planned.parts[0].swapped:
+        elif others or first.start is not None or first.swapped:
             W = whole(plan.base, planned.parts, patch)  # of its own: rows of it are written before others are read
         elif patch.transposed and matrix.dim() > 2:
             W = Geometry.of_weight(tuple(matrix.shape), planned.shape.groups, transposed=True).matrix(matrix)

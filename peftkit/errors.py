@@ -57,6 +57,10 @@ class ExportError(PeftkitError, ValueError):
     """An adapter that the target has no exact words for."""
 
 
+class LossyError(PeftkitError, ValueError):
+    """A conversion that was to be exact and would not be."""
+
+
 class MismatchError(FileError):
     """The file and the model do not fit: missing, unexpected, misshapen or non-finite tensors."""
 

@@ -26,6 +26,8 @@ from peftkit.wrap import require_strength
 
 #: strength of a file: one number, or by patterns over its weights, of which the first that matches counts
 Strength = float | Mapping[str, float]
+#: file -> its strength
+Adapters = Mapping[str, Strength] | Mapping[Path, Strength] | Mapping[str | Path, Strength]
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class MergePlan:
 
 def plan_merge(
     base: str | os.PathLike[str],
-    adapters: Mapping[str | os.PathLike[str], Strength],
+    adapters: Adapters,
     *,
     dtype: torch.dtype | None = None,
     rebase: str = "reapply",
@@ -242,8 +244,8 @@ class _Planner:
         meaning = "; ".join(f"{kind} {registry.get(kind).on_another_base}" for kind in sorted(bound or kinds))
         advice = "" if bound else " To merge it here on purpose, pass other_base=True."
         raise WrongBaseError(
-            f"{file} was trained on another base: {len(far)} of {len(distances)} weights differ, most of all {worst} by "
-            f"{100 * far[worst]:.3g} %. On another base, {meaning}.{advice}"
+            f"{file} was trained on another base: {len(far)} of {len(distances)} weights differ, most of all {worst} "
+            f"by {100 * far[worst]:.3g} %. On another base, {meaning}.{advice}"
         )
 
     def raise_problems(self) -> None:

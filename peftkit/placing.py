@@ -62,19 +62,18 @@ def require_addable(base: Base, key: str, where: str) -> None:
         scale = next((s for s in (*scales, "scaled_fp8") if s in base.where), None)
         if scale is not None:
             raise UnsupportedLayerError(
-                f"{where}: {key} of {base.path} is {info.dtype} under the scale {scale}: its numbers are not the weight; "
-                "merge into the 16-bit checkpoint it was made from"
+                f"{where}: {key} of {base.path} is {info.dtype} under the scale {scale}: its numbers are not the "
+                "weight; merge into the 16-bit checkpoint it was made from"
             )
 
 
 def shape_of(base: Base, parts: Sequence[Part], patch: Patch) -> Shape:
     """The weight that a patch's parts make together."""
-    info = base.info(parts[0].weight)
-    if patch.transposed and len(info.shape) > 2:
-        return Geometry.of_weight(info.shape, patch.shape.groups, transposed=True).shape
-    rows = sum(rows_of(base, part) for part in parts)
+    info, rows = base.info(parts[0].weight), sum(rows_of(base, part) for part in parts)
     if parts[0].transposed:
         return Shape(rows, info.shape[0])
+    if patch.transposed and len(info.shape) > 2:
+        return Geometry.of_weight(info.shape, patch.shape.groups, transposed=True).shape
     if len(info.shape) < 2:
         return Shape(rows, 1)
     return Shape(rows, info.shape[1], tuple(info.shape[2:]), patch.shape.groups)

@@ -88,6 +88,12 @@ class Resolver:
         return None
 
 
+def plain(name: str) -> str:
+    """A name without what trainers put before it and without dots: the same for all spellings of one path."""
+    prefix = max((p for p in _FILE_PREFIXES if name.startswith(p)), key=len)
+    return name.removeprefix(prefix).replace(".", "_")
+
+
 def families_of(bundle: Bundle, among: Iterable[str] | None = None) -> tuple[Family, ...]:
     """The families that have all these modules of a file, told apart by the shapes of its patches; best first."""
     shapes: dict[str, tuple[int, int] | None] = {}

@@ -67,6 +67,11 @@ def form_of(adapter: Adapter, shape: Shape) -> Form:
         return Additive(adapter.delta(stand_in(shape)))
 
 
+def structure_of(delta: Delta) -> str:
+    """What files call the structure of a ΔW, "" where they have none for it."""
+    return next((name for cls, name in _STRUCTURES if isinstance(delta, cls)), "")
+
+
 def spell(adapter: Adapter, target: Target, shape: Shape, base: Tensor | None, *, bake: bool = False) -> Spelled:
     """How a target is told of an adapter. base: W (m, n), None if it is not at hand. bake: write ΔW itself.
 
@@ -91,7 +96,7 @@ def spell(adapter: Adapter, target: Target, shape: Shape, base: Tensor | None, *
 
 
 def _additive(delta: Delta, target: Target, shape: Shape, kind: str = "") -> Spelled:
-    structure = next((name for cls, name in _STRUCTURES if isinstance(delta, cls)), "")
+    structure = structure_of(delta)
     if structure in target.reads and not target.refusal(structure, shape) and _constructible(delta, target, shape):
         return Spelled("exact" if structure == kind else "low rank", structure, Additive(delta))
     dense_size = shape.rows * shape.columns
@@ -110,7 +115,7 @@ def _additive(delta: Delta, target: Target, shape: Shape, kind: str = "") -> Spe
 def _native(form: Form, target: Target, shape: Shape) -> tuple[str, str]:
     """The structure the target has for a form that reads its base, or why it has none."""
     if isinstance(form, Decomposition):
-        inner = next((name for cls, name in _STRUCTURES if isinstance(form.inner, cls)), "")
+        inner = structure_of(form.inner)
         why = target.refusal(inner, shape)
         if (inner, form.axis) in target.decomposes and not why and _constructible(form.inner, target, shape):
             return "dora", ""

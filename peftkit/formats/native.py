@@ -104,7 +104,7 @@ def decode(metadata: Mapping[str, str] | None, path: object) -> Header:
             weight: np.frombuffer(base64.b64decode(samples, validate=True), "<f4")
             for weight, samples in value["base"].items()
         }
-        if set(base) != set(records):
+        if not set(base) <= set(records):
             raise FileError(f"the {KEY!r} header of {path} is damaged: its fingerprints are not those of its weights")
         return Header(
             str(value["name"]), records, base, bool(value["portable"]), dict(value["training"]), str(value["version"])

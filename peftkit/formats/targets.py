@@ -74,7 +74,6 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 _WEBUI | {"glora"},
                 _IN,
                 transformer_style="transformer",
-                generic="diffusion_model.",
             ),
             Target(
                 "comfyui",

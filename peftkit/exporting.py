@@ -7,7 +7,6 @@ where it does not, baked against its base where neither is possible, or not at a
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 from collections import Counter
@@ -24,11 +23,11 @@ from peftkit.adapted import one_name, placed
 from peftkit.adapter import Adapter, require_dtype
 from peftkit.bases import Base, of_model, open_base
 from peftkit.binding import bind, misfit, stand_in
-from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
+from peftkit.delta import Delta, Dense, LowRank
 from peftkit.delta.base import distance
 from peftkit.errors import ExportError, FileError, MismatchError, OptionError
 from peftkit.formats import container, forms, metadata, names, peft, targets
-from peftkit.formats.forms import Additive, Decomposition, Gate, Turn
+from peftkit.formats.forms import Additive
 from peftkit.formats.names import Family, Module
 from peftkit.formats.patch import Bundle, Patch
 from peftkit.formats.targets import Target
@@ -37,6 +36,7 @@ from peftkit.placing import resolver_of, shape_of, whole
 from peftkit.reading import read
 from peftkit.resolving import families_of
 from peftkit.spelling import Spelled, spell
+from peftkit.writing import Piece, peft_type, shared_alpha, tensors_of, write_peft
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,29 @@ class Exported:
     own: int
     error: float | None
     note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One adapter to write. base: W (m, n), None where it is not at hand."""
+
+    name: str
+    adapter: Adapter
+    shape: Shape
+    base: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One module to write, and what it is made of.
+
+    parts: of a layer that is fused in the file, each item or None, its rows, and whether their halves are swapped.
+    """
+
+    piece: Piece
+    kind: str
+    members: list[tuple[Module | None, Item]]
+    parts: tuple[tuple[Item | None, int, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,16 +110,6 @@ class ExportReport:
         return table
 
 
-@dataclass(frozen=True, eq=False)
-class Item:
-    """One adapter to write. base: W (m, n), None where it is not at hand."""
-
-    name: str
-    adapter: Adapter
-    shape: Shape
-    base: Tensor | None
-
-
 def export(
     source: nn.Module | str | os.PathLike[str],
     path: str | os.PathLike[str],
@@ -115,8 +128,8 @@ def export(
 
     target: "a1111", "forge", "comfyui", "kohya", "lycoris", "diffusers", or "peft", which gets a folder. name: which of
     several adapters. base: the model or the checkpoint that a file is for, where ΔW or names depend on it.
-    family: the model's, for its names and labels ("sd15", "sdxl", "flux", …); found by itself where names and shapes say
-    it. component: which part of a pipeline the source is, where its names do not tell ("text_encoder_2").
+    family: the model's, for its names and labels ("sd15", "sdxl", "flux", …); found by itself where names and
+    shapes say it. component: which part of a pipeline the source is, where its names do not tell ("text_encoder_2").
     dtype: of the tensors. bake: write ΔW itself for adapters that depend on their base. title, training: for the
     metadata; `training` may have any of kohya's ss_ and Stability's modelspec entries.
 
@@ -130,20 +143,32 @@ def export(
     items = list(_of_model(source, name) if isinstance(source, nn.Module) else items_of_file(source, base))
     known = _family(items, family, component)
     modules = _modules(items, goal, known, component)
-    pieces = [_piece(module, members, goal, known, bake) for module, members in modules.items()]
+    jobs = [_job(module, members, goal, known, bake) for module, members in modules.items()]
     if goal.name == "peft":
-        return _write_peft(path, pieces, goal, dtype)
-    ranks = [p.spelled.rank for p in pieces if p.spelled.rank is not None]
-    alpha = float(Counter(ranks).most_common(1)[0][0]) if ranks else None
-    tensors = _tensors(pieces, goal, alpha or 1.0, dtype, path)
+        return _export_peft(path, jobs, dtype)
+    pieces = [job.piece for job in jobs]
+    alpha = shared_alpha(pieces)
+    tensors = tensors_of(pieces, goal, alpha or 1.0, dtype, path)
     rank = None if alpha is None else int(alpha)
-    own = {"kinds": sorted({p.kind for p in pieces}), "baked": [p.module for p in pieces if p.spelled.how == "baked"]}
+    own = {"kinds": sorted({j.kind for j in jobs}), "baked": [p.module for p in pieces if p.spelled.how == "baked"]}
     header = metadata.build(tensors, goal, known, title or path.stem, rank, alpha, training or {}, own)
     with container.atomic(path) as file:
         container.emit(file, tensors, header)
         file.flush()
-        weights = _proven(Path(file.name), pieces, path)
+        weights = _proven(Path(file.name), jobs, path)
     return ExportReport(target, path, weights)
+
+
+def _export_peft(path: Path, jobs: Sequence[Job], dtype: torch.dtype | None) -> ExportReport:
+    found = peft_type([job.piece for job in jobs])
+    if found is None:
+        lora = replace(targets.get("peft"), reads=frozenset({"lora"}), decomposes=frozenset())
+        jobs = [_job(job.piece.module, job.members, lora, None, bake=False) for job in jobs]
+    kind, options = found or ("LORA", {"bias": "none"})
+    with container.atomic_folder(path) as folder:
+        write_peft(folder, [job.piece for job in jobs], kind, options, dtype)
+        weights = _proven(folder, jobs, path)
+    return ExportReport("peft", path, weights)
 
 
 # -- what is to be written ---------------------------------------------------------------------------------------------
@@ -193,7 +218,8 @@ def _on_base(path: object, bundle: Bundle, base: Base) -> Iterator[Item]:
             raise ExportError(
                 f"{where}: {found.first or 'it is of a transposed convolution, which nothing else reads'}"
             )
-        own = name if families or len(parts) > 1 else parts[0].weight.removesuffix(".weight")
+        first, *others = parts
+        own = name if families or others else first.weight.removesuffix(".weight")
         yield Item(own, bind(patch, shape, W, where), shape, W)
 
 
@@ -258,30 +284,15 @@ def _module_name(name: str, module: Module | None, goal: Target, family: Family 
 # -- how it is written -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """One module of the file. members: what it is made of."""
-
-    module: str
-    kind: str
-    spelled: Spelled
-    shape: Shape
-    members: list[tuple[Module | None, Item]]
-    parts: tuple[
-        tuple[Item | None, int, bool], ...
-    ] = ()  # of a fused layer: the item, its rows, whether they are swapped
-
-
-def _piece(
+def _job(
     module: str, members: list[tuple[Module | None, Item]], goal: Target, family: Family | None, bake: bool
-) -> Piece:
+) -> Job:
     kinds = "+".join(sorted({item.adapter.kind for _, item in members}))
     try:
         if len(members) == 1 and (members[0][0] is None or not _fused(members[0][0], goal, family)):
             item = members[0][1]
-            return Piece(
-                module, kinds, spell(item.adapter, goal, item.shape, item.base, bake=bake), item.shape, members
-            )
+            spelled = spell(item.adapter, goal, item.shape, item.base, bake=bake)
+            return Job(Piece(module, spelled, item.shape), kinds, members)
         assert family is not None
         return _fuse(module, kinds, members, goal, family, bake)
     except ExportError as error:
@@ -296,7 +307,7 @@ def _fused(module: Module, goal: Target, family: Family | None) -> bool:
 
 def _fuse(
     module: str, kinds: str, members: list[tuple[Module | None, Item]], goal: Target, family: Family, bake: bool
-) -> Piece:
+) -> Job:
     """The parts of a fused layer as one low-rank ΔW, block by block: rank Σ r, and zero rows for parts without one."""
     by_name = {m.name: item for m, item in members if m is not None}
     columns = members[0][1].shape.columns
@@ -317,139 +328,30 @@ def _fuse(
     delta = LowRank(torch.block_diag(*(b.B for b in blocks)), torch.cat([b.A for b in blocks]))
     how = next(h for h in ("baked", "low rank", "exact") if h in hows)
     shape = Shape(sum(rows for _, rows, _ in parts), columns)
-    return Piece(module, kinds, Spelled(how, "lora", Additive(delta)), shape, members, tuple(parts))
-
-
-def _tensors(
-    pieces: Sequence[Piece], goal: Target, alpha: float, dtype: torch.dtype | None, path: Path
-) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for piece in pieces:
-        for suffix, tensor in _module_tensors(piece, goal, alpha).items():
-            whole = suffix in ("alpha", "on_input")
-            tensor = tensor.detach().to("cpu", tensor.dtype if whole or dtype is None else dtype).contiguous()
-            if not torch.isfinite(tensor).all():
-                raise FileError(f"{path}: {piece.module}.{suffix} is not finite as {tensor.dtype}; nothing was written")
-            tensors[f"{piece.module}.{suffix}"] = tensor
-    return tensors
-
-
-def _module_tensors(piece: Piece, goal: Target, alpha: float) -> dict[str, Tensor]:
-    form, shape = piece.spelled.form, piece.shape
-    if isinstance(form, Additive):
-        return _delta_tensors(form.delta, shape, goal, alpha, balance=piece.spelled.how != "exact")
-    if isinstance(form, Decomposition):
-        tensors = _delta_tensors(form.inner, shape, goal, alpha)
-        if goal.name in ("diffusers", "peft"):
-            ones = (1,) * len(shape.kernel)
-            vector = form.magnitude.reshape(1, -1, *ones) if shape.kernel else form.magnitude
-            return tensors | {"lora_magnitude_vector": vector}
-        return tensors | {"dora_scale": forms.dora_scale(form, shape)}
-    if isinstance(form, Turn):
-        return {"oft_R.weight": peft.skew(form)} if goal.name == "peft" else forms.oft(form, shape)
-    if isinstance(form, Gate):
-        return forms.ia3(form, shape)
-    return forms.glora(form, shape, old_layout=piece.spelled.structure == "glora old")
-
-
-def _delta_tensors(delta: Delta, shape: Shape, goal: Target, alpha: float, balance: bool = False) -> dict[str, Tensor]:
-    bare = goal.name in ("diffusers", "peft")  # PEFT's spelling, which has no alpha tensor
-    if isinstance(delta, LowRank):
-        delta = forms.balanced(delta) if balance else delta
-        if not bare:
-            return forms.lora(delta, shape, alpha)
-        own = forms.lora(delta, shape, float(max(1, delta.rank)))
-        return {"lora_A.weight": own["lora_down.weight"], "lora_B.weight": own["lora_up.weight"]}
-    if isinstance(delta, Hadamard):
-        tensors = forms.loha(delta)
-    elif isinstance(delta, Kron):
-        tensors = forms.lokr(delta, shape, full=_whole(delta, shape, goal))
-    else:
-        assert isinstance(delta, Dense)
-        tensors = forms.diff(delta, shape)
-    return {name: tensor for name, tensor in tensors.items() if not (bare and name == "alpha")}
-
-
-def _whole(delta: Kron, shape: Shape, goal: Target) -> bool:
-    """Whether D is written whole. ComfyUI and Forge misread a whole D of a 1- or 3-dimensional kernel."""
-    if delta.left is None:
-        return goal.name in ("lycoris", "peft") or len(shape.kernel) in (0, 2)
-    v_p, v_q = delta.block[0], delta.block[1] // shape.positions
-    return goal.name in ("lycoris", "peft") and delta.right.shape[0] >= max(v_p, v_q) / 2
-
-
-# -- PEFT's folder -----------------------------------------------------------------------------------------------------
-
-
-def _write_peft(path: Path, pieces: Sequence[Piece], goal: Target, dtype: torch.dtype | None) -> ExportReport:
-    kind, options, pieces = _one_peft_type(pieces)
-    tensors = _tensors(pieces, goal, 1.0, dtype, path)
-    prefix = peft.PREFIX
-    ranks = {p.module.removeprefix(prefix): _peft_rank(p) for p in pieces}
-    with container.atomic_folder(path) as folder:
-        config = json.dumps(peft.config(kind, ranks, options), indent=2, sort_keys=True)
-        (folder / peft.CONFIG).write_text(config + "\n")
-        with (folder / peft.WEIGHTS).open("xb") as file:
-            container.emit(file, tensors, {"format": "pt"})
-        weights = _proven(folder, pieces, path)
-    return ExportReport("peft", path, weights)
-
-
-def _peft_rank(piece: Piece) -> int:
-    form = piece.spelled.form
-    delta = form.delta if isinstance(form, Additive) else form.inner if isinstance(form, Decomposition) else None
-    if isinstance(delta, Kron):
-        sizes = delta.block[0], delta.block[1] // piece.shape.positions
-        whole = delta.left is None or delta.right.shape[0] >= max(sizes) / 2
-        return math.ceil(max(sizes) / 2) if whole else delta.right.shape[0]
-    return delta.rank if isinstance(delta, (LowRank, Hadamard)) else 1
-
-
-def _one_peft_type(pieces: Sequence[Piece]) -> tuple[str, dict[str, Any], list[Piece]]:
-    """A folder is of one type with one set of options: what all modules share, or LoRA, which says everything."""
-    structures = {p.spelled.structure for p in pieces}
-    deltas = [p.spelled.form.delta for p in pieces if isinstance(p.spelled.form, Additive)]
-    if structures == {"lora"}:
-        return "LORA", {"bias": "none"}, list(pieces)
-    if structures == {"dora"}:
-        return "LORA", {"bias": "none", "use_dora": True}, list(pieces)
-    if structures == {"loha"}:
-        return "LOHA", {"use_effective_conv2d": False}, list(pieces)
-    if structures == {"lokr"}:
-        shapes = [(d, p.shape) for d, p in zip(deltas, pieces, strict=True) if isinstance(d, Kron)]
-        factor = peft.decompose_factor([(d.C.shape, (s.rows, s.channels)) for d, s in shapes])
-        if factor is not None:
-            return "LOKR", {"decompose_factor": factor, "use_effective_conv2d": False}, list(pieces)
-    if structures == {"oft in"}:
-        turns = [p.spelled.form for p in pieces if isinstance(p.spelled.form, Turn)]
-        if len({(turn.Q.shape[1], turn.terms) for turn in turns}) == 1:
-            terms = turns[0].terms
-            series = {"use_cayley_neumann": terms is not None, "num_cayley_neumann_terms": terms or 5}
-            return "OFT", {"r": 0, "oft_block_size": turns[0].Q.shape[1], "bias": "none", **series}, list(pieces)
-    lora = replace(targets.get("peft"), reads=frozenset({"lora"}), decomposes=frozenset())
-    return "LORA", {"bias": "none"}, [_piece(p.module, p.members, lora, None, bake=False) for p in pieces]
+    return Job(Piece(module, Spelled(how, "lora", Additive(delta)), shape), kinds, members, tuple(parts))
 
 
 # -- proof -------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _proven(written: Path, pieces: Sequence[Piece], path: Path) -> tuple[Exported, ...]:
+def _proven(written: Path, jobs: Sequence[Job], path: Path) -> tuple[Exported, ...]:
     """Read the file back and hold what it says against the adapters. Raises FileError if nothing in it is alive."""
     bundle = read(written)
     sizes = _sizes(written)
     alive = False
     entries = []
-    for piece in pieces:
+    for job in jobs:
+        piece = job.piece
         patch = bundle.patches[piece.module.removeprefix(peft.PREFIX) if bundle.format == "peft" else piece.module]
-        error, norm = _error(patch, piece)
+        error, norm = _error(patch, job)
         alive = alive or norm is None or norm > 0
-        own = sum(p.nbytes for _, item in piece.members for p in item.adapter.parameters())
-        names_ = ", ".join(item.name for _, item in piece.members)
+        own = sum(p.nbytes for _, item in job.members for p in item.adapter.parameters())
+        names_ = ", ".join(item.name for _, item in job.members)
         spelled = piece.spelled
         size = sum(size for key, size in sizes.items() if key.startswith(f"{piece.module}."))
         entries.append(
-            Exported(names_, piece.module, piece.kind, spelled.how, spelled.structure, size, own, error, spelled.note)
+            Exported(names_, piece.module, job.kind, spelled.how, spelled.structure, size, own, error, spelled.note)
         )
     if not alive:
         raise FileError(
@@ -463,26 +365,26 @@ def _sizes(written: Path) -> dict[str, int]:
     return {key: info.size for key, info in file.infos.items()}
 
 
-def _error(patch: Patch, piece: Piece) -> tuple[float | None, float | None]:
+def _error(patch: Patch, job: Job) -> tuple[float | None, float | None]:
     """‖ΔW read back − ΔW‖/‖ΔW‖, and ‖ΔW‖; None where that takes a base that is not at hand."""
-    bases = [item.base for _, item in piece.members]
-    W = stand_in(piece.shape)
-    if any(item.adapter.reads_base for _, item in piece.members) and not piece.parts:
+    bases = [item.base for _, item in job.members]
+    W = stand_in(job.piece.shape)
+    if any(item.adapter.reads_base for _, item in job.members) and not job.parts:
         if bases[0] is None:
             return None, None
         W = bases[0]
-    back = bind(patch, piece.shape, W, piece.module)(W, 1.0)
-    truth = _fused_truth(piece) if piece.parts else piece.members[0][1].adapter(W, 1.0)
+    back = bind(patch, job.piece.shape, W, job.piece.module)(W, 1.0)
+    truth = _fused_truth(job) if job.parts else job.members[0][1].adapter(W, 1.0)
     gap, norm = distance(truth, back)
     return gap / norm if norm else gap, norm
 
 
-def _fused_truth(piece: Piece) -> Delta:
+def _fused_truth(job: Job) -> Delta:
     """ΔW of a fused layer, from the adapters of its parts."""
     blocks = []
-    for item, rows, swapped in piece.parts:
+    for item, rows, swapped in job.parts:
         if item is None:
-            blocks.append(torch.zeros(rows, piece.shape.columns))
+            blocks.append(torch.zeros(rows, job.piece.shape.columns))
             continue
         W = stand_in(item.shape) if item.base is None else item.base
         block = item.adapter(W, 1.0).dense()

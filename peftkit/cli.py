@@ -1,0 +1,462 @@
+"""The command line: a thin skin over the public functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+from peftkit import inspection
+from peftkit._version import __version__
+from peftkit.checkpoint import merge_checkpoint
+from peftkit.converting import KINDS, METHODS, ConvertReport, convert
+from peftkit.converting import combine as combine_files
+from peftkit.converting import rescale as rescale_file
+from peftkit.converting import resize as resize_file
+from peftkit.errors import OptionError, PeftkitError
+from peftkit.exporting import ExportReport
+from peftkit.exporting import export as export_file
+from peftkit.extracting import ExtractReport, extract
+from peftkit.formats.targets import TARGETS
+from peftkit.merge_plan import MergePlan, plan_merge
+
+app = typer.Typer(
+    help="Adapters in files: look into them, merge them, and turn them into what other programs read.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+_out, _err = Console(), Console(stderr=True)
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+File = Annotated[Path, typer.Argument(help="An adapter file, or a folder of PEFT.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
+Dtype = Annotated[str | None, typer.Option(help=f"Of the tensors: {', '.join(_DTYPES)}.")]
+BaseOption = Annotated[Path | None, typer.Option("--base", help="The checkpoint the adapter is for.")]
+Rank = Annotated[int | None, typer.Option(help="How many ranks to keep.")]
+Energy = Annotated[float | None, typer.Option(help="Keep this share of ‖ΔW‖².")]
+Threshold = Annotated[float | None, typer.Option(help="Keep singular values of this share of the largest.")]
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Exit codes: 0 done; 1 files differ, or are usable in part; 2 bad input or usage, and nothing was written."""
+    if version:
+        _out.print(__version__)
+        raise typer.Exit
+
+
+@app.command("inspect")
+def inspect_(
+    file: File, as_json: Json = False, modules: Annotated[bool, typer.Option(help="List every module.")] = True
+) -> None:
+    """What is in a file: kinds, ranks, scales, norms, dead modules, and which programs load it.
+
+    Example: peftkit inspect style.safetensors
+    """
+    found = inspection.inspect(file)
+    _show(found, as_json, found.table() if modules else None)
+
+
+@app.command()
+def doctor(file: File, as_json: Json = False) -> None:
+    """Whether a file can be used; the exit code is 0 for yes, 1 for in part, 2 for no.
+
+    Example: peftkit doctor style.safetensors && cp style.safetensors models/Lora/
+    """
+    found = inspection.doctor(file)
+    _show(found, as_json)
+    raise typer.Exit(found.code)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="An adapter file.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+    base: BaseOption = None,
+    as_json: Json = False,
+) -> None:
+    """How far the ΔW of two files are apart, whatever their formats; the exit code is 1 if they differ.
+
+    Example: peftkit diff style.safetensors style-a1111.safetensors
+    """
+    found = inspection.diff(first, second, base=base)
+    table = Table("module", "‖ΔW₂ − ΔW₁‖/‖ΔW₁‖")
+    for name, value in found.distances.items():
+        table.add_row(name, f"{value:.3g}")
+    _show(found, as_json, table)
+    raise typer.Exit(0 if found.equal else 1)
+
+
+Adapters = Annotated[
+    list[str],
+    typer.Argument(
+        help="FILE, FILE=STRENGTH, or FILE=RULES.json with {pattern: strength}.", metavar="FILE[=STRENGTH]..."
+    ),
+]
+Rebase = Annotated[
+    str, typer.Option(help="reapply, or transplant from --origin, what adapters do that read their base.")
+]
+Origin = Annotated[Path | None, typer.Option(help="The base the adapters were trained on.")]
+OtherBase = Annotated[
+    bool, typer.Option("--other-base", help="Accept a base other than the one a file was trained on.")
+]
+Ignore = Annotated[list[str] | None, typer.Option(help="Patterns of keys in adapter files to leave out.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .ckpt and .bin files, as data only.")]
+
+
+@app.command()
+def plan(
+    base: Annotated[Path, typer.Argument(help="The checkpoint: a file, a folder of shards, or of a pipeline.")],
+    adapters: Adapters,
+    dtype: Dtype = None,
+    rebase: Rebase = "reapply",
+    origin: Origin = None,
+    other_base: OtherBase = False,
+    ignore: Ignore = None,
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+) -> None:
+    """What a merge would do: the place of every tensor of every file in the base. Writes nothing.
+
+    Example: peftkit plan sd15.safetensors style.safetensors=0.8 face.safetensors=-0.3
+    """
+    planned = plan_merge(
+        base,
+        _strengths(adapters),
+        dtype=_dtype(dtype),
+        rebase=rebase,
+        origin=origin,
+        other_base=other_base,
+        ignore=ignore or (),
+        allow_pickle=allow_pickle,
+    )
+    _show(planned, as_json, planned.table())
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="The checkpoint: a file, a folder of shards, or of a pipeline.")],
+    adapters: Adapters,
+    out: Out,
+    dtype: Dtype = None,
+    rebase: Rebase = "reapply",
+    origin: Origin = None,
+    other_base: OtherBase = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read the result back before it takes its name.")] = False,
+    ignore: Ignore = None,
+    allow_pickle: AllowPickle = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Merge adapters into a checkpoint, file to file, in little memory. Planned first, all or nothing.
+
+    Example: peftkit merge sd15.safetensors style.safetensors=0.8 face.safetensors=-0.3 -o merged.safetensors
+    """
+    if dry_run:
+        plan(base, adapters, dtype, rebase, origin, other_base, ignore, allow_pickle, as_json)
+        return
+    with _progress("merging", as_json) as progress:
+        report = merge_checkpoint(
+            base,
+            _strengths(adapters),
+            out,
+            dtype=_dtype(dtype),
+            rebase=rebase,
+            origin=origin,
+            other_base=other_base,
+            verify=verify,
+            progress=progress,
+            ignore=ignore or (),
+            allow_pickle=allow_pickle,
+        )
+    _show(report, as_json)
+
+
+@app.command()
+def export(
+    file: File,
+    out: Out,
+    target: Annotated[str, typer.Option("--target", "-t", help=f"One of {', '.join(TARGETS)}.")],
+    base: BaseOption = None,
+    family: Annotated[str | None, typer.Option(help="The model family, where names and shapes do not say it.")] = None,
+    component: Annotated[str | None, typer.Option(help="Which part of a pipeline the file is for.")] = None,
+    dtype: Dtype = None,
+    bake: Annotated[bool, typer.Option("--bake", help="Write ΔW itself for adapters that read their base.")] = False,
+    title: Annotated[str | None, typer.Option(help="For the metadata.")] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter file the way another program reads it.
+
+    Example: peftkit export style.safetensors -t comfyui -o style-comfyui.safetensors
+    """
+
+    def run(path: Path) -> ExportReport:
+        return export_file(
+            file,
+            path,
+            target,
+            base=base,
+            family=family,
+            component=component,
+            dtype=_dtype(dtype),
+            bake=bake,
+            title=title or out.stem,
+        )
+
+    _write(run, out, dry_run, as_json)
+
+
+@app.command("convert")
+def convert_(
+    file: File,
+    out: Out,
+    kind: Annotated[str, typer.Option("--kind", "-k", help=f"One of {', '.join(KINDS)}.")],
+    rank: Rank = None,
+    energy: Energy = None,
+    threshold: Threshold = None,
+    factor: Annotated[int, typer.Option(help="The bound on LoKr's small factor.")] = 8,
+    exact: Annotated[bool, typer.Option("--exact", help="Fail rather than write anything that differs.")] = False,
+    base: BaseOption = None,
+    dtype: Dtype = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write the same ΔW as another kind, and say what it lost.
+
+    Example: peftkit convert loha.safetensors -k lora --exact -o lora.safetensors
+    """
+
+    def run(path: Path) -> ConvertReport:
+        options: dict[str, Any] = {"rank": rank, "energy": energy, "threshold": threshold, "factor": factor}
+        return convert(file, path, kind, exact=exact, base=base, dtype=_dtype(dtype), **options)
+
+    _write(run, out, dry_run, as_json)
+
+
+@app.command()
+def resize(
+    file: File,
+    out: Out,
+    rank: Rank = None,
+    energy: Energy = None,
+    threshold: Threshold = None,
+    base: BaseOption = None,
+    dtype: Dtype = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write every module as the best LoRA of fewer ranks.
+
+    Example: peftkit resize style.safetensors --energy 0.95 -o small.safetensors
+    """
+
+    def run(path: Path) -> ConvertReport:
+        options: dict[str, Any] = {"rank": rank, "energy": energy, "threshold": threshold}
+        return resize_file(file, path, base=base, dtype=_dtype(dtype), **options)
+
+    _write(run, out, dry_run, as_json)
+
+
+@app.command()
+def rescale(
+    file: File,
+    factor: Annotated[list[str], typer.Argument(help="A number, or PATTERN=NUMBER for some modules.")],
+    out: Out,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Multiply ΔW, in all modules or by pattern; everything else in the file stays.
+
+    Example: peftkit rescale style.safetensors 0.5 -o half.safetensors
+    """
+    pairs = [text.rpartition("=") for text in factor]
+    if len(pairs) == 1 and not pairs[0][1]:
+        value: float | dict[str, float] = _number(factor[0])
+    else:
+        value = {pattern: _number(number) for pattern, _, number in pairs}
+    _write(lambda path: rescale_file(file, value, path), out, dry_run, as_json)
+
+
+@app.command()
+def combine(
+    files: Adapters,
+    out: Out,
+    method: Annotated[str, typer.Option("--method", "-m", help=f"One of {', '.join(METHODS)}.")] = "linear",
+    rank: Rank = None,
+    energy: Energy = None,
+    density: Annotated[float, typer.Option(help="What ties and dare keep of each file.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    base: BaseOption = None,
+    dtype: Dtype = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write the weighted sum of several files as one.
+
+    Example: peftkit combine style.safetensors=0.7 face.safetensors=0.5 -m svd --rank 32 -o both.safetensors
+    """
+    weights = {}
+    for name, weight in _strengths(files).items():
+        if isinstance(weight, Mapping):
+            raise OptionError(f"{name}={weight!r} was given, a number was expected: combine weighs whole files")
+        weights[name] = weight
+
+    def run(path: Path) -> ConvertReport:
+        options: dict[str, Any] = {"method": method, "rank": rank, "energy": energy, "density": density, "seed": seed}
+        return combine_files(weights, path, base=base, dtype=_dtype(dtype), **options)
+
+    _write(run, out, dry_run, as_json)
+
+
+@app.command("extract")
+def extract_(
+    tuned: Annotated[Path, typer.Argument(help="The tuned checkpoint.")],
+    base: Annotated[Path, typer.Argument(help="The checkpoint it was tuned from.")],
+    out: Out,
+    kind: Annotated[str, typer.Option("--kind", "-k", help="lora, lokr or full.")] = "lora",
+    rank: Rank = None,
+    energy: Energy = None,
+    threshold: Threshold = None,
+    factor: Annotated[int, typer.Option(help="The bound on LoKr's small factor.")] = 8,
+    targets: Annotated[list[str] | None, typer.Option(help="Patterns of weights; all by default.")] = None,
+    dtype: Dtype = None,
+    allow_pickle: AllowPickle = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write the difference of two checkpoints as an adapter, and say what of it is missing.
+
+    Example: peftkit extract tuned.safetensors sd15.safetensors --rank 32 -o style.safetensors
+    """
+
+    def run(path: Path) -> ExtractReport:
+        options: dict[str, Any] = {"rank": rank, "energy": energy, "threshold": threshold, "factor": factor}
+        with _progress("extracting", as_json) as progress:
+            return extract(
+                tuned,
+                base,
+                path,
+                kind,
+                targets=targets or "*",
+                dtype=_dtype(dtype),
+                allow_pickle=allow_pickle,
+                progress=progress,
+                **options,
+            )
+
+    _write(run, out, dry_run, as_json)
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def run() -> None:
+    """The entry point: errors in one line, with an exit code."""
+    try:
+        app()
+    except (PeftkitError, OSError) as error:
+        _err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _write(make: Callable[[Path], Any], out: Path, dry_run: bool, as_json: bool) -> None:
+    """Make a file and show the report; for a dry run make it where nobody keeps it."""
+    if not dry_run:
+        report = make(out)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            report = dataclasses.replace(make(Path(folder) / out.name), path=out)
+    _show(report, as_json, report.table())
+    if dry_run and not as_json:
+        _out.print("dry run: nothing was written")
+
+
+def _show(report: Any, as_json: bool, table: Table | None = None) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(_plain(report), ensure_ascii=False, indent=2) + "\n")
+        return
+    if table is not None and table.row_count:
+        _out.print(table)
+    _out.print(str(report), markup=False, highlight=False, soft_wrap=True)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold of a report."""
+    if isinstance(value, MergePlan):
+        return {"patches": _plain(value.patches), "vectors": _plain(value.vectors), "touched": list(value.touched)}
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _strengths(adapters: list[str]) -> dict[str, float | dict[str, float]]:
+    """FILE, FILE=STRENGTH or FILE=RULES.json -> {file: strength}."""
+    found: dict[str, float | dict[str, float]] = {}
+    for text in adapters:
+        file, _, strength = (text, "", "1") if Path(text).exists() else text.rpartition("=")
+        if not file:
+            file, strength = text, "1"
+        if file in found:
+            raise OptionError(f"{file} was given twice: give it once, with the sum of its strengths")
+        found[file] = _rules(Path(strength)) if strength.endswith(".json") else _number(strength)
+    return found
+
+
+def _rules(path: Path) -> dict[str, float]:
+    try:
+        rules = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{path} is not a JSON file of strengths by pattern: {error}") from None
+    if not isinstance(rules, dict):
+        raise OptionError(f"{path} holds a {type(rules).__name__}, strengths by pattern were expected")
+    return rules
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise OptionError(f"{text!r} was given, a number was expected") from None
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in _DTYPES:
+        raise OptionError(f"dtype {name!r} was given, one of {', '.join(_DTYPES)} was expected")
+    return None if name is None else _DTYPES[name]
+
+
+@contextmanager
+def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr while something large is read and written."""
+    if quiet or not _err.is_terminal:
+        yield None
+        return
+    with Progress(what, BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=_err, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

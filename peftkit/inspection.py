@@ -1,0 +1,277 @@
+"""What is in an adapter file, whether it is well, and how two differ. No base and no model is needed."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from peftkit import registry
+from peftkit.binding import bind, described, misfit, stand_in
+from peftkit.converting import canonical, delta_of
+from peftkit.delta.base import distance
+from peftkit.errors import OptionError, PeftkitError
+from peftkit.exporting import items_of_file
+from peftkit.formats import names, targets
+from peftkit.formats.names import Family
+from peftkit.formats.patch import Bundle, Patch
+from peftkit.formats.targets import Target
+from peftkit.reading import read
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """One module. norm: ‖ΔW‖ at strength 1, None where that depends on the base. problem: "" for a sound one."""
+
+    name: str
+    kind: str
+    shape: str
+    rank: int | None
+    scale: str
+    norm: float | None
+    parameters: int
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that a file says. loads: program -> "" if it reads the file as it is, else the reason it does not."""
+
+    path: Path
+    format: str
+    name: str
+    family: str
+    modules: tuple[Inspected, ...]
+    vectors: tuple[str, ...]
+    metadata: dict[str, str]
+    loads: dict[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What makes the file unusable in whole or in part."""
+        return tuple(f"{m.name}: {m.problem}" for m in self.modules if m.problem)
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(m.kind for m in self.modules).items())
+        ranks = sorted({m.rank for m in self.modules if m.rank is not None})
+        total = sum(m.parameters for m in self.modules)
+        norms = [m.norm for m in self.modules if m.norm is not None]
+        lines = [
+            f"{self.path}: {self.format} file{f' for {self.family}' if self.family else ''}, {kinds or 'no matrices'}",
+            f"ranks {', '.join(map(str, ranks)) or 'none'}; {total:,} numbers; "
+            + (
+                f"‖ΔW‖ = {math.sqrt(sum(n * n for n in norms)):.4g} at strength 1"
+                if norms
+                else "‖ΔW‖ depends on the base"
+            ),
+            f"loads in: {', '.join(name for name, why in self.loads.items() if not why) or 'peftkit only'}",
+        ]
+        if self.vectors:
+            lines.append(f"{len(self.vectors)} changes of biases and norms")
+        lines += [f"problem: {problem}" for problem in self.problems[:8]]
+        return "\n".join([*lines, *self.notes])
+
+    def table(self) -> Table:
+        """Every module, for rich to print."""
+        table = Table("module", "kind", "weight", "rank", "scale", "‖ΔW‖", "problem")
+        for m in self.modules:
+            norm = "" if m.norm is None else f"{m.norm:.4g}"
+            table.add_row(m.name, m.kind, m.shape, str(m.rank or ""), m.scale, norm, m.problem)
+        return table
+
+
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    ignore: str | Sequence[str] = (),
+    dora_axis: str | None = None,
+    alpha_zero: str | None = None,
+    allow_pickle: bool = False,
+) -> Inspection:
+    """Read a file and say what is in it: kinds, ranks, scales and their origin, ‖ΔW‖, dead or broken modules."""
+    bundle = read(path, ignore=ignore, dora_axis=dora_axis, alpha_zero=alpha_zero, allow_pickle=allow_pickle)
+    modules: list[Inspected] = []
+    shapes: dict[str, tuple[int, int] | None] = {}
+    structures: set[str] = set()
+    for name in bundle.patches:
+        patch = bundle.patches[name]
+        modules.append(_inspected(name, patch, bundle.portable))
+        sizes = (patch.shape.rows, patch.shape.columns)
+        shapes[name] = sizes if all(sizes) else None
+        structures.add(_structure(patch))
+    family = next(iter(names.guess(shapes)), None)
+    loads = {target.name: _why_not(target, bundle, structures, family) for target in targets.TARGETS.values()}
+    notes = [f"{key}: no adapter in the header has it" for key in bundle.unclaimed]
+    title = "" if family is None else family.title
+    return Inspection(
+        Path(path),
+        bundle.format,
+        bundle.name,
+        title,
+        tuple(modules),
+        tuple(bundle.vectors),
+        dict(bundle.metadata),
+        loads,
+        tuple(notes),
+    )
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Whether a file can be used. code: 0 it can, 1 in part (dead modules, stray tensors), 2 it cannot."""
+
+    code: int
+    findings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        verdict = ("sound", "usable in part", "not usable")[self.code]
+        return "\n".join([verdict, *self.findings])
+
+
+def doctor(path: str | os.PathLike[str]) -> Diagnosis:
+    """Whether an adapter file can be used, with a code for scripts. Never raises for what is in the file."""
+    try:
+        found = inspect(path)
+    except PeftkitError as error:
+        return Diagnosis(2, (str(error),))
+    broken = [p for m in found.modules if m.problem and m.problem != _DEAD for p in (f"{m.name}: {m.problem}",)]
+    dead = [m.name for m in found.modules if m.problem == _DEAD]
+    silent = [f"{len(dead)} of {len(found.modules)} modules do nothing: {dead[0]}, …"] if dead else []
+    findings = [*broken, *silent, *found.notes]
+    if broken or (dead and len(dead) == len(found.modules) and not found.vectors):
+        return Diagnosis(2, tuple(findings))
+    return Diagnosis(1 if findings else 0, tuple(findings))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two files differ. distances: module -> ‖ΔW₂ − ΔW₁‖/‖ΔW₁‖, for the modules both have."""
+
+    distances: dict[str, float]
+    only: tuple[tuple[str, ...], tuple[str, ...]]
+
+    @property
+    def equal(self) -> bool:
+        """Whether they are the same change of the same weights, to the rounding of fp32."""
+        return not any(self.only) and all(d < 1e-6 for d in self.distances.values())
+
+    def __str__(self) -> str:
+        worst = max(self.distances, key=lambda name: self.distances[name], default=None)
+        same = sum(d < 1e-6 for d in self.distances.values())
+        lines = [f"{len(self.distances)} modules in both, {same} of them equal"]
+        if worst is not None and self.distances[worst] >= 1e-6:
+            lines.append(f"most different: {worst} by {100 * self.distances[worst]:.3g} %")
+        lines += [
+            f"{len(own)} only in the {which}: {own[0]}, …"
+            for own, which in zip(self.only, ("first", "second"), strict=True)
+            if own
+        ]
+        return "\n".join(lines)
+
+
+def diff(
+    first: str | os.PathLike[str], second: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None
+) -> Difference:
+    """How far the ΔW of two adapter files are apart, whatever their formats and kinds."""
+    ours, theirs = (canonical(list(items_of_file(path, base))) for path in (first, second))
+    distances: dict[str, float] = {}
+    for name in ours.keys() & theirs.keys():
+        one, other = delta_of(ours[name]), delta_of(theirs[name])
+        if one.shape != other.shape:
+            distances[name] = math.inf
+            continue
+        with torch.no_grad():
+            gap, norm = distance(one, other)
+        distances[name] = gap / norm if norm else (0.0 if gap == 0 else math.inf)
+    ordered = {name: distances[name] for name in ours if name in distances}
+    return Difference(ordered, (tuple(n for n in ours if n not in theirs), tuple(n for n in theirs if n not in ours)))
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------
+
+_DEAD = "ΔW is zero: it does nothing"
+
+
+@torch.no_grad()
+def _inspected(name: str, patch: Patch, portable: bool) -> Inspected:
+    parameters = sum(tensor.numel() for tensor in patch.tensors.values())
+
+    def said(norm: float | None, problem: str = "") -> Inspected:
+        return Inspected(name, patch.kind, described(patch), patch.rank, patch.scale, norm, parameters, problem)
+
+    broken = [key for key, tensor in patch.tensors.items() if not torch.isfinite(tensor.float()).all()]
+    if broken:
+        return said(None, f"{broken[0]} is not finite")
+    cls = registry.get(patch.kind)
+    sized = patch.shape.rows and patch.shape.columns
+    if not sized or cls.reads_base or (patch.kind == "loldu" and not portable):
+        return said(None)
+    found = misfit(patch, patch.shape, torch.float32, portable=portable, where=name)
+    if found:
+        return said(None, found.first)
+    W = stand_in(patch.shape)
+    norm = math.sqrt(max(0.0, float(bind(patch, patch.shape, W, name)(W, 1.0).sqnorm())))
+    return said(norm, "" if norm else _DEAD)
+
+
+def _structure(patch: Patch) -> str:
+    """What a target calls this patch as it stands in its file."""
+    if patch.kind == "dora":
+        return f"dora {patch.options['inner']} {patch.options['axis']}"
+    if patch.kind == "oft":
+        return (
+            "oft in" if patch.options.get("side") == "in" else "oft rescaled" if patch.options.get("rescale") else "oft"
+        )
+    tucker = " tucker" if patch.options.get("tucker") else ""
+    return patch.kind + tucker
+
+
+def _why_not(target: Target, bundle: Bundle, structures: set[str], family: Family | None) -> str:
+    """Why a program does not read the file as it is, or ""."""
+    if bundle.format == "native":
+        return "it is this library's own format: export it"
+    if (target.name == "peft") != (bundle.format == "peft"):
+        return "PEFT reads a folder with its configuration, and nobody else does"
+    for structure in sorted(structures):
+        if not _reads(target, structure):
+            return f"{target.title} has no {structure}"
+    if target.name == "peft":
+        return ""
+    if family is None and target.generic is None:
+        return f"{target.title} loads adapters of the models it knows"
+    style = target.transformer_style if family is not None and "transformer" in family.components else target.style
+    if family is not None and style is None:
+        return f"{target.title} does not load adapters of {family.title}"
+    for name in bundle.patches:
+        if not _named_for(target, style, name, family):
+            return f"{target.title} does not look for {name!r}"
+    return ""
+
+
+def _reads(target: Target, structure: str) -> bool:
+    word, *rest = structure.split(" ")
+    if word == "dora":
+        return (rest[0], rest[1]) in target.decomposes
+    if rest == ["tucker"]:
+        return (
+            word in target.reads
+            and target.name not in ("kohya", "diffusers")
+            and (word != "lokr" or target.name == "a1111")
+        )
+    return structure in target.reads or (structure == "glora" and "glora old" in target.reads)
+
+
+def _named_for(target: Target, style: str | None, name: str, family: Family | None) -> bool:
+    if family is None:
+        return target.generic is not None and name.startswith(target.generic)
+    try:
+        return any(name == family.spell(module.name, style or "") for module in family.find(name))
+    except OptionError:  # a module that the style has no name for
+        return False
