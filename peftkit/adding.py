@@ -40,12 +40,12 @@ def add_(deltas: Sequence[Delta], weight: Tensor, geometry: Geometry) -> tuple[f
     multiple = min(rows, math.lcm(*(d.row_multiple for d in deltas)))
     sums = torch.zeros(3, dtype=torch.float64)
     for block in row_blocks(rows, columns, multiple):
-        old = _rows(bands, block)
+        old = _rows(bands, block).flatten(1).to(acc)
         delta = deltas[0].rows(block).to(acc)
         for other in deltas[1:]:
             delta = delta + other.rows(block).to(acc)
-        new = (old.flatten(1).to(acc) + delta).to(weight.dtype)
-        moved = new.to(acc) - old.flatten(1).to(acc)
+        new = (old + delta).to(weight.dtype)
+        moved = new.to(acc) - old
         sums += torch.stack([_square(delta), _square(moved), _square(delta - moved)]).cpu()
         _write(bands, block, new)
     norm, change, lost = sums.sqrt().tolist()

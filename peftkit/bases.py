@@ -25,7 +25,7 @@ class Shard(Protocol):
     def infos(self) -> Mapping[str, Info]: ...
     @property
     def metadata(self) -> Mapping[str, str]: ...
-    def tensor(self, name: str) -> Tensor: ...
+    def tensor(self, name: str, into: Tensor | None = None) -> Tensor: ...
     def elements(self, name: str, index: list[int]) -> Tensor: ...
     def copy(self, name: str, to: BinaryIO) -> None: ...
 
@@ -38,14 +38,15 @@ class Loaded:
     infos: Mapping[str, Info]
     metadata: Mapping[str, str]
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, into: Tensor | None = None) -> Tensor:
+        del into
         return self.tensors[name].clone()
 
     def elements(self, name: str, index: list[int]) -> Tensor:
         return self.tensors[name].flatten()[index]
 
     def copy(self, name: str, to: BinaryIO) -> None:
-        to.write(container.raw(self.tensors[name]))
+        container.put(to, container.raw(self.tensors[name]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +77,10 @@ class Base:
         shard, name = self.where[key]
         return self.shards[shard][0].infos[name]
 
-    def tensor(self, key: str) -> Tensor:
-        """One tensor, in memory of its own."""
+    def tensor(self, key: str, into: Tensor | None = None) -> Tensor:
+        """One tensor, in memory of its own or in that of `into`, bytes (uint8)."""
         shard, name = self.where[key]
-        return self.shards[shard][0].tensor(name)
+        return self.shards[shard][0].tensor(name, into)
 
     def elements(self, key: str, index: list[int]) -> Tensor:
         """A few entries of one tensor."""

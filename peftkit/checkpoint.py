@@ -84,7 +84,7 @@ def merge_checkpoint(
         allow_pickle=allow_pickle,
     )
     out = Path(out)
-    writer = _Writer(plan, progress or (lambda done, total: None))
+    writer = _Writer(plan, verify, progress or (lambda done, total: None))
     if not plan.base.folder:
         if out.suffix != ".safetensors":
             raise FileError(f"{out}: a merged file is called *.safetensors, {out.suffix or 'no suffix'!r} was given")
@@ -154,9 +154,12 @@ class _Claim:
 class _Writer:
     """Streams the shards of a plan. weights: what happened to each, as it goes."""
 
-    def __init__(self, plan: MergePlan, progress: Progress) -> None:
-        self.plan, self.progress, self.done = plan, progress, 0
+    def __init__(self, plan: MergePlan, verifies: bool, progress: Progress) -> None:
+        self.plan, self.verifies, self.progress, self.done = plan, verifies, progress, 0
         self.weights: list[MergedWeight] = []
+        # One buffer for every tensor that changes: fresh memory costs more than what is done with it
+        largest = max((plan.base.info(key).size for key in plan.touched), default=0)
+        self.buffer = torch.empty(largest, dtype=torch.uint8) if plan.dtype is None else None
         self.checksums: dict[str, int] = {}
         self.claims: defaultdict[str, list[_Claim]] = defaultdict(list)
         for planned in plan.patches:
@@ -177,8 +180,9 @@ class _Writer:
             info = shard.infos[key]
             if prefix + key in self.claims or prefix + key in self.vectors or self._entry(info)[0] != info.dtype:
                 data = container.raw(self._merged(prefix + key))
-                self.checksums[prefix + key] = zlib.crc32(data)
-                file.write(data)
+                if self.verifies:
+                    self.checksums[prefix + key] = zlib.crc32(data)
+                container.put(file, data)
             else:
                 shard.copy(key, file)
             self.done += info.size
@@ -214,7 +218,7 @@ class _Writer:
     @torch.no_grad()
     def _merged(self, key: str) -> Tensor:
         """One tensor of the base with all that is added to it, in its new dtype."""
-        weight = self.plan.base.tensor(key)
+        weight = self.plan.base.tensor(key, self.buffer)
         target = self.plan.dtype if self.plan.dtype is not None and weight.is_floating_point() else weight.dtype
         if target != weight.dtype:  # sums are formed in a dtype that holds both, and rounded once to the new one
             weight = weight.to(torch.promote_types(accumulation_dtype(weight.dtype), accumulation_dtype(target)))

