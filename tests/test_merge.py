@@ -240,11 +240,11 @@ def test_no_dense_temporary_beside_the_backup(kind: str) -> None:
     train(layer, size=0.02)
     snapshot = layer.weight.detach().clone()
     with Counting() as counting:
-        from peftkit.merge import _add
+        from peftkit.adding import add_
 
         slot = layer.adaptation.slots[""]
         with torch.no_grad():
             delta = layer.adapters["default"](slot.geometry.matrix(layer.weight), 1.0)
-            _add([delta], layer.weight.detach(), slot)
+            add_([delta], layer.weight.detach(), slot.geometry)
     assert not torch.equal(layer.weight, snapshot)
     assert counting.largest <= layer.weight.numel() // 4
