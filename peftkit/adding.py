@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkit.delta import Delta
-from peftkit.delta.base import accumulation_dtype, row_blocks
+from peftkit.delta.base import BLOCK, accumulation_dtype, row_blocks
 from peftkit.errors import MergeError
 from peftkit.geometry import Geometry
 
@@ -36,20 +36,32 @@ def add_(deltas: Sequence[Delta], weight: Tensor, geometry: Geometry) -> tuple[f
     acc = accumulation_dtype(weight.dtype)
     bands = geometry.bands(weight)  # (bands, rows, channels, *kernel), a view
     rows, columns = geometry.shape.rows, geometry.shape.columns
-    # A block holds whole units of every delta, so that none reads a row that was written before
+    # A block holds whole units of every delta, so that none reads a row that was written before; where a unit alone is
+    # large, it goes column by column
     multiple = min(rows, math.lcm(*(d.row_multiple for d in deltas)))
+    width = columns if multiple * columns <= 4 * BLOCK else max(1, BLOCK // multiple)
     sums = torch.zeros(3, dtype=torch.float64)
     for block in row_blocks(rows, columns, multiple):
-        old = _rows(bands, block).flatten(1).to(acc)
-        delta = deltas[0].rows(block).to(acc)
-        for other in deltas[1:]:
-            delta = delta + other.rows(block).to(acc)
-        new = (old + delta).to(weight.dtype)
-        moved = new.to(acc) - old
-        sums += torch.stack([_square(delta), _square(moved), _square(delta - moved)]).cpu()
-        _write(bands, block, new)
+        values = _rows(bands, block).flatten(1)
+        parts = []
+        for start in range(0, columns, width):
+            here = slice(start, min(start + width, columns))
+            old = values[:, here].to(acc)
+            delta = _tile(deltas[0], block, here, columns).to(acc)
+            for other in deltas[1:]:
+                delta = delta + _tile(other, block, here, columns).to(acc)
+            new = (old + delta).to(weight.dtype)
+            moved = new.to(acc) - old
+            sums += torch.stack([_square(delta), _square(moved), _square(delta - moved)]).cpu()
+            parts.append(new)
+        _write(bands, block, parts[0] if len(parts) == 1 else torch.cat(parts, 1))
     norm, change, lost = sums.sqrt().tolist()
     return norm, change, lost / norm if norm else 0.0
+
+
+def _tile(delta: Delta, rows: slice, columns: slice, all_columns: int) -> Tensor:
+    whole = columns.stop - columns.start == all_columns
+    return delta.rows(rows) if whole else delta.tile(rows, columns)
 
 
 def _square(block: Tensor) -> Tensor:

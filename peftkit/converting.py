@@ -333,7 +333,7 @@ def _scaling_keys(path: Path, file: container.Container) -> dict[str, list[str]]
         kinds = {m: next((role for role in roles if role in bound), "lora") for m, roles in modules.items()}
     for module, kind in kinds.items():
         if (
-            kind in ("dora", "oft", "loldu", "dora_scale", "magnitude", "oft_blocks", "oft_R", "ia3_l")
+            kind in ("dora", "oft", "boft", "loldu", "dora_scale", "magnitude", "oft_blocks", "oft_R", "ia3_l")
             or not found[module]
         ):
             raise ExportError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peftkit.adapter import Adapter
+from peftkit.adapters.boft import BOFT
 from peftkit.adapters.dora import DoRA
 from peftkit.adapters.glora import GLoRA
 from peftkit.adapters.ia3 import IA3
@@ -17,7 +18,7 @@ from peftkit.binding import stand_in
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
 from peftkit.errors import ExportError
 from peftkit.formats import forms
-from peftkit.formats.forms import Additive, BaseProduct, Decomposition, Form, Gate, Turn
+from peftkit.formats.forms import Additive, BaseProduct, Decomposition, Form, Gate, Stages, Turn
 from peftkit.formats.targets import Target
 from peftkit.geometry import Shape
 
@@ -57,6 +58,8 @@ def form_of(adapter: Adapter, shape: Shape) -> Form:
         if isinstance(adapter, OFT):
             rescale = None if adapter.rescale is None else adapter.rescale.detach()
             return Turn(adapter.generator(), rescale, adapter.side, adapter.terms)
+        if isinstance(adapter, BOFT):
+            return Stages(adapter.generator(), None if adapter.rescale is None else adapter.rescale.detach())
         if isinstance(adapter, IA3):
             return Gate(adapter.gate.detach(), "in" if adapter.columns else "out")
         if isinstance(adapter, GLoRA):
@@ -135,6 +138,10 @@ def _native(form: Form, target: Target, shape: Shape) -> tuple[str, str]:
         return (
             (structure, "") if reads else ("", f"{target.title} has no OFT that rotates the {form.side} side this way")
         )
+    if isinstance(form, Stages):
+        if float(torch.linalg.vector_norm(form.Q)) >= forms.UNBOUNDED:
+            return "", "its rotation is larger than the bound that has to be written"
+        return ("boft", "") if "boft" in target.reads else ("", f"{target.title} has no BOFT of outputs")
     if isinstance(form, Gate):
         why = "ia3" not in target.reads and f"{target.title} has no (IA)³"
         if form.side == "out":

@@ -20,7 +20,7 @@ from peftkit._version import __version__
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
 from peftkit.errors import FileError, OptionError
 from peftkit.formats import container, forms, native, peft, targets
-from peftkit.formats.forms import Additive, Decomposition, Gate, Turn
+from peftkit.formats.forms import Additive, Decomposition, Gate, Stages, Turn
 from peftkit.formats.native import Header, Record
 from peftkit.formats.patch import Bundle
 from peftkit.formats.targets import Target
@@ -71,6 +71,8 @@ def _module_tensors(piece: Piece, goal: Target, alpha: float) -> dict[str, Tenso
         return tensors | {"dora_scale": forms.dora_scale(form, shape)}
     if isinstance(form, Turn):
         return {"oft_R.weight": peft.skew(form)} if goal.name == "peft" else forms.oft(form, shape)
+    if isinstance(form, Stages):
+        return forms.boft(form, shape)
     if isinstance(form, Gate):
         return forms.ia3(form, shape)
     return forms.glora(form, shape, old_layout=piece.spelled.structure == "glora old")

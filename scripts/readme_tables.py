@@ -39,6 +39,7 @@ ADAPTERS: list[tuple[str, str, str, dict[str, Any], str]] = [
         "as DoRA",
     ),
     ("`oft`", "(R − I)·W", "oft", {"block_size": 32}, "norms and angles between neurons must stay"),
+    ("`boft`", "(R_t ⋯ R_1 − I)·W", "boft", {"block_size": 8}, "OFT with every output reaching every other"),
     ("`ia3`", "diag(w)·W", "ia3", {}, "one gain a channel must do"),
     ("`glora`", "γ(W·A₁A₂ + B₁B₂)", "glora", {"rank": 4}, "the change should follow the base it is put on"),
     ("`full`", "M", "full", {}, "full fine-tuning, kept apart from the base"),

@@ -102,6 +102,7 @@ def cells(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...], str, dict[str, A
             "axis": draw(st.sampled_from(["out", "in"])),
         },
         "full": {},
+        "boft": {"block_size": draw(st.sampled_from([2, 4, 6])), "rescale": bias},
         "ia3": {"side": draw(st.sampled_from(["out", "in"]))},
         "glora": {"rank": rank, "alpha": alpha},
         "oft": {"block_size": draw(st.integers(2, 5)), "side": draw(st.sampled_from(["out", "in"])), "rescale": bias},

@@ -1,5 +1,6 @@
 """The algorithms, one per file. Importing one registers it."""
 
+from peftkit.adapters.boft import BOFT as BOFT
 from peftkit.adapters.dora import DoRA as DoRA
 from peftkit.adapters.full import Full as Full
 from peftkit.adapters.glora import GLoRA as GLoRA

@@ -94,14 +94,7 @@ class OFT(Adapter):
 
     def generator(self) -> Tensor:
         """Q (k, b, b), skew-symmetric, inside the constraint."""
-        skew = self.skew.to(torch.promote_types(self.skew.dtype, torch.float32))
-        half = skew.new_zeros(*skew.shape[:1], self.size, self.size)
-        half = half.index_put((torch.arange(len(skew), device=skew.device)[:, None], *self.upper[:, None]), skew)
-        Q = half - half.mT
-        if self.bound is None:
-            return Q
-        norm = torch.linalg.vector_norm(Q)
-        return Q * torch.where(norm > self.bound, self.bound / norm.clamp(min=self.bound), torch.ones_like(norm))
+        return skew_blocks(self.skew, self.upper, self.size, self.bound)
 
     def _rotation(self, weight: Tensor, Q: Tensor, strength: float | Tensor = 1.0) -> Rotation:
         identity = torch.eye(self.size, dtype=Q.dtype, device=Q.device)
@@ -110,6 +103,21 @@ class OFT(Adapter):
             factor = (strength * (self.rescale.to(K.dtype) - 1)).unflatten(0, (-1, self.size))
             K = K + factor[:, :, None] * (K + identity)
         return Rotation(K, weight, self.side)
+
+
+def skew_blocks(skew: Tensor, upper: Tensor, size: int, bound: float | None) -> Tensor:
+    """Q (…, b, b) from its upper triangles (…, b(b−1)/2), in at least fp32 and with ‖Q‖_F at most the bound.
+
+    upper: (2, b(b−1)/2), where the entries of a triangle are.
+    """
+    flat = skew.to(torch.promote_types(skew.dtype, torch.float32)).flatten(0, -2)
+    half = flat.new_zeros(len(flat), size, size)
+    half = half.index_put((torch.arange(len(flat), device=flat.device)[:, None], *upper[:, None]), flat)
+    Q = (half - half.mT).reshape(*skew.shape[:-1], size, size)
+    if bound is None:
+        return Q
+    norm = torch.linalg.vector_norm(Q)
+    return Q * torch.where(norm > bound, bound / norm.clamp(min=bound), torch.ones_like(norm))
 
 
 def _series(Q: Tensor, terms: int) -> Tensor:

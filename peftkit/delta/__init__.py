@@ -1,6 +1,7 @@
 """The structures a weight change can have, one per file. Each knows its algebra and no algorithm."""
 
 from peftkit.delta.base import Delta as Delta
+from peftkit.delta.butterfly import Butterfly as Butterfly
 from peftkit.delta.decomposed import Decomposed as Decomposed
 from peftkit.delta.dense import Dense as Dense
 from peftkit.delta.hadamard import Hadamard as Hadamard

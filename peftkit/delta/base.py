@@ -82,6 +82,10 @@ class Delta(ABC):
         """dense()[block], without building the rest."""
         return self.dense()[block]
 
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        """dense()[rows, columns], for where even the rows that belong together are too many numbers."""
+        return self.rows(rows)[:, columns]
+
     # -- products ---------------------------------------------------------------------------------------------
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:

@@ -47,6 +47,9 @@ class LowRank(Delta):
     def rows(self, block: slice) -> Tensor:
         return self.B[block] @ self.A
 
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        return self.B[rows] @ self.A[:, columns]
+
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         del wx
         return g.expand(g.contract(x, self.A), self.B)

@@ -54,11 +54,16 @@ class Rotation(Delta):
         return self.size if self.side == "out" else 1
 
     def rows(self, block: slice) -> Tensor:
-        W = self.W[block].to(self.dtype)
         if self.side == "out":
-            K = self.K[block.start // self.size : block.stop // self.size]
-            return (K @ W.unflatten(0, (-1, self.size))).flatten(0, 1)
+            return self.tile(block, slice(0, self.shape[1]))
+        W = self.W[block].to(self.dtype)
         return torch.einsum("mkj,kij->mki", W.unflatten(1, (-1, self.size)), self.K).flatten(1)
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        if self.side == "in":
+            return super().tile(rows, columns)
+        W = self.W[rows, columns].to(self.dtype).unflatten(0, (-1, self.size))
+        return (self.K[rows.start // self.size : rows.stop // self.size] @ W).flatten(0, 1)
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         if self.side == "out":

@@ -44,6 +44,14 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Stages:
+    """BOFT: skew blocks Q (t, k, b, b) of every stage, and a factor per output or None."""
+
+    Q: Tensor
+    rescale: Tensor | None
+
+
+@dataclass(frozen=True)
 class Gate:
     """(IA)³: w, with ΔW = w·W over rows ("out") or input channels ("in")."""
 
@@ -61,7 +69,7 @@ class BaseProduct:
     b2: Tensor
 
 
-Form = Additive | Decomposition | Turn | Gate | BaseProduct
+Form = Additive | Decomposition | Turn | Stages | Gate | BaseProduct
 
 
 def low_rank(delta: Delta) -> LowRank:
@@ -137,6 +145,17 @@ def oft(turn: Turn, shape: Shape) -> dict[str, Tensor]:
     tensors = {"oft_blocks": -turn.Q.triu(1), "alpha": torch.tensor(UNBOUNDED)}
     if turn.rescale is not None:
         tensors["rescale"] = turn.rescale.reshape(-1, 1, *(1,) * len(shape.kernel))
+    return tensors
+
+
+def boft(stages: Stages, shape: Shape) -> dict[str, Tensor]:
+    """Blocks A with Q = A − Aᵀ. LyCORIS reads all stages there can be: those that are missing turn nothing."""
+    blocks = stages.Q.triu(1)
+    missing = blocks.shape[1].bit_length() - len(blocks)
+    blocks = torch.cat([blocks, blocks.new_zeros(missing, *blocks.shape[1:])])
+    tensors = {"oft_blocks": blocks, "alpha": torch.tensor(UNBOUNDED)}
+    if stages.rescale is not None:
+        tensors["rescale"] = stages.rescale.reshape(-1, 1, *(1,) * len(shape.kernel))
     return tensors
 
 

@@ -220,7 +220,7 @@ def _oft(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
     _require(module, t, {"oft_blocks"}, {"rescale"})
     A = t["oft_blocks"]
     if A.dim() == 4:
-        raise FileError(f"{module}: this is a BOFT adapter ({A.shape[0]} stages), which this library does not read yet")
+        return _boft(t, scale(module, None))
     n, b, _ = A.shape
     i, j = torch.triu_indices(b, b, 1)
     bound, words = scale(module, None)
@@ -230,6 +230,19 @@ def _oft(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
         options |= {"rescale": True}
         tensors["rescale"] = t["rescale"].flatten()
     return Patch("oft", options, Shape(n * b, 0), tensors, kernel_known=False, scale=words)
+
+
+def _boft(t: Mapping[str, Tensor], told: tuple[dict[str, Any], str]) -> Patch:
+    """Stages of blocks A, which LyCORIS applies untransposed: Q = A − Aᵀ."""
+    A, (bound, words) = t["oft_blocks"], told
+    stages, n, b, _ = A.shape
+    i, j = torch.triu_indices(b, b, 1)
+    options: dict[str, Any] = {"block_size": b, "stages": stages} | bound
+    tensors = {"skew": A[..., i, j] - A[..., j, i]}
+    if "rescale" in t:
+        options |= {"rescale": True}
+        tensors["rescale"] = t["rescale"].flatten()
+    return Patch("boft", options, Shape(n * b, 0), tensors, kernel_known=False, scale=words)
 
 
 def _full(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:

@@ -63,9 +63,9 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             Target(
                 "a1111",
                 "A1111",
-                _WEBUI | {"oft", "oft rescaled", "ia3", "glora old"},
+                _WEBUI | {"oft", "oft rescaled", "boft", "ia3", "glora old"},
                 _IN,
-                nonlinear=frozenset({"oft rescaled"}),
+                nonlinear=frozenset({"oft rescaled", "boft"}),
                 transformer_style=None,
             ),
             Target(
@@ -78,9 +78,9 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             Target(
                 "comfyui",
                 "ComfyUI",
-                _WEBUI | {"oft", "glora"},
+                _WEBUI | {"oft", "boft", "glora"},
                 _IN,
-                nonlinear=frozenset({"oft"}),
+                nonlinear=frozenset({"oft", "boft"}),
                 transformer_style="transformer",
                 generic="diffusion_model.",
             ),
@@ -88,9 +88,9 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             Target(
                 "lycoris",
                 "LyCORIS",
-                _WEBUI | {"oft", "oft rescaled", "glora"},
+                _WEBUI | {"oft", "oft rescaled", "boft", "glora"},
                 _OUT,
-                nonlinear=frozenset({"oft rescaled", "dora"}),
+                nonlinear=frozenset({"oft rescaled", "boft", "dora"}),
                 style="lycoris",
                 transformer_style="lycoris",
                 generic="lycoris_",

@@ -1,0 +1,79 @@
+"""BOFT: rotate the weight by a butterfly of small blocks."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapter import Adapter, factory, require
+from peftkit.adapters.oft import skew_blocks
+from peftkit.delta import Butterfly
+from peftkit.errors import OptionError
+from peftkit.geometry import Shape
+from peftkit.registry import register
+
+
+def butterfly_block(size: int, bound: int) -> int | None:
+    """The largest even b ≤ bound with size/b a power of two, as LyCORIS splits it; None if there is none."""
+    fitting = (b for b in range(min(size, bound) // 2 * 2, 1, -2) if size % b == 0)
+    return next((b for b in fitting if (size // b) & (size // b - 1) == 0), None)
+
+
+@register("boft")
+class BOFT(Adapter):
+    r"""W + ΔW = s∘(R_t ⋯ R_1·W), each stage R_i blocks of (I + Q)(I − Q)⁻¹ over rows 2ⁱ⁻¹·b/2 apart, Q skew.
+
+    block_size: the bound on the size b of a block, which is even and leaves a power of two of blocks k. stages: t, by
+    default all log₂k + 1, after which every output has met every other. constraint: bound on ‖Q‖_F over all stages as
+    a multiple of the rows. rescale: a trained factor s per output. The rotation is of outputs, as LyCORIS does it.
+
+    Paper: https://arxiv.org/abs/2311.06243.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2311.06243"
+    convention: ClassVar[str] = "stages of cayley(I+Q)(I-Q)^-1 on outputs,upper triangle row by row"
+    reads_base: ClassVar[bool] = True
+    on_another_base: ClassVar[str] = "rotates the new base the same way"
+
+    upper: Tensor
+
+    def __init__(
+        self,
+        shape: Shape,
+        weight: Tensor,
+        *,
+        block_size: int = 4,
+        stages: int | None = None,
+        constraint: float | None = None,
+        rescale: bool = False,
+    ) -> None:
+        super().__init__()
+        require(block_size > 1, "boft", "block_size", block_size, "an integer above 1")
+        require(constraint is None or constraint > 0, "boft", "constraint", constraint, "a positive number, or None")
+        b = butterfly_block(shape.rows, block_size)
+        if b is None:
+            raise OptionError(
+                f"boft: block_size={block_size} was given, but no even number up to it leaves a power of two of blocks "
+                f"in the {shape.rows} rows of this weight; use a larger one, or oft"
+            )
+        blocks = shape.rows // b
+        most = blocks.bit_length()
+        count = most if stages is None else stages
+        require(0 < count <= most, "boft", "stages", stages, f"a number from 1 to {most}, or None for all")
+        self.size, self.bound = b, None if constraint is None else constraint * shape.rows
+        new = factory(weight)
+        self.skew = nn.Parameter(torch.zeros(count, blocks, b * (b - 1) // 2, **new))
+        self.rescale = nn.Parameter(torch.ones(shape.rows, **new)) if rescale else None
+        self.register_buffer("upper", torch.triu_indices(b, b, 1, device=weight.device), persistent=False)
+
+    def delta(self, weight: Tensor) -> Butterfly:
+        Q = self.generator()
+        K = torch.linalg.solve(torch.eye(self.size, dtype=Q.dtype, device=Q.device) - Q, 2 * Q)  # R − I
+        rescale = None if self.rescale is None else self.rescale.to(K.dtype)
+        return Butterfly(K, weight, rescale)
+
+    def generator(self) -> Tensor:
+        """Q (t, k, b, b), skew-symmetric, inside the constraint."""
+        return skew_blocks(self.skew, self.upper, self.size, self.bound)
