@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftkit.adapters.lokr import factorize
 from peftkit.binding import stand_in
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
-from peftkit.delta.base import distance
+from peftkit.delta.distance import distance
 from peftkit.errors import ExportError, FileError, LossyError, MismatchError, OptionError, near
 from peftkit.exporting import Item, items_of_file
 from peftkit.formats import container, forms, kohya, names, native, peft

@@ -24,7 +24,7 @@ from peftkit.adapter import Adapter, require_dtype
 from peftkit.bases import Base, of_model, open_base
 from peftkit.binding import bind, misfit, stand_in
 from peftkit.delta import Delta, Dense, LowRank
-from peftkit.delta.base import distance
+from peftkit.delta.distance import distance
 from peftkit.errors import ExportError, FileError, MismatchError, OptionError
 from peftkit.formats import container, forms, metadata, names, peft, targets
 from peftkit.formats.forms import Additive

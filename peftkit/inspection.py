@@ -15,7 +15,7 @@ from rich.table import Table
 from peftkit import registry
 from peftkit.binding import bind, described, misfit, stand_in
 from peftkit.converting import canonical, delta_of
-from peftkit.delta.base import distance
+from peftkit.delta.distance import distance
 from peftkit.errors import OptionError, PeftkitError
 from peftkit.exporting import items_of_file
 from peftkit.formats import names, targets

@@ -14,7 +14,8 @@ from rich.table import Table
 from peftkit import registry
 from peftkit.bases import Base, open_base
 from peftkit.binding import bind, misfit
-from peftkit.delta.base import accumulation_dtype, distance
+from peftkit.delta.base import accumulation_dtype
+from peftkit.delta.distance import distance
 from peftkit.errors import MismatchError, OptionError, WrongBaseError
 from peftkit.formats import container, native
 from peftkit.formats.patch import Bundle, Patch

@@ -6,7 +6,6 @@ factors give the same number for less; the tests hold every override against the
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import cast
@@ -129,12 +128,3 @@ class Delta(ABC):
     def dense_flops(self) -> int:
         """Of `dense`."""
         return self.shape[0] * self.shape[1]
-
-
-def distance(delta: Delta, other: Delta) -> tuple[float, float]:
-    """‖delta − other‖ and ‖delta‖, in blocks of rows. Both (m, n)."""
-    gap = norm = 0.0
-    for block in row_blocks(*delta.shape, math.lcm(delta.row_multiple, other.row_multiple)):
-        ours, theirs = delta.rows(block).double(), other.rows(block).double()
-        gap, norm = gap + float((ours - theirs).square().sum()), norm + float(ours.square().sum())
-    return math.sqrt(gap), math.sqrt(norm)
