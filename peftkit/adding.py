@@ -40,7 +40,7 @@ def add_(deltas: Sequence[Delta], weight: Tensor, geometry: Geometry) -> tuple[f
     # large, it goes column by column
     multiple = min(rows, math.lcm(*(d.row_multiple for d in deltas)))
     width = columns if multiple * columns <= 4 * BLOCK else max(1, BLOCK // multiple)
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums, narrow = torch.zeros(3, dtype=torch.float64), weight.itemsize < 2
     for block in row_blocks(rows, columns, multiple):
         values = _rows(bands, block).flatten(1)
         parts = []
@@ -51,6 +51,8 @@ def add_(deltas: Sequence[Delta], weight: Tensor, geometry: Geometry) -> tuple[f
             for other in deltas[1:]:
                 delta = delta + _tile(other, block, here, columns).to(acc)
             new = (old + delta).to(weight.dtype)
+            if narrow and overflows(old + delta, weight.dtype):  # these saturate where others become infinite
+                return float(_square(delta).sqrt()), math.inf, 0.0
             moved = new.to(acc) - old
             sums += torch.stack([_square(delta), _square(moved), _square(delta - moved)]).cpu()
             parts.append(new)
@@ -83,6 +85,13 @@ def _write(bands: Tensor, block: slice, rows: Tensor) -> None:
         part = rows[start - block.start : stop - block.start]
         target = bands[i, start - i * size : stop - i * size]
         target.copy_(part.reshape(target.shape))
+
+
+def overflows(wide: Tensor, dtype: torch.dtype) -> bool:
+    """Whether finite numbers of a tensor are beyond a narrower dtype, even rounded down to its largest."""
+    limits = torch.finfo(dtype)
+    most = limits.max * (1 + limits.eps / 4)  # half a step beyond the largest, 2 − eps times a power of two
+    return bool((wide.abs() > most).logical_and(wide.isfinite()).any())
 
 
 def refuse_inert(weights: Sequence[MergedWeight]) -> None:

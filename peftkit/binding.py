@@ -79,8 +79,10 @@ def make(patch: Patch, shape: Shape, weight: Tensor, where: str) -> Adapter:
 
 
 def fill(adapter: Adapter, weight: Tensor, tensors: Mapping[str, Tensor]) -> None:
-    """Put a file's tensors into an adapter, and derive from W what the file does not hold. weight: W (m, n)."""
-    adapter.load_state_dict({**adapter.state_dict(), **tensors})
+    """Give a file's tensors to an adapter, and derive from W what the file does not hold. weight: W (m, n)."""
+    own = adapter.state_dict()
+    given = {key: tensor.to(own[key].device, own[key].dtype) for key, tensor in tensors.items() if key in own}
+    adapter.load_state_dict({**own, **given}, assign=True)  # a large file is not held twice
     if not set(adapter.derived()) <= set(tensors):
         adapter.rebase_(weight)
 

@@ -12,7 +12,7 @@ import math
 import os
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from peftkit._version import __version__
-from peftkit.adding import MergedWeight, add_, refuse_inert
+from peftkit.adding import MergedWeight, add_, overflows, refuse_inert
 from peftkit.bases import Base
 from peftkit.binding import bind
 from peftkit.delta import Delta, Dense
@@ -30,10 +30,11 @@ from peftkit.delta.base import accumulation_dtype
 from peftkit.errors import FileError, MergeError
 from peftkit.formats import container
 from peftkit.formats.container import Info
+from peftkit.formats.patch import Patch
 from peftkit.geometry import Geometry
 from peftkit.merge import MergeReport
-from peftkit.merge_plan import Adapters, MergePlan, Planned, plan_merge
-from peftkit.placing import FLOATS, rows_of, whole
+from peftkit.merge_plan import Adapters, MergePlan, Planned, PlannedVector, plan_merge
+from peftkit.placing import FLOATS, Span, spans, whole
 
 #: called with bytes written and bytes in all
 Progress = Callable[[int, int], None]
@@ -105,7 +106,7 @@ def merge_checkpoint(
             if verify:
                 writer.verify(shard, target)
         refuse_inert(writer.weights)
-        _copy_rest(plan.base, folder)
+        _copy_rest(plan.base, folder, writer.sizes)
     return MergeReport(tuple(writer.weights))
 
 
@@ -141,16 +142,6 @@ class _Window(Delta):
         return self.of.rows(outer)[start - outer.start : stop - outer.start]
 
 
-@dataclass(frozen=True)
-class _Claim:
-    """Rows [start, start + size) of a tensor get rows [first, …) of a patch."""
-
-    planned: Planned
-    start: int
-    first: int
-    size: int
-
-
 class _Writer:
     """Streams the shards of a plan. weights: what happened to each, as it goes."""
 
@@ -161,13 +152,15 @@ class _Writer:
         largest = max((plan.base.info(key).size for key in plan.touched), default=0)
         self.buffer = torch.empty(largest, dtype=torch.uint8) if plan.dtype is None else None
         self.checksums: dict[str, int] = {}
-        self.claims: defaultdict[str, list[_Claim]] = defaultdict(list)
+        self.sizes: dict[str, int] = {}
+        self.claims: defaultdict[str, list[tuple[Planned, Span]]] = defaultdict(list)
         for planned in plan.patches:
-            for key, claim in _claims(plan.base, planned):
-                self.claims[key].append(claim)
-        self.vectors: defaultdict[str, list[tuple[str, str, float]]] = defaultdict(list)
-        for file, key, target, strength in plan.vectors:
-            self.vectors[target].append((file, key, strength))
+            for span in spans(plan.base, planned.parts):
+                self.claims[span.key].append((planned, span))
+        self.vectors: defaultdict[str, list[tuple[PlannedVector, Span]]] = defaultdict(list)
+        for vector in plan.vectors:
+            for span in vector.spans:
+                self.vectors[span.key].append((vector, span))
 
     def shard(self, name: str, file: BinaryIO) -> None:
         """Write one shard: its header, then its tensors in the order they had."""
@@ -175,6 +168,7 @@ class _Writer:
         order = sorted(shard.infos, key=lambda key: (shard.infos[key].start, shard.infos[key].stop, key))
         head = {key: self._entry(shard.infos[key]) for key in order}
         file.write(container.header(head, self._metadata(shard.metadata, [prefix + key for key in order])))
+        self.sizes[name] = sum(size for _, _, size in head.values())
         total = self.plan.base.size
         for key in order:
             info = shard.infos[key]
@@ -206,86 +200,105 @@ class _Writer:
         return container.NAMES[dtype], info.shape, info.numel * dtype.itemsize
 
     def _metadata(self, own: Mapping[str, str], keys: Sequence[str]) -> dict[str, str]:
+        kept = {key: value for key, value in own.items() if key not in _STALE}
         if not any(key in self.claims or key in self.vectors for key in keys):
-            return dict(own)
-        files = {
-            Path(file).name: sorted({p.strength for p in self.plan.patches if p.file == file})
-            for file in self.plan.bundles
-        }
+            return dict(own) if self.plan.dtype is None else kept
+        strengths = [(each.file, each.strength) for each in (*self.plan.patches, *self.plan.vectors)]
+        files = [[Path(f).name, sorted({s for file, s in strengths if file == f})] for f in self.plan.bundles]
         recipe = json.dumps({"version": __version__, "adapters": files}, ensure_ascii=False)
-        return {key: value for key, value in own.items() if key not in _STALE} | {"peftkit_merge": recipe}
+        return kept | {"peftkit_merge": recipe}
 
     @torch.no_grad()
     def _merged(self, key: str) -> Tensor:
         """One tensor of the base with all that is added to it, in its new dtype."""
         weight = self.plan.base.tensor(key, self.buffer)
-        target = self.plan.dtype if self.plan.dtype is not None and weight.is_floating_point() else weight.dtype
-        if target != weight.dtype:  # sums are formed in a dtype that holds both, and rounded once to the new one
-            weight = weight.to(torch.promote_types(accumulation_dtype(weight.dtype), accumulation_dtype(target)))
+        own = weight.dtype
+        target = self.plan.dtype if self.plan.dtype is not None and weight.is_floating_point() else own
+        layouts = {self._patch(planned).transposed for planned, _ in self.claims[key]}
+        if target != own or len(layouts) > 1:  # sums are formed in a dtype that holds both, and rounded once
+            weight = weight.to(torch.promote_types(accumulation_dtype(own), accumulation_dtype(target)))
         if self.claims[key]:
             self._add_claims(key, weight)
         elif self.vectors[key]:
             self._add_vectors(key, weight)
-        cast = weight.to(target)
-        if cast is not weight and not torch.isfinite(cast.float()).all() and torch.isfinite(weight).all():
+        if target == weight.dtype:
+            return weight
+        if overflows(weight, target):
             raise MergeError(f"{key}: {weight.dtype} to {target} overflows; nothing was merged. Choose a wider dtype")
-        return cast
+        return weight.to(target)
 
     def _add_claims(self, key: str, weight: Tensor) -> None:
-        """All patches of one tensor, region by region where they cover different rows."""
+        """All patches of one tensor."""
         claims = self.claims[key]
-        transposed = any(part.transposed for c in claims for part in c.planned.parts if part.weight == key)
+        transposed = any(part.transposed for planned, _ in claims for part in planned.parts if part.weight == key)
         matrix = weight.mT.contiguous() if transposed else weight
-        deltas = {id(claim): self._delta(claim.planned, key, matrix) for claim in claims}
-        groups = {self.plan.bundles[c.planned.file].patches[c.planned.name].transposed for c in claims}
-        spatial = next(iter(groups)) and matrix.dim() > 2
-        sums = np.zeros(3)
-        if spatial:
-            geometry = Geometry.of_weight(tuple(matrix.shape), claims[0].planned.shape.groups, transposed=True)
-            sums += _squares(add_([deltas[id(c)] for c in claims], matrix, geometry))
-        else:
-            edges = sorted({edge for c in claims for edge in (c.start, c.start + c.size)})
-            for start, stop in itertools.pairwise(edges):
-                here = [c for c in claims if c.start <= start and stop <= c.start + c.size]
-                if here:
-                    parts = [_window(deltas[id(c)], c.first + start - c.start, stop - start) for c in here]
-                    region = matrix[start:stop]
-                    sums += _squares(add_(parts, region, Geometry.of_weight(tuple(region.shape))))
+        convolutions = [c for c in claims if self._patch(c[0]).transposed and matrix.dim() > 2]
+        sums = self._add_convolutions(matrix, convolutions)
+        sums += self._add_regions(matrix, [c for c in claims if c not in convolutions])
         if transposed:
             weight.copy_(matrix.mT)
         norm, change, missed = np.sqrt(sums)
-        files = tuple(dict.fromkeys(Path(c.planned.file).name for c in claims))
+        files = tuple(dict.fromkeys(Path(planned.file).name for planned, _ in claims))
         if not math.isfinite(norm):
             raise MergeError(f"{key}: the ΔW of {', '.join(files)} is not finite; nothing was merged")
         if not math.isfinite(change):
             raise MergeError(f"{key}: W + ΔW overflows {weight.dtype}, or was not finite before; nothing was merged")
         self.weights.append(MergedWeight(key, files, norm, change, missed / norm if norm else 0.0))
 
-    def _add_vectors(self, key: str, weight: Tensor) -> None:
-        total = sum(
-            strength * self.plan.bundles[file].vectors[name].to(accumulation_dtype(weight.dtype))
-            for file, name, strength in self.vectors[key]
+    def _add_convolutions(self, weight: Tensor, claims: Sequence[tuple[Planned, Span]]) -> np.ndarray:
+        """Patches of a transposed convolution, whose weight is kept as (in, out, *kernel)."""
+        if not claims:
+            return np.zeros(3)
+        geometry = Geometry.of_weight(tuple(weight.shape), claims[0][0].shape.groups, transposed=True)
+        return _squares(
+            add_([self._delta(planned, geometry.matrix(weight)) for planned, _ in claims], weight, geometry)
         )
-        assert isinstance(total, Tensor)
+
+    def _add_regions(self, weight: Tensor, claims: Sequence[tuple[Planned, Span]]) -> np.ndarray:
+        """Patches of a weight (rows, …), region by region where they cover different rows."""
+        edges = sorted({edge for _, span in claims for edge in (span.start, span.start + span.size)})
+        regions = list(itertools.pairwise(edges))
+        # Rows that are written may be read for the rows of another region: those patches get a base of their own
+        deltas = [self._delta(planned, weight.flatten(1), len(regions) > 1) for planned, _ in claims]
+        sums = np.zeros(3)
+        for start, stop in regions:
+            here = [
+                _window(delta, span.first + start - span.start, stop - start)
+                for delta, (_, span) in zip(deltas, claims, strict=True)
+                if span.start <= start and stop <= span.start + span.size
+            ]
+            if here:
+                region = weight[start:stop]
+                sums += _squares(add_(here, region, Geometry.of_weight(tuple(region.shape))))
+        return sums
+
+    def _add_vectors(self, key: str, weight: Tensor) -> None:
+        total = torch.zeros(len(weight), dtype=accumulation_dtype(weight.dtype))
+        for vector, span in self.vectors[key]:
+            entries = self.plan.bundles[vector.file].vectors[vector.name][span.first : span.first + span.size]
+            total[span.start : span.start + span.size] += vector.strength * entries.to(total.dtype)
         sums = add_([Dense(total[:, None])], weight[:, None], Geometry.of_weight((len(total), 1)))
-        files = tuple(dict.fromkeys(Path(file).name for file, _, _ in self.vectors[key]))
+        files = tuple(dict.fromkeys(Path(vector.file).name for vector, _ in self.vectors[key]))
         if not all(map(math.isfinite, sums)):
             raise MergeError(f"{key}: its sum with {', '.join(files)} is not finite; nothing was merged")
         self.weights.append(MergedWeight(key, files, *sums))
 
-    def _delta(self, planned: Planned, key: str, matrix: Tensor) -> Delta:
-        """λ·ΔW of a patch; where it reads the base, of the weight it is on, or of the one it was on."""
-        plan, where = self.plan, f"{planned.file}: {planned.name}"
-        patch = plan.bundles[planned.file].patches[planned.name]
+    def _patch(self, planned: Planned) -> Patch:
+        return self.plan.bundles[planned.file].patches[planned.name]
+
+    def _delta(self, planned: Planned, matrix: Tensor, apart: bool = False) -> Delta:
+        """λ·ΔW of a patch; where it reads the base, of the weight it is on, or of the one it was on.
+
+        matrix: the weight (m, n), for a patch that is of all of it. apart: rows may be written before they are read.
+        """
+        plan, patch, where = self.plan, self._patch(planned), f"{planned.file}: {planned.name}"
         first, *others = planned.parts
         if planned.law == "transplant" and plan.origin is not None:
             W = whole(plan.origin, planned.parts, patch)
         elif others or first.start is not None or first.swapped:
-            W = whole(plan.base, planned.parts, patch)  # of its own: rows of it are written before others are read
-        elif patch.transposed and matrix.dim() > 2:
-            W = Geometry.of_weight(tuple(matrix.shape), planned.shape.groups, transposed=True).matrix(matrix)
+            W = whole(plan.base, planned.parts, patch)
         else:
-            W = matrix.flatten(1)
+            W = matrix.clone() if apart and planned.law != "additive" else matrix
         if W.itemsize < 2:
             W = W.float()
         return bind(patch, planned.shape, W, where)(W, torch.tensor(planned.strength, dtype=torch.float64))
@@ -301,26 +314,19 @@ def _window(delta: Delta, first: int, size: int) -> Delta:
     return delta if (first, size) == (0, delta.shape[0]) else _Window(delta, first, size)
 
 
-def _claims(base: Base, planned: Planned) -> Iterator[tuple[str, _Claim]]:
-    """The rows of the base's tensors that a patch's rows go to."""
-    first = 0
-    for part in planned.parts:
-        start, size = part.start or 0, planned.shape.rows if len(planned.parts) == 1 else rows_of(base, part)
-        half = size // 2
-        if part.swapped:
-            yield part.weight, _Claim(planned, start, first + half, half)
-            yield part.weight, _Claim(planned, start + half, first, half)
-        else:
-            yield part.weight, _Claim(planned, start, first, size)
-        first += size
-
-
-def _copy_rest(base: Base, folder: Path) -> None:
-    """What else a model's folder holds: configurations, tokenizers, indices."""
+def _copy_rest(base: Base, folder: Path, sizes: Mapping[str, int]) -> None:
+    """What else a model's folder holds: configurations, tokenizers, indices. sizes: of the shards' tensors."""
     for path in sorted(base.path.rglob("*")):
         relative = path.relative_to(base.path)
-        if not path.is_file() or path.is_symlink() or path.suffix in (".safetensors", ".bin", ".ckpt", ".pt", ".pth"):
+        if not path.is_file() or str(relative) in base.shards:
             continue
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
+        content = path.read_bytes()
+        if path.name.endswith(".safetensors.index.json"):
+            index = json.loads(content)
+            if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
+                own = {str(relative.parent / name) for name in index["weight_map"].values()}
+                index["metadata"]["total_size"] = sum(sizes[str(Path(name))] for name in own)
+                content = (json.dumps(index, indent=2) + "\n").encode()
+        target.write_bytes(content)

@@ -13,14 +13,24 @@ from rich.table import Table
 
 from peftkit import registry
 from peftkit.bases import Base, open_base
-from peftkit.binding import bind, misfit
+from peftkit.binding import bind, make, misfit
 from peftkit.delta.base import accumulation_dtype
 from peftkit.delta.distance import distance
 from peftkit.errors import MismatchError, OptionError, WrongBaseError
 from peftkit.formats import container, native
 from peftkit.formats.patch import Bundle, Patch
 from peftkit.geometry import Shape
-from peftkit.placing import FLOATS, require_addable, require_same_keys, resolver_of, samples_of, shape_of, whole
+from peftkit.placing import (
+    FLOATS,
+    Span,
+    require_addable,
+    require_same_keys,
+    resolver_of,
+    samples_of,
+    shape_of,
+    spans,
+    whole,
+)
 from peftkit.reading import read
 from peftkit.resolving import Part, families_of
 from peftkit.wrap import require_strength
@@ -53,13 +63,23 @@ class Planned:
         return ", ".join(p.weight + ("" if p.start is None else f"[{p.start}:{p.stop}]") for p in self.parts)
 
 
+@dataclass(frozen=True)
+class PlannedVector:
+    """A change of a bias or a norm, and where its entries go."""
+
+    file: str
+    name: str
+    spans: tuple[Span, ...]
+    strength: float
+
+
 @dataclass(frozen=True, eq=False)
 class MergePlan:
     """What a merge will do. str(plan) is a summary, table() every weight."""
 
     base: Base
     patches: tuple[Planned, ...]
-    vectors: tuple[tuple[str, str, str, float], ...]  # file, its key, the base's key, strength
+    vectors: tuple[PlannedVector, ...]
     bundles: Mapping[str, Bundle]
     origin: Base | None = None
     dtype: torch.dtype | None = None
@@ -67,7 +87,9 @@ class MergePlan:
     @property
     def touched(self) -> tuple[str, ...]:
         """The base's tensors that will change, in the base's order."""
-        keys = {part.weight for p in self.patches for part in p.parts} | {key for _, _, key, _ in self.vectors}
+        keys = {part.weight for p in self.patches for part in p.parts} | {
+            span.key for v in self.vectors for span in v.spans
+        }
         return tuple(key for key in self.base.where if key in keys)
 
     @property
@@ -83,7 +105,7 @@ class MergePlan:
         ]
         for file in self.bundles:
             own = [p for p in self.patches if p.file == file]
-            strengths = sorted({p.strength for p in own} | {s for f, _, _, s in self.vectors if f == file})
+            strengths = sorted({p.strength for p in own} | {v.strength for v in self.vectors if v.file == file})
             shown = ", ".join(f"{s:g}" for s in strengths[:4]) + (", …" if len(strengths) > 4 else "")
             laws = "".join(f"; {law}" for law in sorted({p.law for p in own} - {"additive"}))
             apart = max((p.difference for p in own if p.difference is not None), default=None)
@@ -148,9 +170,10 @@ class _Planner:
         self.base, self.origin, self.rebase, self.other_base = base, origin, rebase, other_base
         self.resolver, self.families = resolver_of(base)
         self.patches: list[Planned] = []
-        self.vectors: list[tuple[str, str, str, float]] = []
+        self.vectors: list[PlannedVector] = []
         self.unresolved: list[str] = []
         self.misfits: list[str] = []
+        self.bound: set[str] = set()  # patches whose file needs the very base they were trained on
 
     def add(self, file: str, bundle: Bundle, strength: Strength) -> None:
         self.unresolved += [f"{file}: {key}: no adapter in the header has it" for key in bundle.unclaimed]
@@ -190,6 +213,9 @@ class _Planner:
         patch, where = bundle.patches[name], f"{file}: {name}"
         for part in parts:
             require_addable(self.base, part.weight, where)
+            if len(self.base.info(part.weight).shape) < 2:
+                self.misfits.append(f"{where}: {part.weight} is a vector, and {patch.kind} changes matrices")
+                return
         shape = shape_of(self.base, parts, patch)
         dtype = container.DTYPES[self.base.info(parts[0].weight).dtype]
         wide = accumulation_dtype(dtype) if dtype.itemsize < 2 else dtype
@@ -200,10 +226,16 @@ class _Planner:
         if patch.bias and any(part.bias in self.base.where for part in parts):
             self.misfits.append(f"{where}: the base has a bias there, and {patch.bias}")
             return
+        if self.origin is not None:
+            require_same_keys(self.base, self.origin, parts)
         if name in bundle.base and len(parts) == 1:
-            distances[name] = native.distance(samples_of(self.base, parts[0], patch), bundle.base[name])
+            trained_on = self.base if self.origin is None else self.origin
+            distances[name] = native.distance(samples_of(trained_on, parts[0], patch), bundle.base[name])
         law, difference = "additive", None
-        if registry.get(patch.kind).reads_base:
+        if not bundle.portable and _is_of_its_base(patch, shape):
+            self.bound.add(name)
+            law = "additive" if self.origin is None else "transplant"  # its factors are those of the origin
+        elif registry.get(patch.kind).reads_base:
             law = self.rebase
             if law == "transplant" and self.origin is None:
                 raise OptionError(
@@ -215,38 +247,37 @@ class _Planner:
 
     def _vector(self, file: str, key: str, bundle: Bundle, strength: Strength, used: set[str]) -> None:
         module, _, what = key.rpartition(".")
-        parts = self.resolver(module, self.families)
-        where = f"{file}: {key}"
-        target = None
-        if len(parts) == 1 and parts[0].start is None:
-            target = parts[0].bias if what == "bias" else parts[0].weight
-        if target is None or target not in self.base.where:
+        parts, vector, where = self.resolver(module, self.families), bundle.vectors[key], f"{file}: {key}"
+        targets = [part.bias if what == "bias" else part.weight for part in parts]
+        if not parts or any(target not in self.base.where for target in targets):
             self.unresolved.append(f"{where}: the base has no such {what}.{self.resolver.hint(module)}")
             return
-        require_addable(self.base, target, where)
-        if self.base.info(target).shape != tuple(bundle.vectors[key].shape):
-            shapes = f"{tuple(bundle.vectors[key].shape)} in the file, {self.base.info(target).shape} in the base"
-            self.misfits.append(f"{where}: {shapes}")
-        elif not torch.isfinite(bundle.vectors[key].float()).all():
+        for target in targets:
+            require_addable(self.base, str(target), where)
+        places = spans(self.base, parts, bias=what == "bias")
+        size = sum(place.size for place in places)
+        if size != len(vector) or any(len(self.base.info(str(target)).shape) != 1 for target in targets):
+            self.misfits.append(f"{where}: {len(vector)} entries in the file, {size} in the base")
+        elif not torch.isfinite(vector.float()).all():
             self.misfits.append(f"{where}: it is not finite")
-        factor = _strength(strength, (module, key, target), file, used)
+        factor = _strength(strength, (module, key, *map(str, targets)), file, used)
         if factor:
-            self.vectors.append((file, key, target, factor))
+            self.vectors.append(PlannedVector(file, key, places, factor))
 
     def _check_base(self, file: str, bundle: Bundle, distances: Mapping[str, float]) -> None:
         far = {name: d for name, d in distances.items() if d > native.SAME_BASE}
-        if not far or self.origin is not None:
+        if not far:
             return
         kinds = {bundle.patches[name].kind for name in far}
-        bound = {kind for kind in kinds if "loldu" in kind and not bundle.portable}
+        bound = {bundle.patches[name].kind for name in far if name in self.bound}
         if self.other_base and not bound:
             return
-        worst = max(far, key=lambda name: far[name])
+        worst, trained_on = max(far, key=lambda name: far[name]), self.origin or self.base
         meaning = "; ".join(f"{kind} {registry.get(kind).on_another_base}" for kind in sorted(bound or kinds))
         advice = "" if bound else " To merge it here on purpose, pass other_base=True."
         raise WrongBaseError(
-            f"{file} was trained on another base: {len(far)} of {len(distances)} weights differ, most of all {worst} "
-            f"by {100 * far[worst]:.3g} %. On another base, {meaning}.{advice}"
+            f"{file} was trained on another base than {trained_on.path}: {len(far)} of {len(distances)} weights "
+            f"differ, most of all {worst} by {100 * far[worst]:.3g} %. On another base, {meaning}.{advice}"
         )
 
     def raise_problems(self) -> None:
@@ -277,9 +308,14 @@ def _strength(strength: Strength, called: Sequence[str], file: str, used: set[st
 @torch.no_grad()
 def _difference(patch: Patch, parts: Sequence[Part], shape: Shape, base: Base, origin: Base, where: str) -> float:
     """How far what the adapter does to this base is from what it did to its own, relative to the latter."""
-    require_same_keys(origin, parts)
     transplanted, reapplied = (
         bind(patch, shape, W, where)(W, 1.0) for W in (whole(b, parts, patch) for b in (origin, base))
     )
     gap, norm = distance(transplanted, reapplied)
     return gap / norm if norm else 0.0
+
+
+def _is_of_its_base(patch: Patch, shape: Shape) -> bool:
+    """Whether its ΔW is made of factors of the base it was trained on."""
+    weight = torch.empty(shape.rows, shape.columns, device="meta")
+    return bool(make(patch, shape, weight, patch.kind).derived())

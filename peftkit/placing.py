@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,8 +42,10 @@ def _paths(base: Base) -> Iterator[tuple[str, Part]]:
             yield path, Part(key, bias=bias if bias in base.where else None)
         elif last == "in_proj_weight":
             rows = base.info(key).shape[0] // 3
+            bias = f"{path}.in_proj_bias".lstrip(".")
+            own = bias if bias in base.where else None
             for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
-                yield f"{path}.{name}".lstrip("."), Part(key, i * rows, (i + 1) * rows)
+                yield f"{path}.{name}".lstrip("."), Part(key, i * rows, (i + 1) * rows, bias=own)
         elif last in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
             yield key.removesuffix("_weight"), Part(key)
     if "weight" in base.where:
@@ -80,19 +83,55 @@ def shape_of(base: Base, parts: Sequence[Part], patch: Patch) -> Shape:
 
 
 def rows_of(base: Base, part: Part) -> int:
+    """How many outputs a part is."""
     shape = base.info(part.weight).shape
     if part.start is not None and part.stop is not None:
         return part.stop - part.start
     return shape[1] if part.transposed else shape[0]
 
 
+@dataclass(frozen=True)
+class Span:
+    """Rows [start, start + size) of a tensor, which get rows [first, first + size) of what is added."""
+
+    key: str
+    start: int
+    first: int
+    size: int
+
+
+def spans(base: Base, parts: Sequence[Part], *, bias: bool = False) -> tuple[Span, ...]:
+    """Where the rows of a patch on these parts go; or the entries of a change of their bias."""
+    found: list[Span] = []
+    first = 0
+    for part in parts:
+        size, start = rows_of(base, part), part.start or 0
+        key = part.bias if bias else part.weight
+        assert key is not None
+        if part.swapped:
+            half = size // 2
+            found += [Span(key, start, first + half, half), Span(key, start + half, first, half)]
+        else:
+            found.append(Span(key, start, first, size))
+        first += size
+    return tuple(found)
+
+
 def samples_of(base: Base, part: Part, patch: Patch) -> np.ndarray:
     """The fingerprint of a weight, read from its file entry by entry."""
-    shape = shape_of(base, [part], patch)
+    info, shape = base.info(part.weight), shape_of(base, [part], patch)
     index = sample_index(shape.rows * shape.columns)
-    if patch.transposed or part.transposed:
-        return _matrix(base, part, patch)[index // shape.columns, index % shape.columns].float().numpy()
-    return base.elements(part.weight, (index + (part.start or 0) * shape.columns).tolist()).float().numpy()
+    row, column = index // shape.columns, index % shape.columns
+    if part.transposed:
+        index = column * shape.rows + row
+    elif patch.transposed and len(info.shape) > 2:  # (in, out of a group, *kernel)
+        outputs = info.shape[1]
+        channel, position = column // shape.positions, column % shape.positions
+        inputs = row // outputs * shape.channels + channel
+        index = (inputs * outputs + row % outputs) * shape.positions + position
+    else:
+        index = index + (part.start or 0) * shape.columns
+    return base.elements(part.weight, index.tolist()).float().numpy()
 
 
 def _matrix(base: Base, part: Part, patch: Patch) -> Tensor:
@@ -113,8 +152,11 @@ def whole(base: Base, parts: Sequence[Part], patch: Patch) -> Tensor:
     return W.float() if W.itemsize < 2 else W
 
 
-def require_same_keys(origin: Base, parts: Sequence[Part]) -> None:
-    """Raise MismatchError unless the origin has the base's tensors."""
-    missing = [part.weight for part in parts if part.weight not in origin.where]
-    if missing:
-        raise MismatchError(f"origin {origin.path} has no {missing[0]}: it must have the layout of the base")
+def require_same_keys(base: Base, origin: Base, parts: Sequence[Part]) -> None:
+    """Raise MismatchError unless the origin has the base's tensors of these parts."""
+    for part in parts:
+        if part.weight not in origin.where:
+            raise MismatchError(f"origin {origin.path} has no {part.weight}: it must have the layout of the base")
+        ours, theirs = base.info(part.weight).shape, origin.info(part.weight).shape
+        if ours != theirs:
+            raise MismatchError(f"{part.weight} is {ours} in {base.path} and {theirs} in the origin {origin.path}")

@@ -12,9 +12,10 @@ from peftkit.delta.base import Delta
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Dense(Delta):
-    """ΔW = M (m, n)."""
+    """ΔW = λ·M with M (m, n), which is not multiplied before its rows are asked for."""
 
     M: Tensor
+    strength: float | Tensor = 1.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -29,20 +30,23 @@ class Dense(Delta):
         return self.M.device
 
     def dense(self) -> Tensor:
-        return self.M
+        return self.M * self.strength
 
     def scaled(self, strength: float | Tensor) -> Dense:
-        return Dense(self.M * strength)
+        return Dense(self.M, self.strength * strength)
 
     @property
     def row_multiple(self) -> int:
         return 1
 
     def rows(self, block: slice) -> Tensor:
-        return self.M[block]
+        return self.M[block] * self.strength
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        return self.M[rows, columns] * self.strength
 
     def dense_flops(self) -> int:
-        return 0
+        return self.shape[0] * self.shape[1]
 
     def __repr__(self) -> str:
         m, n = self.shape

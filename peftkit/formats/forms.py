@@ -137,7 +137,7 @@ def lokr(delta: Kron, shape: Shape, *, full: bool) -> dict[str, Tensor]:
 
 
 def diff(delta: Dense, shape: Shape) -> dict[str, Tensor]:
-    return {"diff": delta.M.reshape(shape.rows, shape.channels, *shape.kernel)}
+    return {"diff": delta.dense().reshape(shape.rows, shape.channels, *shape.kernel)}
 
 
 def oft(turn: Turn, shape: Shape) -> dict[str, Tensor]:
