@@ -9,7 +9,7 @@ import fnmatch
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,10 +23,10 @@ from peftkit.delta.distance import distance
 from peftkit.errors import ExportError, FileError, LossyError, MismatchError, OptionError, near
 from peftkit.exporting import Item, items_of_file
 from peftkit.formats import container, forms, kohya, names, native, peft
-from peftkit.resolving import plain
+from peftkit.resolving import plain, prefix_of
 from peftkit.svd import Keep, nearest, nearest_kronecker, truncate
 from peftkit.wrap import require_strength
-from peftkit.writing import write_deltas
+from peftkit.writing import HASHES, write_deltas
 
 #: what `convert` can make, and what it takes: none, or ranks to keep
 KINDS = ("lora", "loha", "lokr", "full")
@@ -150,7 +150,9 @@ def rescale(source: Source, factor: float | Mapping[str, float], out: str | os.P
             tensors[key] = (tensors[key].double() * factors[module]).to(tensors[key].dtype)
             if not torch.isfinite(tensors[key].float()).all():
                 raise FileError(f"{path}: {key} times {factors[module]:g} is not finite as {tensors[key].dtype}")
-    _write_like(source, target, tensors, {k: v for k, v in file.metadata.items() if not k.startswith("sshs_")})
+    if not Path(source).is_dir() and target.suffix != ".safetensors":
+        raise OptionError(f"{target}: the file is called *.safetensors, {target.suffix or 'no suffix'!r} was given")
+    _write_like(source, target, tensors, {k: v for k, v in file.metadata.items() if not k.startswith(HASHES)})
     entries = tuple(Converted(m, "", f"× {f:g}", 0.0) for m, f in factors.items())
     size = sum(info.size for info in file.infos.values())
     return ConvertReport(target, entries, size, size)
@@ -191,6 +193,7 @@ def combine(
         require_strength(weight)
     files = [(canonical(list(items_of_file(path, base))), weight) for path, weight in sources.items()]
     found = list(dict.fromkeys(name for items, _ in files for name in items))
+    own_names = [item.name for item in files[0][0].values()]
     generator = torch.Generator().manual_seed(seed)
     results: dict[str, tuple[Item, Delta]] = {}
     report: list[Converted] = []
@@ -206,11 +209,13 @@ def combine(
             if keep is not None:
                 result = _truncated(result, keep)
             truth = deltas[0] if len(deltas) == 1 else _sum(deltas, cat=True)
-            results[name] = first, result
+            named = first.name if first.name in own_names else _renamed(first.name, own_names, name)
+            results[name] = replace(first, name=named), result
             kinds = "+".join(item.adapter.kind for item, _ in own)
-            report.append(Converted(first.name, kinds, _shown(result), _relative(truth, result)))
+            report.append(Converted(named, kinds, _shown(result), _relative(truth, _cast(result, dtype))))
     written = [(item.name, item.shape, delta) for item, delta in results.values()]
-    after = write_deltas(next(iter(sources)), Path(out), written, dtype)
+    transposed = [item.name for item, _ in results.values() if item.transposed]
+    after = write_deltas(next(iter(sources)), Path(out), written, dtype, transposed)
     return ConvertReport(Path(out), tuple(report), sum(_size(path) for path in sources), after)
 
 
@@ -275,6 +280,23 @@ def _sum(deltas: Sequence[Delta], *, cat: bool) -> Delta:
     return Dense(total)
 
 
+def _cast(delta: Delta, dtype: torch.dtype | None) -> Delta:
+    """The ΔW that factors kept in a dtype stand for."""
+    if dtype is None:
+        return delta
+
+    def kept(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype).to(tensor.dtype)
+
+    if isinstance(delta, LowRank):
+        return LowRank(kept(delta.B), kept(delta.A))
+    if isinstance(delta, Hadamard):
+        return Hadamard(kept(delta.B1), kept(delta.A1), kept(delta.B2), kept(delta.A2))
+    if isinstance(delta, Kron):
+        return Kron(kept(delta.C), kept(delta.right), None if delta.left is None else kept(delta.left))
+    return Dense(kept(delta.dense()))
+
+
 def _relative(truth: Delta, written: Delta) -> float:
     gap, norm = distance(truth, written)
     return gap / norm if norm else gap
@@ -301,13 +323,15 @@ def _rewrite(
     exact: bool,
 ) -> ConvertReport:
     deltas = []
+    transposed: list[str] = []
     report: list[Converted] = []
     for item in items_of_file(source, base):
         delta = change(item)
         rank = item.adapter.options.get("rank")
         before = item.adapter.kind + (f" {rank}" if rank else "")
-        report.append(Converted(item.name, before, _shown(delta), _relative(delta_of(item), delta)))
+        report.append(Converted(item.name, before, _shown(delta), _relative(delta_of(item), _cast(delta, dtype))))
         deltas.append((item.name, item.shape, delta))
+        transposed += [item.name] if item.transposed else []
     lossy = [m for m in report if m.error > EXACT]
     if exact and lossy:
         worst = max(lossy, key=lambda m: m.error)
@@ -315,8 +339,35 @@ def _rewrite(
             f"{len(lossy)} of {len(report)} modules would differ, most of all {worst.name} by {100 * worst.error:.3g} "
             "%; nothing was written. Leave out exact, or keep more ranks"
         )
-    size = write_deltas(source, Path(out), deltas, dtype)
+    size = write_deltas(source, Path(out), deltas, dtype, transposed)
     return ConvertReport(Path(out), tuple(report), _size(source), size)
+
+
+def _renamed(name: str, like: Sequence[str], canonical: str) -> str:
+    """A module's name as a file with these other names would have it."""
+    family = next((f for f in names.FAMILIES.values() if canonical in f.modules and f.find(like[0])), None)
+    if family is not None:
+        for style in names.STYLES:
+            modules = family.find(like[0])
+            if len(modules) == 1 and _spelled(family, modules[0].name, style) == like[0]:
+                spelled = _spelled(family, canonical, style)
+                if spelled:
+                    return spelled
+    prefix, path = prefix_of(like[0]), name.removeprefix(prefix_of(name))
+    if all("." not in own.removeprefix(prefix) for own in like) and prefix.endswith("_"):
+        return prefix + path.replace(".", "_")
+    if "_" in path and prefix_of(name).endswith("_"):
+        raise MismatchError(
+            f"{name} does not say where its dots were, which the first file's {like[0]!r} has: name it first"
+        )
+    return prefix + path
+
+
+def _spelled(family: names.Family, canonical: str, style: str) -> str:
+    try:
+        return family.spell(canonical, style)
+    except OptionError:  # the style has no name for it
+        return ""
 
 
 def _scaling_keys(path: Path, file: container.Container) -> dict[str, list[str]]:
@@ -327,7 +378,7 @@ def _scaling_keys(path: Path, file: container.Container) -> dict[str, list[str]]
         found = {w: [k for k in owned.get(w, ()) if k.rpartition(".")[2] in _NATIVE] for w in header.records}
         kinds = {w: record.kind for w, record in header.records.items()}
     else:
-        modules, _ = kohya.split(file.infos)
+        modules, _ = peft.modules(list(file.infos)) if path.name == peft.WEIGHTS else kohya.split(file.infos)
         found = {m: [key for role, key in roles.items() if role in _ROLES] for m, roles in modules.items()}
         bound = ("dora_scale", "magnitude", "oft_blocks", "oft_R", "ia3_l")
         kinds = {m: next((role for role in roles if role in bound), "lora") for m, roles in modules.items()}

@@ -59,12 +59,17 @@ class Exported:
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One adapter to write. base: W (m, n), None where it is not at hand."""
+    """One adapter to write, by the name it has in its file or model.
+
+    base: W (m, n), None where it is not at hand. path: of its module in the base, where that is known.
+    """
 
     name: str
     adapter: Adapter
     shape: Shape
     base: Tensor | None
+    path: str = ""
+    transposed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +146,12 @@ def export(
     if goal.name != "peft" and path.suffix != ".safetensors":
         raise OptionError(f"{path}: {goal.title} reads *.safetensors, {path.suffix or 'no suffix'!r} was given")
     items = list(_of_model(source, name) if isinstance(source, nn.Module) else items_of_file(source, base))
+    for item in items:
+        if item.transposed:
+            raise ExportError(
+                f"{item.name}: no other program reads an adapter of a transposed convolution, whose weight is kept as "
+                "(in, out); keep it in this library's own format"
+            )
     known = _family(items, family, component)
     modules = _modules(items, goal, known, component)
     jobs = [_job(module, members, goal, known, bake) for module, members in modules.items()]
@@ -177,12 +188,7 @@ def _export_peft(path: Path, jobs: Sequence[Job], dtype: torch.dtype | None) -> 
 def _of_model(model: nn.Module, name: str | None) -> Iterator[Item]:
     for at in placed(model, [one_name(model, name)]):
         geometry = at.slot.geometry
-        if geometry.transposed:
-            raise ExportError(
-                f"{at.site}: no other program reads an adapter of a transposed convolution, whose weight is kept as "
-                "(in, out); save it in this library's own format"
-            )
-        yield Item(at.site, copy.deepcopy(at.adapter).eval(), geometry.shape, at.base)
+        yield Item(at.site, copy.deepcopy(at.adapter).eval(), geometry.shape, at.base, at.site, geometry.transposed)
 
 
 def items_of_file(path: str | os.PathLike[str], base: nn.Module | str | os.PathLike[str] | None) -> Iterator[Item]:
@@ -195,6 +201,7 @@ def items_of_file(path: str | os.PathLike[str], base: nn.Module | str | os.PathL
     if base is not None:
         yield from _on_base(path, bundle, of_model(base) if isinstance(base, nn.Module) else open_base(base))
         return
+    families = families_of(bundle)
     for name, patch in bundle.patches.items():
         where = f"{path}: {name}"
         if not patch.shape.rows or not patch.shape.columns:
@@ -202,7 +209,23 @@ def items_of_file(path: str | os.PathLike[str], base: nn.Module | str | os.PathL
         found = misfit(patch, patch.shape, torch.float32, portable=bundle.portable, where=where)
         if found:
             raise ExportError(f"{where}: {found.first}")
-        yield Item(name, bind(patch, patch.shape, stand_in(patch.shape), where), patch.shape, None)
+        adapter = bind(patch, patch.shape, stand_in(patch.shape), where)
+        if adapter.derived() and not bundle.portable:
+            raise ExportError(
+                f"{where}: {patch.kind} is made of its base's factors, which are not in the file; give the base"
+            )
+        yield Item(name, adapter, _unflattened(name, patch, families), None, "", patch.transposed)
+
+
+def _unflattened(name: str, patch: Patch, families: Sequence[Family]) -> Shape:
+    """The shape of a patch's weight, with the kernel its family's module has where the file holds it flattened."""
+    shape = patch.shape
+    matches = families[0].find(name) if families else ()
+    if patch.kernel_known or len(matches) != 1:
+        return shape
+    _, *inputs = matches[0].shape
+    fits = inputs and math.prod(inputs) == shape.columns
+    return Shape(shape.rows, inputs[0], tuple(inputs[1:])) if fits else shape
 
 
 def _on_base(path: object, bundle: Bundle, base: Base) -> Iterator[Item]:
@@ -214,13 +237,11 @@ def _on_base(path: object, bundle: Bundle, base: Base) -> Iterator[Item]:
             raise MismatchError(f"{where}: the base has no such weight.{resolver.hint(name)}")
         shape, W = shape_of(base, parts, patch), whole(base, parts, patch)
         found = misfit(patch, shape, W.dtype, portable=bundle.portable, where=where)
-        if found or patch.transposed:
-            raise ExportError(
-                f"{where}: {found.first or 'it is of a transposed convolution, which nothing else reads'}"
-            )
+        if found:
+            raise ExportError(f"{where}: {found.first}")
         first, *others = parts
-        own = name if families or others else first.weight.removesuffix(".weight")
-        yield Item(own, bind(patch, shape, W, where), shape, W)
+        path = "" if others or first.start is not None else first.weight.removesuffix(".weight")
+        yield Item(name, bind(patch, shape, W, where), shape, W, path, patch.transposed)
 
 
 def _family(items: Sequence[Item], asked: str | None, component: str | None) -> Family | None:
@@ -246,11 +267,8 @@ def _modules(
             if len(matches) != 1:
                 raise ExportError(f"{item.name!r} is no module of {family.title}: pass family= or component=")
             module = matches[0]
-            kernel = module.shape[2:]
-            if not item.shape.kernel and math.prod(module.shape[1:]) == item.shape.columns:
-                item = replace(item, shape=Shape(item.shape.rows, module.shape[1], kernel))  # the file had it flattened
             components.add(module.name.partition(".")[0])
-        found.setdefault(_module_name(item.name, module, goal, family), []).append((module, item))
+        found.setdefault(_module_name(item, module, goal, family), []).append((module, item))
     if len(components) > 1 and goal.generic in ("lycoris_", "base_model.model."):
         raise ExportError(
             f"{goal.title} loads one model at a time and these are {', '.join(sorted(components))}: export each "
@@ -263,7 +281,8 @@ def _modules(
     return found
 
 
-def _module_name(name: str, module: Module | None, goal: Target, family: Family | None) -> str:
+def _module_name(item: Item, module: Module | None, goal: Target, family: Family | None) -> str:
+    name = item.path or item.name
     own = name if module is None else module.path
     if goal.generic in ("lycoris_", "base_model.model."):  # programs that load on any model, by its own paths
         return goal.generic + (own.replace(".", "_") if goal.generic == "lycoris_" else own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from peftkit.binding import samples
 from peftkit.delta import Delta, Dense, Kron
 from peftkit.errors import MismatchError, OptionError, near
 from peftkit.geometry import Shape
-from peftkit.placing import FLOATS
+from peftkit.placing import FLOATS, paths_of
+from peftkit.resolving import Part
 from peftkit.svd import Keep, nearest, nearest_kronecker
 from peftkit.writing import write_native
 
@@ -114,26 +116,32 @@ def extract(
     weights: list[Extracted] = []
     unchanged: list[str] = []
     left: list[str] = []
+    places: defaultdict[str, list[tuple[str, Part]]] = defaultdict(list)
+    for name, part in paths_of(before):
+        if len(before.info(part.weight).shape) > 1:
+            places[part.weight].append((name, part))
     done = 0
     for key in before.where:
         info = before.info(key)
-        name = key.removesuffix(".weight")
-        if info.dtype in FLOATS and any(fnmatch.fnmatchcase(key, p) or fnmatch.fnmatchcase(name, p) for p in patterns):
+        wanted = [(n, p) for n, p in places[key] if any(fnmatch.fnmatchcase(s, t) for s in (n, key) for t in patterns)]
+        if info.dtype in FLOATS and (wanted or not places[key]):
             W, X = _difference(before, after, key)
             norm = float(torch.linalg.vector_norm(X, dtype=torch.float64))
             if not math.isfinite(norm):
                 raise MismatchError(f"{key}: the difference of {tuned} and {base} is not finite")
             if norm == 0:
                 unchanged.append(key)
-            elif len(info.shape) < 2 or not key.endswith("weight"):
+            elif not wanted:
                 left.append(key)
-            else:
-                delta, lost = _adapter(
-                    X, Shape(info.shape[0], info.shape[1], tuple(info.shape[2:])), kind, keep, factor, seed
-                )
-                deltas.append((name, Shape(info.shape[0], info.shape[1], tuple(info.shape[2:])), delta))
-                prints[name] = samples(W)
-                weights.append(Extracted(name, getattr(delta, "rank", None), norm, lost))
+            for name, part in wanted if norm else ():
+                rows = X[part.start : part.stop]
+                norm = float(torch.linalg.vector_norm(rows, dtype=torch.float64))
+                if norm:
+                    shape = Shape(len(rows), info.shape[1], tuple(info.shape[2:]))
+                    delta, lost = _adapter(rows, shape, kind, keep, factor, seed)
+                    deltas.append((name, shape, delta))
+                    prints[name] = samples(W[part.start : part.stop])
+                    weights.append(Extracted(name, getattr(delta, "rank", None), norm, lost))
         done += info.size
         if progress is not None:
             progress(done, before.size)

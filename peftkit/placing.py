@@ -30,10 +30,10 @@ def resolver_of(base: Base) -> tuple[Resolver, tuple[names.Family, ...]]:
             return None
         return Part(found.weight, found.start, found.stop, found.swapped, found.transposed, found.bias)
 
-    return Resolver(dict(_paths(base)), place), () if layout is None else (layout.family,)
+    return Resolver(dict(paths_of(base)), place), () if layout is None else (layout.family,)
 
 
-def _paths(base: Base) -> Iterator[tuple[str, Part]]:
+def paths_of(base: Base) -> Iterator[tuple[str, Part]]:
     """Module path -> its weight, and the projections of an nn.MultiheadAttention."""
     for key in base.where:
         path, _, last = key.rpartition(".")

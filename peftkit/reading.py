@@ -111,6 +111,7 @@ def _native(source: _Source) -> Bundle:
         base=header.base,
         portable=header.portable,
         unclaimed=tuple(owned.get(None, ())),
+        training=header.training,
         metadata=source.metadata,
     )
 

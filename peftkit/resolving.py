@@ -90,8 +90,12 @@ class Resolver:
 
 def plain(name: str) -> str:
     """A name without what trainers put before it and without dots: the same for all spellings of one path."""
-    prefix = max((p for p in _FILE_PREFIXES if name.startswith(p)), key=len)
-    return name.removeprefix(prefix).replace(".", "_")
+    return name.removeprefix(prefix_of(name)).replace(".", "_")
+
+
+def prefix_of(name: str) -> str:
+    """What a trainer put before a module's path."""
+    return max((p for p in _FILE_PREFIXES if name.startswith(p)), key=len)
 
 
 def families_of(bundle: Bundle, among: Iterable[str] | None = None) -> tuple[Family, ...]:

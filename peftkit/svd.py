@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkit.delta import LowRank
+from peftkit.delta import Dense, LowRank
+from peftkit.delta.distance import distance
 from peftkit.errors import OptionError
 
 _OVERSAMPLE = 16
@@ -83,7 +84,9 @@ def nearest(X: Tensor, keep: Keep, *, seed: int = 0) -> tuple[LowRank, float]:
     else:
         U, S, V = torch.linalg.svd(X, full_matrices=False)
     k = keep.count(S, total)
-    return _balanced(U[:, :k], S[:k], V[:k], X.dtype), _lost(S[:k], total)
+    low = _balanced(U[:, :k], S[:k], V[:k], X.dtype)
+    gap, norm = distance(Dense(X), low)
+    return low, gap / norm
 
 
 def _project(X: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

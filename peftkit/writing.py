@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from peftkit.formats.targets import Target
 from peftkit.geometry import Shape
 from peftkit.reading import read
 from peftkit.spelling import Spelled, structure_of
+
+#: how entries begin that other tensors make untrue
+HASHES = ("sshs_", "modelspec.hash")
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,13 +164,17 @@ def write_deltas(
     out: Path,
     deltas: Sequence[tuple[str, Shape, Delta]],
     dtype: torch.dtype | None,
+    transposed: Collection[str] = (),
 ) -> int:
-    """Write ΔW by modules' names in the format of another file; returns the bytes of its tensors."""
+    """Write ΔW by modules' names in the format of another file; returns the bytes of its tensors.
+
+    transposed: the modules that are transposed convolutions, which only this library's own format can say.
+    """
     bundle = read(like)
     named = [(name, shape, delta if structure_of(delta) else Dense(delta.dense())) for name, shape, delta in deltas]
     if bundle.format == "native":
         base = {name: bundle.base[name] for name, _, _ in named if name in bundle.base}
-        return write_native(out, named, base, bundle.name, dtype)
+        return write_native(out, named, base, bundle.name, dtype, bundle.training, transposed)
     spelled = [(name, Spelled("exact", structure_of(delta), Additive(delta)), shape) for name, shape, delta in named]
     if bundle.format == "peft":
         pieces = [Piece(peft.PREFIX + name, own, shape) for name, own, shape in spelled]
@@ -194,6 +201,7 @@ def write_native(
     name: str,
     dtype: torch.dtype | None,
     training: Mapping[str, Any] | None = None,
+    transposed: Collection[str] = (),
 ) -> int:
     """Write ΔW by weights' names as this library's own file; returns the bytes of its tensors."""
     _require_safetensors(out)
@@ -201,7 +209,7 @@ def write_native(
     records: dict[str, Record] = {}
     for weight, shape, delta in deltas:
         kind, options, own = _state(delta)
-        records[weight] = Record(kind, registry.get(kind).convention, options, shape)
+        records[weight] = Record(kind, registry.get(kind).convention, options, shape, weight in transposed)
         for key, tensor in own.items():
             cast = tensor.detach().cpu().to(tensor.dtype if dtype is None else dtype).contiguous()
             if not torch.isfinite(cast).all():
@@ -230,7 +238,7 @@ def _state(delta: Delta) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
 
 def _kept(bundle: Bundle) -> dict[str, str]:
     """What of a header stays true of other tensors: not the hashes, nor how they were made."""
-    stale = ("sshs_", "ss_network_dim", "ss_network_alpha", "modelspec.hash", "lora_adapter_metadata", "peftkit_export")
+    stale = (*HASHES, "ss_network_", "lora_adapter_metadata", "peftkit_export")
     return {key: value for key, value in bundle.metadata.items() if not key.startswith(stale)}
 
 

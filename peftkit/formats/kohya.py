@@ -262,11 +262,12 @@ def _glora(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
     _refuse_unless(all(x.dim() == 2 for x in (a1, a2, b1, b2)), module, "GLoRA on a kernel larger than 1 is not read")
     new = a1.shape[1] == a2.shape[0] == b1.shape[1] == b2.shape[0] and a1.shape[0] == b2.shape[1]
     old = a2.shape[1] == a1.shape[0] == b2.shape[1] == b1.shape[0] and a2.shape[0] == b1.shape[1]
-    if new and old:
+    _refuse_unless(new or old, module, "its factors do not go together")
+    if new and old and a1.shape[0] == a1.shape[1]:
         raise AmbiguousFileError(
             f"{module}: a GLoRA whose rank is the width of its weight can be read in two layouts; use a smaller rank"
         )
-    if not new:
+    if not new or (old and a1.shape[0] < a1.shape[1]):  # of a square weight both fit, and the rank is the smaller side
         a1, a2, b1, b2 = a2, a1, b2, b1
     rank = a1.shape[1]
     options, words = scale(module, rank)

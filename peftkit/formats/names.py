@@ -133,12 +133,12 @@ class Family:
         style: "kohya", "diffusers", "ldm", "transformer", "lycoris" or "peft". Modules that the original network has
         fused have one name in "ldm", and in "kohya" where sd-scripts trains the original.
         """
-        if style not in _STYLES:
-            raise OptionError(f"unknown style {style!r}; there are {', '.join(_STYLES)}")
+        if style not in STYLES:
+            raise OptionError(f"unknown style {style!r}; there are {', '.join(STYLES)}")
         if name not in self.modules:
             raise OptionError(f"{self.title} has no module {name!r}.{near(name, self.modules)}")
         module = self.modules[name]
-        spelled = _STYLES[style](self, self._part(module), module)
+        spelled = STYLES[style](self, self._part(module), module)
         if spelled is None:
             raise OptionError(f"the style {style!r} has no name for {name!r} of {self.title}: choose another style")
         return spelled
@@ -178,7 +178,7 @@ class Family:
             style(self, part, module)
             for part in self.parts
             for module in part.modules.values()
-            for style in _STYLES.values()
+            for style in STYLES.values()
         )
         return frozenset(filter(None, names))
 
@@ -216,7 +216,7 @@ def _peft(family: Family, part: Component, module: Module) -> str | None:
 
 
 #: Style -> how it spells a module, None if it cannot
-_STYLES: Mapping[str, Callable[[Family, Component, Module], str | None]] = MappingProxyType(
+STYLES: Mapping[str, Callable[[Family, Component, Module], str | None]] = MappingProxyType(
     {
         "kohya": _kohya,  # lora_unet_…, lora_te_…: sd-scripts and every web UI
         "diffusers": _diffusers,  # unet.down_blocks.0…: diffusers, ai-toolkit

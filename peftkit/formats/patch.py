@@ -73,3 +73,4 @@ class Bundle:
     portable: bool = True
     unclaimed: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
