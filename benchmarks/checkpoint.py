@@ -90,7 +90,8 @@ def make_adapter(path: Path, rank: int, kind: str) -> int:
             tensors[f"{name}.lora_down.weight"] = draw(rank, channels, *kernel)
         else:
             for half in ("w1", "w2"):
-                tensors[f"{name}.hada_{half}_a"], tensors[f"{name}.hada_{half}_b"] = draw(rows, rank), draw(rank, fan_in)
+                tensors[f"{name}.hada_{half}_a"] = draw(rows, rank)
+                tensors[f"{name}.hada_{half}_b"] = draw(rank, fan_in)
         tensors[f"{name}.alpha"] = torch.tensor(rank / 2)
     container.write(path, tensors, {})
     return len(adapted)
@@ -136,7 +137,8 @@ def main() -> None:
         largest = max(2 * torch.Size(m.shape).numel() for m in modules())
         result = {
             "parameters": parameters,
-            "adapter": f"{arguments.kind} rank {arguments.rank}, {adapted} weights, {adapter.stat().st_size / 1e6:.0f} MB",
+            "adapter": f"{arguments.kind} rank {arguments.rank}, {adapted} weights",
+            "adapter MB": round(adapter.stat().st_size / 1e6),
             "merge / copy": round(statistics.median(m["seconds"] for m in merges) / statistics.median(copies), 2),
             "merge seconds": [round(m["seconds"], 2) for m in merges],
             "copy seconds": [round(c, 2) for c in copies],

@@ -96,6 +96,8 @@ def stored_keys(adapter: Adapter, portable: bool) -> list[str]:
 def fits(patch: Patch, shape: Shape) -> bool:
     """Whether the patch is of such a weight, as far as its file says. A 1×1 kernel and none are the same."""
     ours = patch.shape
+    if patch.per_channel:
+        return ours.channels == shape.channels and ours.rows in (0, shape.rows)
     if ours.rows not in (0, shape.rows) or ours.columns not in (0, shape.columns):
         return False
     if not patch.kernel_known or ours.positions == shape.positions == 1:
@@ -105,8 +107,10 @@ def fits(patch: Patch, shape: Shape) -> bool:
 
 def described(patch: Patch) -> str:
     """The shape of the weight a patch is for, in words."""
+    if patch.per_channel:
+        return f"{patch.shape.channels}-channel"
     if not patch.shape.rows:
-        return f"weight of fan-in {patch.shape.columns}"
+        return f"fan-in-{patch.shape.columns}"
     return str(patch.shape) if patch.shape.columns else f"{patch.shape.rows}-row"
 
 

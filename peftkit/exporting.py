@@ -61,7 +61,8 @@ class Exported:
 class Item:
     """One adapter to write, by the name it has in its file or model.
 
-    base: W (m, n), None where it is not at hand. path: of its module in the base, where that is known.
+    base: W (m, n), None where it is not at hand. path: of its module in the base, where that is known. transposed: a
+    transposed convolution. sliced: rows of a parameter, which is no module of its own.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Item:
     base: Tensor | None
     path: str = ""
     transposed: bool = False
+    sliced: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +157,11 @@ def export(
     known = _family(items, family, component)
     modules = _modules(items, goal, known, component)
     jobs = [_job(module, members, goal, known, bake) for module, members in modules.items()]
+    structures = {job.piece.spelled.structure for job in jobs}
+    if goal.name == "diffusers" and "dora" in structures and len(structures) > 1:
+        # One magnitude makes diffusers expect one for every module, and leave those without unusable
+        plain = replace(goal, decomposes=frozenset())
+        jobs = [_job(module, members, plain, known, bake) for module, members in modules.items()]
     if goal.name == "peft":
         return _export_peft(path, jobs, dtype)
     pieces = [job.piece for job in jobs]
@@ -188,7 +195,15 @@ def _export_peft(path: Path, jobs: Sequence[Job], dtype: torch.dtype | None) -> 
 def _of_model(model: nn.Module, name: str | None) -> Iterator[Item]:
     for at in placed(model, [one_name(model, name)]):
         geometry = at.slot.geometry
-        yield Item(at.site, copy.deepcopy(at.adapter).eval(), geometry.shape, at.base, at.site, geometry.transposed)
+        yield Item(
+            at.site,
+            copy.deepcopy(at.adapter).eval(),
+            geometry.shape,
+            at.base,
+            at.site,
+            geometry.transposed,
+            at.slot.parameter != "weight",
+        )
 
 
 def items_of_file(path: str | os.PathLike[str], base: nn.Module | str | os.PathLike[str] | None) -> Iterator[Item]:
@@ -264,6 +279,10 @@ def _modules(
         module = None
         if family is not None:
             matches = family.find(f"{component}.{item.name}" if component else item.name) or family.find(item.name)
+            fused = _fused_name([m.name for m in matches], goal, family)
+            if fused:  # the file is of the original network's layer, and so is the target
+                found.setdefault(fused, []).append((None, item))
+                continue
             if len(matches) != 1:
                 raise ExportError(f"{item.name!r} is no module of {family.title}: pass family= or component=")
             module = matches[0]
@@ -274,6 +293,11 @@ def _modules(
             f"{goal.title} loads one model at a time and these are {', '.join(sorted(components))}: export each "
             "from its own model"
         )
+    if goal.name in ("a1111", "diffusers"):
+        modules = [module for members in found.values() for module, _ in members if module is not None]
+        _require_readable_text_encoders(modules, goal)
+        if goal.name == "a1111":
+            _require_whole_attentions(modules)
     for name, members in found.items():
         if len(members) > 1 and any(module is None or module.start is None for module, _ in members):
             both = " and ".join(repr(item.name) for _, item in members)
@@ -281,9 +305,56 @@ def _modules(
     return found
 
 
+def _fused_name(members: Sequence[str], goal: Target, family: Family) -> str:
+    """The one name a target has for several layers, "" where it has one for each."""
+    style = goal.transformer_style if "transformer" in family.components else goal.style
+    if len(members) < 2 or style != "kohya":
+        return ""
+    spelled = {family.spell(name, style) for name in members}
+    return spelled.pop() if len(spelled) == 1 else ""
+
+
+def _require_readable_text_encoders(modules: Sequence[Module], goal: Target) -> None:
+    """Refuse what A1111 ignores of a text encoder, and what makes diffusers fail to recognise one."""
+    encoders: dict[str, list[str]] = {}
+    for module in modules:
+        component, _, path = module.name.partition(".")
+        if component.startswith("text_encoder"):
+            encoders.setdefault(component, []).append(path)
+            if path == "text_projection":
+                raise ExportError(f"{module.name}: {goal.title} does not read an adapter of the text projection")
+    for component, paths in encoders.items():
+        if goal.name == "diffusers" and not any("attn" in path for path in paths):
+            raise ExportError(
+                f"{component}: diffusers does not recognise a text encoder's adapter without attention layers"
+            )
+
+
+def _require_whole_attentions(modules: Sequence[Module]) -> None:
+    """A1111 applies an OpenCLIP attention only where q, k, v and the output are all in the file, and says nothing."""
+    own = {module.name for module in modules}
+    for module in modules:
+        parent = module.name.rpartition(".")[0]
+        open_clip = module.original.endswith("in_proj_weight") or ".attn.out_proj." in module.original
+        missing = [p for p in ("q_proj", "k_proj", "v_proj", "out_proj") if open_clip and f"{parent}.{p}" not in own]
+        if missing:
+            raise ExportError(
+                f"{module.name}: A1111 applies {parent} only with all of its projections, and {missing[0]} has no "
+                "adapter; give it one, or export for another program"
+            )
+
+
 def _module_name(item: Item, module: Module | None, goal: Target, family: Family | None) -> str:
     name = item.path or item.name
-    own = name if module is None else module.path
+    own = name if module is None else item.path.removeprefix(f"{module.name.partition('.')[0]}.") or module.path
+    if item.sliced and module is None:
+        raise ExportError(
+            f"{name!r} is rows of a parameter and no module of its own, so {goal.title} has no name for it"
+        )
+    if not name and goal.name != "lycoris":
+        raise ExportError(f"{goal.title} adapts modules inside a model, and this one is the whole of it")
+    if goal.name == "diffusers" and family is not None and module is not None and ".encoder.block." in module.name:
+        raise ExportError(f"{name!r} is of T5, for which no pipeline of diffusers loads an adapter")
     if goal.generic in ("lycoris_", "base_model.model."):  # programs that load on any model, by its own paths
         return goal.generic + (own.replace(".", "_") if goal.generic == "lycoris_" else own)
     if module is None or family is None:
@@ -307,6 +378,8 @@ def _job(
     module: str, members: list[tuple[Module | None, Item]], goal: Target, family: Family | None, bake: bool
 ) -> Job:
     kinds = "+".join(sorted({item.adapter.kind for _, item in members}))
+    if goal.name == "diffusers" and module.startswith("text_encoder"):
+        goal = replace(goal, decomposes=frozenset())  # it loses the magnitudes of text encoders
     try:
         if len(members) == 1 and (members[0][0] is None or not _fused(members[0][0], goal, family)):
             item = members[0][1]
@@ -365,6 +438,10 @@ def _proven(written: Path, jobs: Sequence[Job], path: Path) -> tuple[Exported, .
         patch = bundle.patches[piece.module.removeprefix(peft.PREFIX) if bundle.format == "peft" else piece.module]
         error, norm = _error(patch, job)
         alive = alive or norm is None or norm > 0
+        if error is not None and error >= 1 - 1e-9 and norm:
+            raise FileError(
+                f"{path}: the ΔW of {piece.module} would be zero in the file; nothing was written. Choose a wider dtype"
+            )
         own = sum(p.nbytes for _, item in job.members for p in item.adapter.parameters())
         names_ = ", ".join(item.name for _, item in job.members)
         spelled = piece.spelled

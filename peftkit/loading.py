@@ -17,7 +17,7 @@ from peftkit.formats.names import Family
 from peftkit.formats.patch import Bundle, Patch
 from peftkit.plan import refuse_taken, tied_with
 from peftkit.reading import read
-from peftkit.resolving import Part, Resolver, common, families_of
+from peftkit.resolving import Part, Resolver, common, component_of, families_of
 from peftkit.sites import Site, dotted, sites
 from peftkit.wrap import check_install, install, require_strength
 
@@ -116,8 +116,14 @@ def _compare(
     for patch_name, hint in unresolved.items():
         keys = [f"{patch_name}.{key}".strip(".") for key in bundle.patches[patch_name].tensors] or [patch_name]
         misfits.append(Misfit(unexpected=tuple(f"{k}: the model has no weight {patch_name!r}.{hint}" for k in keys)))
+    used: dict[tuple[str, int | None], str] = {}
     for patch_name, parts in targets.items():
         patch = bundle.patches[patch_name]
+        taken = [part.weight for part in parts if (part.weight, part.start) in used]
+        used |= {(part.weight, part.start): patch_name for part in parts}
+        if taken:
+            misfits.append(Misfit(unexpected=(f"{patch_name}: it is the second adapter of {taken[0]} in the file",)))
+            continue
         for site, part in _pieces(patch, parts, ours, f"{path}: {patch_name}"):
             where = f"{path}: {site.label}"
             shape, matrix = site.slot.geometry.shape, site.matrix.detach()
@@ -135,7 +141,7 @@ def _compare(
     stray += [
         f"{key}: a change of a bias or a norm, which no layer holds; merge_checkpoint merges it"
         for key in bundle.vectors
-        if component is None or common(families, key.rpartition(".")[0]) in ("", component)
+        if component in (None, common(families, key) or component_of(key, str(component)))
     ]
     merged = Misfit(
         tuple(key for found in misfits for key in found.missing),
@@ -160,13 +166,18 @@ def _resolve(
         own, _, rest = canonical.partition(".")
         if canonical in ours:
             return Part(canonical)
+        if rest not in ours:  # transformers 5 leaves out a level of its text encoders
+            rest = rest.removeprefix("text_model.")
         clear = component is None and any(own in [part.name for part in family.alone] for family in families)
         return Part(rest) if rest in ours and (own == component or clear) else None
 
-    resolver = Resolver({name: Part(name) for name in ours}, place)
+    paths = {name: Part(name) for name in ours}
+    if component is not None:
+        paths |= {f"{component}.{name}": Part(name) for name in ours}
+    resolver = Resolver(paths, place)
     targets, unresolved = {}, {}
     for name in bundle.patches:
-        if component is not None and common(families, name) not in ("", component):
+        if component is not None and (common(families, name) or component_of(name, component)) != component:
             continue
         parts = resolver(name, families)
         if parts:

@@ -184,7 +184,12 @@ class _Planner:
             targets |= {name: self.resolver(name, families) for name in lost}
         used: set[str] = set()
         distances: dict[str, float] = {}
+        taken: dict[tuple[str, int | None], str] = {}
         for name, parts in targets.items():
+            for part in parts:
+                first = taken.setdefault((part.weight, part.start), name)
+                if first != name:
+                    self.misfits.append(f"{file}: {first} and {name} are both of {part.weight}")
             if not parts:
                 self.unresolved.append(f"{file}: {name}.{self.resolver.hint(name)}")
                 continue

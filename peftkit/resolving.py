@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peftkit.errors import AmbiguousFileError, near
@@ -24,6 +24,14 @@ _FILE_PREFIXES = (
     "transformer.",
     "unet.",
 )
+#: the text encoders of a pipeline by the prefixes of their modules in files
+_TEXT_ENCODERS = {
+    "text_encoder": ("lora_te_", "lora_te1_"),
+    "text_encoder_2": ("lora_te2_",),
+    "text_encoder_3": ("lora_te3_",),
+}
+#: a level of CLIP's modules that transformers 5 leaves out
+_LEVEL = "text_model."
 #: what checkpoints put before it
 _WEIGHT_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
 
@@ -56,6 +64,8 @@ class Resolver:
             for prefix in _WEIGHT_PREFIXES:
                 if path.startswith(prefix):
                     self._dotted[path.removeprefix(prefix)][path] = part
+            for spelled in _of_text_encoder(path):
+                self._dotted[spelled][path] = part
         self._underscored: defaultdict[str, dict[str, Part]] = defaultdict(dict)
         for spelled, found in self._dotted.items():
             self._underscored[spelled.replace(".", "_")] |= found
@@ -81,11 +91,28 @@ class Resolver:
         for table in (self._dotted, self._underscored):
             for prefix in _FILE_PREFIXES:
                 found = table.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
-                if found is not None and len(found) > 1:
+                if found is not None and len(set(found.values())) > 1:
                     raise AmbiguousFileError(f"{name} can be {' or '.join(sorted(found))}: rename it in the file")
                 if found is not None:
                     return next(iter(found.values()))
         return None
+
+
+def _of_text_encoder(path: str) -> Iterator[str]:
+    """How files may call a module of a pipeline's text encoder, by its path from the pipeline."""
+    component, _, rest = path.partition(".")
+    rest = rest.removeprefix(_LEVEL)
+    for prefix in (f"{component}.", *_TEXT_ENCODERS.get(component, ())) if component in _TEXT_ENCODERS else ():
+        yield prefix + rest
+        yield prefix + _LEVEL + rest
+
+
+def component_of(name: str, default: str) -> str:
+    """The part of a pipeline that a name's prefix says it is of; the default where it says nothing, or either."""
+    denoiser = default if default in ("unet", "transformer") else "unet"
+    prefixes = {"unet.": "unet", "lora_unet_": denoiser, "lora_transformer_": "transformer"}
+    prefixes |= {p: c for c, ps in _TEXT_ENCODERS.items() for p in (f"{c}.", *ps)}
+    return next((c for p, c in prefixes.items() if name.startswith(p)), default)
 
 
 def plain(name: str) -> str:

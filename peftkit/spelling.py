@@ -126,6 +126,8 @@ def _native(form: Form, target: Target, shape: Shape) -> tuple[str, str]:
         return "", why or f"{target.title} has no magnitudes per {per} around {inner or 'this adapter'}"
     if isinstance(form, Turn):
         structure = "oft in" if form.side == "in" else "oft" if form.rescale is None else "oft rescaled"
+        if structure not in target.reads:
+            return "", f"{target.title} has no OFT that rotates the {form.side} side this way"
         if form.terms is not None and structure != "oft in":
             return "", f"{target.title} solves for the rotation, this one is a series"
         if form.side == "in" and (form.rescale is not None or shape.positions > 1):
@@ -134,10 +136,7 @@ def _native(form: Form, target: Target, shape: Shape) -> tuple[str, str]:
             return "", "its rotation is larger than the bound that has to be written"
         if target.name == "lycoris" and structure.startswith("oft") and form.Q.shape[1] > form.Q.shape[0]:
             return "", "LyCORIS cannot reload blocks larger than their number"
-        reads = structure in target.reads
-        return (
-            (structure, "") if reads else ("", f"{target.title} has no OFT that rotates the {form.side} side this way")
-        )
+        return structure, ""
     if isinstance(form, Stages):
         if float(torch.linalg.vector_norm(form.Q)) >= forms.UNBOUNDED:
             return "", "its rotation is larger than the bound that has to be written"

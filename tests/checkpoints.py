@@ -1,8 +1,8 @@
 """Checkpoints and adapter files for the tests of what works on files, and what other software makes of them.
 
 Files are written and read with the reference implementation of safetensors. The model families are the library's own
-with small weights under the genuine names, because it tells a checkpoint by names and shapes, and real shapes are large.
-The adapters written by hand are of small multiples of 1/8: their products and sums are exact in fp32, so that what a
+with small weights under the genuine names: it tells a checkpoint by names and shapes, and real shapes are large. The
+adapters written by hand are of small multiples of 1/8: their products and sums are exact in fp32, so that what a
 formula gives in one line here must come out bit for bit.
 """
 
@@ -116,13 +116,27 @@ def state(model: nn.Module) -> State:
     return {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
 
 
+def key_of(site: str) -> str:
+    """The key in the state dict of `Net` of a weight: the projections of an attention may be rows of one."""
+    parent, _, last = site.rpartition(".")
+    if last in ("q_proj", "k_proj", "v_proj"):
+        return f"{parent}.in_proj_weight" if parent == "attention" else f"{parent}.{last}_weight"
+    return f"{site}.weight"
+
+
+def taken(tensors: Mapping[str, Tensor], site: str) -> Tensor:
+    """A weight of `Net`, or its rows where it shares one."""
+    tensor = tensors[key_of(site)]
+    return tensor.chunk(3)["qkv".index(site[-6])] if key_of(site).endswith("in_proj_weight") else tensor
+
+
 @cache
 def accepting(case: str) -> tuple[str, ...]:
     """The weights of `Net` that can have an adapter of the zoo."""
-    found = []
-    for site in sites(net()):
+    model, found = net(), []
+    for site in sites(model):
         try:
-            pk.wrap(net(), rules=[pk.Rule(site, ADAPTERS[case].kind, **ADAPTERS[case].options)])
+            pk.plan(model, rules=[pk.Rule(site, ADAPTERS[case].kind, **ADAPTERS[case].options)])
         except (OptionError, UnsupportedLayerError):
             continue
         found.append(site)

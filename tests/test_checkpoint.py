@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import peftkit as pk
 from peftkit.errors import (
+    AmbiguousFileError,
     FileError,
     MergeError,
     MismatchError,
@@ -33,6 +34,7 @@ from peftkit.formats import container
 from peftkit.formats.container import Container
 from peftkit.formats.names import FAMILIES, Family
 from tests.checkpoints import (
+    FLUX_COLUMNS,
     HANDS,
     Hand,
     State,
@@ -43,6 +45,7 @@ from tests.checkpoints import (
     full,
     hand_merge,
     header,
+    key_of,
     kohya,
     listing,
     load,
@@ -61,6 +64,7 @@ from tests.checkpoints import (
     use_small_families,
     write,
 )
+from tests.files import tree
 from tests.zoo import ADAPTERS, train
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -79,7 +83,12 @@ def close(ours: Tensor, theirs: Tensor, bound: float, what: str = "") -> None:
     assert error <= bound * size, f"{what}: relative error {error / size:.2e} above {bound:.0e}"
 
 
-# ------------------------------------------------------------------------------------------------- the same as in memory
+# ------------------------------------------------------------------------------------------------ the same as in memory
+
+
+#: of each sort one, for the 16-bit dtypes
+A_FEW = ("lin", "k1", "k3", "transposed_grouped", "attention.k_proj", "attention.out_proj")
+STRENGTHS = {torch.float32: (0.7, -0.5), torch.float16: (-0.5,), torch.bfloat16: (0.7,)}
 
 
 @DTYPE
@@ -88,27 +97,19 @@ def test_file_to_file_is_merging_in_memory_bit_for_bit(case: str, dtype: torch.d
     model = net(dtype)
     before = state(model)
     base = write(tmp_path / "base.safetensors", before)
-    adapt(model, case)
+    sites = [site for site in accepting(case) if dtype == torch.float32 or site in A_FEW]
+    adapt(model, case, only=sites)
     file = pk.save(model, tmp_path / "adapter.safetensors")
-    for strength in (0.7, -0.5):
+    for strength in STRENGTHS[dtype]:
         expected, report = merged_in_memory(model, {"default": strength})
         out = tmp_path / "out.safetensors"
         ours = pk.merge_checkpoint(base, {file: strength}, out)
         merged = load(out)
         require_bits(merged, expected)
         keys = {key for key in before if not same_bits(before[key], merged[key])}
-        sites = accepting(case)
-        assert {w.site for w in ours.weights} == keys == {_parameter(site) for site in sites}
+        assert {w.site for w in ours.weights} == keys == {key_of(site) for site in sites}
         assert ours.norm == pytest.approx(report.norm, rel=1e-6)
         assert ours.lost == pytest.approx(report.lost, rel=1e-4, abs=1e-9)
-
-
-def _parameter(site: str) -> str:
-    """The state dict's key of a weight: three projections of an attention are rows of one."""
-    parent, _, last = site.rpartition(".")
-    if last in ("q_proj", "k_proj", "v_proj"):
-        return f"{parent}.in_proj_weight" if parent == "attention" else f"{parent}.{last}_weight"
-    return f"{site}.weight"
 
 
 SETS: dict[str, dict[str, tuple[str, tuple[str, ...] | None]]] = {
@@ -177,8 +178,9 @@ def test_a_model_that_is_one_layer_merges(tmp_path: Path) -> None:
     require_bits(load(tmp_path / "out.safetensors"), expected)
 
 
-def test_a_change_of_a_transposed_convolution_merges_beside_an_adapter_of_it(tmp_path: Path) -> None:
-    """One file knows its weight as (out, in), the other adds to it as it is stored."""
+@pytest.mark.parametrize("kind", ["diff", "ia3"])
+def test_a_change_of_a_transposed_convolution_merges_beside_an_adapter_of_it(kind: str, tmp_path: Path) -> None:
+    """One file knows its weight as (out, in), the other changes it as it is stored; both read it as it was."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"up": nn.ConvTranspose2d(6, 6, 3)})
     before = state(model)
@@ -187,17 +189,24 @@ def test_a_change_of_a_transposed_convolution_merges_beside_an_adapter_of_it(tmp
     with torch.no_grad():
         model["up"].adapters["default"].change.copy_(exact(6, 54, seed=3))
     own = pk.save(model, tmp_path / "own.safetensors")
-    diff = exact(6, 6, 3, 3, seed=4)
-    theirs = write(tmp_path / "theirs.safetensors", {"lycoris_up.diff": diff})
+    W = before["up.weight"].double()
+    if kind == "diff":
+        diff = exact(6, 6, 3, 3, seed=4).double()
+        tensors = {"lycoris_up.diff": diff.float()}
+    else:
+        gate = exact(1, 6, 1, 1, seed=4)
+        diff = gate.double().reshape(6, 1, 1, 1) * W
+        tensors = {"lycoris_up.weight": gate, "lycoris_up.on_input": torch.tensor(0)}
+    theirs = write(tmp_path / "theirs.safetensors", tensors)
     alone, _ = merged_in_memory(model, {"default": 1.0})
-    change = alone["up.weight"].double() - before["up.weight"].double()
+    change = alone["up.weight"].double() - W
     for adapters in ({own: 1.0, theirs: 1.0}, {theirs: 1.0, own: 1.0}):
-        pk.merge_checkpoint(base, adapters, tmp_path / "out.safetensors")
-        merged = load(tmp_path / "out.safetensors")["up.weight"]
-        close(merged, before["up.weight"].double() + change + diff.double(), 1e-6)
+        (merged,) = pk.merge_checkpoint(base, adapters, tmp_path / "out.safetensors").weights
+        close(load(tmp_path / "out.safetensors")["up.weight"], W + change + diff, 1e-6)
+        assert merged.norm == pytest.approx(float((change + diff).norm()), rel=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------- against formulas by hand
+# --------------------------------------------------------------------------------------------- against formulas by hand
 
 
 def lycoris(hands: Mapping[str, Hand]) -> State:
@@ -297,7 +306,7 @@ def test_a_cast_that_overflows_raises_also_for_tensors_nothing_is_added_to(tmp_p
     assert listing(tmp_path) == before
 
 
-# --------------------------------------------------------------------------------------------------------------- vectors
+# -------------------------------------------------------------------------------------------------------------- vectors
 
 
 @DTYPE
@@ -307,7 +316,9 @@ def test_changes_of_biases_and_norms_are_merged(dtype: torch.dtype, tmp_path: Pa
     before = state(model)
     base = write(tmp_path / "base.safetensors", before)
     hand = lora(12, 8, seed=3)
-    change = {key: exact(12, seed=seed) for seed, key in enumerate(("lin", "w", "b", "bands", "bands_b"), start=10)}
+    change = {
+        key: exact(12, seed=seed) for seed, key in enumerate(("lin", "w", "b", "bands", "bands_b", "key"), start=10)
+    }
     file = write(
         tmp_path / "a.safetensors",
         {
@@ -317,15 +328,25 @@ def test_changes_of_biases_and_norms_are_merged(dtype: torch.dtype, tmp_path: Pa
             "lycoris_norm.b_norm": change["b"],
             "lycoris_bands.diff": change["bands"],
             "lycoris_bands.diff_b": change["bands_b"],
+            "lycoris_attention_k_proj.diff_b": change["key"][:8].clone(),
         },
     )
     report = pk.merge_checkpoint(base, {file: -0.5}, tmp_path / "out.safetensors")
     expected = hand_merge(before, {"lin.weight": [(hand, -0.5)]})
-    targets = {"lin": "lin.bias", "w": "norm.weight", "b": "norm.bias", "bands": "bands.weight", "bands_b": "bands.bias"}
+    targets = {
+        "lin": "lin.bias",
+        "w": "norm.weight",
+        "b": "norm.bias",
+        "bands": "bands.weight",
+        "bands_b": "bands.bias",
+    }
     for name, key in targets.items():
         expected[key] = (before[key].float() - 0.5 * change[name]).to(dtype)
+    bias = before["attention.in_proj_bias"].float()
+    bias[8:16] -= 0.5 * change["key"][:8]
+    expected["attention.in_proj_bias"] = bias.to(dtype)
     require_bits(load(tmp_path / "out.safetensors"), expected)
-    assert {w.site for w in report.weights} == {"lin.weight", *targets.values()}
+    assert {w.site for w in report.weights} == {"lin.weight", "attention.in_proj_bias", *targets.values()}
     by_site = {w.site: w for w in report.weights}
     assert by_site["norm.bias"].norm == pytest.approx(0.5 * float(change["b"].norm()), rel=1e-5)
 
@@ -354,7 +375,7 @@ def test_a_matrix_adapter_of_a_vector_is_refused_before_anything_is_written(tmp_
     assert listing(tmp_path) == before
 
 
-# --------------------------------------------------------------------------------------------------------------- layouts
+# -------------------------------------------------------------------------------------------------------------- layouts
 
 
 def sharded(folder: Path, tensors: State, cut: int) -> Path:
@@ -735,7 +756,9 @@ def test_fused_and_split_files_merge_on_top_of_each_other(
     first = write(tmp_path / "1.safetensors", over.keyed(f"lora_unet_{path.replace('.', '_')}"))
     second = write(tmp_path / "2.safetensors", under.keyed(f"transformer.{block}{parts[1]}"))
     expected = dict(theirs)
-    merged = (whole.double() + 0.75 * over.delta(whole.double())).split([len(theirs[f"{block}{p}.weight"]) for p in parts])
+    merged = (whole.double() + 0.75 * over.delta(whole.double())).split(
+        [len(theirs[f"{block}{p}.weight"]) for p in parts]
+    )
     for part, rows in zip(parts, merged, strict=True):
         added = -0.5 * under.delta(rows) if part == parts[1] else 0.0
         expected[f"{block}{part}.weight"] = (rows + added).float()
@@ -743,6 +766,19 @@ def test_fused_and_split_files_merge_on_top_of_each_other(
         for adapters in ({first: 0.75, second: -0.5}, {second: -0.5, first: 0.75}):
             pk.merge_checkpoint(base, adapters, tmp_path / "out.safetensors")
             require_bits(read(load(tmp_path / "out.safetensors")), expected)
+
+
+def test_a_fused_file_gives_every_layer_of_a_model_factors_of_its_own(
+    families: dict[str, Family], tmp_path: Path
+) -> None:
+    """Loaded onto split projections, training one leaves the others."""
+    _, block, parts = FUSED["flux"][0]
+    model = tree({f"{block}{part}": nn.Linear(FLUX_COLUMNS, 3072) for part in parts})
+    hand = lora(9216, FLUX_COLUMNS, seed=1)
+    file = write(tmp_path / "a.safetensors", hand.keyed("lora_unet_double_blocks_0_img_attn_qkv"))
+    pk.load(model, file, component="transformer")
+    factors = pk.adapter_parameters(model)
+    assert len(factors) == 6 and len({p.untyped_storage().data_ptr() for p in factors}) == 6
 
 
 def test_a_rotation_whose_blocks_cross_the_rows_of_another_adapter_reads_the_base_as_it_was(
@@ -784,7 +820,11 @@ def test_an_openclip_text_encoder_keeps_its_projection_transposed_and_its_attent
         "unet.add_embedding.linear_1": lora(128, 48, seed=6),
     }
     file = kohya_file(tmp_path / "a.safetensors", family, hands, te="")
+    change = exact(32, seed=7)
+    bias = f"{layer}.self_attn.v_proj"
+    write(file, load(file) | {f"{kohya(family, bias)}.diff_b": change})
     expected = hand_merge(base, {f"{name}.weight": [(hand, 0.75)] for name, hand in hands.items()})
+    expected[f"{bias}.bias"] = base[f"{bias}.bias"] + 0.75 * change
     split = write(tmp_path / "split.safetensors", base)
     single = write(tmp_path / "single.safetensors", original_state(family, base))
     pk.merge_checkpoint(split, {file: 0.75}, tmp_path / "out.safetensors")
@@ -854,7 +894,7 @@ def test_folders_that_are_not_one_model_are_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- strengths
+# ------------------------------------------------------------------------------------------------------------ strengths
 
 
 def test_strengths_go_by_the_first_pattern_that_matches(tmp_path: Path) -> None:
@@ -919,7 +959,7 @@ def test_adapters_given_twice_or_not_at_all_raise(tmp_path: Path) -> None:
         pk.merge_checkpoint(base, {file: 1.0}, tmp_path / "nowhere" / "out.safetensors")
 
 
-# ------------------------------------------------------------------------------------------------------------ pre-flight
+# ----------------------------------------------------------------------------------------------------------- pre-flight
 
 
 @pytest.fixture
@@ -1014,6 +1054,31 @@ def test_what_cannot_be_merged_raises_before_anything_is_written(
     assert str(file) in str(caught.value) or "lycoris_" in str(caught.value)
     assert listing(tmp_path) == before
     assert unread == []
+
+
+def test_a_name_that_can_mean_two_weights_is_refused(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.safetensors", {"a.b_c.weight": torch.ones(12, 8), "a_b.c.weight": torch.ones(12, 8)})
+    file = write(tmp_path / "a.safetensors", lora(12, 8).keyed("lycoris_a_b_c"))
+    with pytest.raises(AmbiguousFileError, match=r"a\.b_c or a_b\.c"):
+        pk.plan_merge(base, {file: 1.0})
+    clear = write(tmp_path / "b.safetensors", lora(12, 8).keyed("a_b.c"))
+    assert pk.plan_merge(base, {clear: 1.0}).touched == ("a_b.c.weight",)
+
+
+def test_two_names_of_one_weight_in_one_file_are_refused(families: dict[str, Family], tmp_path: Path) -> None:
+    """Which of the two programs would take differs: adding both would be a third answer."""
+    base = write(tmp_path / "base.safetensors", state(net()))
+    file = write(tmp_path / "a.safetensors", full(12, 8).keyed("lycoris_lin") | full(12, 8).keyed("lora_unet_lin"))
+    with pytest.raises(MismatchError, match="lycoris_lin"):
+        pk.plan_merge(base, {file: 1.0})
+    theirs, split, fused = both_layouts(families["flux"], tmp_path)
+    path, block, parts = FUSED["flux"][0]
+    rows, columns = theirs[f"{block}{parts[0]}.weight"].shape
+    tensors = full(3 * rows, columns).keyed(f"lora_unet_{path.replace('.', '_')}")
+    file = write(tmp_path / "b.safetensors", tensors | full(rows, columns).keyed(f"transformer.{block}{parts[0]}"))
+    for layout in (split, fused):
+        with pytest.raises(MismatchError, match="lora_unet_double_blocks_0_img_attn_qkv"):
+            pk.plan_merge(layout, {file: 1.0})
 
 
 def test_every_problem_of_a_file_is_listed_at_once(tmp_path: Path) -> None:
@@ -1220,7 +1285,7 @@ def test_an_origin_of_another_layout_or_shape_is_refused(tmp_path: Path) -> None
         assert listing(tmp_path) == before
 
 
-# -------------------------------------------------------------------------------------------------------- all or nothing
+# ------------------------------------------------------------------------------------------------------- all or nothing
 
 
 def prepared(folder: Path) -> tuple[Path, Path]:
@@ -1416,7 +1481,7 @@ def test_a_killed_process_or_a_full_disk_leaves_the_old_file_or_none(tmp_path: P
             assert (ended, content) == ("killed", was), name
 
 
-# ---------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 MEMORY = """
@@ -1498,7 +1563,7 @@ def test_memory_is_a_few_times_the_largest_tensor_that_changes(tmp_path: Path) -
         shutil.rmtree(folder)
 
 
-# -------------------------------------------------------------------------------------------------- what else is written
+# ------------------------------------------------------------------------------------------------- what else is written
 
 
 def test_metadata_stays_but_for_what_a_merge_makes_untrue(tmp_path: Path) -> None:
@@ -1525,6 +1590,22 @@ def test_a_cast_makes_hashes_untrue_too(tmp_path: Path) -> None:
     file = write(tmp_path / "a.safetensors", lycoris({"lin": full(12, 8)}))
     pk.merge_checkpoint(base, {file: 0.0}, tmp_path / "out.safetensors", dtype=torch.float16)
     assert "sshs_model_hash" not in metadata(tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_tensors_of_every_dtype_and_name_are_carried_over(verify: bool, tmp_path: Path) -> None:
+    """Also of those this library does not compute with, empty ones, and single numbers."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(0, 100, (3, 4), generator=generator)
+    dtypes = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+    others = {f"numbers of {dtype}": numbers.to(dtype) for dtype in dtypes}
+    others |= {"bool": numbers > 50, "complex": numbers.to(torch.complex64), "fp8": numbers.to(torch.float8_e5m2)}
+    others |= {'"quoted" and ☃\n': numbers.double(), "empty": torch.zeros(0, 3), "one": torch.tensor(2.5)}
+    base = write(tmp_path / "base.safetensors", {**others, "lin.weight": torch.ones(12, 8)})
+    file = write(tmp_path / "a.safetensors", lycoris({"lin": full(12, 8)}))
+    pk.merge_checkpoint(base, {file: 1.0}, tmp_path / "out.safetensors", verify=verify)
+    merged = load(tmp_path / "out.safetensors")
+    require_bits({k: t for k, t in merged.items() if k != "lin.weight"}, others)
 
 
 def test_tensors_keep_their_order_and_the_file_its_form(tmp_path: Path) -> None:
@@ -1563,9 +1644,7 @@ def test_a_pickled_base_is_refused_unless_it_may_be_read_as_data(tmp_path: Path)
     with pytest.raises(FileError, match="pickle"):
         pk.merge_checkpoint(tmp_path / "base.ckpt", {file: 1.0}, tmp_path / "out.safetensors")
     pk.merge_checkpoint(tmp_path / "base.ckpt", {file: 1.0}, tmp_path / "out.safetensors", allow_pickle=True)
-    require_bits(
-        load(tmp_path / "out.safetensors"), hand_merge(before, {"lin.weight": [(full(12, 8), 1.0)]})
-    )
+    require_bits(load(tmp_path / "out.safetensors"), hand_merge(before, {"lin.weight": [(full(12, 8), 1.0)]}))
 
 
 def test_a_component_that_is_kept_as_a_pickle_is_not_lost(tmp_path: Path) -> None:

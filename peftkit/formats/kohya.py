@@ -282,7 +282,8 @@ def _ia3(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
     gate, on_input = t["ia3_weight"].flatten(), bool(t["on_input"].item())
     shape = Shape(0, len(gate)) if on_input else Shape(len(gate), 0)
     side = "in" if on_input else "out"
-    return Patch("ia3", {"side": side}, shape, {"gate": gate}, kernel_known=False, scale="1: IA3 has no alpha")
+    words = "1: IA3 has no alpha"
+    return Patch("ia3", {"side": side}, shape, {"gate": gate}, kernel_known=False, scale=words, per_channel=on_input)
 
 
 _READERS: tuple[tuple[set[str], Callable[[str, Mapping[str, Tensor], Scale], Patch]], ...] = (

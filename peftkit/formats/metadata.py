@@ -25,6 +25,10 @@ _NUMBERS = ("ss_training_started_at", "ss_training_finished_at")
 _JSON = ("ss_bucket_info", "ss_dataset_dirs", "ss_tag_frequency", "ss_network_args", "ssmd_cover_images")
 
 
+#: entries that are computed, or that make a reader take the file for another format
+_OURS = ("sshs_model_hash", "sshs_legacy_hash", "peftkit", "lora_adapter_metadata", "format")
+
+
 def build(
     tensors: Mapping[str, Tensor],
     target: Target,
@@ -81,8 +85,8 @@ def _kohya(tensors: Mapping[str, Tensor], title: str, rank: int | None, alpha: f
 
 def _text(name: str, value: Any) -> str:
     """An entry as text, refused where a WebUI would fail on it."""
-    if name in ("sshs_model_hash", "sshs_legacy_hash"):
-        raise OptionError(f"{name}={value!r} was given; it is computed from the tensors, leave it out")
+    if name in _OURS:
+        raise OptionError(f"{name}={value!r:.100} was given; it says what the tensors are, leave it out")
     try:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
         if name in _NUMBERS and not math.isfinite(float(text)):

@@ -19,7 +19,8 @@ class Patch:
     shape: of the matrix it adapts, 0 where the file does not say. A file that holds factors of a flattened kernel says
     rows and columns only; then `kernel_known` is False and shape.kernel is empty. convention: of a native file; None
     for what was translated. scale: where the factor γ came from, in words. bias: why it cannot go on a layer with one.
-    transposed: whether the weight is a transposed convolution's, kept as (in, out).
+    per_channel: its numbers are of shape.channels input channels, whatever the kernel. transposed: whether the weight
+    is a transposed convolution's, kept as (in, out).
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Patch:
     scale: str = ""
     bias: str = ""
     transposed: bool = False
+    per_channel: bool = False
 
     @property
     def rank(self) -> int | None:

@@ -164,7 +164,8 @@ def _ia3(module: str, t: Mapping[str, Tensor]) -> Patch:
     reason = "PEFT's (IA)³ scales it too, and a change of the weight cannot" if out else ""
     options = {"side": "out" if out else "in"}
     gate = gain.flatten().float() - 1
-    return Patch("ia3", options, shape, {"gate": gate}, kernel_known=False, scale="1: IA3 has no alpha", bias=reason)
+    words, per = "1: IA3 has no alpha", not out
+    return Patch("ia3", options, shape, {"gate": gate}, False, scale=words, bias=reason, per_channel=per)
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

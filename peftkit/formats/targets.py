@@ -43,6 +43,10 @@ class Target:
         spatial = len(shape.kernel)
         if self.name == "a1111" and structure == "lora" and spatial in (1, 3):
             return f"A1111 drops the whole file at a {spatial}-dimensional convolution"
+        if self.name == "kohya" and spatial in (1, 3):
+            return f"sd-scripts has no adapters of {spatial}-dimensional convolutions"
+        if self.name == "peft" and (spatial, structure) in ((3, "loha"), (3, "lokr"), (1, "lokr")):
+            return f"PEFT fails on {structure} of a {spatial}-dimensional convolution"
         if structure == "ia3" and spatial and self.name == "a1111":
             return "A1111 fails on (IA)³ of a convolution's outputs"
         if structure == "glora" and spatial and self.name == "a1111":
@@ -65,7 +69,6 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 "A1111",
                 _WEBUI | {"oft", "oft rescaled", "boft", "ia3", "glora old"},
                 _IN,
-                nonlinear=frozenset({"oft rescaled", "boft"}),
                 transformer_style=None,
             ),
             Target(

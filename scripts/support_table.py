@@ -1,0 +1,132 @@
+"""Print which program reads which adapter how, for README.md between <!-- support --> and <!-- /support -->.
+
+    python scripts/support_table.py
+
+No cell is a claim: each is what became of adapters that were trained, exported and read back as the program reads
+them (`tests.files.cell`), on a Linear, a 1×1 and a 3×3 convolution. If one of them is read as another ΔW, this fails.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from peftkit.formats.targets import TARGETS
+from tests.files import ALL_LAYERS, LAYERS, Outcome, cell, exists
+
+#: title -> the cases of tests/zoo.py; those after the first by what sets them apart
+ROWS: dict[str, dict[str, str]] = {
+    "`lora`, `locon`": {"lora": "", "lora rslora": "`rslora=True`", "lora tucker": "`tucker=True`"},
+    "`loha`": {"loha": "", "loha tucker": "`tucker=True`"},
+    "`lokr`": {"lokr": "", "lokr rank": "low rank", "lokr tucker": "`tucker=True`"},
+    "`loldu`": {"loldu": "", "loldu rank 1": "`train_scale=False`"},
+    "`dora`": {"dora": "", "dora of loldu": '`inner="loldu"`'},
+    "`dora` of `loha`, `lokr`": {"dora of loha": ""},
+    '`dora` of any, `axis="in"`': {"dora in": "", "dora of lokr in": "`lokr`"},
+    "`oft`": {"oft": "", "oft rescaled geodesic": "`rescale=True`"},
+    '`oft`, `side="in"`': {"oft in": "", "oft series": "`terms=5`"},
+    "`boft`": {"boft": "", "boft rescaled": "`rescale=True`"},
+    "`ia3`": {"ia3": "", "ia3 in": '`side="in"`'},
+    "`glora`": {"glora": ""},
+    "`full`": {"full": ""},
+}
+#: how layers are called in a sentence
+PLACES = {"linear": "a Linear", "conv 1×1": "a 1×1 convolution", "conv 3×3": "a 3×3 convolution"}
+RARE = {
+    "conv1d": "1-dimensional convolutions",
+    "conv3d": "3-dimensional convolutions",
+    "grouped": "grouped convolutions",
+    "transposed": "transposed convolutions",
+}
+
+
+def table() -> str:
+    """The table and its footnotes, in Markdown."""
+    titles = [target.title for target in TARGETS.values()]
+    lines = [f"| adapter | {' | '.join(titles)} |", "| --- |" + " --- |" * len(titles)]
+    notes: list[str] = []
+    for row, cases in ROWS.items():
+        shown = [_shown(cases, target, notes) for target in TARGETS]
+        lines.append(f"| {row} | {' | '.join(shown)} |")
+    lines += [
+        "",
+        "*exact*: in the program's own structure. *low rank*: as a LoRA of the same ΔW, or ΔW itself, on any base. "
+        "*baked*: as ΔW on the base it was exported with.",
+        "",
+        *(f"{_mark(number)} {note}.  " for number, note in enumerate(notes, 1)),
+        "",
+        *_refusals(),
+    ]
+    return "\n".join(lines).rstrip()
+
+
+def _shown(cases: dict[str, str], target: str, notes: list[str]) -> str:
+    """What the first case is, marked with footnotes where that depends on the layer or on options."""
+    found = {(case, layer): cell(case, target, layer) for case in cases for layer in LAYERS if exists(case, layer)}
+    first = next(iter(found.values()))
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for at, outcome in found.items():
+        if outcome.how != first.how or outcome.how == "exact":
+            groups.setdefault((outcome.how, _reason(outcome)), []).append(at)
+    marks: list[str] = []
+    for (how, reason), at in groups.items():
+        if how != first.how:
+            note = f"{how}{_where(at, found, cases)}" + (f": {reason}" if reason else "")
+        elif reason:
+            exact = [key for key, outcome in found.items() if outcome.how == how]
+            note = "a strength s does not mean s·ΔW there" + ("" if at == exact else _where(at, found, cases))
+        else:
+            continue
+        if note not in notes:
+            notes.append(note)
+        marks.append(_mark(notes.index(note) + 1))
+    return first.how + "˒".join(dict.fromkeys(marks))
+
+
+def _where(at: list[tuple[str, str]], found: dict[tuple[str, str], Outcome], cases: dict[str, str]) -> str:
+    """ " with rescale=True", " on a 3×3 convolution", or both."""
+    parts: list[str] = []
+    for case in dict.fromkeys(case for case, _ in at):
+        layers = [layer for own, layer in at if own == case]
+        every = len(layers) == sum(own == case for own, _ in found)
+        places = " or ".join(PLACES[layer] for layer in layers)
+        parts.append((f" with {cases[case]}" if cases[case] else "") + ("" if every else f" on {places}"))
+    return " and".join(parts)
+
+
+def _reason(outcome: Outcome) -> str:
+    return outcome.note.removesuffix(": holds for this base only")
+
+
+def _mark(number: int) -> str:
+    return "".join("⁰¹²³⁴⁵⁶⁷⁸⁹"[int(digit)] for digit in str(number))
+
+
+def _refusals() -> list[str]:
+    """One sentence for each layer that programs get no adapter of, or not every kind."""
+    cases = [case for row in ROWS.values() for case in row]
+    lines: list[str] = []
+    for layer, title in RARE.items():
+        refusals: dict[str, list[str]] = {}
+        for target in TARGETS:
+            outcomes = [cell(case, target, layer) for case in cases if exists(case, layer)]
+            refused = [outcome for outcome in outcomes if outcome.how == "refused"]
+            if refused:
+                part = "" if len(refused) == len(outcomes) else f" ({len(refused)} of {len(outcomes)} kinds)"
+                own = TARGETS[target].title
+                reason = refused[0].note.removeprefix(f"{ALL_LAYERS[layer].path}: ").replace(own, "it")
+                refusals.setdefault(reason, []).append(own + part)
+        for reason, programs in refusals.items():
+            everywhere = len(programs) == len(TARGETS)
+            lines.append(f"Refused on {title}{'' if everywhere else ' for ' + ', '.join(programs)}: {reason}.  ")
+    return lines
+
+
+def main() -> None:
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
