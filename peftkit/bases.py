@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ class Shard(Protocol):
     def metadata(self) -> Mapping[str, str]: ...
     def tensor(self, name: str, into: Tensor | None = None) -> Tensor: ...
     def elements(self, name: str, index: list[int]) -> Tensor: ...
+    def digest(self, name: str) -> str: ...
     def copy(self, name: str, to: BinaryIO) -> None: ...
 
 
@@ -44,6 +46,9 @@ class Loaded:
 
     def elements(self, name: str, index: list[int]) -> Tensor:
         return self.tensors[name].flatten()[index]
+
+    def digest(self, name: str) -> str:
+        return hashlib.sha256(container.raw(self.tensors[name])).hexdigest()
 
     def copy(self, name: str, to: BinaryIO) -> None:
         container.put(to, container.raw(self.tensors[name]))

@@ -142,7 +142,7 @@ def take_rows(patch: Patch, rows: Tensor, where: str) -> Patch:
     shape = Shape(len(rows), patch.shape.channels, patch.shape.kernel)
     if patch.kind in ("lora", "loha"):
         by_row = ("up",) if patch.kind == "lora" else ("up1", "up2")
-        return replace(patch, shape=shape, tensors={k: v[rows] if k in by_row else v for k, v in t.items()})
+        return replace(patch, shape=shape, tensors={k: v[rows] if k in by_row else v.clone() for k, v in t.items()})
     if patch.kind == "full":
         return replace(patch, shape=shape, tensors={"change": t["change"][rows]})
     if patch.kind == "ia3" and patch.options.get("side") == "out":

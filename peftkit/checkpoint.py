@@ -6,11 +6,11 @@ merges in memory.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
 import os
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -151,7 +151,7 @@ class _Writer:
         # One buffer for every tensor that changes: fresh memory costs more than what is done with it
         largest = max((plan.base.info(key).size for key in plan.touched), default=0)
         self.buffer = torch.empty(largest, dtype=torch.uint8) if plan.dtype is None else None
-        self.checksums: dict[str, int] = {}
+        self.checksums: dict[str, str] = {}
         self.sizes: dict[str, int] = {}
         self.claims: defaultdict[str, list[tuple[Planned, Span]]] = defaultdict(list)
         for planned in plan.patches:
@@ -175,7 +175,7 @@ class _Writer:
             if prefix + key in self.claims or prefix + key in self.vectors or self._entry(info)[0] != info.dtype:
                 data = container.raw(self._merged(prefix + key))
                 if self.verifies:
-                    self.checksums[prefix + key] = zlib.crc32(data)
+                    self.checksums[prefix + key] = hashlib.sha256(data).hexdigest()
                 container.put(file, data)
             else:
                 shard.copy(key, file)
@@ -187,10 +187,7 @@ class _Writer:
         shard, prefix = self.plan.base.shards[name]
         back = container.read(path)
         for key in back.infos:
-            expected = self.checksums.get(prefix + key)
-            if expected is None:
-                expected = zlib.crc32(container.raw(shard.tensor(key)))
-            if zlib.crc32(container.raw(back.tensor(key))) != expected:
+            if back.digest(key) != self.checksums.get(prefix + key, shard.digest(key)):
                 raise FileError(f"{path.name}: {key} was read back other than it was written: the disk is at fault")
 
     def _entry(self, info: Info) -> tuple[str, tuple[int, ...], int]:
@@ -233,11 +230,15 @@ class _Writer:
         transposed = any(part.transposed for planned, _ in claims for part in planned.parts if part.weight == key)
         matrix = weight.mT.contiguous() if transposed else weight
         convolutions = [c for c in claims if self._patch(c[0]).transposed and matrix.dim() > 2]
+        others = [c for c in claims if c not in convolutions]
+        before = matrix.clone() if convolutions and others else matrix
         sums = self._add_convolutions(matrix, convolutions)
-        sums += self._add_regions(matrix, [c for c in claims if c not in convolutions])
+        sums += self._add_regions(matrix, before, others)
         if transposed:
             weight.copy_(matrix.mT)
         norm, change, missed = np.sqrt(sums)
+        if before is not matrix:  # two ways to read one weight: what both did together
+            norm = change = float(torch.linalg.vector_norm(matrix - before, dtype=torch.float64))
         files = tuple(dict.fromkeys(Path(planned.file).name for planned, _ in claims))
         if not math.isfinite(norm):
             raise MergeError(f"{key}: the ΔW of {', '.join(files)} is not finite; nothing was merged")
@@ -254,12 +255,12 @@ class _Writer:
             add_([self._delta(planned, geometry.matrix(weight)) for planned, _ in claims], weight, geometry)
         )
 
-    def _add_regions(self, weight: Tensor, claims: Sequence[tuple[Planned, Span]]) -> np.ndarray:
-        """Patches of a weight (rows, …), region by region where they cover different rows."""
+    def _add_regions(self, weight: Tensor, before: Tensor, claims: Sequence[tuple[Planned, Span]]) -> np.ndarray:
+        """Patches of a weight (rows, …), region by region where they cover different rows. before: as it was."""
         edges = sorted({edge for _, span in claims for edge in (span.start, span.start + span.size)})
         regions = list(itertools.pairwise(edges))
         # Rows that are written may be read for the rows of another region: those patches get a base of their own
-        deltas = [self._delta(planned, weight.flatten(1), len(regions) > 1) for planned, _ in claims]
+        deltas = [self._delta(planned, before.flatten(1), len(regions) > 1) for planned, _ in claims]
         sums = np.zeros(3)
         for start, stop in regions:
             here = [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -277,7 +279,7 @@ def resize(
     _write(run, out, dry_run, as_json)
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})  # a factor may be negative
 def rescale(
     file: File,
     factor: Annotated[list[str], typer.Argument(help="A number, or PATTERN=NUMBER for some modules.")],
@@ -372,6 +374,9 @@ def extract_(
 
 def run() -> None:
     """The entry point: errors in one line, with an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console that cannot show ‖ΔW‖ shows a question mark
     try:
         app()
     except (PeftkitError, OSError) as error:
@@ -419,13 +424,21 @@ def _strengths(adapters: list[str]) -> dict[str, float | dict[str, float]]:
     """FILE, FILE=STRENGTH or FILE=RULES.json -> {file: strength}."""
     found: dict[str, float | dict[str, float]] = {}
     for text in adapters:
-        file, _, strength = (text, "", "1") if Path(text).exists() else text.rpartition("=")
-        if not file:
-            file, strength = text, "1"
+        file, strength = _split(text)
         if file in found:
             raise OptionError(f"{file} was given twice: give it once, with the sum of its strengths")
         found[file] = _rules(Path(strength)) if strength.endswith(".json") else _number(strength)
     return found
+
+
+def _split(text: str) -> tuple[str, str]:
+    """A file and its strength. Both may have "=" in them: the longest file that is there counts."""
+    cuts = [len(text), *(i for i in range(len(text) - 1, 0, -1) if text[i] == "=")]
+    found = next((cut for cut in cuts if Path(text[:cut]).exists()), None)
+    if found is None:
+        file, _, strength = text.rpartition("=")
+        return (file, strength) if file and re.fullmatch(r"[-+.\deE]+|.*\.json", strength) else (text, "1")
+    return text[:found], text[found + 1 :] or "1"
 
 
 def _rules(path: Path) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from peftkit.delta.distance import distance
 from peftkit.errors import ExportError, FileError, LossyError, MismatchError, OptionError, near
 from peftkit.exporting import Item, items_of_file
 from peftkit.formats import container, forms, kohya, names, native, peft
+from peftkit.geometry import Shape
+from peftkit.reading import read
 from peftkit.resolving import plain, prefix_of
 from peftkit.svd import Keep, nearest, nearest_kronecker, truncate
 from peftkit.wrap import require_strength
@@ -212,7 +215,7 @@ def combine(
             named = first.name if first.name in own_names else _renamed(first.name, own_names, name)
             results[name] = replace(first, name=named), result
             kinds = "+".join(item.adapter.kind for item, _ in own)
-            report.append(Converted(named, kinds, _shown(result), _relative(truth, _cast(result, dtype))))
+            report.append(Converted(named, kinds, _shown(result), _relative(truth, cast(result, dtype))))
     written = [(item.name, item.shape, delta) for item, delta in results.values()]
     transposed = [item.name for item, _ in results.values() if item.transposed]
     after = write_deltas(next(iter(sources)), Path(out), written, dtype, transposed)
@@ -280,8 +283,8 @@ def _sum(deltas: Sequence[Delta], *, cat: bool) -> Delta:
     return Dense(total)
 
 
-def _cast(delta: Delta, dtype: torch.dtype | None) -> Delta:
-    """The ΔW that factors kept in a dtype stand for."""
+def cast(delta: Delta, dtype: torch.dtype | None, alpha: float | None = None) -> Delta:
+    """The ΔW that factors kept in a dtype stand for. alpha: the one a file has for all, with the rest in B."""
     if dtype is None:
         return delta
 
@@ -289,12 +292,19 @@ def _cast(delta: Delta, dtype: torch.dtype | None) -> Delta:
         return tensor.to(dtype).to(tensor.dtype)
 
     if isinstance(delta, LowRank):
-        return LowRank(kept(delta.B), kept(delta.A))
+        fold = 1.0 if alpha is None else delta.rank / alpha
+        return LowRank(kept(delta.B * fold) / fold, kept(delta.A))
     if isinstance(delta, Hadamard):
         return Hadamard(kept(delta.B1), kept(delta.A1), kept(delta.B2), kept(delta.A2))
     if isinstance(delta, Kron):
         return Kron(kept(delta.C), kept(delta.right), None if delta.left is None else kept(delta.left))
     return Dense(kept(delta.dense()))
+
+
+def _alpha(source: Source, deltas: Sequence[Delta]) -> float | None:
+    """The alpha that all low-rank modules of a file of this format share; None where they have none."""
+    ranks = [delta.rank for delta in deltas if isinstance(delta, LowRank)]
+    return float(Counter(ranks).most_common(1)[0][0]) if ranks and read(source).format == "kohya" else None
 
 
 def _relative(truth: Delta, written: Delta) -> float:
@@ -322,16 +332,20 @@ def _rewrite(
     dtype: torch.dtype | None,
     exact: bool,
 ) -> ConvertReport:
-    deltas = []
+    deltas: list[tuple[str, Shape, Delta]] = []
+    items: list[Item] = []
     transposed: list[str] = []
     report: list[Converted] = []
     for item in items_of_file(source, base):
-        delta = change(item)
+        deltas.append((item.name, item.shape, change(item)))
+        items.append(item)
+        transposed += [item.name] if item.transposed else []
+    alpha = _alpha(source, [delta for _, _, delta in deltas])
+    for item, (_, _, delta) in zip(items, deltas, strict=True):
         rank = item.adapter.options.get("rank")
         before = item.adapter.kind + (f" {rank}" if rank else "")
-        report.append(Converted(item.name, before, _shown(delta), _relative(delta_of(item), _cast(delta, dtype))))
-        deltas.append((item.name, item.shape, delta))
-        transposed += [item.name] if item.transposed else []
+        error = _relative(delta_of(item), cast(delta, dtype, alpha))
+        report.append(Converted(item.name, before, _shown(delta), error))
     lossy = [m for m in report if m.error > EXACT]
     if exact and lossy:
         worst = max(lossy, key=lambda m: m.error)

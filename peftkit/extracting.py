@@ -18,7 +18,9 @@ from torch import Tensor
 from peftkit.adapters.lokr import factorize
 from peftkit.bases import Base, open_base
 from peftkit.binding import samples
+from peftkit.converting import cast
 from peftkit.delta import Delta, Dense, Kron
+from peftkit.delta.distance import distance
 from peftkit.errors import MismatchError, OptionError, near
 from peftkit.geometry import Shape
 from peftkit.placing import FLOATS, paths_of
@@ -138,7 +140,8 @@ def extract(
                 norm = float(torch.linalg.vector_norm(rows, dtype=torch.float64))
                 if norm:
                     shape = Shape(len(rows), info.shape[1], tuple(info.shape[2:]))
-                    delta, lost = _adapter(rows, shape, kind, keep, factor, seed)
+                    delta = _adapter(rows, shape, kind, keep, factor, seed)
+                    lost = distance(Dense(rows), cast(delta, dtype))[0] / norm
                     deltas.append((name, shape, delta))
                     prints[name] = samples(W[part.start : part.stop])
                     weights.append(Extracted(name, getattr(delta, "rank", None), norm, lost))
@@ -162,14 +165,14 @@ def _difference(before: Base, after: Base, key: str) -> tuple[Tensor, Tensor]:
     return W, tuned.to(wide) - W.to(wide)
 
 
-def _adapter(X: Tensor, shape: Shape, kind: str, keep: Keep | None, factor: int, seed: int) -> tuple[Delta, float]:
+def _adapter(X: Tensor, shape: Shape, kind: str, keep: Keep | None, factor: int, seed: int) -> Delta:
     if kind == "full":
-        return Dense(X), 0.0
+        return Dense(X)
     if kind == "lokr":
-        C, D, lost = nearest_kronecker(X, (factorize(shape.rows, factor)[0], factorize(shape.channels, factor)[0]))
-        return Kron(C, D), lost
+        C, D, _ = nearest_kronecker(X, (factorize(shape.rows, factor)[0], factorize(shape.channels, factor)[0]))
+        return Kron(C, D)
     assert keep is not None
-    return nearest(X, keep, seed=seed)
+    return nearest(X, keep, seed=seed)[0]
 
 
 def _require_same_model(before: Base, after: Base) -> None:

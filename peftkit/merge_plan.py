@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,12 +186,13 @@ class _Planner:
             targets |= {name: self.resolver(name, families) for name in lost}
         used: set[str] = set()
         distances: dict[str, float] = {}
-        taken: dict[tuple[str, int | None], str] = {}
+        taken: defaultdict[str, list[tuple[float, float, str]]] = defaultdict(list)
         for name, parts in targets.items():
             for part in parts:
-                first = taken.setdefault((part.weight, part.start), name)
-                if first != name:
-                    self.misfits.append(f"{file}: {first} and {name} are both of {part.weight}")
+                start, stop = part.start or 0, math.inf if part.stop is None else part.stop
+                for other in (n for a, b, n in taken[part.weight] if a < stop and start < b):
+                    self.misfits.append(f"{file}: {other} and {name} are both of {part.weight}")
+                taken[part.weight].append((start, stop, name))
             if not parts:
                 self.unresolved.append(f"{file}: {name}.{self.resolver.hint(name)}")
                 continue

@@ -11,12 +11,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import support_table
 from torch import nn
 
 import peftkit as pk
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "out" / "digits"
+CHECKPOINT = ROOT / "benchmarks" / "results" / "checkpoint.json"
 
 #: name, ΔW, kind and options, when to use it
 ADAPTERS: list[tuple[str, str, str, dict[str, Any], str]] = [
@@ -79,9 +81,20 @@ def replaced(text: str, name: str, table: str) -> str:
     return pattern.sub(lambda _: f"{start}\n{table}\n{end}", text)
 
 
+def checkpoint_line(measured: dict[str, dict[str, Any]]) -> str:
+    lora = measured["lora"]
+    return (
+        f"Merging a rank-16 LoCon into an {lora['parameters'] / 1e6:.0f}M-parameter fp16 checkpoint takes "
+        f"{lora['memory MB']} MB of memory beside the interpreter, and {lora['merge / copy']} times as long as copying "
+        "the file (`make bench`)."
+    )
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = replaced(readme.read_text(), "adapters", adapters_table())
+    text = replaced(text, "support", support_table.table())
+    text = replaced(text, "checkpoint", checkpoint_line(json.loads(CHECKPOINT.read_text())))
     if (DEMO / "table.json").exists():
         text = replaced(text, "digits", digits_table(json.loads((DEMO / "table.json").read_text())))
         shutil.copy(DEMO / "samples.png", ROOT / "docs" / "digits.png")

@@ -1088,7 +1088,8 @@ def test_the_loss_of_an_extracted_lora_is_what_the_tuned_model_lacks(
         assert w.norm == pytest.approx(float(X_.norm()), rel=1e-5)
         assert w.lost == pytest.approx(gap / w.norm, rel=1e-2, abs=1e-5), w.weight
         if "rank" in keep:
-            assert w.lost == pytest.approx(optimum(X_.flatten(1), keep["rank"]), rel=2e-2, abs=1e-4)
+            rounding = 1e-4 if dtype is None else 5e-4  # factors in fp16 cost 3e-4 of what they make
+            assert w.lost == pytest.approx(optimum(X_.flatten(1), keep["rank"]), rel=2e-2, abs=rounding)
             assert w.rank == min(keep["rank"], *X_.flatten(1).shape)
         lacking, whole = lacking + gap**2, whole + w.norm**2
     assert report.lost == pytest.approx(math.sqrt(lacking / whole), rel=1e-2)

@@ -125,9 +125,10 @@ class Container:
             file.seek(self.data + info.start)
             _copy_bytes(file, to, info.size, self.path)
 
-    def digest(self) -> str:
-        """sha256 of the data: what A1111 and kohya call sshs_model_hash, whatever the metadata."""
-        return digest(self.path, self.data)
+    def digest(self, name: str) -> str:
+        """sha256 of one tensor's bytes, undecoded."""
+        info = self.infos[name]
+        return digest(self.path, self.data + info.start, self.data + info.stop)
 
 
 def read(path: str | os.PathLike[str]) -> Container:
@@ -211,13 +212,13 @@ def raw(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def digest(path: Path, start: int = 0, stop: int | None = None) -> str:
+def digest(path: Path, start: int, stop: int) -> str:
     """sha256, in hex, of a file's bytes from start to stop."""
     hasher = hashlib.sha256()
-    left = math.inf if stop is None else stop - start
+    left = stop - start
     with path.open("rb") as file:
         file.seek(start)
-        while left > 0 and (block := file.read(int(min(1 << 20, left)))):
+        while left > 0 and (block := file.read(min(CHUNK, left))):
             hasher.update(block)
             left -= len(block)
     return hasher.hexdigest()
