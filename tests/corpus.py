@@ -204,9 +204,9 @@ def outcome(verb: Verb, path: Path, at: Place) -> str | None:
     try:
         verb(path, at)
     except PeftkitError as error:
-        wrong = [] if path.name in str(error) else [f"does not name the file: {type(error).__name__}: {error!s:.200}"]
-        if not str(error).strip(path.name):
-            wrong.append("does not say what is wrong")
+        named = (path.name, at.good.name, at.out.name, at.out_folder.name)  # of two files, either
+        nameless = not any(name in str(error) for name in named)
+        wrong = [f"does not name the file: {type(error).__name__}: {error!s:.200}"] if nameless else []
         if at.listing() != before:
             wrong.append(f"changed or left {sorted(set(at.listing().items()) ^ set(before.items()))}")
         return "; ".join(wrong) or None
@@ -214,7 +214,7 @@ def outcome(verb: Verb, path: Path, at: Place) -> str | None:
         frames = traceback.extract_tb(error.__traceback__)
         own = [f for f in frames if "/peftkit/" in f.filename] or frames
         return f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno}: {error!s:.200}"
-    left = [name for name in at.listing() if name not in before and ".tmp" in name]
+    left = [name for name in at.listing() if name not in before and re.search(r"\.[0-9a-f]{8}\.tmp", name)]
     return f"left {left}" if left else None
 
 

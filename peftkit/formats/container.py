@@ -194,7 +194,10 @@ def header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Ma
             raise FileError("a tensor cannot be called '__metadata__': that name is the container's")
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    try:
+        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise FileError(f"a name or an entry of the header is not text that a file can hold: {error}") from None
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise FileError(f"a header of {len(text)} bytes is larger than any loader reads, {MAX_HEADER}")
@@ -345,6 +348,8 @@ def _info(name: str, entry: Any, path: Path) -> Info:
     if not isinstance(dtype, str) or offsets[0] > offsets[1]:
         raise FileError(f"{damaged} has a dtype or offsets that cannot be")
     info = Info(dtype, tuple(shape), offsets[0], offsets[1])
+    if math.prod(n for n in shape if n) >= 2**63:
+        raise FileError(f"{damaged} has a shape of more elements than can be counted")
     known = DTYPES.get(dtype)
     if known is not None and info.numel * known.itemsize != info.size:
         raise FileError(f"{damaged} is {info}, which is not {info.size} bytes")

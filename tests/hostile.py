@@ -57,7 +57,7 @@ from tests.corpus import (
 from tests.zoo import ADAPTERS, train
 
 #: seconds of the processor that a verb may take on a small file, and of the clock before it counts as hung
-SECONDS, HUNG = 2.0, 15.0
+SECONDS, HUNG = 2.0, 10.0
 
 
 class Hung(BaseException):
