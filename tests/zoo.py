@@ -89,7 +89,7 @@ ADAPTERS: dict[str, AdapterCase] = {
     "ia3": AdapterCase("ia3"),
     "ia3 in": AdapterCase("ia3", {"side": "in"}),
     "glora": AdapterCase("glora", {"rank": 2, "alpha": 1}),
-    "boft": AdapterCase("boft", {"block_size": 4}),
+    "boft": AdapterCase("boft", {"block_size": 6}),
     "boft rescaled": AdapterCase("boft", {"block_size": 6, "stages": 1, "rescale": True, "constraint": 0.02}),
     "oft": AdapterCase("oft", {"block_size": 4}),
     "oft series": AdapterCase("oft", {"block_size": 2, "side": "in", "terms": 5}),
