@@ -156,7 +156,7 @@ def test_rules_give_each_layer_its_own_adapter_and_the_first_wins(net: Net) -> N
 def test_plan_touches_nothing(net: Net) -> None:
     before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
     for kind in pk.kinds():
-        options = {"rank": 2} if kind not in ("oft", "lokr") else {}
+        options = {"rank": 2} if "rank" in pk.registry.option_names(pk.registry.get(kind)) else {}
         pk.plan(net, kind, targets="Attention", **options)
     assert torch.equal(torch.get_rng_state(), state)
     assert not hosts(net)
@@ -363,7 +363,7 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(input, weight, self.bias)
 
 
-@pytest.mark.parametrize("case", [name for name in ADAPTERS if "tucker" not in name])
+@pytest.mark.parametrize("case", [name for name in ADAPTERS if "tucker" not in name and name != "glora"])
 def test_a_layer_with_its_own_forward_is_adapted_where_its_weight_is_read(case: str) -> None:
     torch.manual_seed(0)
     layer, x = Standardised(8, 12, 3).double(), torch.randn(2, 8, 5, 5, dtype=torch.float64)
