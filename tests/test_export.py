@@ -976,10 +976,9 @@ def test_diffusers_itself_computes_what_we_do(adapter: str, unet_targets: str, t
     "component, rules",
     [
         ("unet", {"*.attn1.to_q": "lora", "*.attn1.to_k": "dora", "*.proj_in": "loha", "*.conv1": "dora in"}),
-        ("text_encoder", {"*.mlp.fc1": "lora"}),
         ("text_encoder", {"*.self_attn.q_proj": "lora", "*.self_attn.out_proj": "loha", "*.mlp.fc2": "dora"}),
     ],
-    ids=["unet", "text_encoder of mlp", "text_encoder"],
+    ids=["unet", "text_encoder"],
 )
 @torch.no_grad()
 def test_diffusers_itself_reads_files_of_many_kinds_and_of_few_modules(
@@ -997,3 +996,12 @@ def test_diffusers_itself_reads_files_of_many_kinds_and_of_few_modules(
     pipe.load_lora_weights(str(tmp_path), weight_name="adapter.safetensors")
     theirs, own = outputs(pipe.unet, pipe.text_encoder), ("text_encoder", "unet").index(component)
     require_same_forward(ours[own], theirs[own], base[own])
+
+
+def test_a_text_encoder_without_attention_is_refused_for_diffusers(tmp_path: Path) -> None:
+    """diffusers takes the ranks of a text encoder from its attention layers, and fails where a file has none."""
+    model = copy.deepcopy(stable_diffusion().text_encoder)
+    pk.wrap(model, "lora", targets=["*.mlp.fc1"])
+    with pytest.raises(ExportError, match="without attention"):
+        pk.export(model, tmp_path / "adapter.safetensors", "diffusers", family="sd15", component="text_encoder")
+    assert not list(tmp_path.iterdir())
