@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ class Base:
 
     @property
     def folder(self) -> bool:
-        return self.path.is_dir()
+        return os.path.isdir(self.path)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -106,20 +105,28 @@ def open_base(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Ba
     refused unless allow_pickle, and then read as data that runs nothing.
     """
     path = Path(path)
-    if path.is_file() and path.name.endswith(".index.json"):
+    if path.name.endswith(".index.json") and os.path.isfile(path):
         path = path.parent
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return _joined(path, {path.name: (_shard(path, allow_pickle), "")})
-    if (path / "model_index.json").is_file():
-        components = [p for p in sorted(path.iterdir()) if p.is_dir() and any(p.glob("*.safetensors"))]
-        found = {
-            f"{c.name}/{name}": (shard, f"{c.name}.") for c in components for name, shard in _shards(c, allow_pickle)
-        }
-    else:
-        found = {name: (shard, "") for name, shard in _shards(path, allow_pickle)}
+    try:
+        found = dict(_folder(path, allow_pickle))
+    except OSError as error:
+        raise FileError(f"{path} could not be read: {error}") from error
     if not found:
         raise FileError(f"{path} has no *.safetensors file in it")
     return _joined(path, found)
+
+
+def _folder(path: Path, allow_pickle: bool) -> Iterator[tuple[str, tuple[Shard, str]]]:
+    """The files of a folder, and what their keys are to begin with: its own, or those of a pipeline's components."""
+    if not os.path.isfile(path / "model_index.json"):
+        yield from ((name, (shard, "")) for name, shard in _shards(path, allow_pickle))
+        return
+    for component in sorted(path.iterdir()):
+        if os.path.isdir(component) and any(component.glob("*.safetensors")):
+            for name, shard in _shards(component, allow_pickle):
+                yield f"{component.name}/{name}", (shard, f"{component.name}.")
 
 
 def _shards(folder: Path, allow_pickle: bool) -> Iterator[tuple[str, Shard]]:
@@ -147,10 +154,8 @@ def _shards(folder: Path, allow_pickle: bool) -> Iterator[tuple[str, Shard]]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        value = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FileError(f"{index} is not an index of shards: {error!r}") from error
+    found = container.read_json(index)
+    value = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value.values()):
         raise FileError(f"{index} is not an index of shards: its weight_map does not map names to files")
     for name in set(value.values()):

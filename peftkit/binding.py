@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from peftkit import registry
 from peftkit.adapter import Adapter
-from peftkit.errors import FileError, OptionError, UnknownAdapterError
+from peftkit.errors import FileError, OptionError, UnknownAdapterError, WrongBaseError, about
+from peftkit.formats import native
 from peftkit.formats.patch import Patch
 from peftkit.geometry import Shape
 
@@ -60,7 +61,8 @@ def misfit(patch: Patch, shape: Shape, dtype: torch.dtype, *, portable: bool, wh
 def bind(patch: Patch, shape: Shape, weight: Tensor, where: str) -> Adapter:
     """The adapter a patch describes, on a weight it fits. weight: W (m, n)."""
     adapter = make(patch, shape, weight, where)
-    fill(adapter, weight, patch.tensors)
+    with about(where):
+        fill(adapter, weight, patch.tensors)
     return adapter.eval()
 
 
@@ -68,8 +70,8 @@ def make(patch: Patch, shape: Shape, weight: Tensor, where: str) -> Adapter:
     """A fresh adapter as a patch describes it. weight: W (m, n)."""
     try:
         adapter = registry.build(patch.kind, shape, weight, None, **patch.options)
-    except (OptionError, UnknownAdapterError, TypeError) as error:
-        raise FileError(f"{where}: {error}") from error
+    except (OptionError, UnknownAdapterError, TypeError, RuntimeError) as error:  # a rank of 10¹⁸ is a RuntimeError
+        raise FileError(f"{where}: {str(error).splitlines()[0]}") from error
     if patch.convention is not None and adapter.convention != patch.convention:
         raise FileError(
             f"{where} was written under the convention {patch.convention!r}, {patch.kind} is now "
@@ -85,6 +87,45 @@ def fill(adapter: Adapter, weight: Tensor, tensors: Mapping[str, Tensor]) -> Non
     adapter.load_state_dict({**own, **given}, assign=True)  # a large file is not held twice
     if not set(adapter.derived()) <= set(tensors):
         adapter.rebase_(weight)
+
+
+def needs_base(patch: Patch, shape: Shape, portable: bool) -> bool:
+    """Whether ΔW depends on the base: by what the adapter does, or because the file leaves out its base's factors."""
+    if registry.get(patch.kind).reads_base:
+        return True
+    return not portable and is_of_its_base(patch, shape)
+
+
+def is_of_its_base(patch: Patch, shape: Shape) -> bool:
+    """Whether its ΔW is made of factors of the base it was trained on."""
+    weight = torch.empty(shape.rows, shape.columns, device="meta")
+    return bool(make(patch, shape, weight, patch.kind).derived())
+
+
+def require_same_base(
+    file: object,
+    base: str,
+    distances: Mapping[str, float],
+    kinds: Mapping[str, str],
+    bound: Collection[str],
+    told: bool,
+) -> None:
+    """Raise WrongBaseError if a file's fingerprints are of other weights than the base's.
+
+    distances: weight -> how far it is from its fingerprint. kinds: weight -> kind. bound: the weights whose ΔW is made
+    of factors of their base. told: whether the user said other_base=True, which does not help those.
+    """
+    far = [name for name, distance in distances.items() if distance > native.SAME_BASE]
+    if not far or (told and not set(bound) & set(far)):
+        return
+    lost = [name for name in far if name in bound]
+    worst = max(far, key=lambda name: distances[name])
+    meaning = "; ".join(f"{k} {registry.get(k).on_another_base}" for k in sorted({kinds[n] for n in lost or far}))
+    advice = "" if lost else " To use it there on purpose, pass other_base=True."
+    raise WrongBaseError(
+        f"{file} was trained on another base than {base}: {len(far)} of {len(distances)} weights differ, most of all "
+        f"{worst or 'its own'} by {100 * distances[worst]:.3g} %. On another base, {meaning}.{advice}"
+    )
 
 
 def stored_keys(adapter: Adapter, portable: bool) -> list[str]:

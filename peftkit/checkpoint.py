@@ -11,11 +11,12 @@ import itertools
 import json
 import math
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from peftkit.bases import Base
 from peftkit.binding import bind
 from peftkit.delta import Delta, Dense
 from peftkit.delta.base import accumulation_dtype
-from peftkit.errors import FileError, MergeError
+from peftkit.errors import FileError, MergeError, about
 from peftkit.formats import container
 from peftkit.formats.container import Info
 from peftkit.formats.patch import Patch
@@ -35,6 +36,10 @@ from peftkit.geometry import Geometry
 from peftkit.merge import MergeReport
 from peftkit.merge_plan import Adapters, MergePlan, Planned, PlannedVector, plan_merge
 from peftkit.placing import FLOATS, Span, spans, whole
+from peftkit.reading import Reading
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 #: called with bytes written and bytes in all
 Progress = Callable[[int, int], None]
@@ -54,10 +59,7 @@ def merge_checkpoint(
     other_base: bool = False,
     verify: bool = False,
     progress: Progress | None = None,
-    ignore: str | Sequence[str] = (),
-    dora_axis: str | None = None,
-    alpha_zero: str | None = None,
-    allow_pickle: bool = False,
+    **reading: Unpack[Reading],
 ) -> MergeReport:
     """Write base + Σ strength·ΔW to `out`, a file for a file and a folder for shards or a pipeline.
 
@@ -66,7 +68,7 @@ def merge_checkpoint(
     rebase: what adapters that read their base do on this one: "reapply" what they learnt to it, or "transplant" the ΔW
     they have on `origin`, the base they were trained on. other_base: accept a base that is not that one, where a file
     says which it was. verify: read everything back before it takes its name. progress: called with bytes written and
-    bytes in all. The rest as in `read`.
+    bytes in all. reading: as in `read`.
 
     All or nothing: raises MismatchError for anything without a place, WrongBaseError, UnsupportedLayerError for a
     weight that cannot be added to, MergeError for a ΔW that is not finite or lost whole to rounding; `out` is then what
@@ -79,13 +81,18 @@ def merge_checkpoint(
         rebase=rebase,
         origin=origin,
         other_base=other_base,
-        ignore=ignore,
-        dora_axis=dora_axis,
-        alpha_zero=alpha_zero,
-        allow_pickle=allow_pickle,
+        **reading,
     )
     out = Path(out)
-    writer = _Writer(plan, verify, progress or (lambda done, total: None))
+    with about(out, base, *adapters):
+        return _merge(plan, out, verify, progress or (lambda done, total: None))
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _merge(plan: MergePlan, out: Path, verify: bool, progress: Progress) -> MergeReport:
+    writer = _Writer(plan, verify, progress)
     if not plan.base.folder:
         if out.suffix != ".safetensors":
             raise FileError(f"{out}: a merged file is called *.safetensors, {out.suffix or 'no suffix'!r} was given")
@@ -108,9 +115,6 @@ def merge_checkpoint(
         refuse_inert(writer.weights)
         _copy_rest(plan.base, folder, writer.sizes)
     return MergeReport(tuple(writer.weights))
-
-
-# -- parts ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -317,17 +321,17 @@ def _window(delta: Delta, first: int, size: int) -> Delta:
 
 def _copy_rest(base: Base, folder: Path, sizes: Mapping[str, int]) -> None:
     """What else a model's folder holds: configurations, tokenizers, indices. sizes: of the shards' tensors."""
+    indices = {str(Path(name).parent) for name in base.shards}
     for path in sorted(base.path.rglob("*")):
         relative = path.relative_to(base.path)
-        if not path.is_file() or str(relative) in base.shards:
+        if not path.is_file() or str(relative) in base.shards or folder in path.parents:
             continue
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
-        content = path.read_bytes()
-        if path.name.endswith(".safetensors.index.json"):
-            index = json.loads(content)
+        shutil.copyfile(path, target)
+        if path.name.endswith(".safetensors.index.json") and str(relative.parent) in indices:
+            index = container.read_json(path)
             if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
                 own = {str(relative.parent / name) for name in index["weight_map"].values()}
                 index["metadata"]["total_size"] = sum(sizes[str(Path(name))] for name in own)
-                content = (json.dumps(index, indent=2) + "\n").encode()
-        target.write_bytes(content)
+                target.write_text(json.dumps(index, indent=2) + "\n")

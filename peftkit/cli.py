@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from peftkit import inspection
 from peftkit._version import __version__
@@ -31,8 +33,10 @@ from peftkit.errors import OptionError, PeftkitError
 from peftkit.exporting import ExportReport
 from peftkit.exporting import export as export_file
 from peftkit.extracting import ExtractReport, extract
+from peftkit.formats import container
 from peftkit.formats.targets import TARGETS
 from peftkit.merge_plan import MergePlan, plan_merge
+from peftkit.reading import Reading
 
 app = typer.Typer(
     help="Adapters in files: look into them, merge them, and turn them into what other programs read.",
@@ -41,7 +45,17 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-_out, _err = Console(), Console(stderr=True)
+
+
+class _Console(Console):
+    """Shows names out of files as they are: no markup, and nothing that moves the cursor."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        shown = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+        return super().render_str("".join(shown), **options)
+
+
+_out, _err = (_Console(stderr=err, markup=False, highlight=False, emoji=False) for err in (False, True))
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -56,6 +70,15 @@ Energy = Annotated[float | None, typer.Option(help="Keep this share of ‖ΔW‖
 Threshold = Annotated[float | None, typer.Option(help="Keep singular values of this share of the largest.")]
 
 
+DoraAxis = Annotated[str | None, typer.Option(help="out or in: what a file's square DoRA vector is per.")]
+AlphaZero = Annotated[str | None, typer.Option(help="off or rank: what α = 0 means in a file.")]
+OtherBase = Annotated[
+    bool, typer.Option("--other-base", help="Accept a base other than the one a file was trained on.")
+]
+Ignore = Annotated[list[str] | None, typer.Option(help="Patterns of keys in adapter files to leave out.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .ckpt and .bin files, as data only.")]
+
+
 @app.callback(invoke_without_command=True)
 def main(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
@@ -68,23 +91,36 @@ def main(
 
 @app.command("inspect")
 def inspect_(
-    file: File, as_json: Json = False, modules: Annotated[bool, typer.Option(help="List every module.")] = True
+    file: File,
+    modules: Annotated[bool, typer.Option(help="List every module.")] = True,
+    dora_axis: DoraAxis = None,
+    alpha_zero: AlphaZero = None,
+    ignore: Ignore = None,
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
 ) -> None:
     """What is in a file: kinds, ranks, scales, norms, dead modules, and which programs load it.
 
     Example: peftkit inspect style.safetensors
     """
-    found = inspection.inspect(file)
+    found = inspection.inspect(file, **_reading(dora_axis, alpha_zero, ignore, allow_pickle))
     _show(found, as_json, found.table() if modules else None)
 
 
 @app.command()
-def doctor(file: File, as_json: Json = False) -> None:
+def doctor(
+    file: File,
+    dora_axis: DoraAxis = None,
+    alpha_zero: AlphaZero = None,
+    ignore: Ignore = None,
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+) -> None:
     """Whether a file can be used; the exit code is 0 for yes, 1 for in part, 2 for no.
 
     Example: peftkit doctor style.safetensors && cp style.safetensors models/Lora/
     """
-    found = inspection.doctor(file)
+    found = inspection.doctor(file, **_reading(dora_axis, alpha_zero, ignore, allow_pickle))
     _show(found, as_json)
     raise typer.Exit(found.code)
 
@@ -94,13 +130,20 @@ def diff(
     first: Annotated[Path, typer.Argument(help="An adapter file.")],
     second: Annotated[Path, typer.Argument(help="Another.")],
     base: BaseOption = None,
+    other_base: OtherBase = False,
+    dora_axis: DoraAxis = None,
+    alpha_zero: AlphaZero = None,
+    ignore: Ignore = None,
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
     """How far the ΔW of two files are apart, whatever their formats; the exit code is 1 if they differ.
 
     Example: peftkit diff style.safetensors style-a1111.safetensors
     """
-    found = inspection.diff(first, second, base=base)
+    found = inspection.diff(
+        first, second, base=base, other_base=other_base, **_reading(dora_axis, alpha_zero, ignore, allow_pickle)
+    )
     table = Table("module", "‖ΔW₂ − ΔW₁‖/‖ΔW₁‖")
     for name, value in found.distances.items():
         table.add_row(name, f"{value:.3g}")
@@ -118,11 +161,6 @@ Rebase = Annotated[
     str, typer.Option(help="reapply, or transplant from --origin, what adapters do that read their base.")
 ]
 Origin = Annotated[Path | None, typer.Option(help="The base the adapters were trained on.")]
-OtherBase = Annotated[
-    bool, typer.Option("--other-base", help="Accept a base other than the one a file was trained on.")
-]
-Ignore = Annotated[list[str] | None, typer.Option(help="Patterns of keys in adapter files to leave out.")]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .ckpt and .bin files, as data only.")]
 
 
 @app.command()
@@ -133,6 +171,8 @@ def plan(
     rebase: Rebase = "reapply",
     origin: Origin = None,
     other_base: OtherBase = False,
+    dora_axis: DoraAxis = None,
+    alpha_zero: AlphaZero = None,
     ignore: Ignore = None,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
@@ -148,8 +188,7 @@ def plan(
         rebase=rebase,
         origin=origin,
         other_base=other_base,
-        ignore=ignore or (),
-        allow_pickle=allow_pickle,
+        **_reading(dora_axis, alpha_zero, ignore, allow_pickle),
     )
     _show(planned, as_json, planned.table())
 
@@ -164,6 +203,8 @@ def merge(
     origin: Origin = None,
     other_base: OtherBase = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read the result back before it takes its name.")] = False,
+    dora_axis: DoraAxis = None,
+    alpha_zero: AlphaZero = None,
     ignore: Ignore = None,
     allow_pickle: AllowPickle = False,
     dry_run: DryRun = False,
@@ -174,7 +215,8 @@ def merge(
     Example: peftkit merge sd15.safetensors style.safetensors=0.8 face.safetensors=-0.3 -o merged.safetensors
     """
     if dry_run:
-        plan(base, adapters, dtype, rebase, origin, other_base, ignore, allow_pickle, as_json)
+        given = (dora_axis, alpha_zero, ignore, allow_pickle)
+        plan(base, adapters, dtype, rebase, origin, other_base, *given, as_json)
         return
     with _progress("merging", as_json) as progress:
         report = merge_checkpoint(
@@ -187,8 +229,7 @@ def merge(
             other_base=other_base,
             verify=verify,
             progress=progress,
-            ignore=ignore or (),
-            allow_pickle=allow_pickle,
+            **_reading(dora_axis, alpha_zero, ignore, allow_pickle),
         )
     _show(report, as_json)
 
@@ -204,6 +245,11 @@ def export(
     dtype: Dtype = None,
     bake: Annotated[bool, typer.Option("--bake", help="Write ΔW itself for adapters that read their base.")] = False,
     title: Annotated[str | None, typer.Option(help="For the metadata.")] = None,
+    other_base: OtherBase = False,
+    dora_axis: DoraAxis = None,
+    alpha_zero: AlphaZero = None,
+    ignore: Ignore = None,
+    allow_pickle: AllowPickle = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -223,6 +269,8 @@ def export(
             dtype=_dtype(dtype),
             bake=bake,
             title=title or out.stem,
+            other_base=other_base,
+            **_reading(dora_axis, alpha_zero, ignore, allow_pickle),
         )
 
     _write(run, out, dry_run, as_json)
@@ -240,6 +288,11 @@ def convert_(
     exact: Annotated[bool, typer.Option("--exact", help="Fail rather than write anything that differs.")] = False,
     base: BaseOption = None,
     dtype: Dtype = None,
+    other_base: OtherBase = False,
+    dora_axis: DoraAxis = None,
+    alpha_zero: AlphaZero = None,
+    ignore: Ignore = None,
+    allow_pickle: AllowPickle = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -250,7 +303,8 @@ def convert_(
 
     def run(path: Path) -> ConvertReport:
         options: dict[str, Any] = {"rank": rank, "energy": energy, "threshold": threshold, "factor": factor}
-        return convert(file, path, kind, exact=exact, base=base, dtype=_dtype(dtype), **options)
+        options |= {"base": base, "other_base": other_base, **_reading(dora_axis, alpha_zero, ignore, allow_pickle)}
+        return convert(file, path, kind, exact=exact, dtype=_dtype(dtype), **options)
 
     _write(run, out, dry_run, as_json)
 
@@ -264,6 +318,11 @@ def resize(
     threshold: Threshold = None,
     base: BaseOption = None,
     dtype: Dtype = None,
+    other_base: OtherBase = False,
+    dora_axis: DoraAxis = None,
+    alpha_zero: AlphaZero = None,
+    ignore: Ignore = None,
+    allow_pickle: AllowPickle = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -274,7 +333,8 @@ def resize(
 
     def run(path: Path) -> ConvertReport:
         options: dict[str, Any] = {"rank": rank, "energy": energy, "threshold": threshold}
-        return resize_file(file, path, base=base, dtype=_dtype(dtype), **options)
+        options |= {"base": base, "other_base": other_base, **_reading(dora_axis, alpha_zero, ignore, allow_pickle)}
+        return resize_file(file, path, dtype=_dtype(dtype), **options)
 
     _write(run, out, dry_run, as_json)
 
@@ -310,6 +370,11 @@ def combine(
     seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
     base: BaseOption = None,
     dtype: Dtype = None,
+    other_base: OtherBase = False,
+    dora_axis: DoraAxis = None,
+    alpha_zero: AlphaZero = None,
+    ignore: Ignore = None,
+    allow_pickle: AllowPickle = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -325,7 +390,8 @@ def combine(
 
     def run(path: Path) -> ConvertReport:
         options: dict[str, Any] = {"method": method, "rank": rank, "energy": energy, "density": density, "seed": seed}
-        return combine_files(weights, path, base=base, dtype=_dtype(dtype), **options)
+        options |= {"base": base, "other_base": other_base, **_reading(dora_axis, alpha_zero, ignore, allow_pickle)}
+        return combine_files(weights, path, dtype=_dtype(dtype), **options)
 
     _write(run, out, dry_run, as_json)
 
@@ -380,7 +446,7 @@ def run() -> None:
     try:
         app()
     except (PeftkitError, OSError) as error:
-        _err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        _err.print(f"error: {error}", soft_wrap=True)
         sys.exit(2)
 
 
@@ -402,7 +468,7 @@ def _show(report: Any, as_json: bool, table: Table | None = None) -> None:
         return
     if table is not None and table.row_count:
         _out.print(table)
-    _out.print(str(report), markup=False, highlight=False, soft_wrap=True)
+    _out.print(str(report), soft_wrap=True)
 
 
 def _plain(value: Any) -> Any:
@@ -420,6 +486,10 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
+def _reading(dora_axis: str | None, alpha_zero: str | None, ignore: list[str] | None, allow_pickle: bool) -> Reading:
+    return {"dora_axis": dora_axis, "alpha_zero": alpha_zero, "ignore": ignore or (), "allow_pickle": allow_pickle}
+
+
 def _strengths(adapters: list[str]) -> dict[str, float | dict[str, float]]:
     """FILE, FILE=STRENGTH or FILE=RULES.json -> {file: strength}."""
     found: dict[str, float | dict[str, float]] = {}
@@ -434,7 +504,7 @@ def _strengths(adapters: list[str]) -> dict[str, float | dict[str, float]]:
 def _split(text: str) -> tuple[str, str]:
     """A file and its strength. Both may have "=" in them: the longest file that is there counts."""
     cuts = [len(text), *(i for i in range(len(text) - 1, 0, -1) if text[i] == "=")]
-    found = next((cut for cut in cuts if Path(text[:cut]).exists()), None)
+    found = next((cut for cut in cuts if os.path.exists(text[:cut])), None)
     if found is None:
         file, _, strength = text.rpartition("=")
         return (file, strength) if file and re.fullmatch(r"[-+.\deE]+|.*\.json", strength) else (text, "1")
@@ -442,10 +512,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _rules(path: Path) -> dict[str, float]:
-    try:
-        rules = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{path} is not a JSON file of strengths by pattern: {error}") from None
+    rules = container.read_json(path)
     if not isinstance(rules, dict):
         raise OptionError(f"{path} holds a {type(rules).__name__}, strengths by pattern were expected")
     return rules

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.table import Table
@@ -21,15 +22,19 @@ from peftkit.adapters.lokr import factorize
 from peftkit.binding import stand_in
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
 from peftkit.delta.distance import distance
-from peftkit.errors import ExportError, FileError, LossyError, MismatchError, OptionError, near
+from peftkit.errors import ExportError, FileError, LossyError, MismatchError, OptionError, about, near
 from peftkit.exporting import Item, items_of_file
 from peftkit.formats import container, forms, kohya, names, native, peft
+from peftkit.formats.patch import Bundle
 from peftkit.geometry import Shape
-from peftkit.reading import read
+from peftkit.reading import Reading, read
 from peftkit.resolving import plain, prefix_of
 from peftkit.svd import Keep, nearest, nearest_kronecker, truncate
 from peftkit.wrap import require_strength
 from peftkit.writing import HASHES, write_deltas
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 #: what `convert` can make, and what it takes: none, or ranks to keep
 KINDS = ("lora", "loha", "lokr", "full")
@@ -37,6 +42,9 @@ METHODS = ("linear", "cat", "svd", "ties", "dare")
 
 #: relative error that fp32 factors of an exact conversion stay below
 EXACT = 1e-5
+
+#: entries of the largest ΔW that is written whole; the embeddings of the largest models have as many
+_LARGEST = 2**32
 
 Source = str | os.PathLike[str]
 
@@ -90,13 +98,16 @@ def convert(
     factor: int = 8,
     exact: bool = False,
     base: nn.Module | str | os.PathLike[str] | None = None,
+    other_base: bool = False,
     dtype: torch.dtype | None = None,
+    **reading: Unpack[Reading],
 ) -> ConvertReport:
     """Write the same ΔW as another kind: "lora", "loha", "lokr" or "full".
 
     rank, energy, threshold: for lora and loha, keep so many ranks, such a share of ‖ΔW‖², or singular values of at
     least that share of the largest; without them every rank there is. factor: the bound on the small factor of lokr,
     the nearest Kronecker product. base: for adapters that read theirs, whose ΔW holds for that base from then on.
+    other_base: accept a base that the file was not trained on. reading: as in `read`.
     exact: raise LossyError, with the errors, rather than write a module that differs.
     """
     if kind not in KINDS:
@@ -108,7 +119,7 @@ def convert(
     def change(item: Item) -> Delta:
         delta = delta_of(item)
         if kind == "full":
-            return Dense(delta.dense())
+            return Dense(_dense(delta))
         if kind == "lokr":
             return delta if isinstance(delta, Kron) else _kronecker(item, delta, factor)
         if kind == "loha" and isinstance(delta, Hadamard) and keep is None:
@@ -116,7 +127,7 @@ def convert(
         low = forms.low_rank(delta) if keep is None else _truncated(delta, keep)
         return low if kind == "lora" else _loha(low)
 
-    return _rewrite(source, out, change, base, dtype, exact)
+    return _rewrite(source, out, change, base, other_base, dtype, exact, reading)
 
 
 def resize(
@@ -127,11 +138,13 @@ def resize(
     energy: float | None = None,
     threshold: float | None = None,
     base: nn.Module | str | os.PathLike[str] | None = None,
+    other_base: bool = False,
     dtype: torch.dtype | None = None,
+    **reading: Unpack[Reading],
 ) -> ConvertReport:
     """Write every module as a LoRA of fewer ranks, the best of that rank there is. See `convert` for the options."""
     keep = Keep(rank, energy, threshold)
-    return _rewrite(source, out, lambda item: _truncated(delta_of(item), keep), base, dtype, exact=False)
+    return _rewrite(source, out, lambda item: _truncated(delta_of(item), keep), base, other_base, dtype, False, reading)
 
 
 def rescale(source: Source, factor: float | Mapping[str, float], out: str | os.PathLike[str]) -> ConvertReport:
@@ -140,7 +153,12 @@ def rescale(source: Source, factor: float | Mapping[str, float], out: str | os.P
     Every other tensor and entry stays as it is. Adapters whose ΔW does not scale by a tensor of theirs (DoRA, OFT)
     raise ExportError: their strength is given where they are merged.
     """
-    path, target = _one_file(source), Path(out)
+    with about(source, out):
+        return _rescale(source, factor, Path(out))
+
+
+def _rescale(source: Source, factor: float | Mapping[str, float], target: Path) -> ConvertReport:
+    path = _one_file(source)
     file = container.read(path)
     modules = _scaling_keys(path, file)
     used: set[str] = set()
@@ -153,7 +171,7 @@ def rescale(source: Source, factor: float | Mapping[str, float], out: str | os.P
             tensors[key] = (tensors[key].double() * factors[module]).to(tensors[key].dtype)
             if not torch.isfinite(tensors[key].float()).all():
                 raise FileError(f"{path}: {key} times {factors[module]:g} is not finite as {tensors[key].dtype}")
-    if not Path(source).is_dir() and target.suffix != ".safetensors":
+    if not os.path.isdir(source) and target.suffix != ".safetensors":
         raise OptionError(f"{target}: the file is called *.safetensors, {target.suffix or 'no suffix'!r} was given")
     _write_like(source, target, tensors, {k: v for k, v in file.metadata.items() if not k.startswith(HASHES)})
     entries = tuple(Converted(m, "", f"× {f:g}", 0.0) for m, f in factors.items())
@@ -171,7 +189,9 @@ def combine(
     density: float = 0.5,
     seed: int = 0,
     base: nn.Module | str | os.PathLike[str] | None = None,
+    other_base: bool = False,
     dtype: torch.dtype | None = None,
+    **reading: Unpack[Reading],
 ) -> ConvertReport:
     """Write Σ weight·ΔW of several files as one, module by module; each module in as many files as have it.
 
@@ -179,7 +199,8 @@ def combine(
     side, of rank Σ r; "svd" the sum's best part of a `rank` or `energy`. "ties" keeps of each file the `density` of
     largest entries, elects a sign per entry and averages those that have it (https://arxiv.org/abs/2306.01708);
     "dare" drops entries at random and scales up the `density` kept (https://arxiv.org/abs/2311.03099), by `seed`. rank,
-    energy: truncate the result of any method. The error is against the weighted sum.
+    energy: truncate the result of any method. The error is against the weighted sum. base, other_base: as in `convert`.
+    reading: as in `read`.
     """
     if method not in METHODS:
         raise OptionError(
@@ -194,7 +215,24 @@ def combine(
         raise OptionError("method='svd' needs rank= or energy=")
     for weight in sources.values():
         require_strength(weight)
-    files = [(canonical(list(items_of_file(path, base))), weight) for path, weight in sources.items()]
+    files = [
+        (canonical(list(items_of_file(path, base, other_base, **reading))), weight) for path, weight in sources.items()
+    ]
+    with about(out, *sources):
+        bundles = [read(path, **reading) for path in sources]
+        return _combine(files, bundles, Path(out), method, keep, density, seed, dtype)
+
+
+def _combine(
+    files: Sequence[tuple[dict[str, Item], float]],
+    bundles: Sequence[Bundle],
+    out: Path,
+    method: str,
+    keep: Keep | None,
+    density: float,
+    seed: int,
+    dtype: torch.dtype | None,
+) -> ConvertReport:
     found = list(dict.fromkeys(name for items, _ in files for name in items))
     own_names = [item.name for item in files[0][0].values()]
     generator = torch.Generator().manual_seed(seed)
@@ -218,8 +256,8 @@ def combine(
             report.append(Converted(named, kinds, _shown(result), _relative(truth, cast(result, dtype))))
     written = [(item.name, item.shape, delta) for item, delta in results.values()]
     transposed = [item.name for item, _ in results.values() if item.transposed]
-    after = write_deltas(next(iter(sources)), Path(out), written, dtype, transposed)
-    return ConvertReport(Path(out), tuple(report), sum(_size(path) for path in sources), after)
+    after = write_deltas(bundles[0], out, written, dtype, transposed)
+    return ConvertReport(out, tuple(report), sum(bundle.size for bundle in bundles), after)
 
 
 # -- ΔW to ΔW ----------------------------------------------------------------------------------------------------------
@@ -229,7 +267,9 @@ def delta_of(item: Item) -> Delta:
     """ΔW of an adapter of a file, on its base where it reads one."""
     with torch.no_grad():
         if item.adapter.reads_base and item.base is None:
-            raise ExportError(f"{item.name}: the ΔW of {item.adapter.kind} depends on the base: give base=")
+            raise ExportError(
+                f"{item.file}: {item.name}: the ΔW of {item.adapter.kind} depends on the base: give base="
+            )
         return item.adapter(stand_in(item.shape) if item.base is None else item.base, 1.0)
 
 
@@ -238,7 +278,15 @@ def _truncated(delta: Delta, keep: Keep) -> LowRank:
         low = forms.low_rank(delta)
         if low.rank < min(low.shape):
             return truncate(low, keep)[0]
-    return nearest(delta.dense(), keep)[0]
+    return nearest(_dense(delta), keep)[0]
+
+
+def _dense(delta: Delta) -> Tensor:
+    """ΔW itself, where memory can be expected to hold it: small factors can claim any size."""
+    m, n = delta.shape
+    if m * n > _LARGEST:
+        raise ExportError(f"a ΔW of {m}×{n} is larger than any weight, and is not written out")
+    return delta.dense()
 
 
 def _loha(low: LowRank) -> Hadamard:
@@ -250,14 +298,14 @@ def _loha(low: LowRank) -> Hadamard:
 
 def _kronecker(item: Item, delta: Delta, factor: int) -> Kron:
     outer = factorize(item.shape.rows, factor)[0], factorize(item.shape.channels, factor)[0]
-    C, D, _ = nearest_kronecker(delta.dense(), outer)
+    C, D, _ = nearest_kronecker(_dense(delta), outer)
     return Kron(C, D)
 
 
 def _combined(deltas: Sequence[Delta], method: str, density: float, generator: torch.Generator) -> Delta:
     if method in ("linear", "cat", "svd"):
         return _sum(deltas, cat=method == "cat")
-    dense = torch.stack([delta.dense().float() for delta in deltas])
+    dense = torch.stack([_dense(delta).float() for delta in deltas])
     if method == "dare":
         kept = torch.rand(dense.shape, generator=generator) < density
         return Dense((dense * kept / density).sum(0))
@@ -277,7 +325,7 @@ def _sum(deltas: Sequence[Delta], *, cat: bool) -> Delta:
     m, n = deltas[0].shape
     if cat or sum(low.rank for low in lows) * (m + n) < m * n:
         return LowRank(torch.cat([low.B for low in lows], 1), torch.cat([low.A for low in lows]))
-    total = deltas[0].dense().float()
+    total = _dense(deltas[0]).float()
     for delta in deltas[1:]:
         total = total + delta.dense()
     return Dense(total)
@@ -301,10 +349,10 @@ def cast(delta: Delta, dtype: torch.dtype | None, alpha: float | None = None) ->
     return Dense(kept(delta.dense()))
 
 
-def _alpha(source: Source, deltas: Sequence[Delta]) -> float | None:
+def _alpha(like: Bundle, deltas: Sequence[Delta]) -> float | None:
     """The alpha that all low-rank modules of a file of this format share; None where they have none."""
     ranks = [delta.rank for delta in deltas if isinstance(delta, LowRank)]
-    return float(Counter(ranks).most_common(1)[0][0]) if ranks and read(source).format == "kohya" else None
+    return float(Counter(ranks).most_common(1)[0][0]) if ranks and like.format == "kohya" else None
 
 
 def _relative(truth: Delta, written: Delta) -> float:
@@ -329,18 +377,32 @@ def _rewrite(
     out: str | os.PathLike[str],
     change: Callable[[Item], Delta],
     base: nn.Module | str | os.PathLike[str] | None,
+    other_base: bool,
+    dtype: torch.dtype | None,
+    exact: bool,
+    reading: Reading,
+) -> ConvertReport:
+    """Write what `change` makes of every module of a file."""
+    with about(source, out):
+        items = list(items_of_file(source, base, other_base, **reading))
+        return _changed(read(source, **reading), Path(out), items, change, dtype, exact)
+
+
+def _changed(
+    like: Bundle,
+    out: Path,
+    items: Sequence[Item],
+    change: Callable[[Item], Delta],
     dtype: torch.dtype | None,
     exact: bool,
 ) -> ConvertReport:
     deltas: list[tuple[str, Shape, Delta]] = []
-    items: list[Item] = []
     transposed: list[str] = []
     report: list[Converted] = []
-    for item in items_of_file(source, base):
+    for item in items:
         deltas.append((item.name, item.shape, change(item)))
-        items.append(item)
         transposed += [item.name] if item.transposed else []
-    alpha = _alpha(source, [delta for _, _, delta in deltas])
+    alpha = _alpha(like, [delta for _, _, delta in deltas])
     for item, (_, _, delta) in zip(items, deltas, strict=True):
         rank = item.adapter.options.get("rank")
         before = item.adapter.kind + (f" {rank}" if rank else "")
@@ -353,8 +415,8 @@ def _rewrite(
             f"{len(lossy)} of {len(report)} modules would differ, most of all {worst.name} by {100 * worst.error:.3g} "
             "%; nothing was written. Leave out exact, or keep more ranks"
         )
-    size = write_deltas(source, Path(out), deltas, dtype, transposed)
-    return ConvertReport(Path(out), tuple(report), _size(source), size)
+    size = write_deltas(like, out, deltas, dtype, transposed)
+    return ConvertReport(out, tuple(report), like.size, size)
 
 
 def _renamed(name: str, like: Sequence[str], canonical: str) -> str:
@@ -429,21 +491,17 @@ def _factor(factor: float | Mapping[str, float], module: str, used: set[str]) ->
 
 def _one_file(source: Source) -> Path:
     path = Path(source)
-    return path / peft.WEIGHTS if path.is_dir() else path
+    return path / peft.WEIGHTS if os.path.isdir(path) else path
 
 
 def _write_like(source: Source, out: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> None:
-    if not Path(source).is_dir():
+    if not os.path.isdir(source):
         container.write(out, tensors, entries)
         return
     with container.atomic_folder(out) as folder:
         (folder / peft.CONFIG).write_bytes((Path(source) / peft.CONFIG).read_bytes())
         with (folder / peft.WEIGHTS).open("xb") as file:
             container.emit(file, tensors, entries)
-
-
-def _size(source: Source) -> int:
-    return sum(info.size for info in container.read(_one_file(source)).infos.values())
 
 
 def canonical(items: Sequence[Item]) -> dict[str, Item]:
@@ -455,6 +513,6 @@ def canonical(items: Sequence[Item]) -> dict[str, Item]:
         modules = () if family is None else family.find(item.name)
         name = modules[0].name if len(modules) == 1 else plain(item.name)
         if name in found:
-            raise MismatchError(f"{item.name} and {found[name].name} of one file are the same module")
+            raise MismatchError(f"{item.file}: {item.name} and {found[name].name} are the same module")
         found[name] = item
     return found

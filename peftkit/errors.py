@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+#: names longer than this are nobody's typing errors, and comparing them takes the square of their length
+_LONGEST_TYPED = 300
 
 
 class PeftkitError(Exception):
@@ -69,7 +73,21 @@ class WrongBaseError(FileError):
     """The file was trained on another base."""
 
 
+@contextmanager
+def about(subject: object, *others: object) -> Iterator[None]:
+    """Every error of the library that leaves the block names its subject, or one of the others."""
+    try:
+        yield
+    except PeftkitError as error:
+        if any(str(named) in str(error) for named in (subject, *others)):
+            raise
+        raise type(error)(f"{subject}: {error}") from error
+
+
 def near(word: str, known: Iterable[str], count: int = 3) -> str:
     """A hint naming the nearest known words, or an empty string."""
+    if len(word) > _LONGEST_TYPED:
+        return ""
+    known = (other for other in known if len(other) <= _LONGEST_TYPED)
     close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
     return f" Did you mean {', '.join(repr(c) for c in close)}?" if close else ""

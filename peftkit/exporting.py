@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
@@ -22,21 +22,24 @@ from torch import Tensor, nn
 from peftkit.adapted import one_name, placed
 from peftkit.adapter import Adapter, require_dtype
 from peftkit.bases import Base, of_model, open_base
-from peftkit.binding import bind, misfit, stand_in
+from peftkit.binding import bind, is_of_its_base, misfit, needs_base, require_same_base, stand_in
 from peftkit.delta import Delta, Dense, LowRank
 from peftkit.delta.distance import distance
-from peftkit.errors import ExportError, FileError, MismatchError, OptionError
-from peftkit.formats import container, forms, metadata, names, peft, targets
+from peftkit.errors import ExportError, FileError, MismatchError, OptionError, about
+from peftkit.formats import container, forms, metadata, names, native, peft, targets
 from peftkit.formats.forms import Additive
 from peftkit.formats.names import Family, Module
 from peftkit.formats.patch import Bundle, Patch
 from peftkit.formats.targets import Target
 from peftkit.geometry import Shape
-from peftkit.placing import resolver_of, shape_of, whole
-from peftkit.reading import read
+from peftkit.placing import resolver_of, samples_of, shape_of, whole
+from peftkit.reading import Reading, read
 from peftkit.resolving import families_of
 from peftkit.spelling import Spelled, spell
 from peftkit.writing import Piece, peft_type, shared_alpha, tensors_of, write_peft
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Item:
     """One adapter to write, by the name it has in its file or model.
 
     base: W (m, n), None where it is not at hand. path: of its module in the base, where that is known. transposed: a
-    transposed convolution. sliced: rows of a parameter, which is no module of its own.
+    transposed convolution. sliced: rows of a parameter, which is no module of its own. file: where it is from.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Item:
     path: str = ""
     transposed: bool = False
     sliced: bool = False
+    file: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +134,8 @@ def export(
     bake: bool = False,
     title: str | None = None,
     training: Mapping[str, Any] | None = None,
+    other_base: bool = False,
+    **reading: Unpack[Reading],
 ) -> ExportReport:
     """Write the adapters of a wrapped model, or of any adapter file, for another program.
 
@@ -138,7 +144,8 @@ def export(
     family: the model's, for its names and labels ("sd15", "sdxl", "flux", …); found by itself where names and
     shapes say it. component: which part of a pipeline the source is, where its names do not tell ("text_encoder_2").
     dtype: of the tensors. bake: write ΔW itself for adapters that depend on their base. title, training: for the
-    metadata; `training` may have any of kohya's ss_ and Stability's modelspec entries.
+    metadata; `training` may have any of kohya's ss_ and Stability's modelspec entries. other_base: accept a base that
+    the file was not trained on. reading: as in `read`.
 
     The file is read back before it takes its name. Raises ExportError where the target has no words for an adapter.
     """
@@ -147,7 +154,24 @@ def export(
     path = Path(path)
     if goal.name != "peft" and path.suffix != ".safetensors":
         raise OptionError(f"{path}: {goal.title} reads *.safetensors, {path.suffix or 'no suffix'!r} was given")
-    items = list(_of_model(source, name) if isinstance(source, nn.Module) else items_of_file(source, base))
+    if isinstance(source, nn.Module):
+        return _export(list(_of_model(source, name)), path, goal, family, component, dtype, bake, title, training)
+    with about(source):
+        items = list(items_of_file(source, base, other_base, **reading))
+        return _export(items, path, goal, family, component, dtype, bake, title, training)
+
+
+def _export(
+    items: Sequence[Item],
+    path: Path,
+    goal: Target,
+    family: str | None,
+    component: str | None,
+    dtype: torch.dtype | None,
+    bake: bool,
+    title: str | None,
+    training: Mapping[str, Any] | None,
+) -> ExportReport:
     for item in items:
         if item.transposed:
             raise ExportError(
@@ -174,7 +198,7 @@ def export(
         container.emit(file, tensors, header)
         file.flush()
         weights = _proven(Path(file.name), jobs, path)
-    return ExportReport(target, path, weights)
+    return ExportReport(goal.name, path, weights)
 
 
 def _export_peft(path: Path, jobs: Sequence[Job], dtype: torch.dtype | None) -> ExportReport:
@@ -206,15 +230,28 @@ def _of_model(model: nn.Module, name: str | None) -> Iterator[Item]:
         )
 
 
-def items_of_file(path: str | os.PathLike[str], base: nn.Module | str | os.PathLike[str] | None) -> Iterator[Item]:
+def items_of_file(
+    path: str | os.PathLike[str],
+    base: nn.Module | str | os.PathLike[str] | None,
+    other_base: bool = False,
+    **reading: Unpack[Reading],
+) -> Iterator[Item]:
     """The adapters of a file. With a base, under its modules' names where these are whole modules."""
-    bundle = read(path)
+    bundle = read(path, **reading)
+    with about(path):
+        yield from _items(path, bundle, base, other_base)
+
+
+def _items(
+    path: str | os.PathLike[str], bundle: Bundle, base: nn.Module | str | os.PathLike[str] | None, other_base: bool
+) -> Iterator[Item]:
     if bundle.vectors:
         raise ExportError(
             f"{path} changes biases or norms ({next(iter(bundle.vectors))}, …), which export does not carry"
         )
     if base is not None:
-        yield from _on_base(path, bundle, of_model(base) if isinstance(base, nn.Module) else open_base(base))
+        opened = of_model(base) if isinstance(base, nn.Module) else open_base(base)
+        yield from _on_base(path, bundle, opened, other_base)
         return
     families = families_of(bundle)
     for name, patch in bundle.patches.items():
@@ -229,7 +266,8 @@ def items_of_file(path: str | os.PathLike[str], base: nn.Module | str | os.PathL
             raise ExportError(
                 f"{where}: {patch.kind} is made of its base's factors, which are not in the file; give the base"
             )
-        yield Item(name, adapter, _unflattened(name, patch, families), None, "", patch.transposed)
+        shape = _unflattened(name, patch, families)
+        yield Item(name, adapter, shape, None, transposed=patch.transposed, file=str(path))
 
 
 def _unflattened(name: str, patch: Patch, families: Sequence[Family]) -> Shape:
@@ -243,10 +281,13 @@ def _unflattened(name: str, patch: Patch, families: Sequence[Family]) -> Shape:
     return Shape(shape.rows, inputs[0], tuple(inputs[1:])) if fits else shape
 
 
-def _on_base(path: object, bundle: Bundle, base: Base) -> Iterator[Item]:
+def _on_base(file: object, bundle: Bundle, base: Base, other_base: bool) -> Iterator[Item]:
     resolver, families = resolver_of(base)
+    distances: dict[str, float] = {}
+    bound: list[str] = []
+    items: list[Item] = []
     for name, patch in bundle.patches.items():
-        where = f"{path}: {name}"
+        where = f"{file}: {name}"
         parts = resolver(name, families or families_of(bundle))
         if not parts:
             raise MismatchError(f"{where}: the base has no such weight.{resolver.hint(name)}")
@@ -256,7 +297,13 @@ def _on_base(path: object, bundle: Bundle, base: Base) -> Iterator[Item]:
             raise ExportError(f"{where}: {found.first}")
         first, *others = parts
         path = "" if others or first.start is not None else first.weight.removesuffix(".weight")
-        yield Item(name, bind(patch, shape, W, where), shape, W, path, patch.transposed)
+        if name in bundle.base and not others and needs_base(patch, shape, bundle.portable):
+            distances[name] = native.distance(samples_of(base, first, patch), bundle.base[name])
+            bound += [name] if is_of_its_base(patch, shape) and not bundle.portable else []
+        items.append(Item(name, bind(patch, shape, W, where), shape, W, path, patch.transposed, file=str(file)))
+    kinds = {item.name: item.adapter.kind for item in items}
+    require_same_base(file, str(base.path), distances, kinds, bound, other_base)
+    yield from items
 
 
 def _family(items: Sequence[Item], asked: str | None, component: str | None) -> Family | None:

@@ -5,24 +5,26 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.table import Table
 
-from peftkit import registry
-from peftkit.binding import bind, described, misfit, stand_in
+from peftkit.binding import bind, described, misfit, needs_base, stand_in
 from peftkit.converting import canonical, delta_of
-from peftkit.delta.distance import distance
+from peftkit.delta.distance import distance, norm
 from peftkit.errors import OptionError, PeftkitError
 from peftkit.exporting import items_of_file
 from peftkit.formats import names, targets
 from peftkit.formats.names import Family
 from peftkit.formats.patch import Bundle, Patch
 from peftkit.formats.targets import Target
-from peftkit.reading import read
+from peftkit.reading import Reading, read
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,18 @@ class Inspection:
     metadata: dict[str, str]
     loads: dict[str, str]
     notes: tuple[str, ...]
+    damage: tuple[str, ...] = ()  # what is wrong with the changes of biases and norms
 
     @property
     def problems(self) -> tuple[str, ...]:
         """What makes the file unusable in whole or in part."""
-        return tuple(f"{m.name}: {m.problem}" for m in self.modules if m.problem)
+        return (*(f"{m.name}: {m.problem}" for m in self.modules if m.problem), *self.damage)
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(m.kind for m in self.modules).items())
         ranks = sorted({m.rank for m in self.modules if m.rank is not None})
         total = sum(m.parameters for m in self.modules)
-        norms = [m.norm for m in self.modules if m.norm is not None]
+        norms = [m.norm for m in self.modules if m.norm is not None]  # of a broken module there is none
         lines = [
             f"{self.path}: {self.format} file{f' for {self.family}' if self.family else ''}, {kinds or 'no matrices'}",
             f"ranks {', '.join(map(str, ranks)) or 'none'}; {total:,} numbers; "
@@ -87,16 +90,12 @@ class Inspection:
         return table
 
 
-def inspect(
-    path: str | os.PathLike[str],
-    *,
-    ignore: str | Sequence[str] = (),
-    dora_axis: str | None = None,
-    alpha_zero: str | None = None,
-    allow_pickle: bool = False,
-) -> Inspection:
-    """Read a file and say what is in it: kinds, ranks, scales and their origin, ‖ΔW‖, dead or broken modules."""
-    bundle = read(path, ignore=ignore, dora_axis=dora_axis, alpha_zero=alpha_zero, allow_pickle=allow_pickle)
+def inspect(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Inspection:
+    """Read a file and say what is in it: kinds, ranks, scales and their origin, ‖ΔW‖, dead or broken modules.
+
+    reading: as in `read`.
+    """
+    bundle = read(path, **reading)
     modules: list[Inspected] = []
     shapes: dict[str, tuple[int, int] | None] = {}
     structures: set[str] = set()
@@ -105,11 +104,12 @@ def inspect(
         modules.append(_inspected(name, patch, bundle.portable))
         sizes = (patch.shape.rows, patch.shape.columns)
         shapes[name] = sizes if all(sizes) else None
-        structures.add(_structure(patch))
+        structures |= {_structure(patch)} if bundle.format != "native" else set()
     family = next(iter(names.guess(shapes)), None)
     loads = {target.name: _why_not(target, bundle, structures, family) for target in targets.TARGETS.values()}
     notes = [f"{key}: no adapter in the header has it" for key in bundle.unclaimed]
     title = "" if family is None else family.title
+    damage = [f"{key} is not finite" for key, v in bundle.vectors.items() if not torch.isfinite(v.float()).all()]
     return Inspection(
         Path(path),
         bundle.format,
@@ -120,6 +120,7 @@ def inspect(
         dict(bundle.metadata),
         loads,
         tuple(notes),
+        tuple(damage),
     )
 
 
@@ -135,13 +136,17 @@ class Diagnosis:
         return "\n".join([verdict, *self.findings])
 
 
-def doctor(path: str | os.PathLike[str]) -> Diagnosis:
-    """Whether an adapter file can be used, with a code for scripts. Never raises for what is in the file."""
+def doctor(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Diagnosis:
+    """Whether an adapter file can be used, with a code for scripts. Never raises for what is in the file.
+
+    reading: as in `read`.
+    """
     try:
-        found = inspect(path)
+        found = inspect(path, **reading)
     except PeftkitError as error:
         return Diagnosis(2, (str(error),))
-    broken = [p for m in found.modules if m.problem and m.problem != _DEAD for p in (f"{m.name}: {m.problem}",)]
+    broken = [f"{m.name}: {m.problem}" for m in found.modules if m.problem and m.problem != _DEAD]
+    broken += found.damage
     dead = [m.name for m in found.modules if m.problem == _DEAD]
     silent = [f"{len(dead)} of {len(found.modules)} modules do nothing: {dead[0]}, …"] if dead else []
     findings = [*broken, *silent, *found.notes]
@@ -177,19 +182,26 @@ class Difference:
 
 
 def diff(
-    first: str | os.PathLike[str], second: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    other_base: bool = False,
+    **reading: Unpack[Reading],
 ) -> Difference:
-    """How far the ΔW of two adapter files are apart, whatever their formats and kinds."""
-    ours, theirs = (canonical(list(items_of_file(path, base))) for path in (first, second))
+    """How far the ΔW of two adapter files are apart, whatever their formats and kinds.
+
+    base: for adapters that read theirs. other_base: accept one they were not trained on. reading: as in `read`.
+    """
+    ours, theirs = (canonical(list(items_of_file(path, base, other_base, **reading))) for path in (first, second))
     distances: dict[str, float] = {}
     for name in ours.keys() & theirs.keys():
         one, other = delta_of(ours[name]), delta_of(theirs[name])
         if one.shape != other.shape:
             distances[name] = math.inf
             continue
-        with torch.no_grad():
-            gap, norm = distance(one, other)
-        distances[name] = gap / norm if norm else (0.0 if gap == 0 else math.inf)
+        gap, size = distance(one, other)
+        distances[name] = gap / size if size else (0.0 if gap == 0 else math.inf)
     ordered = {name: distances[name] for name in ours if name in distances}
     return Difference(ordered, (tuple(n for n in ours if n not in theirs), tuple(n for n in theirs if n not in ours)))
 
@@ -209,16 +221,21 @@ def _inspected(name: str, patch: Patch, portable: bool) -> Inspected:
     broken = [key for key, tensor in patch.tensors.items() if not torch.isfinite(tensor.float()).all()]
     if broken:
         return said(None, f"{broken[0]} is not finite")
-    cls = registry.get(patch.kind)
-    sized = patch.shape.rows and patch.shape.columns
-    if not sized or cls.reads_base or (patch.kind == "loldu" and not portable):
-        return said(None)
-    found = misfit(patch, patch.shape, torch.float32, portable=portable, where=name)
-    if found:
-        return said(None, found.first)
-    W = stand_in(patch.shape)
-    norm = math.sqrt(max(0.0, float(bind(patch, patch.shape, W, name)(W, 1.0).sqnorm())))
-    return said(norm, "" if norm else _DEAD)
+    # What a file does not say of its weight's size, its tensors do not depend on
+    shape = replace(patch.shape, rows=patch.shape.rows or 1, channels=patch.shape.channels or 1)
+    try:
+        found = misfit(patch, shape, torch.float32, portable=portable, where=name)
+        if found:
+            return said(None, found.first)
+        if shape != patch.shape or needs_base(patch, shape, portable):
+            return said(None)
+        W = stand_in(shape)
+        size = norm(bind(patch, shape, W, name)(W, 1.0))
+    except PeftkitError as error:
+        return said(None, str(error))
+    if not math.isfinite(size):
+        return said(None, "ΔW is not finite")
+    return said(size, "" if size else _DEAD)
 
 
 def _structure(patch: Patch) -> str:

@@ -33,13 +33,15 @@ def pivot(weight: Tensor, rank: int) -> Pivoting:
     """
     panel = weight[:, :rank].to(accumulation_dtype(weight.dtype))
     packed, swaps, _ = torch.linalg.lu_factor_ex(panel)
-    order = list(range(weight.shape[0]))
-    for i, j in enumerate([] if swaps.is_meta else swaps.tolist()):
-        order[i], order[j - 1] = order[j - 1], order[i]
+    chosen = torch.arange(len(weight), dtype=torch.int32, device=weight.device)
+    if not swaps.is_meta:
+        order = chosen.tolist()
+        for i, j in enumerate(swaps.tolist()):
+            order[i], order[j - 1] = order[j - 1], order[i]
+        chosen = torch.tensor(order, dtype=torch.int32, device=weight.device)
     # What is left of a column, or of a row, once it is only rounding
     noise = max(weight.shape) * torch.finfo(panel.dtype).eps
     columns = packed.diagonal().abs() <= noise * panel.abs().amax()
-    chosen = torch.tensor(order, dtype=torch.int32, device=weight.device)
     half = Pivoting(chosen, torch.stack([columns, torch.zeros_like(columns)]))
     _, upper = _triangles(weight, half)
     rows = upper.abs().amax(1) <= noise * weight[chosen[:rank].long()].abs().amax()

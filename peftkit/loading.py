@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from peftkit.adapter import Adapter
-from peftkit.binding import Misfit, bind, misfit, samples, take_rows
-from peftkit.errors import MismatchError, OptionError, TiedWeightsError, WrongBaseError, near
+from peftkit.binding import Misfit, bind, misfit, require_same_base, samples, take_rows
+from peftkit.errors import MismatchError, OptionError, TiedWeightsError, about, near
 from peftkit.formats import native
 from peftkit.formats.names import Family
 from peftkit.formats.patch import Bundle, Patch
 from peftkit.plan import refuse_taken, tied_with
-from peftkit.reading import read
-from peftkit.resolving import Part, Resolver, common, component_of, families_of
+from peftkit.reading import Reading, read
+from peftkit.resolving import HINTS, Part, Resolver, common, component_of, families_of
 from peftkit.sites import Site, dotted, sites
 from peftkit.wrap import check_install, install, require_strength
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,7 @@ def load(
     tied: str | None = None,
     route: str = "auto",
     component: str | None = None,
-    ignore: str | Sequence[str] = (),
-    dora_axis: str | None = None,
-    alpha_zero: str | None = None,
+    **reading: Unpack[Reading],
 ) -> LoadReport:
     """Wrap the model as the file says and fill in its tensors.
 
@@ -70,35 +71,40 @@ def load(
     default the one it was saved under. strict: raise unless every key of the file goes to the model and every parameter
     comes from the file; with strict=False load the weights that fit whole, and read the report. other_base: accept a
     base that is not the one the file was trained on. tied: as in `wrap`. component: which part of a pipeline the model
-    is ("unet", "text_encoder", …), where the file is of several; the others' keys are then left alone. ignore,
-    dora_axis, alpha_zero: as in `read`. Nothing is changed if anything raises. Never unpickles.
+    is ("unet", "text_encoder", …), where the file is of several; the others' keys are then left alone. reading:
+    as in `read`. Nothing is changed if anything raises. Never unpickles, unless as data only with allow_pickle=True.
 
     Raises FileError, AmbiguousFileError, MismatchError, WrongBaseError.
     """
     if tied not in (None, "untie"):
         raise OptionError(f"tied={tied!r} was given, 'untie' or None was expected")
     require_strength(strength)
-    bundle = read(path, ignore=ignore, dora_axis=dora_axis, alpha_zero=alpha_zero)
+    bundle = read(path, **reading)
     name = bundle.name if name is None else name
-    fitting, distances, report = _compare(path, name, bundle, sites(model), component)
-    if strict and not report.complete:
-        raise MismatchError(f"{path} does not fit this model\n{report}")
-    if not fitting:
-        raise MismatchError(f"nothing in {path} fits this model\n{report}")
-    targeted = [site for site, _ in fitting]
-    refuse_taken(targeted, name)
-    check_install(targeted, strength, route)
-    shared = tied_with(model, targeted)
-    if shared and tied is None:
-        site_name, other = next(iter(shared.items()))
-        raise TiedWeightsError(f"{site_name} shares its weight with {other}: pass tied='untie' to give it its own copy")
-    built = [
-        (site, bind(patch, site.slot.geometry.shape, site.matrix.detach(), f"{path}: {site.label}").train())
-        for site, patch in fitting
-    ]
-    _check_base(path, distances, built, bundle.portable, other_base)
-    install(model, built, name, strength=strength, route=route, untie=set(shared))
-    return report
+    with about(path):
+        fitting, distances, report = _compare(path, name, bundle, sites(model), component)
+        if strict and not report.complete:
+            raise MismatchError(f"{path} does not fit this model\n{report}")
+        if not fitting:
+            raise MismatchError(f"nothing in {path} fits this model\n{report}")
+        targeted = [site for site, _ in fitting]
+        refuse_taken(targeted, name)
+        check_install(targeted, strength, route)
+        shared = tied_with(model, targeted)
+        if shared and tied is None:
+            site_name, other = next(iter(shared.items()))
+            raise TiedWeightsError(
+                f"{site_name} shares its weight with {other}: pass tied='untie' to give it its own copy"
+            )
+        built = [
+            (site, bind(patch, site.slot.geometry.shape, site.matrix.detach(), f"{path}: {site.label}").train())
+            for site, patch in fitting
+        ]
+        kinds = {site.name: adapter.kind for site, adapter in built}
+        bound = [site.name for site, adapter in built if adapter.derived() and not bundle.portable]
+        require_same_base(path, "this model", distances, kinds, bound, other_base)
+        install(model, built, name, strength=strength, route=route, untie=set(shared))
+        return report
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
@@ -159,7 +165,8 @@ def _resolve(
     """Patch -> parts of the model, the families it may be of, and the hints for patches that have no part."""
     if bundle.format == "native":
         targets = {name: (Part(name),) for name in bundle.patches if name in ours}
-        return targets, (), {name: near(name, ours) for name in bundle.patches if name not in ours}
+        lost = [name for name in bundle.patches if name not in ours]
+        return targets, (), {name: near(name, ours) if i < HINTS else "" for i, name in enumerate(lost)}
     families = families_of(bundle)
 
     def place(canonical: str) -> Part | None:
@@ -214,27 +221,3 @@ def _named(found: Misfit, site_name: str) -> Misfit:
         k if ": " in k and site_name in k.partition(": ")[2] else dotted(site_name, k) for k in found.mismatched
     )
     return Misfit(named(found.missing), unexpected, mismatched, named(found.non_finite))
-
-
-def _check_base(
-    path: object,
-    distances: Mapping[str, float],
-    built: Sequence[tuple[Site, Adapter]],
-    portable: bool,
-    other_base: bool,
-) -> None:
-    far = {site: d for site, d in distances.items() if d > native.SAME_BASE}
-    if not far:
-        return
-    strangers = [adapter for site, adapter in built if site.name in far]
-    bound = [a for a in strangers if a.derived() and not portable]
-    if other_base and not bound:
-        return
-    worst = max(far, key=lambda site: far[site])
-    kinds = {a.kind: a.on_another_base for a in (bound if other_base else strangers)}
-    means = "; ".join(f"{kind} {meaning}" for kind, meaning in kinds.items())
-    advice = "" if bound else " To use it here on purpose, pass other_base=True."
-    raise WrongBaseError(
-        f"{path} was trained on another base: {len(far)} of {len(distances)} weights differ, most of all "
-        f"{worst or 'its own'} by {100 * far[worst]:.3g} %. On another base, {means}.{advice}"
-    )

@@ -9,16 +9,17 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.table import Table
 
 from peftkit import registry
 from peftkit.bases import Base, open_base
-from peftkit.binding import bind, make, misfit
+from peftkit.binding import bind, is_of_its_base, misfit, require_same_base
 from peftkit.delta.base import accumulation_dtype
 from peftkit.delta.distance import distance
-from peftkit.errors import MismatchError, OptionError, WrongBaseError
+from peftkit.errors import MismatchError, OptionError, about
 from peftkit.formats import container, native
 from peftkit.formats.patch import Bundle, Patch
 from peftkit.geometry import Shape
@@ -33,9 +34,12 @@ from peftkit.placing import (
     spans,
     whole,
 )
-from peftkit.reading import read
+from peftkit.reading import Reading, read
 from peftkit.resolving import Part, families_of
 from peftkit.wrap import require_strength
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 #: strength of a file: one number, or by patterns over its weights, of which the first that matches counts
 Strength = float | Mapping[str, float]
@@ -131,10 +135,7 @@ def plan_merge(
     rebase: str = "reapply",
     origin: str | os.PathLike[str] | None = None,
     other_base: bool = False,
-    ignore: str | Sequence[str] = (),
-    dora_axis: str | None = None,
-    alpha_zero: str | None = None,
-    allow_pickle: bool = False,
+    **reading: Unpack[Reading],
 ) -> MergePlan:
     """Find a place in the base for every tensor of every adapter file, and check that all of it can be done.
 
@@ -146,19 +147,19 @@ def plan_merge(
         raise OptionError(f"dtype={dtype!r} was given, a floating point dtype was expected")
     if not adapters:
         raise OptionError("adapters is empty: give at least one file and its strength")
-    opened = open_base(base, allow_pickle=allow_pickle)
-    own = None if origin is None else open_base(origin, allow_pickle=allow_pickle)
+    pickles = reading.get("allow_pickle", False)
+    opened = open_base(base, allow_pickle=pickles)
+    own = None if origin is None else open_base(origin, allow_pickle=pickles)
     bundles: dict[str, Bundle] = {}
     for path in adapters:
         if str(path) in bundles:
             raise OptionError(f"{path} is among the adapters twice: give it once, with the sum of its strengths")
-        bundles[str(path)] = read(
-            path, ignore=ignore, dora_axis=dora_axis, alpha_zero=alpha_zero, allow_pickle=allow_pickle
-        )
+        bundles[str(path)] = read(path, **reading)
     planner = _Planner(opened, own, rebase, other_base)
-    for path, strength in adapters.items():
-        planner.add(str(path), bundles[str(path)], strength)
-    planner.raise_problems()
+    with about(base, *adapters):
+        for path, strength in adapters.items():
+            planner.add(str(path), bundles[str(path)], strength)
+        planner.raise_problems()
     return MergePlan(opened, tuple(planner.patches), tuple(planner.vectors), bundles, own, dtype)
 
 
@@ -221,10 +222,11 @@ class _Planner:
         patch, where = bundle.patches[name], f"{file}: {name}"
         for part in parts:
             require_addable(self.base, part.weight, where)
-            if len(self.base.info(part.weight).shape) < 2:
-                self.misfits.append(f"{where}: {part.weight} is a vector, and {patch.kind} changes matrices")
-                return
-        shape = shape_of(self.base, parts, patch)
+        try:
+            shape = shape_of(self.base, parts, patch)
+        except MismatchError as error:
+            self.misfits.append(f"{where}: {error}")
+            return
         dtype = container.DTYPES[self.base.info(parts[0].weight).dtype]
         wide = accumulation_dtype(dtype) if dtype.itemsize < 2 else dtype
         found = misfit(patch, shape, wide, portable=bundle.portable, where=where)
@@ -240,7 +242,7 @@ class _Planner:
             trained_on = self.base if self.origin is None else self.origin
             distances[name] = native.distance(samples_of(trained_on, parts[0], patch), bundle.base[name])
         law, difference = "additive", None
-        if not bundle.portable and _is_of_its_base(patch, shape):
+        if not bundle.portable and is_of_its_base(patch, shape):
             self.bound.add(name)
             law = "additive" if self.origin is None else "transplant"  # its factors are those of the origin
         elif registry.get(patch.kind).reads_base:
@@ -264,8 +266,8 @@ class _Planner:
             require_addable(self.base, str(target), where)
         places = spans(self.base, parts, bias=what == "bias")
         size = sum(place.size for place in places)
-        if size != len(vector) or any(len(self.base.info(str(target)).shape) != 1 for target in targets):
-            self.misfits.append(f"{where}: {len(vector)} entries in the file, {size} in the base")
+        if size != vector.numel() or any(len(self.base.info(str(target)).shape) != 1 for target in targets):
+            self.misfits.append(f"{where}: {vector.numel()} entries in the file, {size} in the base")
         elif not torch.isfinite(vector.float()).all():
             self.misfits.append(f"{where}: it is not finite")
         factor = _strength(strength, (module, key, *map(str, targets)), file, used)
@@ -273,20 +275,9 @@ class _Planner:
             self.vectors.append(PlannedVector(file, key, places, factor))
 
     def _check_base(self, file: str, bundle: Bundle, distances: Mapping[str, float]) -> None:
-        far = {name: d for name, d in distances.items() if d > native.SAME_BASE}
-        if not far:
-            return
-        kinds = {bundle.patches[name].kind for name in far}
-        bound = {bundle.patches[name].kind for name in far if name in self.bound}
-        if self.other_base and not bound:
-            return
-        worst, trained_on = max(far, key=lambda name: far[name]), self.origin or self.base
-        meaning = "; ".join(f"{kind} {registry.get(kind).on_another_base}" for kind in sorted(bound or kinds))
-        advice = "" if bound else " To merge it here on purpose, pass other_base=True."
-        raise WrongBaseError(
-            f"{file} was trained on another base than {trained_on.path}: {len(far)} of {len(distances)} weights "
-            f"differ, most of all {worst} by {100 * far[worst]:.3g} %. On another base, {meaning}.{advice}"
-        )
+        kinds = {name: bundle.patches[name].kind for name in distances}
+        trained_on = str((self.origin or self.base).path)
+        require_same_base(file, trained_on, distances, kinds, self.bound, self.other_base)
 
     def raise_problems(self) -> None:
         problems = [("without a place in the base", self.unresolved), ("that do not fit", self.misfits)]
@@ -321,9 +312,3 @@ def _difference(patch: Patch, parts: Sequence[Part], shape: Shape, base: Base, o
     )
     gap, norm = distance(transplanted, reapplied)
     return gap / norm if norm else 0.0
-
-
-def _is_of_its_base(patch: Patch, shape: Shape) -> bool:
-    """Whether its ΔW is made of factors of the base it was trained on."""
-    weight = torch.empty(shape.rows, shape.columns, device="meta")
-    return bool(make(patch, shape, weight, patch.kind).derived())

@@ -40,7 +40,7 @@ def paths_of(base: Base) -> Iterator[tuple[str, Part]]:
         if last == "weight":
             bias = f"{path}.bias"
             yield path, Part(key, bias=bias if bias in base.where else None)
-        elif last == "in_proj_weight":
+        elif last == "in_proj_weight" and len(base.info(key).shape) == 2:
             rows = base.info(key).shape[0] // 3
             bias = f"{path}.in_proj_bias".lstrip(".")
             own = bias if bias in base.where else None
@@ -71,15 +71,20 @@ def require_addable(base: Base, key: str, where: str) -> None:
 
 
 def shape_of(base: Base, parts: Sequence[Part], patch: Patch) -> Shape:
-    """The weight that a patch's parts make together."""
+    """The weight that a patch's parts make together. Raises MismatchError for one that no layer has."""
+    for part in parts:
+        sizes = base.info(part.weight).shape
+        if not 2 <= len(sizes) <= 5 or 0 in sizes:
+            raise MismatchError(f"{part.weight} of {base.path} is {sizes}, and {patch.kind} changes matrices")
+    if patch.transposed and base.info(parts[0].weight).shape[0] % patch.shape.groups:
+        raise MismatchError(f"{parts[0].weight} of {base.path} is in no {patch.shape.groups} groups")
     info, rows = base.info(parts[0].weight), sum(rows_of(base, part) for part in parts)
     if parts[0].transposed:
         return Shape(rows, info.shape[0])
-    if patch.transposed and len(info.shape) > 2:
+    kernel = info.shape[2:]
+    if patch.transposed and kernel:
         return Geometry.of_weight(info.shape, patch.shape.groups, transposed=True).shape
-    if len(info.shape) < 2:
-        return Shape(rows, 1)
-    return Shape(rows, info.shape[1], tuple(info.shape[2:]), patch.shape.groups)
+    return Shape(rows, info.shape[1], kernel, patch.shape.groups)
 
 
 def rows_of(base: Base, part: Part) -> int:
@@ -87,7 +92,7 @@ def rows_of(base: Base, part: Part) -> int:
     shape = base.info(part.weight).shape
     if part.start is not None and part.stop is not None:
         return part.stop - part.start
-    return shape[1] if part.transposed else shape[0]
+    return shape[1] if part.transposed else next(iter(shape), 1)
 
 
 @dataclass(frozen=True)

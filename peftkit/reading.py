@@ -7,17 +7,26 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
-from peftkit.errors import AmbiguousFileError, FileError, MismatchError, OptionError
+from peftkit.errors import AmbiguousFileError, FileError, MismatchError, OptionError, about
 from peftkit.formats import container, kohya, native, peft
 from peftkit.formats.kohya import Modules, Scale
 from peftkit.formats.patch import Bundle, Patch, Patches
 
 #: the entry in which diffusers keeps PEFT's configurations, by component
 _DIFFUSERS = "lora_adapter_metadata"
+
+
+class Reading(TypedDict, total=False):
+    """What every function that reads adapter files passes on to `read`."""
+
+    dora_axis: str | None
+    alpha_zero: str | None
+    ignore: str | Sequence[str]
+    allow_pickle: bool
 
 
 def read(
@@ -39,14 +48,15 @@ def read(
             raise OptionError(f"{option}={value!r} was given, {known[0]!r} or {known[1]!r} was expected")
     path = Path(path)
     config = _peft_config(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = _weights_in(path, allow_pickle)
-    source = _Source(path, allow_pickle, [ignore] if isinstance(ignore, str) else list(ignore))
-    if native.KEY in source.metadata:
-        return _native(source)
-    if config is not None:
-        return _peft(source, config)
-    return _foreign(source, dora_axis, alpha_zero)
+    with about(path):
+        source = _Source(path, allow_pickle, [ignore] if isinstance(ignore, str) else list(ignore))
+        if native.KEY in source.metadata:
+            return _native(source)
+        if config is not None:
+            return _peft(source, config)
+        return _foreign(source, dora_axis, alpha_zero)
 
 
 class _Source:
@@ -57,9 +67,11 @@ class _Source:
         if allow_pickle and path.suffix in (".pt", ".ckpt", ".bin", ".pth"):
             loaded = container.unpickle(path)
             self.metadata: Mapping[str, str] = {}
+            self.size = sum(tensor.nbytes for tensor in loaded.values())
             names, self._tensor = list(loaded), loaded.__getitem__
         else:
             file = container.read(path)
+            self.size = sum(info.size for info in file.infos.values())
             self.metadata, names, self._tensor = file.metadata, list(file.infos), file.tensor
         self.keys = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)]
         for pattern in ignore:
@@ -72,10 +84,12 @@ class _Source:
         return self._tensor(key)
 
     def factor(self, key: str) -> Tensor:
-        """A tensor of an adapter, which must be of real numbers."""
+        """A tensor of an adapter, which must be of real numbers, and of some."""
         tensor = self[key]
         if not tensor.is_floating_point():
             raise FileError(f"{self.path}: {key} is {tensor.dtype}, floating point was expected")
+        if not tensor.numel():
+            raise FileError(f"{self.path}: {key} of shape {tuple(tensor.shape)} has nothing in it")
         return tensor
 
     def number(self, key: str) -> float:
@@ -106,24 +120,26 @@ def _native(source: _Source) -> Bundle:
 
     return Bundle(
         "native",
-        Patches(header.records, patch),
+        Patches(source.path, header.records, patch),
         header.name,
         base=header.base,
         portable=header.portable,
         unclaimed=tuple(owned.get(None, ())),
         training=header.training,
         metadata=source.metadata,
+        size=source.size,
     )
 
 
 def _peft(source: _Source, config: Mapping[str, Any]) -> Bundle:
     modules, unknown = peft.modules(source.keys)
     _refuse_unknown(source.path, unknown)
+    scale = peft.scale_of(config)
 
     def patch(module: str) -> Patch:
-        return peft.patch(module, {role: source.factor(key) for role, key in modules[module].items()}, config)
+        return peft.patch(module, {role: source.factor(key) for role, key in modules[module].items()}, config, scale)
 
-    return Bundle("peft", Patches(modules, patch), metadata=source.metadata)
+    return Bundle("peft", Patches(source.path, modules, patch), metadata=source.metadata, size=source.size)
 
 
 def _foreign(source: _Source, dora_axis: str | None, alpha_zero: str | None) -> Bundle:
@@ -167,7 +183,11 @@ def _foreign(source: _Source, dora_axis: str | None, alpha_zero: str | None) -> 
         raise FileError(f"{source.path}: {lonely[0]} has an alpha and nothing it is the alpha of")
     dotted = any("." in module for module in modules)
     return Bundle(
-        "diffusers" if dotted else "kohya", Patches(matrices, patch), vectors=vectors, metadata=source.metadata
+        "diffusers" if dotted else "kohya",
+        Patches(source.path, matrices, patch),
+        vectors=vectors,
+        metadata=source.metadata,
+        size=source.size,
     )
 
 
@@ -220,19 +240,19 @@ def _refuse_unknown(path: Path, unknown: Sequence[str]) -> None:
 
 def _peft_config(path: Path) -> dict[str, Any] | None:
     """The configuration of a folder of PEFT, or of the weights in one."""
-    if path.is_dir():
-        if not (path / peft.CONFIG).is_file():
+    if os.path.isdir(path):
+        if not os.path.isfile(path / peft.CONFIG):
             raise FileError(f"{path} is a folder without {peft.CONFIG}: name an adapter file, or a folder PEFT wrote")
         return peft.read_config(path / peft.CONFIG)
     beside = path.with_name(peft.CONFIG)
-    return peft.read_config(beside) if path.name == peft.WEIGHTS and beside.is_file() else None
+    return peft.read_config(beside) if path.name == peft.WEIGHTS and os.path.isfile(beside) else None
 
 
 def _weights_in(folder: Path, allow_pickle: bool) -> Path:
-    if (folder / peft.WEIGHTS).is_file():
+    if os.path.isfile(folder / peft.WEIGHTS):
         return folder / peft.WEIGHTS
     pickled = folder / "adapter_model.bin"
-    if pickled.is_file() and allow_pickle:
+    if os.path.isfile(pickled) and allow_pickle:
         return pickled
-    also = ", only a pickle, which allow_pickle=True reads as data" if pickled.is_file() else ""
+    also = ", only a pickle, which allow_pickle=True reads as data" if os.path.isfile(pickled) else ""
     raise FileError(f"{folder} has no {peft.WEIGHTS}{also}")

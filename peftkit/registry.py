@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -20,6 +19,9 @@ AdapterType = TypeVar("AdapterType", bound=type[Adapter])
 
 _CLASSES: dict[str, type[Adapter]] = {}
 _ALIASES: dict[str, str] = {}
+
+#: what fp32 holds; NaN is not below it, nor is an integer that no float can hold
+_LARGEST = torch.finfo(torch.float32).max
 
 #: options that turn any additive adapter into the inner part of a weight decomposition
 _DECOMPOSITION = ("axis", "detach_norm")
@@ -110,13 +112,14 @@ def _check_types(cls: type[Adapter], options: dict[str, Any]) -> None:
 
 def _is_a(value: object, declared: Any) -> bool:
     if declared is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
     if declared is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if isinstance(declared, type) and get_origin(declared) is None:
         return isinstance(value, declared)
     if get_origin(declared) is tuple:
-        return isinstance(value, (tuple, list)) and all(map(_is_a, value, get_args(declared)))
+        kinds = get_args(declared)
+        return isinstance(value, (tuple, list)) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
     return True
 
 

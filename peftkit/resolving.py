@@ -24,6 +24,8 @@ _FILE_PREFIXES = (
     "transformer.",
     "unet.",
 )
+#: how many names are compared with all there are, which takes long
+HINTS = 8
 #: the text encoders of a pipeline by the prefixes of their modules in files
 _TEXT_ENCODERS = {
     "text_encoder": ("lora_te_", "lora_te1_"),
@@ -70,6 +72,7 @@ class Resolver:
         for spelled, found in self._dotted.items():
             self._underscored[spelled.replace(".", "_")] |= found
         self._places = places
+        self._hints = HINTS
 
     def __call__(self, name: str, families: Sequence[Family] = ()) -> tuple[Part, ...]:
         """() for a name that means nothing here."""
@@ -84,8 +87,9 @@ class Resolver:
         return ()
 
     def hint(self, name: str) -> str:
-        """The paths that come near a name, for a message."""
-        return near(name, self._dotted)
+        """The paths that come near a name, for a message; "" after the first few, which are all that one shows."""
+        self._hints -= 1
+        return near(name, self._dotted) if self._hints >= 0 else ""
 
     def _by_path(self, name: str) -> Part | None:
         for table in (self._dotted, self._underscored):

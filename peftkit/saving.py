@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,7 +68,7 @@ def save(
             )
             for site, at in own.items()
         },
-        base={site: samples(at.base) for site, at in own.items()},
+        base={site: print_ for site, at in own.items() if np.isfinite(print_ := samples(at.base)).all()},
         portable=portable,
         training=dict(training or {}),
         version=__version__,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from peftkit.formats.native import Header, Record
 from peftkit.formats.patch import Bundle
 from peftkit.formats.targets import Target
 from peftkit.geometry import Shape
-from peftkit.reading import read
 from peftkit.spelling import Spelled, structure_of
 
 #: how entries begin that other tensors make untrue
@@ -160,23 +158,22 @@ def peft_type(pieces: Sequence[Piece]) -> tuple[str, dict[str, Any]] | None:
 
 
 def write_deltas(
-    like: str | os.PathLike[str],
+    like: Bundle,
     out: Path,
     deltas: Sequence[tuple[str, Shape, Delta]],
     dtype: torch.dtype | None,
     transposed: Collection[str] = (),
 ) -> int:
-    """Write ΔW by modules' names in the format of another file; returns the bytes of its tensors.
+    """Write ΔW by modules' names in the format of another bundle; returns the bytes of its tensors.
 
     transposed: the modules that are transposed convolutions, which only this library's own format can say.
     """
-    bundle = read(like)
     named = [(name, shape, delta if structure_of(delta) else Dense(delta.dense())) for name, shape, delta in deltas]
-    if bundle.format == "native":
-        base = {name: bundle.base[name] for name, _, _ in named if name in bundle.base}
-        return write_native(out, named, base, bundle.name, dtype, bundle.training, transposed)
+    if like.format == "native":
+        base = {name: like.base[name] for name, _, _ in named if name in like.base}
+        return write_native(out, named, base, like.name, dtype, like.training, transposed)
     spelled = [(name, Spelled("exact", structure_of(delta), Additive(delta)), shape) for name, shape, delta in named]
-    if bundle.format == "peft":
+    if like.format == "peft":
         pieces = [Piece(peft.PREFIX + name, own, shape) for name, own, shape in spelled]
         found = peft_type(pieces)
         if found is None:
@@ -186,11 +183,11 @@ def write_deltas(
             write_peft(folder, pieces, *found, dtype)
         return sum(info.size for info in container.read(out / peft.WEIGHTS).infos.values())
     pieces = [Piece(name, own, shape) for name, own, shape in spelled]
-    plain = bundle.format == "diffusers" and all(own.structure == "lora" for _, own, _ in spelled)
+    plain = like.format == "diffusers" and all(own.structure == "lora" for _, own, _ in spelled)
     goal = targets.get("diffusers" if plain else "comfyui")
     tensors = tensors_of(pieces, goal, shared_alpha(pieces) or 1.0, dtype, out)
     _require_safetensors(out)
-    container.write(out, tensors, _kept(bundle))
+    container.write(out, tensors, _kept(like))
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

@@ -129,7 +129,7 @@ class Place:
 
     def for_model(self, path: Path) -> Path:
         """Where a model goes: a file for a file, a folder for a folder."""
-        return self.out_folder if path.is_dir() else self.out
+        return self.out_folder if os.path.isdir(path) else self.out
 
     def listing(self) -> dict[str, tuple[int, int]]:
         """All that is here, with what changes when it is written."""
@@ -1159,7 +1159,7 @@ def bombs() -> dict[str, Bomb]:
 
 
 def _into_the_other(path: Path, at: Place) -> Any:
-    other = at.folder / "other.safetensors"
+    other = at.folder.with_name(f"{at.folder.name}-other.safetensors")
     other.write_bytes(_strangers(True))
     return pk.merge_checkpoint(other, {path: 1.0}, at.out)
 
@@ -1172,7 +1172,7 @@ def _plan_on_the_other(path: Path, at: Place) -> Any:
 
 
 def _into_its_like(path: Path, at: Place) -> Any:
-    like = at.folder / "like.safetensors"
+    like = at.folder.with_name(f"{at.folder.name}-like.safetensors")
     like.write_bytes(safetensors({f"{'ba' * 20_000}{'c' * i}.weight": ones(1, 1) for i in range(3)}))
     return pk.merge_checkpoint(like, {path: 1.0}, at.out)
 

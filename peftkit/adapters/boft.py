@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapter import Adapter, factory, require
-from peftkit.adapters.oft import skew_blocks
+from peftkit.adapters.oft import bound_on_norm, skew_blocks
 from peftkit.delta import Butterfly
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
@@ -17,8 +17,8 @@ from peftkit.registry import register
 
 def butterfly_block(size: int, bound: int) -> int | None:
     """The largest even b ≤ bound with size/b a power of two, as LyCORIS splits it; None if there is none."""
-    fitting = (b for b in range(min(size, bound) // 2 * 2, 1, -2) if size % b == 0)
-    return next((b for b in fitting if (size // b) & (size // b - 1) == 0), None)
+    halvings = (size >> i for i in range(size.bit_length()) if size % (1 << i) == 0)
+    return next((b for b in halvings if b <= bound and b % 2 == 0), None)
 
 
 @register("boft")
@@ -51,7 +51,6 @@ class BOFT(Adapter):
     ) -> None:
         super().__init__()
         require(block_size > 1, "boft", "block_size", block_size, "an integer above 1")
-        require(constraint is None or constraint > 0, "boft", "constraint", constraint, "a positive number, or None")
         b = butterfly_block(shape.rows, block_size)
         if b is None:
             raise OptionError(
@@ -62,7 +61,7 @@ class BOFT(Adapter):
         most = blocks.bit_length()
         count = most if stages is None else stages
         require(0 < count <= most, "boft", "stages", stages, f"a number from 1 to {most}, or None for all")
-        self.size, self.bound = b, None if constraint is None else constraint * shape.rows
+        self.size, self.bound = b, bound_on_norm("boft", constraint, shape.rows)
         new = factory(weight)
         self.skew = nn.Parameter(torch.zeros(count, blocks, b * (b - 1) // 2, **new))
         self.rescale = nn.Parameter(torch.ones(shape.rows, **new)) if rescale else None

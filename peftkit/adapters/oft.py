@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,18 @@ from peftkit.registry import register
 
 def divisor_at_most(size: int, bound: int) -> int:
     """The largest divisor of size that is at most bound."""
-    return next(d for d in range(min(size, bound), 0, -1) if size % d == 0)
+    small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
+    return max(d for d in (*small, *(size // d for d in small)) if d <= bound)
+
+
+def bound_on_norm(kind: str, constraint: float | None, size: int) -> float | None:
+    """The bound on ‖Q‖_F that a constraint means for so many rotated coordinates."""
+    if constraint is None:
+        return None
+    limits = torch.finfo(torch.float32)
+    fits = limits.tiny <= constraint * size <= limits.max
+    require(fits, kind, "constraint", constraint, f"None, or a positive number that float32 holds {size} times")
+    return constraint * size
 
 
 @register("oft")
@@ -58,8 +70,8 @@ class OFT(Adapter):
         super().__init__()
         require(side in ("out", "in"), "oft", "side", side, "'out' or 'in'")
         require(path in ("linear", "geodesic"), "oft", "path", path, "'linear' or 'geodesic'")
-        require(constraint is None or constraint > 0, "oft", "constraint", constraint, "a positive number, or None")
-        require(terms is None or terms > 1, "oft", "terms", terms, "an integer above 1, or None to solve for R")
+        sensible = terms is None or 1 < terms <= 1000
+        require(sensible, "oft", "terms", terms, "an integer from 2 to 1000, or None to solve for R")
         if block_size is not None and blocks is not None:
             raise OptionError(f"oft: block_size={block_size} and blocks={blocks} were given; give one of them")
         size = shape.rows if side == "out" else shape.columns
@@ -78,7 +90,7 @@ class OFT(Adapter):
                 f"or side={'in' if side == 'out' else 'out'!r}"
             )
         self.side, self.geodesic, self.size, self.terms = side, path == "geodesic", b, terms
-        self.bound = None if constraint is None else constraint * size
+        self.bound = bound_on_norm("oft", constraint, size)
         new = factory(weight)
         self.skew = nn.Parameter(torch.zeros(size // b, b * (b - 1) // 2, **new))
         self.rescale = nn.Parameter(torch.ones(size, **new)) if rescale else None

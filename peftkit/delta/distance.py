@@ -38,6 +38,17 @@ def distance(delta: Delta, other: Delta) -> tuple[float, float]:
     return math.sqrt(gap), math.sqrt(norm)
 
 
+@torch.no_grad()
+def norm(delta: Delta) -> float:
+    """‖ΔW‖, in float64: factors of any size neither overflow nor vanish."""
+    low = _low_rank(delta)
+    if low is not None:
+        return _root(low.sqnorm())
+    if isinstance(delta, Kron):
+        return math.sqrt(_square(delta.C) * _square(delta.D))
+    return math.sqrt(sum(_square(delta.rows(block)) for block in row_blocks(*delta.shape, delta.row_multiple)))
+
+
 def _low_rank(delta: Delta) -> LowRank | None:
     """The factors in float64, None where there are none or too many."""
     low = delta.khatri_rao() if isinstance(delta, Hadamard) and delta.rank**2 <= _RANKS else delta

@@ -8,21 +8,26 @@ which the reference writer leaves to a hash map's seed.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
+import pickletools
 import secrets
 import shutil
 import struct
 import sys
+import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from pickle import UnpicklingError
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -53,7 +58,12 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 
+#: what a damaged pickle makes torch's unpickler raise
+_STUMBLES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, EOFError, OSError)
+_STUMBLES += (RuntimeError, struct.error)
+
 #: how files of pickles begin: a zip archive, and the protocols 2 to 5
+_PICKLES_IN_A_FILE = 5  # of the format before archives: a number, a version, a system, the objects, the keys
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -97,7 +107,7 @@ class Container:
         if not info.numel:
             return torch.empty(info.shape, dtype=dtype)
         bits = torch.empty(info.size, dtype=torch.uint8) if into is None else into[: info.size]
-        with self.path.open("rb") as file:
+        with opened(self.path) as file:
             file.seek(self.data + info.start)
             if file.readinto(bits.numpy().data) != info.size:
                 raise FileError(f"{self.path} ended inside {name}: it was cut off after its header was read")
@@ -107,11 +117,13 @@ class Container:
         """A few entries of one tensor, in the order of its memory, without reading the rest."""
         info = self.infos[name]
         dtype = DTYPES[info.dtype]
-        with self.path.open("rb") as file:
-            chunks = []
+        chunks = []
+        with opened(self.path) as file:
             for i in index:
                 file.seek(self.data + info.start + i * dtype.itemsize)
                 chunks.append(file.read(dtype.itemsize))
+        if any(len(chunk) != dtype.itemsize for chunk in chunks):
+            raise FileError(f"{self.path} ended inside {name}: it was cut off after its header was read")
         return torch.frombuffer(bytearray(b"".join(chunks)), dtype=dtype)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -121,7 +133,7 @@ class Container:
     def copy(self, name: str, to: BinaryIO) -> None:
         """Append a tensor's bytes to another file, undecoded."""
         info = self.infos[name]
-        with self.path.open("rb") as file:
+        with opened(self.path) as file:
             file.seek(self.data + info.start)
             _copy_bytes(file, to, info.size, self.path)
 
@@ -138,10 +150,8 @@ def read(path: str | os.PathLike[str]) -> Container:
     sizes that do not fit shapes, overlaps, holes, trailing bytes. Never unpickles.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileError(f"there is no file {path}")
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         sound = 2 <= length <= min(MAX_HEADER, size - 8)
@@ -168,6 +178,41 @@ def read(path: str | os.PathLike[str]) -> Container:
             f"{path} holds {size - 8 - length} bytes of tensors, its header says {end}: it is damaged or cut off"
         )
     return Container(path, infos, metadata, 8 + length)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """A file to read from; FileError for what is none (a pipe would never end) and for what cannot be read."""
+    if not os.path.isfile(path):  # unlike Path.is_file, no name is too long or too odd for it
+        raise FileError(f"there is no file {path}, or it may not be read")
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise FileError(f"{path} could not be read: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a small JSON file beside a model holds."""
+    with opened(path) as file:
+        text = file.read()
+    return parse(text, path)
+
+
+def parse(text: bytes | str, path: object) -> Any:
+    """JSON in which no object has a key twice; FileError otherwise. path: for the error."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise ValueError(f"{twice!r} is in it twice")
+        return found
+
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} is not sound JSON: {error}") from None
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -219,7 +264,7 @@ def digest(path: Path, start: int, stop: int) -> str:
     """sha256, in hex, of a file's bytes from start to stop."""
     hasher = hashlib.sha256()
     left = stop - start
-    with path.open("rb") as file:
+    with opened(path) as file:
         file.seek(start)
         while left > 0 and (block := file.read(min(CHUNK, left))):
             hasher.update(block)
@@ -233,7 +278,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     _require_folder(path)
     if path.is_dir():
         raise FileError(f"{path} is a folder, a file was expected")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("xb") as file:
             yield file
@@ -244,7 +289,8 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise FileError(f"{path} could not be written: {error}; what was there before is unchanged") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -253,7 +299,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     _require_folder(path)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise FileError(f"{path} is there already: name a new folder, or remove it first")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     try:
         temporary.mkdir()
         yield temporary
@@ -273,25 +319,85 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def unpickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a .pt, .ckpt or .bin file, read as data: an object that is not a plain tensor is refused."""
+    with opened(path) as file:
+        _refuse_bombs(file, path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of protocols that it may not know: it says so if it does not
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise FileError(f"{path} holds more than tensors, or is damaged; what else it does was not run") from error
-    except (RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError, AttributeError) as error:
+    except _STUMBLES as error:
         raise FileError(f"{path} could not be read as data: {(str(error) or repr(error)).splitlines()[0]}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
         raise FileError(f"{path} holds a {type(loaded).__name__}, a dictionary of tensors was expected")
-    return {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    found: dict[str, Tensor] = {}
+    for key, value in loaded.items():
+        if not isinstance(value, Tensor):
+            if _holds_tensors(value):
+                raise FileError(
+                    f"{path}: {str(key)!r:.60} holds tensors inside a {type(value).__name__}; it is not read"
+                )
+            continue
+        if str(key) in found:
+            raise FileError(f"{path}: {str(key)!r:.60} is in it twice")
+        plain = value.layout == torch.strided and value.device.type == "cpu"
+        if not plain or value.untyped_storage().nbytes() < value.nbytes:
+            raise FileError(f"{path}: {str(key)!r:.60} is no plain tensor, or it holds fewer numbers than it says")
+        found[str(key)] = value.detach()
+    return found
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
+def _refuse_bombs(file: BufferedReader, path: Path) -> None:
+    """Refuse pickles that would take far more memory than their file: torch neither compresses nor asks for zeros."""
+    pickles: list[IO[bytes]] = [file]
+    if zipfile.is_zipfile(file):
+        try:
+            archive = zipfile.ZipFile(file)
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise FileError(f"{path} could not be read as data: {error}") from error
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise FileError(f"{path} is a compressed archive, which torch does not write; it was not unpacked")
+        pickles = [io.BytesIO(archive.read(entry)) for entry in entries if entry.filename.endswith(".pkl")]
+    else:
+        file.seek(0)
+    for stream in pickles:
+        try:
+            for _ in range(_PICKLES_IN_A_FILE):
+                for operation, argument, _ in pickletools.genops(stream):
+                    if operation.name in ("GLOBAL", "INST") and str(argument).endswith(" bytearray"):
+                        raise FileError(f"{path} asks for memory and not for tensors; it was not unpickled")
+        except (ValueError, EOFError, UnicodeError):  # damaged, or the raw numbers after the last one: torch will say
+            continue
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether there is a tensor anywhere inside. Nothing here is called again for its parts: they may be deep."""
+    left, seen = [value], set[int]()
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            return True
+        if isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))
+            left += [*value.keys(), *value.values()] if isinstance(value, dict) else value
+    return False
+
+
 def _require_folder(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise FileError(f"there is no folder {path.parent} to write {path.name} in")
+    if "\0" in str(path) or not os.path.isdir(path.parent):
+        raise FileError(f"there is no folder {path.parent} to write {path.name!r} in")
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside a file that is no longer than its own may be."""
+    return path.with_name(f".peftkit.{secrets.token_hex(4)}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -319,19 +425,7 @@ def _copy_bytes(source: BinaryIO, target: BinaryIO, size: int, path: Path) -> No
 
 
 def _parse(text: bytes, path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise FileError(f"the header of {path} is damaged: {twice!r} is in it twice")
-        return found
-
-    try:
-        value = json.loads(text.decode(), object_pairs_hook=unique)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError(f"{path} is not a safetensors file: its header is not JSON ({error})") from None
+    value = parse(text, f"the header of {path}")
     if not isinstance(value, dict) or not text.startswith(b"{"):
         raise FileError(f"{path} is not a safetensors file: its header is not a JSON object")
     return value

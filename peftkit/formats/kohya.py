@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkit import registry
 from peftkit.errors import AmbiguousFileError, FileError
 from peftkit.formats.patch import Patch
 from peftkit.geometry import Shape
@@ -143,6 +144,7 @@ def alpha_scale(alphas: Mapping[str, float], zero: str | None) -> Scale:
 def _lora(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
     _require(module, t, {"up", "down"}, {"mid"})
     up, down, mid = t["up"], t["down"], t.get("mid")
+    _refuse_unless(2 <= down.dim() <= 5, module, f"lora_down of shape {tuple(down.shape)} is no layer's")
     _refuse_unless(up[0, 0].numel() == 1, module, "lora_up is a kernel larger than 1")
     B, rank = up.flatten(1), down.shape[0]
     _refuse_unless(B.shape[1] == rank, module, f"lora_up has {B.shape[1]} ranks, lora_down {rank}")
@@ -219,6 +221,9 @@ def _oft(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
     """Blocks A of kohya and LyCORIS: Q = A − Aᵀ, W' = Rᵀ·W on output rows, so this library's Q is Aᵀ − A."""
     _require(module, t, {"oft_blocks"}, {"rescale"})
     A = t["oft_blocks"]
+    _refuse_unless(A.dim() in (3, 4) and A.shape[-1] == A.shape[-2] > 1, module, "oft_blocks are no square blocks")
+    size = A.shape[-3] * A.shape[-1]
+    _refuse_unless("rescale" not in t or t["rescale"].numel() == size, module, f"rescale has not {size} factors")
     if A.dim() == 4:
         return _boft(t, scale(module, None))
     n, b, _ = A.shape
@@ -279,6 +284,7 @@ def _ia3(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
     """LyCORIS' additive gate: ΔW = w∘W along outputs, or inputs where `on_input` says so."""
     del scale
     _require(module, t, {"ia3_weight", "on_input"}, set())
+    _refuse_unless(t["on_input"].numel() == 1 and t["on_input"].item() in (0, 1), module, "on_input is not 0 or 1")
     gate, on_input = t["ia3_weight"].flatten(), bool(t["on_input"].item())
     shape = Shape(0, len(gate)) if on_input else Shape(len(gate), 0)
     side = "in" if on_input else "out"
@@ -299,11 +305,15 @@ _READERS: tuple[tuple[set[str], Callable[[str, Mapping[str, Tensor], Scale], Pat
 
 def _decompose(module: str, inner: Patch, found: Mapping[str, Tensor], told: str | None) -> Patch:
     """DoRA around another adapter. Its vector's shape says which axis it is for: (rows, 1, …) or (1, channels, …)."""
+    if registry.get(inner.kind).reads_base:
+        raise FileError(f"{module}: a DoRA around {inner.kind}, whose change depends on the base, is not read")
     if len(found) > 1:
         raise FileError(f"{module}: dora_scale and lora_magnitude_vector are both there, one was expected")
     ((role, vector),) = found.items()
     rows = inner.shape.rows
     per_output = vector.dim() > 1 and vector.numel() == vector.shape[0] == rows and rows > 1
+    if role == "magnitude" and vector.numel() != rows:
+        raise FileError(f"{module}: {vector.numel()} magnitudes for {rows} outputs")
     if role == "magnitude" or per_output:  # PEFT's is per output whatever its shape, (rows,) or (1, rows, 1, 1)
         axis = "out"
     elif vector.dim() > 1 and vector.numel() == vector.shape[1] and vector.shape[0] == 1 and rows > 1:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from peftkit.errors import about
 from peftkit.geometry import Shape
 
 
@@ -41,15 +43,16 @@ class Patch:
 
 
 class Patches(Mapping[str, Patch]):
-    """Patches by name, each read from its file when it is asked for and not kept."""
+    """Patches by name, each read from its file when it is asked for and not kept. path: for the errors."""
 
-    def __init__(self, names: Iterable[str], read: Callable[[str], Patch]) -> None:
-        self._names, self._read = tuple(names), read
+    def __init__(self, path: Path, names: Iterable[str], read: Callable[[str], Patch]) -> None:
+        self._path, self._names, self._read = path, dict.fromkeys(names), read
 
     def __getitem__(self, name: str) -> Patch:
         if name not in self._names:
             raise KeyError(name)
-        return self._read(name)
+        with about(self._path):
+            return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -64,7 +67,8 @@ class Bundle:
 
     format: "native", "kohya", "diffusers" or "peft". vectors: changes of biases and norms, which are not matrices, by
     "module.bias" or "module.weight". base: fingerprints of the weights it was trained on. portable: whether derived
-    tensors are in the file. unclaimed: tensors of a native file that its header does not mention.
+    tensors are in the file. unclaimed: tensors of a native file that its header does not mention. size: of all tensors,
+    in bytes.
     """
 
     format: str
@@ -76,3 +80,4 @@ class Bundle:
     unclaimed: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    size: int = 0
