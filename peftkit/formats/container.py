@@ -62,8 +62,10 @@ NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype
 _STUMBLES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, EOFError, OSError)
 _STUMBLES += (RuntimeError, struct.error)
 
+#: of the format before archives: a number, a version, a system, the objects, the keys
+_PICKLES_IN_A_FILE = 5
+
 #: how files of pickles begin: a zip archive, and the protocols 2 to 5
-_PICKLES_IN_A_FILE = 5  # of the format before archives: a number, a version, a system, the objects, the keys
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
