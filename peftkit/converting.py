@@ -236,8 +236,7 @@ def _combine(
     found = list(dict.fromkeys(name for items, _ in files for name in items))
     own_names = [item.name for item in files[0][0].values()]
     generator = torch.Generator().manual_seed(seed)
-    results: dict[str, tuple[Item, Delta]] = {}
-    report: list[Converted] = []
+    results: list[tuple[Item, str, Delta, Delta]] = []  # what it is, of which kinds, the sum, what is written of it
     for name in found:
         own = [(items[name], weight) for items, weight in files if name in items]
         first = own[0][0]
@@ -251,13 +250,17 @@ def _combine(
                 result = _truncated(result, keep)
             truth = deltas[0] if len(deltas) == 1 else _sum(deltas, cat=True)
             named = first.name if first.name in own_names else _renamed(first.name, own_names, name)
-            results[name] = replace(first, name=named), result
             kinds = "+".join(item.adapter.kind for item, _ in own)
-            report.append(Converted(named, kinds, _shown(result), _relative(truth, cast(result, dtype))))
-    written = [(item.name, item.shape, delta) for item, delta in results.values()]
-    transposed = [item.name for item, _ in results.values() if item.transposed]
+            results.append((replace(first, name=named), kinds, truth, result))
+    alpha = _alpha(bundles[0], [result for *_, result in results])
+    report = tuple(
+        Converted(item.name, kinds, _shown(result), _relative(truth, cast(result, dtype, alpha)))
+        for item, kinds, truth, result in results
+    )
+    written = [(item.name, item.shape, result) for item, _, _, result in results]
+    transposed = [item.name for item, *_ in results if item.transposed]
     after = write_deltas(bundles[0], out, written, dtype, transposed)
-    return ConvertReport(out, tuple(report), sum(bundle.size for bundle in bundles), after)
+    return ConvertReport(out, report, sum(bundle.size for bundle in bundles), after)
 
 
 # -- ΔW to ΔW ----------------------------------------------------------------------------------------------------------

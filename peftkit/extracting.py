@@ -113,6 +113,10 @@ def extract(
     before, after = open_base(base, allow_pickle=allow_pickle), open_base(tuned, allow_pickle=allow_pickle)
     _require_same_model(before, after)
     patterns = [targets] if isinstance(targets, str) else list(targets)
+
+    def targeted(*names: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
     deltas: list[tuple[str, Shape, Delta]] = []
     prints: dict[str, np.ndarray] = {}
     weights: list[Extracted] = []
@@ -125,8 +129,8 @@ def extract(
     done = 0
     for key in before.where:
         info = before.info(key)
-        wanted = [(n, p) for n, p in places[key] if any(fnmatch.fnmatchcase(s, t) for s in (n, key) for t in patterns)]
-        if info.dtype in FLOATS and (wanted or not places[key]):
+        wanted = [(name, part) for name, part in places[key] if targeted(name, key)]
+        if info.dtype in FLOATS and (wanted or (not places[key] and targeted(key))):
             W, X = _difference(before, after, key)
             norm = float(torch.linalg.vector_norm(X, dtype=torch.float64))
             if not math.isfinite(norm):

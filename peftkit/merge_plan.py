@@ -100,14 +100,14 @@ class MergePlan:
 
     @property
     def memory(self) -> int:
-        """Bytes the merge needs beside the interpreter, at most: three times the largest tensor it changes."""
-        return 3 * max((self.base.info(key).size for key in self.touched), default=0)
+        """Bytes the merge may need beside the interpreter: three times the largest tensor it changes, and 100 MB."""
+        return 3 * max((self.base.info(key).size for key in self.touched), default=0) + 100_000_000
 
     def __str__(self) -> str:
         total, touched = len(self.base.where), self.touched
         lines = [
             f"{self.base.path}: {total} tensors, {self.base.size / 1e9:.2f} GB; {len(touched)} of them change, "
-            f"at most {self.memory / 1e6:.0f} MB at a time"
+            f"in at most {self.memory / 1e6:.0f} MB of memory"
         ]
         for file in self.bundles:
             own = [p for p in self.patches if p.file == file]

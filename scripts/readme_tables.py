@@ -53,7 +53,7 @@ def adapters_table() -> str:
     for name, formula, kind, options, when in ADAPTERS:
         count = pk.plan(nn.Linear(768, 768, device="meta"), kind, **options).parameters
         shown = ", ".join(f"{k}={v}" for k, v in options.items() if k != "decompose")
-        rows.append(f"| {name} | {formula} | `{shown}` | {count:,} | {when} |")
+        rows.append(f"| {name} | {formula} | {f'`{shown}`' if shown else ''} | {count:,} | {when} |")
     return "\n".join(rows)
 
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from peftkit.formats.targets import TARGETS
 from tests.files import ALL_LAYERS, LAYERS, Outcome, cell, exists
+from tests.zoo import ADAPTERS
 
 #: title -> the cases of tests/zoo.py; those after the first by what sets them apart
 ROWS: dict[str, dict[str, str]] = {
@@ -111,10 +112,11 @@ def _refusals() -> list[str]:
     for layer, title in RARE.items():
         refusals: dict[str, list[str]] = {}
         for target in TARGETS:
-            outcomes = [cell(case, target, layer) for case in cases if exists(case, layer)]
-            refused = [outcome for outcome in outcomes if outcome.how == "refused"]
+            outcomes = {case: cell(case, target, layer) for case in cases if exists(case, layer)}
+            refused = [outcome for outcome in outcomes.values() if outcome.how == "refused"]
             if refused:
-                part = "" if len(refused) == len(outcomes) else f" ({len(refused)} of {len(outcomes)} kinds)"
+                read = dict.fromkeys(f"`{ADAPTERS[c].kind}`" for c, o in outcomes.items() if o.how != "refused")
+                part = f" (except {', '.join(read)})" if read else ""
                 own = TARGETS[target].title
                 reason = refused[0].note.removeprefix(f"{ALL_LAYERS[layer].path}: ").replace(own, "it")
                 refusals.setdefault(reason, []).append(own + part)

@@ -1634,7 +1634,7 @@ def test_a_plan_says_what_will_be_done(tmp_path: Path) -> None:
     ]
     assert plan.table().row_count == 3
     assert "3 of them change" in str(plan) and "0.7" in str(plan) and "-0.5" in str(plan)
-    assert plan.memory == 3 * 12 * 8 * 4
+    assert plan.memory == 3 * 12 * 8 * 4 + 100_000_000
 
 
 def test_a_pickled_base_is_refused_unless_it_may_be_read_as_data(tmp_path: Path) -> None:

@@ -148,13 +148,17 @@ def test_a_program_reads_the_models_own_change(adapter: str, target: str, layer:
     assert outcome.how == HOW_ON.get((adapter, target, layer), HOW[adapter, target]), outcome
 
 
+DECOMPOSED = [name for name, case in ADAPTERS.items() if case.options.get("decompose")]
+
+
 @pytest.mark.parametrize("adapter, target, layer", RARE_CELLS)
 def test_on_other_convolutions_a_program_reads_the_same_or_the_reason_is_given(
     adapter: str, target: str, layer: str
 ) -> None:
     """Nobody reads a transposed convolution, and sd-scripts only Linear and Conv2d.
 
-    LoRA's factors are of the whole convolution in sd-scripts, diffusers and PEFT, not of a group.
+    LoRA's factors are of the whole convolution in sd-scripts, diffusers and PEFT, not of a group; those of PEFT's LoHa
+    and LoKr are of its weight.
     """
     outcome = cell(adapter, target, layer)
     unread = {
@@ -163,7 +167,9 @@ def test_on_other_convolutions_a_program_reads_the_same_or_the_reason_is_given(
         "grouped": ("kohya", "diffusers", "peft"),
         "transposed": TARGETS,
     }
-    assert (outcome.how == "refused") == (target in unread[layer]), outcome
+    factors = ADAPTERS[adapter].kind in ("loha", "lokr") and adapter not in ("lokr as told", *DECOMPOSED)
+    of_weight = (target, layer) == ("peft", "grouped") and factors
+    assert (outcome.how == "refused") == (target in unread[layer] and not of_weight), outcome
 
 
 @EACH_TARGET
@@ -923,6 +929,18 @@ def test_peft_itself_computes_what_we_do(adapter: str, tmp_path: Path) -> None:
     theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "adapter")).eval()
     adapted = [name for name, module in theirs.named_modules() if isinstance(module, BaseTunerLayer)]
     assert sorted(adapted) == sorted(w.written for w in report.weights)
+    require_same_forward(model(x), theirs(x), base(x))
+
+
+@pytest.mark.parametrize("adapter", ["loha", "lokr", "lokr rank"])
+@torch.no_grad()
+def test_peft_itself_computes_what_we_do_on_a_grouped_convolution(adapter: str, tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, groups=2))
+    model, x = copy.deepcopy(base), torch.randn(2, 8, 5, 5)
+    pk.wrap(model, ADAPTERS[adapter].kind, **ADAPTERS[adapter].options)
+    train(model, size=0.2)
+    pk.export(model, tmp_path / "adapter", "peft")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "adapter")).eval()
     require_same_forward(model(x), theirs(x), base(x))
 
 

@@ -51,7 +51,8 @@ class Target:
             return "A1111 fails on (IA)³ of a convolution's outputs"
         if structure == "glora" and spatial and self.name == "a1111":
             return "A1111 fails on GLoRA of a convolution"
-        if shape.groups > 1 and self.name in ("kohya", "diffusers", "peft"):
+        of_outputs = self.name == "peft" and structure in ("loha", "lokr")  # made from the weight's own shape
+        if shape.groups > 1 and self.name in ("kohya", "diffusers", "peft") and not of_outputs:
             return f"{self.title} gives the adapter of a grouped convolution another meaning"
         return None
 
