@@ -608,8 +608,14 @@ def test_a_kohya_file_stays_one_with_the_same_module_names(kind: str, verb: str,
 def test_the_errors_reported_are_those_of_a_kohya_file_in_16_bits(dtype: torch.dtype, tmp_path: Path) -> None:
     """Whose ranks differ, so that some factors are scaled to the alpha they share before they are rounded."""
     file = kohya_file(tmp_path / "a.safetensors", ragged_hands())
+    twin = kohya_file(tmp_path / "twin.safetensors", ragged_hands())
     out, expected = tmp_path / "out.safetensors", true_deltas(ragged_hands())
-    for verb in (lambda: pk.convert(file, out, "lora", dtype=dtype), lambda: pk.resize(file, out, rank=3, dtype=dtype)):
+    verbs: tuple[Callable[[], Any], ...] = (
+        lambda: pk.convert(file, out, "lora", dtype=dtype),
+        lambda: pk.resize(file, out, rank=3, dtype=dtype),
+        lambda: pk.combine({file: 0.25, twin: 0.75}, out, method="svd", energy=0.9, dtype=dtype),
+    )
+    for verb in verbs:
         report, found = verb(), read_as("a1111", out)
         assert len({m.after for m in report.modules}) > 1
         for m in report.modules:
