@@ -33,10 +33,9 @@ from peftkit.wrap import wrap as wrap
 
 if TYPE_CHECKING:
     from peftkit.checkpoint import merge_checkpoint as merge_checkpoint
+    from peftkit.combining import combine as combine
     from peftkit.converting import ConvertReport as ConvertReport
-    from peftkit.converting import combine as combine
     from peftkit.converting import convert as convert
-    from peftkit.converting import rescale as rescale
     from peftkit.converting import resize as resize
     from peftkit.exporting import ExportReport as ExportReport
     from peftkit.exporting import export as export
@@ -51,17 +50,20 @@ if TYPE_CHECKING:
     from peftkit.merge_plan import MergePlan as MergePlan
     from peftkit.merge_plan import plan_merge as plan_merge
     from peftkit.reading import read as read
+    from peftkit.rescaling import rescale as rescale
     from peftkit.saving import save as save
 
 _ON_FILES = {
     "peftkit.checkpoint": ("merge_checkpoint",),
-    "peftkit.converting": ("ConvertReport", "combine", "convert", "rescale", "resize"),
+    "peftkit.combining": ("combine",),
+    "peftkit.converting": ("ConvertReport", "convert", "resize"),
     "peftkit.exporting": ("ExportReport", "export"),
     "peftkit.extracting": ("ExtractReport", "extract"),
     "peftkit.inspection": ("Inspection", "diff", "doctor", "inspect"),
     "peftkit.loading": ("LoadReport", "load"),
     "peftkit.merge_plan": ("MergePlan", "plan_merge"),
     "peftkit.reading": ("read",),
+    "peftkit.rescaling": ("rescale",),
     "peftkit.saving": ("save",),
 }
 _MODULES = {name: module for module, names in _ON_FILES.items() for name in names}

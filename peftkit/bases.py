@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftkit.errors import FileError
 from peftkit.formats import container
 from peftkit.formats.container import Info
+from peftkit.formats.pickles import unpickle
 
 _PICKLED = (".pt", ".ckpt", ".bin", ".pth")
 
@@ -167,7 +168,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _shard(path: Path, allow_pickle: bool) -> Shard:
     if not (allow_pickle and path.suffix in _PICKLED):
         return container.read(path)
-    tensors = {key: tensor.contiguous() for key, tensor in container.unpickle(path).items()}
+    tensors = {key: tensor.contiguous() for key, tensor in unpickle(path).items()}
     unknown = [key for key, tensor in tensors.items() if tensor.dtype not in container.NAMES]
     if unknown:
         raise FileError(f"{path}: {unknown[0]} is {tensors[unknown[0]].dtype}, which safetensors cannot hold")

@@ -25,9 +25,9 @@ from rich.text import Text
 from peftkit import inspection
 from peftkit._version import __version__
 from peftkit.checkpoint import merge_checkpoint
-from peftkit.converting import KINDS, METHODS, ConvertReport, convert
-from peftkit.converting import combine as combine_files
-from peftkit.converting import rescale as rescale_file
+from peftkit.combining import METHODS
+from peftkit.combining import combine as combine_files
+from peftkit.converting import KINDS, ConvertReport, convert
 from peftkit.converting import resize as resize_file
 from peftkit.errors import OptionError, PeftkitError
 from peftkit.exporting import ExportReport
@@ -37,6 +37,7 @@ from peftkit.formats import container
 from peftkit.formats.targets import TARGETS
 from peftkit.merge_plan import MergePlan, plan_merge
 from peftkit.reading import Reading
+from peftkit.rescaling import rescale as rescale_file
 
 app = typer.Typer(
     help="Adapters in files: look into them, merge them, and turn them into what other programs read.",

@@ -13,14 +13,13 @@ import torch
 from rich.table import Table
 
 from peftkit.binding import bind, described, misfit, needs_base, stand_in
-from peftkit.converting import canonical, delta_of
 from peftkit.delta.distance import distance, norm
 from peftkit.errors import OptionError, PeftkitError
-from peftkit.exporting import items_of_file
 from peftkit.formats import names, targets
 from peftkit.formats.names import Family
 from peftkit.formats.patch import Bundle, Patch
 from peftkit.formats.targets import Target
+from peftkit.items import canonical, delta_of, items_of_file
 from peftkit.reading import Reading, read
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from peftkit.errors import AmbiguousFileError, FileError, MismatchError, OptionE
 from peftkit.formats import container, kohya, native, peft
 from peftkit.formats.kohya import Modules, Scale
 from peftkit.formats.patch import Bundle, Patch, Patches
+from peftkit.formats.pickles import unpickle
 
 #: the entry in which diffusers keeps PEFT's configurations, by component
 _DIFFUSERS = "lora_adapter_metadata"
@@ -65,7 +66,7 @@ class _Source:
     def __init__(self, path: Path, allow_pickle: bool, ignore: Sequence[str]) -> None:
         self.path = path
         if allow_pickle and path.suffix in (".pt", ".ckpt", ".bin", ".pth"):
-            loaded = container.unpickle(path)
+            loaded = unpickle(path)
             self.metadata: Mapping[str, str] = {}
             self.size = sum(tensor.nbytes for tensor in loaded.values())
             names, self._tensor = list(loaded), loaded.__getitem__
