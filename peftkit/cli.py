@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import json
-import math
-import os
-import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from peftkit import inspection
 from peftkit._version import __version__
@@ -33,11 +22,10 @@ from peftkit.errors import OptionError, PeftkitError
 from peftkit.exporting import ExportReport
 from peftkit.exporting import export as export_file
 from peftkit.extracting import ExtractReport, extract
-from peftkit.formats import container
 from peftkit.formats.targets import TARGETS
-from peftkit.merge_plan import MergePlan, plan_merge
-from peftkit.reading import Reading
+from peftkit.merge_plan import plan_merge
 from peftkit.rescaling import rescale as rescale_file
+from peftkit.terminal import DTYPES, ERR, OUT, dtype_of, number, progress_bar, reading, show, strengths, write
 
 app = typer.Typer(
     help="Adapters in files: look into them, merge them, and turn them into what other programs read.",
@@ -48,23 +36,11 @@ app = typer.Typer(
 )
 
 
-class _Console(Console):
-    """Shows names out of files as they are: no markup, and nothing that moves the cursor."""
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        shown = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-        return super().render_str("".join(shown), **options)
-
-
-_out, _err = (_Console(stderr=err, markup=False, highlight=False, emoji=False) for err in (False, True))
-
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 File = Annotated[Path, typer.Argument(help="An adapter file, or a folder of PEFT.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
-Dtype = Annotated[str | None, typer.Option(help=f"Of the tensors: {', '.join(_DTYPES)}.")]
+Dtype = Annotated[str | None, typer.Option(help=f"Of the tensors: {', '.join(DTYPES)}.")]
 BaseOption = Annotated[Path | None, typer.Option("--base", help="The checkpoint the adapter is for.")]
 Rank = Annotated[int | None, typer.Option(help="How many ranks to keep.")]
 Energy = Annotated[float | None, typer.Option(help="Keep this share of ‖ΔW‖².")]
@@ -86,7 +62,7 @@ def main(
 ) -> None:
     """Exit codes: 0 done; 1 files differ, or are usable in part; 2 bad input or usage, and nothing was written."""
     if version:
-        _out.print(__version__)
+        OUT.print(__version__)
         raise typer.Exit
 
 
@@ -104,8 +80,8 @@ def inspect_(
 
     Example: peftkit inspect style.safetensors
     """
-    found = inspection.inspect(file, **_reading(dora_axis, alpha_zero, ignore, allow_pickle))
-    _show(found, as_json, found.table() if modules else None)
+    found = inspection.inspect(file, **reading(dora_axis, alpha_zero, ignore, allow_pickle))
+    show(found, as_json, found.table() if modules else None)
 
 
 @app.command()
@@ -121,8 +97,8 @@ def doctor(
 
     Example: peftkit doctor style.safetensors && cp style.safetensors models/Lora/
     """
-    found = inspection.doctor(file, **_reading(dora_axis, alpha_zero, ignore, allow_pickle))
-    _show(found, as_json)
+    found = inspection.doctor(file, **reading(dora_axis, alpha_zero, ignore, allow_pickle))
+    show(found, as_json)
     raise typer.Exit(found.code)
 
 
@@ -143,12 +119,12 @@ def diff(
     Example: peftkit diff style.safetensors style-a1111.safetensors
     """
     found = inspection.diff(
-        first, second, base=base, other_base=other_base, **_reading(dora_axis, alpha_zero, ignore, allow_pickle)
+        first, second, base=base, other_base=other_base, **reading(dora_axis, alpha_zero, ignore, allow_pickle)
     )
     table = Table("module", "‖ΔW₂ − ΔW₁‖/‖ΔW₁‖")
     for name, value in found.distances.items():
         table.add_row(name, f"{value:.3g}")
-    _show(found, as_json, table)
+    show(found, as_json, table)
     raise typer.Exit(0 if found.equal else 1)
 
 
@@ -184,14 +160,14 @@ def plan(
     """
     planned = plan_merge(
         base,
-        _strengths(adapters),
-        dtype=_dtype(dtype),
+        strengths(adapters),
+        dtype=dtype_of(dtype),
         rebase=rebase,
         origin=origin,
         other_base=other_base,
-        **_reading(dora_axis, alpha_zero, ignore, allow_pickle),
+        **reading(dora_axis, alpha_zero, ignore, allow_pickle),
     )
-    _show(planned, as_json, planned.table())
+    show(planned, as_json, planned.table())
 
 
 @app.command()
@@ -219,20 +195,20 @@ def merge(
         given = (dora_axis, alpha_zero, ignore, allow_pickle)
         plan(base, adapters, dtype, rebase, origin, other_base, *given, as_json)
         return
-    with _progress("merging", as_json) as progress:
+    with progress_bar("merging", as_json) as progress:
         report = merge_checkpoint(
             base,
-            _strengths(adapters),
+            strengths(adapters),
             out,
-            dtype=_dtype(dtype),
+            dtype=dtype_of(dtype),
             rebase=rebase,
             origin=origin,
             other_base=other_base,
             verify=verify,
             progress=progress,
-            **_reading(dora_axis, alpha_zero, ignore, allow_pickle),
+            **reading(dora_axis, alpha_zero, ignore, allow_pickle),
         )
-    _show(report, as_json)
+    show(report, as_json)
 
 
 @app.command()
@@ -267,14 +243,14 @@ def export(
             base=base,
             family=family,
             component=component,
-            dtype=_dtype(dtype),
+            dtype=dtype_of(dtype),
             bake=bake,
             title=title or out.stem,
             other_base=other_base,
-            **_reading(dora_axis, alpha_zero, ignore, allow_pickle),
+            **reading(dora_axis, alpha_zero, ignore, allow_pickle),
         )
 
-    _write(run, out, dry_run, as_json)
+    write(run, out, dry_run, as_json)
 
 
 @app.command("convert")
@@ -304,10 +280,14 @@ def convert_(
 
     def run(path: Path) -> ConvertReport:
         options: dict[str, Any] = {"rank": rank, "energy": energy, "threshold": threshold, "factor": factor}
-        options |= {"base": base, "other_base": other_base, **_reading(dora_axis, alpha_zero, ignore, allow_pickle)}
-        return convert(file, path, kind, exact=exact, dtype=_dtype(dtype), **options)
+        options |= {
+            "base": base,
+            "other_base": other_base,
+            **reading(dora_axis, alpha_zero, ignore, allow_pickle),
+        }
+        return convert(file, path, kind, exact=exact, dtype=dtype_of(dtype), **options)
 
-    _write(run, out, dry_run, as_json)
+    write(run, out, dry_run, as_json)
 
 
 @app.command()
@@ -334,10 +314,14 @@ def resize(
 
     def run(path: Path) -> ConvertReport:
         options: dict[str, Any] = {"rank": rank, "energy": energy, "threshold": threshold}
-        options |= {"base": base, "other_base": other_base, **_reading(dora_axis, alpha_zero, ignore, allow_pickle)}
-        return resize_file(file, path, dtype=_dtype(dtype), **options)
+        options |= {
+            "base": base,
+            "other_base": other_base,
+            **reading(dora_axis, alpha_zero, ignore, allow_pickle),
+        }
+        return resize_file(file, path, dtype=dtype_of(dtype), **options)
 
-    _write(run, out, dry_run, as_json)
+    write(run, out, dry_run, as_json)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})  # a factor may be negative
@@ -354,10 +338,10 @@ def rescale(
     """
     pairs = [text.rpartition("=") for text in factor]
     if len(pairs) == 1 and not pairs[0][1]:
-        value: float | dict[str, float] = _number(factor[0])
+        value: float | dict[str, float] = number(factor[0])
     else:
-        value = {pattern: _number(number) for pattern, _, number in pairs}
-    _write(lambda path: rescale_file(file, value, path), out, dry_run, as_json)
+        value = {pattern: number(text) for pattern, _, text in pairs}
+    write(lambda path: rescale_file(file, value, path), out, dry_run, as_json)
 
 
 @app.command()
@@ -384,17 +368,21 @@ def combine(
     Example: peftkit combine style.safetensors=0.7 face.safetensors=0.5 -m svd --rank 32 -o both.safetensors
     """
     weights = {}
-    for name, weight in _strengths(files).items():
+    for name, weight in strengths(files).items():
         if isinstance(weight, Mapping):
             raise OptionError(f"{name}={weight!r} was given, a number was expected: combine weighs whole files")
         weights[name] = weight
 
     def run(path: Path) -> ConvertReport:
         options: dict[str, Any] = {"method": method, "rank": rank, "energy": energy, "density": density, "seed": seed}
-        options |= {"base": base, "other_base": other_base, **_reading(dora_axis, alpha_zero, ignore, allow_pickle)}
-        return combine_files(weights, path, dtype=_dtype(dtype), **options)
+        options |= {
+            "base": base,
+            "other_base": other_base,
+            **reading(dora_axis, alpha_zero, ignore, allow_pickle),
+        }
+        return combine_files(weights, path, dtype=dtype_of(dtype), **options)
 
-    _write(run, out, dry_run, as_json)
+    write(run, out, dry_run, as_json)
 
 
 @app.command("extract")
@@ -420,23 +408,20 @@ def extract_(
 
     def run(path: Path) -> ExtractReport:
         options: dict[str, Any] = {"rank": rank, "energy": energy, "threshold": threshold, "factor": factor}
-        with _progress("extracting", as_json) as progress:
+        with progress_bar("extracting", as_json) as progress:
             return extract(
                 tuned,
                 base,
                 path,
                 kind,
                 targets=targets or "*",
-                dtype=_dtype(dtype),
+                dtype=dtype_of(dtype),
                 allow_pickle=allow_pickle,
                 progress=progress,
                 **options,
             )
 
-    _write(run, out, dry_run, as_json)
-
-
-# -- parts ----------------------------------------------------------------------------------------------------------
+    write(run, out, dry_run, as_json)
 
 
 def run() -> None:
@@ -447,97 +432,5 @@ def run() -> None:
     try:
         app()
     except (PeftkitError, OSError) as error:
-        _err.print(f"error: {error}", soft_wrap=True)
+        ERR.print(f"error: {error}", soft_wrap=True)
         sys.exit(2)
-
-
-def _write(make: Callable[[Path], Any], out: Path, dry_run: bool, as_json: bool) -> None:
-    """Make a file and show the report; for a dry run make it where nobody keeps it."""
-    if not dry_run:
-        report = make(out)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            report = dataclasses.replace(make(Path(folder) / out.name), path=out)
-    _show(report, as_json, report.table())
-    if dry_run and not as_json:
-        _out.print("dry run: nothing was written")
-
-
-def _show(report: Any, as_json: bool, table: Table | None = None) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(_plain(report), ensure_ascii=False, indent=2) + "\n")
-        return
-    if table is not None and table.row_count:
-        _out.print(table)
-    _out.print(str(report), soft_wrap=True)
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold of a report."""
-    if isinstance(value, MergePlan):
-        return {"patches": _plain(value.patches), "vectors": _plain(value.vectors), "touched": list(value.touched)}
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def _reading(dora_axis: str | None, alpha_zero: str | None, ignore: list[str] | None, allow_pickle: bool) -> Reading:
-    return {"dora_axis": dora_axis, "alpha_zero": alpha_zero, "ignore": ignore or (), "allow_pickle": allow_pickle}
-
-
-def _strengths(adapters: list[str]) -> dict[str, float | dict[str, float]]:
-    """FILE, FILE=STRENGTH or FILE=RULES.json -> {file: strength}."""
-    found: dict[str, float | dict[str, float]] = {}
-    for text in adapters:
-        file, strength = _split(text)
-        if file in found:
-            raise OptionError(f"{file} was given twice: give it once, with the sum of its strengths")
-        found[file] = _rules(Path(strength)) if strength.endswith(".json") else _number(strength)
-    return found
-
-
-def _split(text: str) -> tuple[str, str]:
-    """A file and its strength. Both may have "=" in them: the longest file that is there counts."""
-    cuts = [len(text), *(i for i in range(len(text) - 1, 0, -1) if text[i] == "=")]
-    found = next((cut for cut in cuts if os.path.exists(text[:cut])), None)
-    if found is None:
-        file, _, strength = text.rpartition("=")
-        return (file, strength) if file and re.fullmatch(r"[-+.\deE]+|.*\.json", strength) else (text, "1")
-    return text[:found], text[found + 1 :] or "1"
-
-
-def _rules(path: Path) -> dict[str, float]:
-    rules = container.read_json(path)
-    if not isinstance(rules, dict):
-        raise OptionError(f"{path} holds a {type(rules).__name__}, strengths by pattern were expected")
-    return rules
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise OptionError(f"{text!r} was given, a number was expected") from None
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is not None and name not in _DTYPES:
-        raise OptionError(f"dtype {name!r} was given, one of {', '.join(_DTYPES)} was expected")
-    return None if name is None else _DTYPES[name]
-
-
-@contextmanager
-def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr while something large is read and written."""
-    if quiet or not _err.is_terminal:
-        yield None
-        return
-    with Progress(what, BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=_err, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
