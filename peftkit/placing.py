@@ -12,7 +12,7 @@ from torch import Tensor
 from peftkit.bases import Base
 from peftkit.binding import sample_index
 from peftkit.errors import MismatchError, UnsupportedLayerError
-from peftkit.formats import names
+from peftkit.formats import layouts, names
 from peftkit.formats.patch import Patch
 from peftkit.geometry import Geometry, Shape
 from peftkit.resolving import Part, Resolver
@@ -22,7 +22,7 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 def resolver_of(base: Base) -> tuple[Resolver, tuple[names.Family, ...]]:
-    layout = names.of_checkpoint(base.shapes)
+    layout = layouts.of_checkpoint(base.shapes)
 
     def place(canonical: str) -> Part | None:
         found = None if layout is None else layout.locate(canonical)

@@ -24,9 +24,10 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from peftkit.errors import OptionError
-from peftkit.formats import names
+from peftkit.formats import layouts
 from peftkit.formats.families import Component, Module, flux
-from peftkit.formats.names import FAMILIES, Family, guess, of_checkpoint
+from peftkit.formats.layouts import of_checkpoint
+from peftkit.formats.names import FAMILIES, Family, guess
 
 STYLES = ("kohya", "diffusers", "ldm", "transformer", "lycoris", "peft")
 FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -161,7 +162,7 @@ def originals(part: Component) -> Mapping[str, Tensor]:
     return {key: n.view(shapes[key]) for key, n in zip(sizes, numbers, strict=True)}
 
 
-def taken(tensors: Mapping[str, Tensor], place: Module | names.Place, key: str | None) -> Tensor:
+def taken(tensors: Mapping[str, Tensor], place: Module | layouts.Place, key: str | None) -> Tensor:
     """What Module and Place say of a tensor, done."""
     assert key is not None
     tensor = tensors[key][place.start : place.stop]
@@ -558,7 +559,7 @@ def test_text_encoders_alone() -> None:
         layout = of_checkpoint(state_shapes(real(name, component)))
         assert layout and layout.family.name == family
     layout = of_checkpoint(state_shapes(real("flux", "text_encoder_2")), [FAMILIES["flux"]])
-    assert layout and layout.locate("text_encoder_2.shared") == names.Place("shared.weight", None)
+    assert layout and layout.locate("text_encoder_2.shared") == layouts.Place("shared.weight", None)
 
 
 def test_a_checkpoint_may_lack_and_change_some_tensors() -> None:
@@ -572,8 +573,8 @@ def test_a_checkpoint_may_lack_and_change_some_tensors() -> None:
     del inpainting["conv_out.bias"]
     layout = of_checkpoint(inpainting)
     assert layout and layout.family.name == "sd15"
-    assert layout.locate("unet.conv_in") == names.Place("conv_in.weight", "conv_in.bias")
-    assert layout.locate("unet.conv_out") == names.Place("conv_out.weight", None)
+    assert layout.locate("unet.conv_in") == layouts.Place("conv_in.weight", "conv_in.bias")
+    assert layout.locate("unet.conv_out") == layouts.Place("conv_out.weight", None)
     t5 = state_shapes(real("flux", "text_encoder_2"))
     del t5["encoder.embed_tokens.weight"]
     layout = of_checkpoint(t5)

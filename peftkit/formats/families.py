@@ -1,7 +1,7 @@
 """The weights of the model families: each module's name and shape in diffusers and transformers, and its place in the
 checkpoint that the model was published in.
 
-A generator states the structure of one network once, in both namings side by side; loops do the counting. `_module` is
+A generator states the structure of one network once, in both namings side by side; loops do the counting. `entry` is
 one line of it: the diffusers name, the original name, the shape of the weight.
 
 Sources: the classes and the single-file loader of diffusers, transformers, the ldm, sgm, sd3 and flux repositories.
@@ -74,7 +74,7 @@ class Component:
         return module.original.removeprefix(self.original).rpartition(".")[0] if self.denoiser else module.path
 
 
-def _module(name: str, original: str, *shape: int, bias: bool = True, weight: str = "weight", **rows: Any) -> Module:
+def entry(name: str, original: str, *shape: int, bias: bool = True, weight: str = "weight", **rows: Any) -> Module:
     """rows: start, stop, swapped, as in `Module`."""
     return Module(name, shape, bias, f"{original}.{weight}", f"{original}.bias" if bias else None, **rows)
 
@@ -83,26 +83,26 @@ def _fused(parts: Mapping[str, int], original: str, columns: int) -> Iterator[Mo
     """The modules whose rows lie one after another in one original Linear. parts: name -> its rows."""
     start = 0
     for name, rows in parts.items():
-        yield _module(name, original, rows, columns, start=start, stop=start + rows)
+        yield entry(name, original, rows, columns, start=start, stop=start + rows)
         start += rows
 
 
 def _embedder(name: str, original: str, first: str, second: str, inputs: int, width: int) -> Iterator[Module]:
-    yield _module(f"{name}.linear_1", f"{original}.{first}", width, inputs)
-    yield _module(f"{name}.linear_2", f"{original}.{second}", width, width)
+    yield entry(f"{name}.linear_1", f"{original}.{first}", width, inputs)
+    yield entry(f"{name}.linear_2", f"{original}.{second}", width, width)
 
 
 # ----------------------------------------------------------------------------------------------- U-Net: SD 1, 2 and XL
 
 
 def _resnet(name: str, original: str, inputs: int, outputs: int, time: int) -> Iterator[Module]:
-    yield _module(f"{name}.norm1", f"{original}.in_layers.0", inputs)
-    yield _module(f"{name}.conv1", f"{original}.in_layers.2", outputs, inputs, 3, 3)
-    yield _module(f"{name}.time_emb_proj", f"{original}.emb_layers.1", outputs, time)
-    yield _module(f"{name}.norm2", f"{original}.out_layers.0", outputs)
-    yield _module(f"{name}.conv2", f"{original}.out_layers.3", outputs, outputs, 3, 3)
+    yield entry(f"{name}.norm1", f"{original}.in_layers.0", inputs)
+    yield entry(f"{name}.conv1", f"{original}.in_layers.2", outputs, inputs, 3, 3)
+    yield entry(f"{name}.time_emb_proj", f"{original}.emb_layers.1", outputs, time)
+    yield entry(f"{name}.norm2", f"{original}.out_layers.0", outputs)
+    yield entry(f"{name}.conv2", f"{original}.out_layers.3", outputs, outputs, 3, 3)
     if inputs != outputs:
-        yield _module(f"{name}.conv_shortcut", f"{original}.skip_connection", outputs, inputs, 1, 1)
+        yield entry(f"{name}.conv_shortcut", f"{original}.skip_connection", outputs, inputs, 1, 1)
 
 
 def _attention(name: str, original: str, width: int, depth: int, context: int, linear: bool) -> Iterator[Module]:
@@ -123,13 +123,13 @@ def _attention(name: str, original: str, width: int, depth: int, context: int, l
         "ff.net.0.proj": (8 * width, width),
         "ff.net.2": (width, 4 * width),
     }
-    yield _module(f"{name}.norm", f"{original}.norm", width)
-    yield _module(f"{name}.proj_in", f"{original}.proj_in", *project)
+    yield entry(f"{name}.norm", f"{original}.norm", width)
+    yield entry(f"{name}.proj_in", f"{original}.proj_in", *project)
     for i in range(depth):
         for path, shape in block.items():
             inner = f"transformer_blocks.{i}.{path}"
-            yield _module(f"{name}.{inner}", f"{original}.{inner}", *shape, bias=path[-4:-1] != "to_")
-    yield _module(f"{name}.proj_out", f"{original}.proj_out", *project)
+            yield entry(f"{name}.{inner}", f"{original}.{inner}", *shape, bias=path[-4:-1] != "to_")
+    yield entry(f"{name}.proj_out", f"{original}.proj_out", *project)
 
 
 def unet(
@@ -144,7 +144,7 @@ def unet(
     yield from _embedder("time_embedding", "time_embed", "0", "2", width, time)
     if added is not None:
         yield from _embedder("add_embedding", "label_emb.0", "0", "2", added, time)
-    yield _module("conv_in", "input_blocks.0.0", width, 4, 3, 3)
+    yield entry("conv_in", "input_blocks.0.0", width, 4, 3, 3)
 
     skips, n = [width], 1
     for level, (outputs, depth) in enumerate(zip(widths, depths, strict=True)):
@@ -157,7 +157,7 @@ def unet(
             skips.append(width)
             n += 1
         if level < last:
-            yield _module(f"{block}.downsamplers.0.conv", f"input_blocks.{n}.0.op", width, width, 3, 3)
+            yield entry(f"{block}.downsamplers.0.conv", f"input_blocks.{n}.0.op", width, width, 3, 3)
             skips.append(width)
             n += 1
 
@@ -178,9 +178,9 @@ def unet(
             n += 1
         if level < last:  # comes after the attention, where there is one
             sampler = f"output_blocks.{n - 1}.{2 if depth else 1}.conv"
-            yield _module(f"{block}.upsamplers.0.conv", sampler, width, width, 3, 3)
-    yield _module("conv_norm_out", "out.0", width)
-    yield _module("conv_out", "out.2", 4, width, 3, 3)
+            yield entry(f"{block}.upsamplers.0.conv", sampler, width, width, 3, 3)
+    yield entry("conv_norm_out", "out.0", width)
+    yield entry("conv_out", "out.2", 4, width, 3, 3)
 
 
 # ------------------------------------------------------------------------------------- transformers: SD 3, SD 3.5, Flux
@@ -223,30 +223,30 @@ def flux(guidance: bool = True) -> Iterator[Module]:
         if guidance or kind != "guidance":
             name = f"time_text_embed.{kind}_embedder"
             yield from _embedder(name, original, "in_layer", "out_layer", inputs, width)
-    yield _module("context_embedder", "txt_in", width, 4096)
-    yield _module("x_embedder", "img_in", width, 64)
+    yield entry("context_embedder", "txt_in", width, 4096)
+    yield entry("x_embedder", "img_in", width, 64)
     for i in range(19):
         for ours, theirs in ((_IMAGE, "img"), (_TEXT, "txt")):
             name, original = f"transformer_blocks.{i}", f"double_blocks.{i}.{theirs}"
-            yield _module(f"{name}.{ours.modulation}", f"{original}_mod.lin", 6 * width, width)
+            yield entry(f"{name}.{ours.modulation}", f"{original}_mod.lin", 6 * width, width)
             for norm, kind in zip(ours.norms, ("query", "key"), strict=True):
                 norm_original = f"{original}_attn.norm.{kind}_norm"
-                yield _module(f"{name}.{norm}", norm_original, head, bias=False, weight="scale")
+                yield entry(f"{name}.{norm}", norm_original, head, bias=False, weight="scale")
             yield from _fused({f"{name}.{part}": width for part in ours.qkv}, f"{original}_attn.qkv", width)
-            yield _module(f"{name}.{ours.out}", f"{original}_attn.proj", width, width)
-            yield _module(f"{name}.{ours.up}", f"{original}_mlp.0", 4 * width, width)
-            yield _module(f"{name}.{ours.down}", f"{original}_mlp.2", width, 4 * width)
+            yield entry(f"{name}.{ours.out}", f"{original}_attn.proj", width, width)
+            yield entry(f"{name}.{ours.up}", f"{original}_mlp.0", 4 * width, width)
+            yield entry(f"{name}.{ours.down}", f"{original}_mlp.2", width, 4 * width)
     for i in range(38):
         name, original = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
-        yield _module(f"{name}.norm.linear", f"{original}.modulation.lin", 3 * width, width)
+        yield entry(f"{name}.norm.linear", f"{original}.modulation.lin", 3 * width, width)
         for kind in ("query", "key"):
             norm_original = f"{original}.norm.{kind}_norm"
-            yield _module(f"{name}.attn.norm_{kind[0]}", norm_original, head, bias=False, weight="scale")
+            yield entry(f"{name}.attn.norm_{kind[0]}", norm_original, head, bias=False, weight="scale")
         parts = {f"{name}.attn.to_{part}": width for part in "qkv"}
         yield from _fused({**parts, f"{name}.proj_mlp": 4 * width}, f"{original}.linear1", width)
-        yield _module(f"{name}.proj_out", f"{original}.linear2", width, 5 * width)
-    yield _module("norm_out.linear", "final_layer.adaLN_modulation.1", 2 * width, width, swapped=True)
-    yield _module("proj_out", "final_layer.linear", 64, width)
+        yield entry(f"{name}.proj_out", f"{original}.linear2", width, 5 * width)
+    yield entry("norm_out.linear", "final_layer.adaLN_modulation.1", 2 * width, width, swapped=True)
+    yield entry("proj_out", "final_layer.linear", 64, width)
 
 
 def sd3(depth: int, normed: bool = False, dual: int = 0) -> Iterator[Module]:
@@ -263,14 +263,14 @@ def sd3(depth: int, normed: bool = False, dual: int = 0) -> Iterator[Module]:
         yield from _fused({path(part): width for part in ours.qkv}, f"{original}.{layer}.qkv", width)
         if normed:
             for norm, kind in zip(ours.norms, "qk", strict=True):
-                yield _module(path(norm), f"{original}.{layer}.ln_{kind}", head, bias=False)
+                yield entry(path(norm), f"{original}.{layer}.ln_{kind}", head, bias=False)
         if out:
-            yield _module(path(ours.out), f"{original}.{layer}.proj", width, width)
+            yield entry(path(ours.out), f"{original}.{layer}.proj", width, width)
 
-    yield _module("pos_embed.proj", "x_embedder.proj", width, 16, 2, 2)
+    yield entry("pos_embed.proj", "x_embedder.proj", width, 16, 2, 2)
     for kind, original, inputs in (("timestep", "t_embedder", 256), ("text", "y_embedder", 2048)):
         yield from _embedder(f"time_text_embed.{kind}_embedder", f"{original}.mlp", "0", "2", inputs, width)
-    yield _module("context_embedder", "context_embedder", width, 4096)
+    yield entry("context_embedder", "context_embedder", width, 4096)
     for i in range(depth):
         for ours, theirs in ((_IMAGE, "x_block"), (_TEXT, "context_block")):
             name, original = f"transformer_blocks.{i}", f"joint_blocks.{i}.{theirs}"
@@ -278,96 +278,19 @@ def sd3(depth: int, normed: bool = False, dual: int = 0) -> Iterator[Module]:
             second = ours is _IMAGE and i < dual
             rows = (2 if ends else 9 if second else 6) * width
             modulation = f"{original}.adaLN_modulation.1"
-            yield _module(f"{name}.{ours.modulation}", modulation, rows, width, swapped=ends)
+            yield entry(f"{name}.{ours.modulation}", modulation, rows, width, swapped=ends)
             yield from attention(name, original, ours, "attn", out=not ends)
             if second:
                 yield from attention(name, original, ours, "attn2")
             if not ends:
-                yield _module(f"{name}.{ours.up}", f"{original}.mlp.fc1", 4 * width, width)
-                yield _module(f"{name}.{ours.down}", f"{original}.mlp.fc2", width, 4 * width)
-    yield _module("norm_out.linear", "final_layer.adaLN_modulation.1", 2 * width, width, swapped=True)
-    yield _module("proj_out", "final_layer.linear", 64, width)
-
-
-# -------------------------------------------------------------------------------------------------------- text encoders
-
-
-def clip(width: int, layers: int, projected: bool = False) -> Iterator[Module]:
-    """CLIPTextModel, or CLIPTextModelWithProjection; originals in these names are the same.
-
-    The level "text_model" is in every published file, and in the class before transformers 5.6.
-    """
-    layer = {
-        **{f"self_attn.{part}_proj": (width, width) for part in ("q", "k", "v", "out")},
-        "layer_norm1": (width,),
-        "mlp.fc1": (4 * width, width),
-        "mlp.fc2": (width, 4 * width),
-        "layer_norm2": (width,),
-    }
-    paths = {
-        "embeddings.token_embedding": (49408, width),
-        "embeddings.position_embedding": (77, width),
-        **{f"encoder.layers.{i}.{path}": shape for i in range(layers) for path, shape in layer.items()},
-        "final_layer_norm": (width,),
-    }
-    for path, shape in paths.items():
-        name = f"text_model.{path}"
-        yield _module(name, name, *shape, bias=not path.startswith("embeddings."))
-    if projected:
-        yield _module("text_projection", "text_projection", width, width, bias=False)
-
-
-def open_clip(width: int, layers: int, projected: bool = False) -> Iterator[Module]:
-    """The same modules, whose originals are an OpenCLIP text transformer's."""
-    renamed = {
-        "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-        "text_model.embeddings.position_embedding.weight": "positional_embedding",
-        "text_model.final_layer_norm": "ln_final",
-        "text_model.encoder.layers": "transformer.resblocks",
-        "self_attn.out_proj": "attn.out_proj",
-        "layer_norm": "ln_",
-        "mlp.fc1": "mlp.c_fc",
-        "mlp.fc2": "mlp.c_proj",
-        "text_projection.weight": "text_projection",
-    }
-
-    def original(key: str) -> str:
-        for ours, theirs in renamed.items():
-            key = key.replace(ours, theirs)
-        return key
-
-    for module in clip(width, layers, projected):
-        block, _, part = module.name.rpartition(".self_attn.")
-        if part in ("q_proj", "k_proj", "v_proj"):
-            start = "qkv".index(part[0]) * width
-            key = f"{original(block)}.attn.in_proj"
-            yield replace(
-                module, original=f"{key}_weight", original_bias=f"{key}_bias", start=start, stop=start + width
-            )
-        else:
-            bias = module.original_bias and original(module.original_bias)
-            transposed = module.name == "text_projection"
-            yield replace(module, original=original(module.original), original_bias=bias, transposed=transposed)
-
-
-def t5(width: int = 4096, hidden: int = 10240, layers: int = 24) -> Iterator[Module]:
-    """T5EncoderModel, XXL. Its two token embeddings are one tied weight, of which a file may hold either or both."""
-    paths = {"shared": (32128, width), "encoder.embed_tokens": (32128, width)}
-    for i in range(layers):
-        block = f"encoder.block.{i}.layer"
-        paths |= {f"{block}.0.SelfAttention.{part}": (width, width) for part in "qkvo"}
-        if i == 0:
-            paths[f"{block}.0.SelfAttention.relative_attention_bias"] = (32, 64)
-        paths |= {f"{block}.{j}.layer_norm": (width,) for j in (0, 1)}
-        paths |= {f"{block}.1.DenseReluDense.wi_{j}": (hidden, width) for j in (0, 1)}
-        paths[f"{block}.1.DenseReluDense.wo"] = (width, hidden)
-    for path, shape in {**paths, "encoder.final_layer_norm": (width,)}.items():
-        yield _module(path, path, *shape, bias=False)
+                yield entry(f"{name}.{ours.up}", f"{original}.mlp.fc1", 4 * width, width)
+                yield entry(f"{name}.{ours.down}", f"{original}.mlp.fc2", width, 4 * width)
+    yield entry("norm_out.linear", "final_layer.adaLN_modulation.1", 2 * width, width, swapped=True)
+    yield entry("proj_out", "final_layer.linear", 64, width)
 
 
 # ------------------------------------------------------------------------- the networks, but for what differs by family
 
-_POSITIONS = "text_model.embeddings.position_embedding"  # other encoders have the same layers, and other positions
 UNET = partial(
     Component,
     name="unet",
@@ -384,38 +307,4 @@ TRANSFORMER = partial(
     webui=("lora_unet", "lora_transformer", "oft_unet"),
     anchor="transformer_blocks.0.attn.to_q",
     webui_ldm=True,
-)
-CLIP_L = partial(
-    Component,
-    name="text_encoder",
-    original="text_encoders.clip_l.transformer.",
-    comfy="text_encoders.clip_l.transformer",
-    webui=("lora_te1", "lora_te"),
-    anchor=_POSITIONS,
-    build=partial(clip, 768, 12),
-)
-CLIP_H = partial(
-    Component,
-    name="text_encoder",
-    original="cond_stage_model.model.",
-    comfy="text_encoders.clip_h.transformer",
-    webui=("lora_te", "lora_te1"),
-    anchor=_POSITIONS,
-    build=partial(open_clip, 1024, 23),  # the last of its 24 layers is not used
-)
-CLIP_G = partial(
-    Component,
-    name="text_encoder_2",
-    original="text_encoders.clip_g.transformer.",
-    comfy="text_encoders.clip_g.transformer",
-    webui=("lora_te2",),
-    anchor=_POSITIONS,
-    build=partial(clip, 1280, 32, projected=True),
-)
-T5 = partial(
-    Component,
-    original="text_encoders.t5xxl.transformer.",
-    comfy="text_encoders.t5xxl.transformer",
-    anchor="shared",  # UMT5 has another vocabulary
-    build=t5,
 )
