@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from peftkit.converting import Converted, ConvertReport, Source, alpha_of, cast, dense, relative, shown, truncated
-from peftkit.delta import Delta, Dense, LowRank
+from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
 from peftkit.errors import MismatchError, OptionError, about, near
 from peftkit.formats import forms, names
 from peftkit.formats.patch import Bundle
-from peftkit.items import Item, canonical, delta_of, items_of_file
+from peftkit.geometry import Shape
+from peftkit.items import Item, canonical_items, delta_of
 from peftkit.reading import Reading, read
 from peftkit.resolving import prefix_of
 from peftkit.svd import Keep
@@ -67,52 +68,94 @@ def combine(
         raise OptionError("method='svd' needs rank= or energy=")
     for weight in sources.values():
         require_strength(weight)
-    files = [
-        (canonical(list(items_of_file(path, base, other_base, **reading))), weight) for path, weight in sources.items()
-    ]
     with about(out, *sources):
-        bundles = [read(path, **reading) for path in sources]
-        return _combine(files, bundles, Path(out), method, keep, density, seed, dtype)
+        bundles = [(path, read(path, **reading)) for path in sources]
+        files = list(zip(canonical_items(bundles, base, other_base), sources.values(), strict=True))
+        found = _sums(files, method, keep, density, torch.Generator().manual_seed(seed))
+        return _written(found, [bundle for _, bundle in bundles], Path(out), dtype)
 
 
-def _combine(
+@dataclass(frozen=True, eq=False)
+class _Sum:
+    """One module of the result. truth: the weighted sum; result: what is kept of it."""
+
+    name: str  # canonical
+    item: Item  # of the first file that has it
+    kinds: str
+    truth: Delta
+    result: Delta
+
+
+@torch.no_grad()
+def _sums(
     files: Sequence[tuple[dict[str, Item], float]],
-    bundles: Sequence[Bundle],
-    out: Path,
     method: str,
     keep: Keep | None,
     density: float,
-    seed: int,
-    dtype: torch.dtype | None,
-) -> ConvertReport:
-    found = list(dict.fromkeys(name for items, _ in files for name in items))
-    own_names = [item.name for item in files[0][0].values()]
-    generator = torch.Generator().manual_seed(seed)
-    results: list[tuple[Item, str, Delta, Delta]] = []  # what it is, of which kinds, the sum, what is written of it
-    for name in found:
+    generator: torch.Generator,
+) -> Iterator[_Sum]:
+    for name in dict.fromkeys(name for items, _ in files for name in items):
         own = [(items[name], weight) for items, weight in files if name in items]
         first = own[0][0]
         for item, _ in own:
             if (item.shape.rows, item.shape.columns) != (first.shape.rows, first.shape.columns):
                 raise MismatchError(f"{name} is {first.shape} in one file and {item.shape} in another")
-        with torch.no_grad():
-            deltas = [delta_of(item).scaled(weight) for item, weight in own]
-            result = _combined(deltas, method, density, generator)
-            if keep is not None:
-                result = truncated(result, keep)
-            truth = deltas[0] if len(deltas) == 1 else _sum(deltas, cat=True)
-            named = first.name if first.name in own_names else _renamed(first.name, own_names, name)
-            kinds = "+".join(item.adapter.kind for item, _ in own)
-            results.append((replace(first, name=named), kinds, truth, result))
-    alpha = alpha_of(bundles[0], [result for *_, result in results])
+        deltas = [delta_of(item).scaled(weight) for item, weight in own]
+        result = _combined(deltas, method, density, generator)
+        if keep is not None:
+            result = truncated(result, keep)
+        truth = deltas[0] if len(deltas) == 1 else _sum(deltas, cat=True)
+        yield _Sum(name, first, "+".join(item.adapter.kind for item, _ in own), truth, result)
+
+
+@torch.no_grad()
+def _written(sums: Iterable[_Sum], bundles: Sequence[Bundle], out: Path, dtype: torch.dtype | None) -> ConvertReport:
+    """Write the sums as the first file names its modules, and say what that is worth."""
+    like = bundles[0]
+    own_names = list(like.patches)
+    named: dict[str, list[_Sum]] = {}
+    for one in sums:
+        name = one.item.name if one.item.name in own_names else _renamed(one.item.name, own_names, one.name)
+        named.setdefault(name, []).append(one)
+    results = [_joined(name, members) for name, members in named.items()]
+    alpha = alpha_of(like, [one.result for one in results])
     report = tuple(
-        Converted(item.name, kinds, shown(result), relative(truth, cast(result, dtype, alpha)))
-        for item, kinds, truth, result in results
+        Converted(one.name, one.kinds, shown(one.result), relative(one.truth, cast(one.result, dtype, alpha)))
+        for one in results
     )
-    written = [(item.name, item.shape, result) for item, _, _, result in results]
-    transposed = [item.name for item, *_ in results if item.transposed]
-    after = write_deltas(bundles[0], out, written, dtype, transposed)
+    written = [(one.name, one.item.shape, one.result) for one in results]
+    transposed = [one.name for one in results if one.item.transposed]
+    after = write_deltas(like, out, written, dtype, transposed)
     return ConvertReport(out, report, sum(bundle.size for bundle in bundles), after)
+
+
+def _joined(name: str, members: Sequence[_Sum]) -> _Sum:
+    """What goes under one name of the file: one sum, or those of the layers that are fused or turned there."""
+    first = members[0]
+    family = next((f for f in names.FAMILIES.values() if first.name in f.modules and f.find(name)), None)
+    if family is None or (len(family.find(name)) == 1 and not family.swaps(name)):
+        if len(members) > 1:
+            both = " and ".join(one.item.name for one in members)
+            raise MismatchError(f"{both} would both be called {name!r} in the file: export them to one format first")
+        return replace(first, name=name)
+    by_name = {one.name: one for one in members}
+    scale = first.item.shape.rows / family.modules[first.name].shape[0]
+    columns = first.item.shape.columns
+    turns = family.swaps(name)
+    blocks = [(by_name.get(m.name), round(scale * m.shape[0]), turns and m.swapped) for m in family.find(name)]
+
+    def under(part: Callable[[_Sum], Delta]) -> Delta:
+        deltas = [(None if one is None else part(one), rows, turned) for one, rows, turned in blocks]
+        if all(delta is None or isinstance(delta, (LowRank, Hadamard, Kron)) for delta, _, _ in deltas):
+            lows = [(None if d is None else forms.low_rank(d), rows, turned) for d, rows, turned in deltas]
+            return forms.side_by_side(lows, columns)
+        whole = [(torch.zeros(rows, columns) if d is None else dense(d), turned) for d, rows, turned in deltas]
+        return Dense(torch.cat([block.roll(len(block) // 2, 0) if turned else block for block, turned in whole]))
+
+    truth, result = under(lambda one: one.truth), under(lambda one: one.result)
+    shape = Shape(truth.shape[0], columns)
+    kinds = "+".join(sorted({one.kinds for one in members}))
+    return _Sum(name, replace(first.item, shape=shape), kinds, truth, result)
 
 
 def _combined(deltas: Sequence[Delta], method: str, density: float, generator: torch.Generator) -> Delta:
@@ -150,7 +193,7 @@ def _renamed(name: str, like: Sequence[str], canonical: str) -> str:
     if family is not None:
         for style in names.STYLES:
             modules = family.find(like[0])
-            if len(modules) == 1 and _spelled(family, modules[0].name, style) == like[0]:
+            if modules and _spelled(family, modules[0].name, style) == like[0]:
                 spelled = _spelled(family, canonical, style)
                 if spelled:
                     return spelled

@@ -229,8 +229,9 @@ def _rewrite(
 ) -> ConvertReport:
     """Write what `change` makes of every module of a file."""
     with about(source, out):
-        items = list(items_of_file(source, base, other_base, **reading))
-        return _changed(read(source, **reading), Path(out), items, change, dtype, exact)
+        bundle = read(source, **reading)
+        items = list(items_of_file(source, bundle, base, other_base))
+        return _changed(bundle, Path(out), items, change, dtype, exact)
 
 
 def _changed(

@@ -135,7 +135,8 @@ def export(
     if isinstance(source, nn.Module):
         return _export(list(items_of_model(source, name)), path, goal, family, component, dtype, bake, title, training)
     with about(source):
-        items = list(items_of_file(source, base, other_base, **reading))
+        apart = goal.transformer_style != "kohya"  # the style that keeps the layers of the original network
+        items = list(items_of_file(source, read(source, **reading), base, other_base, apart=apart))
         return _export(items, path, goal, family, component, dtype, bake, title, training)
 
 
@@ -201,8 +202,8 @@ def _job(
     if goal.name == "diffusers" and module.startswith("text_encoder"):
         goal = replace(goal, decomposes=frozenset())  # it loses the magnitudes of text encoders
     try:
-        if len(members) == 1 and (members[0][0] is None or not _fused(members[0][0], goal, family)):
-            item = members[0][1]
+        (only, item), *others = members
+        if not others and (only is None or not _fused(only, item, goal, family)):
             spelled = spell(item.adapter, goal, item.shape, item.base, bake=bake)
             return Job(Piece(module, spelled, item.shape), kinds, members)
         assert family is not None
@@ -211,10 +212,12 @@ def _job(
         raise ExportError(f"{members[0][1].name}: {error}") from None
 
 
-def _fused(module: Module, goal: Target, family: Family | None) -> bool:
+def _fused(module: Module, item: Item, goal: Target, family: Family | None) -> bool:
     """Whether the file's name means the original network's layer, whose rows are others or in another order."""
-    original = family is not None and "transformer" in family.components and goal.transformer_style == "kohya"
-    return original and module.name.startswith("transformer.") and (module.start is not None or module.swapped)
+    if family is None or "transformer" not in family.components or goal.transformer_style != "kohya":
+        return False
+    turned = module.swapped and not family.swaps(item.name)
+    return module.name.startswith("transformer.") and (module.start is not None or turned)
 
 
 def _fuse(
@@ -223,21 +226,22 @@ def _fuse(
     """The parts of a fused layer as one low-rank ΔW, block by block: rank Σ r, and zero rows for parts without one."""
     by_name = {m.name: item for m, item in members if m is not None}
     columns = members[0][1].shape.columns
-    blocks: list[LowRank] = []
+    blocks: list[tuple[LowRank | None, int, bool]] = []
     parts: list[tuple[Item | None, int, bool]] = []
     hows: set[str] = set()
     for part in family.find(module):
         item = by_name.get(part.name)
-        parts.append((item, part.shape[0] if item is None else item.shape.rows, part.swapped))
+        rows = part.shape[0] if item is None else item.shape.rows
+        turned = part.swapped and not (item is not None and family.swaps(item.name))
+        parts.append((item, rows, turned))
         if item is None:
-            blocks.append(LowRank(torch.zeros(part.shape[0], 0), torch.zeros(0, columns)))
+            blocks.append((None, rows, turned))
             continue
         own = spell(item.adapter, goal, item.shape, item.base, bake=bake)
         assert isinstance(own.form, Additive)
-        low = forms.low_rank(own.form.delta)
-        blocks.append(LowRank(low.B.roll(item.shape.rows // 2, 0), low.A) if part.swapped else low)
+        blocks.append((forms.low_rank(own.form.delta), rows, turned))
         hows.add(own.how if own.structure == "lora" else "low rank")
-    delta = LowRank(torch.block_diag(*(b.B for b in blocks)), torch.cat([b.A for b in blocks]))
+    delta = forms.side_by_side(blocks, columns)
     how = next(h for h in ("baked", "low rank", "exact") if h in hows)
     shape = Shape(sum(rows for _, rows, _ in parts), columns)
     return Job(Piece(module, Spelled(how, "lora", Additive(delta)), shape), kinds, members, tuple(parts))

@@ -19,7 +19,7 @@ from peftkit.formats import names, targets
 from peftkit.formats.names import Family
 from peftkit.formats.patch import Bundle, Patch
 from peftkit.formats.targets import Target
-from peftkit.items import canonical, delta_of, items_of_file
+from peftkit.items import canonical_items, delta_of
 from peftkit.reading import Reading, read
 
 if TYPE_CHECKING:
@@ -192,7 +192,8 @@ def diff(
 
     base: for adapters that read theirs. other_base: accept one they were not trained on. reading: as in `read`.
     """
-    ours, theirs = (canonical(list(items_of_file(path, base, other_base, **reading))) for path in (first, second))
+    bundles = [(path, read(path, **reading)) for path in (first, second)]
+    ours, theirs = canonical_items(bundles, base, other_base)
     distances: dict[str, float] = {}
     for name in ours.keys() & theirs.keys():
         one, other = delta_of(ours[name]), delta_of(theirs[name])

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from peftkit.adapted import one_name, placed
 from peftkit.adapter import Adapter
 from peftkit.bases import Base, of_model, open_base
-from peftkit.binding import bind, is_of_its_base, misfit, needs_base, require_same_base, stand_in
+from peftkit.binding import bind, is_of_its_base, misfit, needs_base, require_same_base, stand_in, take_rows
 from peftkit.delta import Delta
 from peftkit.errors import ExportError, MismatchError, about
 from peftkit.formats import names, native
@@ -23,11 +22,10 @@ from peftkit.formats.names import Family
 from peftkit.formats.patch import Bundle, Patch
 from peftkit.geometry import Shape
 from peftkit.placing import resolver_of, samples_of, shape_of, whole
-from peftkit.reading import Reading, read
 from peftkit.resolving import families_of, plain
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+#: in the canonical name of what covers several modules, and of what has its rows in the original network's order
+JOINED, SWAPPED = " + ", " (halves swapped)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,29 +62,32 @@ def items_of_model(model: nn.Module, name: str | None) -> Iterator[Item]:
 
 def items_of_file(
     path: str | os.PathLike[str],
+    bundle: Bundle,
     base: nn.Module | str | os.PathLike[str] | None,
     other_base: bool = False,
-    **reading: Unpack[Reading],
+    *,
+    apart: bool = False,
 ) -> Iterator[Item]:
-    """The adapters of a file. With a base, under its modules' names where these are whole modules."""
-    bundle = read(path, **reading)
-    with about(path):
-        yield from _items(path, bundle, base, other_base)
+    """The adapters of a file. With a base, under its modules' names where these are whole modules.
 
-
-def _items(
-    path: str | os.PathLike[str], bundle: Bundle, base: nn.Module | str | os.PathLike[str] | None, other_base: bool
-) -> Iterator[Item]:
+    apart: where the file has one adapter for layers that the original network has fused, or their rows in its order,
+    one for each module of diffusers, under its name and in its order.
+    """
     if bundle.vectors:
         raise ExportError(
-            f"{path} changes biases or norms ({next(iter(bundle.vectors))}, …), which export does not carry"
+            f"{path} changes biases or norms ({next(iter(bundle.vectors))}, …), which go with a merge and nowhere else"
         )
-    if base is not None:
-        opened = of_model(base) if isinstance(base, nn.Module) else open_base(base)
-        yield from _on_base(path, bundle, opened, other_base)
-        return
+    with about(path):
+        if base is not None:
+            opened = of_model(base) if isinstance(base, nn.Module) else open_base(base)
+            yield from _on_base(path, bundle, opened, other_base, apart)
+        else:
+            yield from _without_base(path, bundle, apart)
+
+
+def _without_base(path: object, bundle: Bundle, apart: bool) -> Iterator[Item]:
     families = families_of(bundle)
-    for name, patch in bundle.patches.items():
+    for name, patch in _patches(path, bundle, families if apart else ()):
         where = f"{path}: {name}"
         if not patch.shape.rows or not patch.shape.columns:
             raise ExportError(f"{where}: the file does not say how large its weight is; give the base")
@@ -113,14 +114,34 @@ def _unflattened(name: str, patch: Patch, families: Sequence[Family]) -> Shape:
     return Shape(shape.rows, inputs[0], tuple(inputs[1:])) if fits else shape
 
 
-def _on_base(file: object, bundle: Bundle, base: Base, other_base: bool) -> Iterator[Item]:
+def _patches(file: object, bundle: Bundle, families: Sequence[Family]) -> Iterator[tuple[str, Patch]]:
+    """The patches of a file, those of several modules or of rows in another order as one for each module."""
+    for name, patch in bundle.patches.items():
+        modules = families[0].find(name) if families else ()
+        swaps = bool(modules) and families[0].swaps(name)
+        if len(modules) < 2 and not swaps:
+            yield name, patch
+            continue
+        total, start = sum(module.shape[0] for module in modules), 0
+        for module in modules:
+            size, odd = divmod(patch.shape.rows * module.shape[0], total)
+            if odd:
+                raise MismatchError(f"{file}: {name} has {patch.shape.rows} rows, {total} were expected")
+            rows = torch.arange(start, start + size)
+            start += size
+            rows = rows.roll(size // 2) if swaps and module.swapped else rows
+            yield module.name, take_rows(patch, rows, f"{file}: {name}")
+
+
+def _on_base(file: object, bundle: Bundle, base: Base, other_base: bool, apart: bool) -> Iterator[Item]:
     resolver, families = resolver_of(base)
+    families = families or families_of(bundle)
     distances: dict[str, float] = {}
     bound: list[str] = []
     items: list[Item] = []
-    for name, patch in bundle.patches.items():
+    for name, patch in _patches(file, bundle, families if apart else ()):
         where = f"{file}: {name}"
-        parts = resolver(name, families or families_of(bundle))
+        parts = resolver(name, families)
         if not parts:
             raise MismatchError(f"{where}: the base has no such weight.{resolver.hint(name)}")
         shape, W = shape_of(base, parts, patch), whole(base, parts, patch)
@@ -148,15 +169,38 @@ def delta_of(item: Item) -> Delta:
         return item.adapter(stand_in(item.shape) if item.base is None else item.base, 1.0)
 
 
-def canonical(items: Sequence[Item]) -> dict[str, Item]:
-    """Items under names that do not depend on who wrote the file."""
+def _canonical(items: Sequence[Item]) -> dict[str, Item]:
+    """Items under names that do not depend on who wrote the file: the modules that they are of."""
     shapes = {item.name: (item.shape.rows, item.shape.columns) for item in items}
     family = next(iter(names.guess(shapes)), None)
     found: dict[str, Item] = {}
     for item in items:
         modules = () if family is None else family.find(item.name)
-        name = modules[0].name if len(modules) == 1 else plain(item.name)
+        swapped = family is not None and family.swaps(item.name)
+        name = JOINED.join(module.name for module in modules) + (SWAPPED if swapped else "") or plain(item.name)
         if name in found:
             raise MismatchError(f"{item.file}: {item.name} and {found[name].name} are the same module")
         found[name] = item
     return found
+
+
+def canonical_items(
+    files: Sequence[tuple[str | os.PathLike[str], Bundle]],
+    base: nn.Module | str | os.PathLike[str] | None,
+    other_base: bool,
+) -> list[dict[str, Item]]:
+    """The items of several files under the same names; apart where one has fused what another has not."""
+    found = [_canonical(list(items_of_file(path, bundle, base, other_base))) for path, bundle in files]
+    if _alike(found):
+        return found
+    return [_canonical(list(items_of_file(path, bundle, base, other_base, apart=True))) for path, bundle in files]
+
+
+def _alike(files: Sequence[dict[str, Item]]) -> bool:
+    """Whether canonical items of several files can stand side by side: no layer is fused, or turned, in one alone."""
+    layers: dict[str, str] = {}
+    for name in (name for items in files for name in items):
+        for module in name.removesuffix(SWAPPED).split(JOINED):
+            if layers.setdefault(module, name) != name:
+                return False
+    return all(name in files[0] for items in files for name in items if JOINED in name or name.endswith(SWAPPED))

@@ -35,7 +35,11 @@ def named_modules(
             if fused:  # the file is of the original network's layer, and so is the target
                 found.setdefault(fused, []).append((None, item))
                 continue
-            if len(matches) != 1:
+            if len(matches) > 1:
+                raise ExportError(
+                    f"{item.name!r} is {len(matches)} layers of {goal.title} in one: save it, and export that file"
+                )
+            if not matches:
                 raise ExportError(f"{item.name!r} is no module of {family.title}: pass family= or component=")
             module = matches[0]
             components.add(module.name.partition(".")[0])

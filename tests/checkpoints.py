@@ -24,7 +24,8 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.errors import OptionError, UnsupportedLayerError
 from peftkit.formats import names
-from peftkit.formats.families import Component, Module, clip, flux, open_clip, sd3, unet
+from peftkit.formats.encoders import clip, open_clip
+from peftkit.formats.families import Component, Module, flux, sd3, unet
 from peftkit.formats.names import FAMILIES, Family
 from peftkit.sites import sites
 from tests.zoo import ADAPTERS, train

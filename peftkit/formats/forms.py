@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,19 @@ class BaseProduct:
 
 
 Form = Additive | Decomposition | Turn | Stages | Gate | BaseProduct
+
+
+def side_by_side(blocks: Sequence[tuple[LowRank | None, int, bool]], columns: int) -> LowRank:
+    """ΔW of a layer fused of others, row block under row block: rank Σ r.
+
+    blocks: ΔW or None, its rows, and whether its halves change places.
+    """
+    found = []
+    for low, rows, swapped in blocks:
+        if low is None:
+            low = LowRank(torch.zeros(rows, 0), torch.zeros(0, columns))
+        found.append(LowRank(low.B.roll(rows // 2, 0), low.A) if swapped else low)
+    return LowRank(torch.block_diag(*(low.B for low in found)), torch.cat([low.A for low in found]))
 
 
 def low_rank(delta: Delta) -> LowRank:

@@ -8,8 +8,9 @@ from functools import partial
 from itertools import product
 from types import MappingProxyType
 
+from peftkit.formats import names
 from peftkit.formats.families import Component
-from peftkit.formats.names import FAMILIES, Family, Module
+from peftkit.formats.names import Family, Module
 
 #: A checkpoint holds a component if it has this share of its weights. Of the relatives that keep the names, inpainting
 #: models, AnimateDiff and Chroma (0.87 of Flux) have more; Stable Video Diffusion (0.68 of SD 2) and ControlNets less.
@@ -48,7 +49,7 @@ def of_checkpoint(shapes: Mapping[str, Sequence[int]], families: Iterable[Family
     can be that of several families, of which the first that fits is taken. families: those to try, all by default.
     """
     best, most = None, 0
-    for family, kind in product(FAMILIES.values() if families is None else families, ("diffusers", "original")):
+    for family, kind in product(names.FAMILIES.values() if families is None else families, ("diffusers", "original")):
         held = [_held(part, kind, shapes) for part in family.parts]
         count = sum(fitting for fitting, _ in held)
         if count > most:
