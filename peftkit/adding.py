@@ -22,7 +22,7 @@ class MergedWeight:
     site: str
     adapters: tuple[str, ...]
     norm: float  # ‖Σ λᵢ·ΔWᵢ‖_F
-    change: float  # ‖W' − W‖_F, what the weight really moved
+    change: float  # ‖W' − W‖_F, what the weight really moved; in another dtype, from W in that dtype
     lost: float  # ‖ΔW − (W' − W)‖ / ‖ΔW‖, the share that the weight's dtype could not hold
 
 
@@ -92,6 +92,25 @@ def overflows(wide: Tensor, dtype: torch.dtype) -> bool:
     limits = torch.finfo(dtype)
     most = limits.max * (1 + limits.eps / 4)  # half a step beyond the largest, 2 − eps times a power of two
     return bool((wide.abs() > most).logical_and(wide.isfinite()).any())
+
+
+def rounded_to(dtype: torch.dtype, before: Tensor, after: Tensor) -> tuple[Tensor, float, float]:
+    """A sum in its new dtype, ‖what moved‖ there and ‖ΔW − what moved‖; W too would have been rounded to it.
+
+    before, after: W in its own dtype and W + ΔW in a wider one, of one shape. The memory of `before` is used up.
+    """
+    old, new = before.reshape(-1), after.reshape(-1)
+    same_size = before.itemsize == dtype.itemsize and before.is_contiguous()
+    rounded = old.view(dtype) if same_size else torch.empty(len(new), dtype=dtype, device=new.device)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for block in row_blocks(len(new), 1):
+        wide, own = new[block], old[block].to(new.dtype)
+        cast = wide.to(dtype)
+        moved = cast.to(new.dtype) - old[block].to(dtype).to(new.dtype)
+        sums += torch.stack([_square(moved), _square(wide - own - moved)]).cpu()
+        rounded[block] = cast
+    change, missed = sums.sqrt().tolist()
+    return rounded.view(after.shape), change, missed
 
 
 def refuse_inert(weights: Sequence[MergedWeight]) -> None:

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from peftkit._version import __version__
-from peftkit.adding import MergedWeight, add_, overflows, refuse_inert
+from peftkit.adding import MergedWeight, add_, overflows, refuse_inert, rounded_to
 from peftkit.bases import Base
 from peftkit.binding import bind
 from peftkit.delta import Delta, Dense
 from peftkit.delta.base import accumulation_dtype
-from peftkit.errors import FileError, MergeError, about
+from peftkit.errors import FileError, MergeError, OptionError, about
 from peftkit.formats import container
 from peftkit.formats.container import Info
 from peftkit.formats.patch import Patch
@@ -84,6 +84,9 @@ def merge_checkpoint(
         **reading,
     )
     out = Path(out)
+    for path in adapters:
+        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):
+            raise OptionError(f"{out} is one of the adapters, and would be replaced by the model: name another file")
     with about(out, base, *adapters):
         return _merge(plan, out, verify, progress or (lambda done, total: None))
 
@@ -216,8 +219,10 @@ class _Writer:
         own = weight.dtype
         target = self.plan.dtype if self.plan.dtype is not None and weight.is_floating_point() else own
         layouts = {self._patch(planned).transposed for planned, _ in self.claims[key]}
+        before = weight
         if target != own or len(layouts) > 1:  # sums are formed in a dtype that holds both, and rounded once
-            weight = weight.to(torch.promote_types(accumulation_dtype(own), accumulation_dtype(target)))
+            wide = torch.promote_types(accumulation_dtype(own), accumulation_dtype(target))
+            weight = weight.clone() if wide == own else weight.to(wide)
         if self.claims[key]:
             self._add_claims(key, weight)
         elif self.vectors[key]:
@@ -226,7 +231,12 @@ class _Writer:
             return weight
         if overflows(weight, target):
             raise MergeError(f"{key}: {weight.dtype} to {target} overflows; nothing was merged. Choose a wider dtype")
-        return weight.to(target)
+        if not (self.claims[key] or self.vectors[key]):
+            return weight.to(target)
+        rounded, change, missed = rounded_to(target, before, weight)
+        told = self.weights[-1]
+        self.weights[-1] = replace(told, change=change, lost=missed / told.norm if told.norm else 0.0)
+        return rounded
 
     def _add_claims(self, key: str, weight: Tensor) -> None:
         """All patches of one tensor."""

@@ -337,6 +337,8 @@ def rescale(
     Example: peftkit rescale style.safetensors 0.5 -o half.safetensors
     """
     pairs = [text.rpartition("=") for text in factor]
+    if len(pairs) > 1 and not all(sign for _, sign, _ in pairs):
+        raise OptionError(f"{' '.join(factor)} was given, one number or PATTERN=NUMBER for each was expected")
     if len(pairs) == 1 and not pairs[0][1]:
         value: float | dict[str, float] = number(factor[0])
     else:

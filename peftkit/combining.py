@@ -174,17 +174,18 @@ def _combined(deltas: Sequence[Delta], method: str, density: float, generator: t
 
 
 def _sum(deltas: Sequence[Delta], *, cat: bool) -> Delta:
-    """Σ ΔW: low-rank factors side by side, unless the matrix itself is smaller."""
+    """Σ ΔW: low-rank factors side by side, unless the matrix is smaller; of LoRAs a LoRA, since not all read others."""
     if len(deltas) == 1:
         return deltas[0]
     lows = [forms.low_rank(delta) for delta in deltas]
     m, n = deltas[0].shape
-    if cat or sum(low.rank for low in lows) * (m + n) < m * n:
+    rank = sum(low.rank for low in lows)
+    if cat or rank * (m + n) < m * n:
         return LowRank(torch.cat([low.B for low in lows], 1), torch.cat([low.A for low in lows]))
     total = dense(deltas[0]).float()
     for delta in deltas[1:]:
         total = total + delta.dense()
-    return Dense(total)
+    return forms.of_matrix(total) if all(isinstance(delta, LowRank) for delta in deltas) else Dense(total)
 
 
 def _renamed(name: str, like: Sequence[str], canonical: str) -> str:

@@ -152,6 +152,11 @@ def _export(
     training: Mapping[str, Any] | None,
 ) -> ExportReport:
     for item in items:
+        if item.flipped:
+            raise ExportError(
+                f"{item.name}: its layer keeps the weight as (in, out), as PEFT's fan_in_fan_out says, and other "
+                "programs adapt no such layers; merge it, or convert and resize it, which keep the folder's kind"
+            )
         if item.transposed:
             raise ExportError(
                 f"{item.name}: no other program reads an adapter of a transposed convolution, whose weight is kept as "

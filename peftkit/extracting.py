@@ -44,19 +44,21 @@ class Extracted:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What was extracted. unchanged: weights that are the same in both. left: changed tensors that are no matrices."""
+    """What was extracted. unchanged: weights that are the same in both. left: changed tensors that are no layer's."""
 
     path: Path
     weights: tuple[Extracted, ...]
     unchanged: tuple[str, ...]
     left: tuple[str, ...]
     bytes: int
+    left_norm: float = 0.0  # ‖X‖ of what was left out
 
     @property
     def lost(self) -> float:
         """The share of the whole difference that is not in the file, in the Frobenius norm."""
-        total = sum(w.norm**2 for w in self.weights)
-        return math.sqrt(sum((w.lost * w.norm) ** 2 for w in self.weights) / total) if total else 0.0
+        total = sum(w.norm**2 for w in self.weights) + self.left_norm**2
+        lost = sum((w.lost * w.norm) ** 2 for w in self.weights) + self.left_norm**2
+        return math.sqrt(lost / total) if total else 0.0
 
     def __str__(self) -> str:
         lines = [
@@ -64,7 +66,9 @@ class ExtractReport:
             f"the difference is not in it; {self.bytes / 1e6:.2f} MB"
         ]
         if self.left:
-            lines.append(f"{len(self.left)} changed tensors are no matrices and were left out: {self.left[0]}, …")
+            lines.append(
+                f"{len(self.left)} changed tensors are no layer's matrices and were left out: {self.left[0]}, …"
+            )
         poor = [w for w in self.weights if w.lost > _POOR]
         if poor:
             lines.append(f"{len(poor)} weights lost more than half, {poor[0].weight} {100 * poor[0].lost:.3g} %")
@@ -115,13 +119,17 @@ def extract(
     patterns = [targets] if isinstance(targets, str) else list(targets)
 
     def targeted(*names: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+        matching = {p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in names)}
+        used.update(matching)
+        return bool(matching)
 
     deltas: list[tuple[str, Shape, Delta]] = []
     prints: dict[str, np.ndarray] = {}
     weights: list[Extracted] = []
     unchanged: list[str] = []
     left: list[str] = []
+    left_square = 0.0
+    used: set[str] = set()
     places: defaultdict[str, list[tuple[str, Part]]] = defaultdict(list)
     for name, part in paths_of(before):
         if len(before.info(part.weight).shape) > 1:
@@ -139,6 +147,7 @@ def extract(
                 unchanged.append(key)
             elif not wanted:
                 left.append(key)
+                left_square += norm**2
             for name, part in wanted if norm else ():
                 rows = X[part.start : part.stop]
                 norm = float(torch.linalg.vector_norm(rows, dtype=torch.float64))
@@ -152,12 +161,14 @@ def extract(
         done += info.size
         if progress is not None:
             progress(done, before.size)
+    if set(patterns) - used:
+        raise OptionError(f"targets: {sorted(set(patterns) - used)[0]!r} matches no tensor of {base}")
     if not deltas:
         raise MismatchError(
             f"{tuned} and {base} have no matrix that differs and that {patterns} match: nothing to extract"
         )
     size = write_native(Path(out), deltas, prints, Path(tuned).stem, dtype)
-    return ExtractReport(Path(out), tuple(weights), tuple(unchanged), tuple(left), size)
+    return ExtractReport(Path(out), tuple(weights), tuple(unchanged), tuple(left), size, math.sqrt(left_square))
 
 
 def _difference(before: Base, after: Base, key: str) -> tuple[Tensor, Tensor]:

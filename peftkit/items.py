@@ -32,8 +32,9 @@ JOINED, SWAPPED = " + ", " (halves swapped)"
 class Item:
     """One adapter to write, by the name it has in its file or model.
 
-    base: W (m, n), None where it is not at hand. path: of its module in the base, where that is known. transposed: a
+    base: W (m, n), None where it is not at hand. path: of its module in the model, where that is known. transposed: a
     transposed convolution. sliced: rows of a parameter, which is no module of its own. file: where it is from.
+    flipped: of a layer that keeps its weight as (in, out).
     """
 
     name: str
@@ -44,6 +45,7 @@ class Item:
     transposed: bool = False
     sliced: bool = False
     file: str = ""
+    flipped: bool = False
 
 
 def items_of_model(model: nn.Module, name: str | None) -> Iterator[Item]:
@@ -100,7 +102,8 @@ def _without_base(path: object, bundle: Bundle, apart: bool) -> Iterator[Item]:
                 f"{where}: {patch.kind} is made of its base's factors, which are not in the file; give the base"
             )
         shape = _unflattened(name, patch, families)
-        yield Item(name, adapter, shape, None, transposed=patch.transposed, file=str(path))
+        own = name if bundle.format in ("native", "peft") and name in bundle.patches else ""  # theirs are paths
+        yield Item(name, adapter, shape, None, own, patch.transposed, file=str(path), flipped=bundle.flipped)
 
 
 def _unflattened(name: str, patch: Patch, families: Sequence[Family]) -> Shape:
@@ -153,7 +156,9 @@ def _on_base(file: object, bundle: Bundle, base: Base, other_base: bool, apart: 
         if name in bundle.base and not others and needs_base(patch, shape, bundle.portable):
             distances[name] = native.distance(samples_of(base, first, patch), bundle.base[name])
             bound += [name] if is_of_its_base(patch, shape) and not bundle.portable else []
-        items.append(Item(name, bind(patch, shape, W, where), shape, W, path, patch.transposed, file=str(file)))
+        adapter = bind(patch, shape, W, where)
+        flipped = bundle.flipped
+        items.append(Item(name, adapter, shape, W, path, patch.transposed, file=str(file), flipped=flipped))
     kinds = {item.name: item.adapter.kind for item in items}
     require_same_base(file, str(base.path), distances, kinds, bound, other_base)
     yield from items

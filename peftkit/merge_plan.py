@@ -293,14 +293,15 @@ class _Planner:
 
 
 def _strength(strength: Strength, called: Sequence[str], file: str, used: set[str]) -> float:
-    if not isinstance(strength, Mapping):
-        require_strength(strength)
-        return float(strength)
-    for pattern, value in strength.items():
-        if any(fnmatch.fnmatchcase(name, pattern) for name in called):
-            require_strength(value)
-            used.add(pattern)
-            return float(value)
+    with about(file):
+        if not isinstance(strength, Mapping):
+            require_strength(strength)
+            return float(strength)
+        for pattern, value in strength.items():
+            if any(fnmatch.fnmatchcase(name, pattern) for name in called):
+                require_strength(value)
+                used.add(pattern)
+                return float(value)
     raise OptionError(f"{file}: no strength pattern matches {called[0]}; add '*' for the rest")
 
 

@@ -10,6 +10,9 @@ from peftkit.formats.names import Family, Module
 from peftkit.formats.targets import Target
 from peftkit.items import Item
 
+#: what programs put before the path of a module, whatever the model
+_SPELLED = ("lycoris_", "lora_unet_", "lora_transformer_", "base_model.model.", "diffusion_model.")
+
 
 def family_of(items: Sequence[Item], asked: str | None, component: str | None) -> Family | None:
     if asked is not None:
@@ -102,6 +105,13 @@ def _require_whole_attentions(modules: Sequence[Module]) -> None:
 
 def _module_name(item: Item, module: Module | None, goal: Target, family: Family | None) -> str:
     name = item.path or item.name
+    if module is None and not item.path and name.startswith(_SPELLED):
+        prefix = next(p for p in _SPELLED if name.startswith(p))
+        name = name.removeprefix(prefix)
+        if prefix.endswith("_") and "_" in name and goal.generic != "lycoris_":
+            raise ExportError(
+                f"{item.name!r} does not say where its dots were, which {goal.title} needs: give the base"
+            )
     own = name if module is None else item.path.removeprefix(f"{module.name.partition('.')[0]}.") or module.path
     if item.sliced and module is None:
         raise ExportError(

@@ -140,7 +140,9 @@ def _peft(source: _Source, config: Mapping[str, Any]) -> Bundle:
     def patch(module: str) -> Patch:
         return peft.patch(module, {role: source.factor(key) for role, key in modules[module].items()}, config, scale)
 
-    return Bundle("peft", Patches(source.path, modules, patch), metadata=source.metadata, size=source.size)
+    flipped = bool(config.get("fan_in_fan_out"))
+    patches = Patches(source.path, modules, patch)
+    return Bundle("peft", patches, metadata=source.metadata, size=source.size, flipped=flipped)
 
 
 def _foreign(source: _Source, dora_axis: str | None, alpha_zero: str | None) -> Bundle:

@@ -20,8 +20,9 @@ from peftkit.writing import HASHES
 def rescale(source: Source, factor: float | Mapping[str, float], out: str | os.PathLike[str]) -> ConvertReport:
     """Write the file with ΔW times a factor, or factors by patterns over modules; the first that matches counts.
 
-    Every other tensor and entry stays as it is. Adapters whose ΔW does not scale by a tensor of theirs (DoRA, OFT)
-    raise ExportError: their strength is given where they are merged.
+    Every other tensor and entry stays as it is. The error is of the tensors that were scaled, in their dtype. Adapters
+    whose ΔW does not scale by a tensor of theirs (DoRA, OFT) raise ExportError: their strength is given where they are
+    merged.
     """
     with about(source, out):
         return _rescale(source, factor, Path(out))
@@ -36,15 +37,19 @@ def _rescale(source: Source, factor: float | Mapping[str, float], target: Path) 
     if isinstance(factor, Mapping) and set(factor) - used:
         raise OptionError(f"the pattern {sorted(set(factor) - used)[0]!r} matches no module of {path}.")
     tensors = file.tensors()
+    errors = dict.fromkeys(modules, 0.0)
     for module, keys in modules.items():
         for key in keys:
-            tensors[key] = (tensors[key].double() * factors[module]).to(tensors[key].dtype)
+            exact = tensors[key].double() * factors[module]
+            tensors[key] = exact.to(tensors[key].dtype)
             if not torch.isfinite(tensors[key].float()).all():
                 raise FileError(f"{path}: {key} times {factors[module]:g} is not finite as {tensors[key].dtype}")
+            norm, gap = exact.norm().item(), (tensors[key].double() - exact).norm().item()
+            errors[module] = max(errors[module], gap / norm if norm else 0.0)
     if not os.path.isdir(source) and target.suffix != ".safetensors":
         raise OptionError(f"{target}: the file is called *.safetensors, {target.suffix or 'no suffix'!r} was given")
     _write_like(source, target, tensors, {k: v for k, v in file.metadata.items() if not k.startswith(HASHES)})
-    entries = tuple(Converted(m, "", f"× {f:g}", 0.0) for m, f in factors.items())
+    entries = tuple(Converted(m, "", f"× {f:g}", errors[m]) for m, f in factors.items())
     size = sum(info.size for info in file.infos.values())
     return ConvertReport(target, entries, size, size)
 

@@ -36,6 +36,9 @@ class _Console(Console):
 
 OUT, ERR = (_Console(stderr=error, markup=False, highlight=False, emoji=False) for error in (False, True))
 
+#: what reports derive from their entries, and scripts ask for
+_TOTALS = ("equal", "exact", "error", "lost", "problems")
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -65,7 +68,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, MergePlan):
         return {"patches": _plain(value.patches), "vectors": _plain(value.vectors), "touched": list(value.touched)}
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        totals = [name for name in _TOTALS if isinstance(getattr(type(value), name, None), property)]
+        names = [field.name for field in dataclasses.fields(value)] + totals
+        return {name: _plain(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

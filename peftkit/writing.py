@@ -175,12 +175,18 @@ def write_deltas(
     spelled = [(name, Spelled("exact", structure_of(delta), Additive(delta)), shape) for name, shape, delta in named]
     if like.format == "peft":
         pieces = [Piece(peft.PREFIX + name, own, shape) for name, own, shape in spelled]
+        structures = {own.structure for _, own, _ in spelled}
+        if structures == {"lora", "full"}:  # a folder holds one kind of adapter
+            pieces = [_as_lora(piece) for piece in pieces]
+        pieces = [_flipped(piece, out) for piece in pieces] if like.flipped else pieces
         found = peft_type(pieces)
         if found is None:
-            kinds = ", ".join(sorted({own.structure for _, own, _ in spelled}))
+            kinds = ", ".join(sorted(structures))
             raise OptionError(f"a folder of PEFT holds one kind of adapter, not {kinds}: convert to lora")
+        kind, options = found
+        options |= {"fan_in_fan_out": True} if like.flipped else {}
         with container.atomic_folder(out) as folder:
-            write_peft(folder, pieces, *found, dtype)
+            write_peft(folder, pieces, kind, options, dtype)
         return sum(info.size for info in container.read(out / peft.WEIGHTS).infos.values())
     pieces = [Piece(name, own, shape) for name, own, shape in spelled]
     plain = like.format == "diffusers" and all(own.structure == "lora" for _, own, _ in spelled)
@@ -189,6 +195,24 @@ def write_deltas(
     _require_safetensors(out)
     container.write(out, tensors, _kept(like))
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _as_lora(piece: Piece) -> Piece:
+    """The same ΔW as a low-rank product, of full rank if need be."""
+    assert isinstance(piece.spelled.form, Additive)
+    delta = piece.spelled.form.delta
+    low = forms.of_matrix(delta.dense()) if isinstance(delta, Dense) else forms.low_rank(delta)
+    return Piece(piece.module, Spelled("exact", "lora", Additive(low)), piece.shape)
+
+
+def _flipped(piece: Piece, out: Path) -> Piece:
+    """The transpose, for layers that keep their weight as (in, out)."""
+    form = piece.spelled.form
+    if not isinstance(form, Additive) or not isinstance(form.delta, LowRank):
+        raise OptionError(f"{out}: PEFT's fan_in_fan_out is of LoRA, not of {piece.spelled.structure}: convert to lora")
+    low = LowRank(form.delta.A.mT, form.delta.B.mT)
+    shape = Shape(piece.shape.columns, piece.shape.rows)
+    return Piece(piece.module, Spelled("exact", "lora", Additive(low)), shape)
 
 
 def write_native(

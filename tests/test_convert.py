@@ -1060,7 +1060,7 @@ def test_extracting_all_of_the_difference_gives_the_tuned_model_back(dtype: torc
     after = tuned(before)
     base, model = write(tmp_path / "base.safetensors", before), write(tmp_path / "tuned.safetensors", after)
     report = pk.extract(model, base, tmp_path / "a.safetensors", "full")
-    assert report.lost == 0.0
+    assert all(w.lost == 0.0 for w in report.weights)
     pk.merge_checkpoint(base, {tmp_path / "a.safetensors": 1.0}, tmp_path / "out.safetensors")
     merged = load(tmp_path / "out.safetensors")
     assert set(report.left) == set(VECTORS)
@@ -1098,6 +1098,8 @@ def test_the_loss_of_an_extracted_lora_is_what_the_tuned_model_lacks(
             assert w.lost == pytest.approx(optimum(X_.flatten(1), keep["rank"]), rel=2e-2, abs=rounding)
             assert w.rank == min(keep["rank"], *X_.flatten(1).shape)
         lacking, whole = lacking + gap**2, whole + w.norm**2
+    left = sum(float((after[key].double() - before[key].double()).norm()) ** 2 for key in report.left)
+    lacking, whole = lacking + left, whole + left
     assert report.lost == pytest.approx(math.sqrt(lacking / whole), rel=1e-2)
     assert report.bytes == sum(t.nbytes for t in load(tmp_path / "a.safetensors").values())
 
@@ -1153,8 +1155,10 @@ def test_extraction_can_be_of_some_weights(tmp_path: Path) -> None:
     for targets, found in (("k*", {"k1", "k3"}), (["lin.weight", "bare"], {"lin", "bare"})):
         report = pk.extract(model, base, tmp_path / "a.safetensors", rank=1, targets=targets)
         assert {w.weight for w in report.weights} == found
+    with pytest.raises(OptionError, match="'no such' matches no tensor"):
+        pk.extract(model, base, tmp_path / "b.safetensors", rank=1, targets=["k*", "no such"])
     with pytest.raises(MismatchError, match="nothing to extract"):
-        pk.extract(model, base, tmp_path / "b.safetensors", rank=1, targets="no such")
+        pk.extract(base, base, tmp_path / "b.safetensors", rank=1)
     assert not (tmp_path / "b.safetensors").exists()
 
 

@@ -68,7 +68,7 @@ class Bundle:
     format: "native", "kohya", "diffusers" or "peft". vectors: changes of biases and norms, which are not matrices, by
     "module.bias" or "module.weight". base: fingerprints of the weights it was trained on. portable: whether derived
     tensors are in the file. unclaimed: tensors of a native file that its header does not mention. size: of all tensors,
-    in bytes.
+    in bytes. flipped: whether the layers keep their weight as (in, out), and so do the patches; PEFT's fan_in_fan_out.
     """
 
     format: str
@@ -81,3 +81,4 @@ class Bundle:
     metadata: Mapping[str, str] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     size: int = 0
+    flipped: bool = False
