@@ -1660,3 +1660,28 @@ def test_a_component_that_is_kept_as_a_pickle_is_not_lost(tmp_path: Path) -> Non
     except FileError:
         return
     assert listing(tmp_path / "out").keys() == listing(folder).keys()
+
+
+def test_what_a_narrower_result_loses_is_measured_on_what_is_written(tmp_path: Path) -> None:
+    """Against the base in that dtype: what is lost to it alone is no change of the adapter's."""
+    W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    factors = {"a.lora_up.weight": torch.full((64, 1), 1e-3), "a.lora_down.weight": torch.full((1, 64), 1e-1)}
+    base, file = write(tmp_path / "base.safetensors", {"a.weight": W}), write(tmp_path / "x.safetensors", factors)
+    out = tmp_path / "out.safetensors"
+    for dtype in (torch.bfloat16, torch.float16):
+        (found,) = pk.merge_checkpoint(base, {file: 1.0}, out, dtype=dtype).weights
+        delta = factors["a.lora_up.weight"] @ factors["a.lora_down.weight"]
+        moved = load(out)["a.weight"].double() - W.to(dtype).double()
+        assert found.change == pytest.approx(float(moved.norm()), rel=1e-5)
+        assert found.lost == pytest.approx(float((delta - moved).norm() / delta.norm()), rel=1e-3)
+    with pytest.raises(MergeError, match="too small"):
+        pk.merge_checkpoint(base, {file: 1e-6}, tmp_path / "none.safetensors", dtype=torch.bfloat16)
+    assert not (tmp_path / "none.safetensors").exists()
+
+
+def test_the_result_does_not_take_the_place_of_an_adapter(tmp_path: Path) -> None:
+    base, file = prepared(tmp_path)
+    before = file.read_bytes()
+    with pytest.raises(OptionError, match="one of the adapters"):
+        pk.merge_checkpoint(base, {file: 1.0}, file)
+    assert file.read_bytes() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -1388,3 +1390,75 @@ def test_the_same_adapter_in_two_formats_is_equal(kind: str, tmp_path: Path) -> 
     assert pk.diff(file, own).equal and pk.diff(own, file).equal
     assert set(pk.diff(own, file).distances) == set(LYCORIS) or pk.diff(own, file).only == ((), ())
     assert not pk.diff(own, source(tmp_path, "lora")).equal
+
+
+# -- what a review found ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["resize", "convert", "combine"])
+@torch.no_grad()
+def test_layers_that_keep_their_weight_the_other_way_round_stay_so(verb: str, tmp_path: Path) -> None:
+    """Every GPT-2 adapter of PEFT is of such layers: without fan_in_fan_out the folder would mean the transpose."""
+    torch.manual_seed(0)
+    base = nn.Sequential(hf.pytorch_utils.Conv1D(48, 16), nn.GELU(), hf.pytorch_utils.Conv1D(48, 48))
+    options = peft.LoraConfig(r=4, target_modules=["0", "2"], fan_in_fan_out=True)
+    adapted = peft.get_peft_model(copy.deepcopy(base), options)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    for name in ("one", "two"):
+        adapted.save_pretrained(tmp_path / name)
+    one, two, out = (tmp_path / name for name in ("one", "two", "out"))
+    verbs: dict[str, Callable[[], Any]] = {
+        "resize": lambda: pk.resize(one, out, rank=4),
+        "convert": lambda: pk.convert(one, out, "lora"),
+        "combine": lambda: pk.combine({one: 0.5, two: 0.5}, out, method="svd", rank=4),
+    }
+    verbs[verb]()
+    x = torch.randn(5, 16)
+    before, expected = base(x), adapted.eval()(x)
+    found = peft.PeftModel.from_pretrained(base, str(out)).eval()(x)
+    assert (found - expected).norm() < 1e-4 * (expected - before).norm()
+    with pytest.raises(ExportError, match="fan_in_fan_out"):
+        pk.export(one, tmp_path / "exported", "peft")
+
+
+def test_a_rescaled_file_reports_what_its_dtype_lost(tmp_path: Path) -> None:
+    """In fp16 a tenth of a thousandth of a small factor is subnormal."""
+    path, out = tmp_path / "x.safetensors", tmp_path / "out.safetensors"
+    up, down = (exact(*shape, seed=i).half() * 0.01 for i, shape in enumerate(((64, 4), (4, 64))))
+    write(path, {"a.lora_up.weight": up, "a.lora_down.weight": down})
+    report = pk.rescale(path, 1e-4, out)
+    written = load(out)["a.lora_up.weight"].double()
+    lost = float((written - 1e-4 * up.double()).norm() / (1e-4 * up.double()).norm())
+    assert report.error == pytest.approx(lost, rel=1e-6) and lost > 1e-3
+
+
+def test_a_sum_of_loras_is_a_lora(tmp_path: Path) -> None:
+    """Its matrix would be smaller, but sd-scripts, diffusers and PEFT read no other kind."""
+    name = KOHYA[next(iter(KOHYA))]
+    tensors = {f"{name}.lora_up.weight": exact(12, 7, seed=1), f"{name}.lora_down.weight": exact(7, 8, seed=2)}
+    files = [write(tmp_path / f"{i}.safetensors", tensors) for i in range(2)]
+    pk.combine({files[0]: 0.25, files[1]: 0.5}, tmp_path / "out.safetensors")
+    found = load(tmp_path / "out.safetensors")
+    up, down, alpha = (found[f"{name}.{end}"] for end in ("lora_up.weight", "lora_down.weight", "alpha"))
+    expected = 0.75 * tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
+    assert len(down) == 8
+    assert torch.allclose(up @ down * (alpha / len(down)), expected, rtol=1e-5)
+
+
+def test_a_sum_in_a_folder_of_peft_is_of_one_kind(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = nn.Linear(64, 64), nn.Linear(8, 8)
+
+    for name in ("one", "two"):
+        model = Two()
+        pk.wrap(model, "lora", rank=5)
+        train(model)
+        pk.export(model, tmp_path / name, "peft")
+    out = tmp_path / "out"
+    report = pk.combine({tmp_path / "one": 0.5, tmp_path / "two": 0.5}, out)
+    assert {m.after for m in report.modules} == {"lora 10", "lora 8"}
+    assert pk.inspect(out).loads["peft"] == ""

@@ -26,7 +26,7 @@ import torch
 from lycoris import create_lycoris_from_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
@@ -1023,3 +1023,15 @@ def test_a_text_encoder_without_attention_is_refused_for_diffusers(tmp_path: Pat
     with pytest.raises(ExportError, match="without attention"):
         pk.export(model, tmp_path / "adapter.safetensors", "diffusers", family="sd15", component="text_encoder")
     assert not list(tmp_path.iterdir())
+
+
+def test_names_of_a_model_that_is_not_known_lose_what_a_program_put_before_them(tmp_path: Path) -> None:
+    """lycoris_lycoris_… is nobody's; and underscores do not say where the dots of PEFT's names are."""
+    path, name = tmp_path / "x.safetensors", "lycoris_layers_0_q_proj"
+    factors = {f"{name}.lora_up.weight": torch.ones(8, 2), f"{name}.lora_down.weight": torch.ones(2, 8)}
+    save_file({**factors, f"{name}.alpha": torch.tensor(2.0)}, path)
+    report = pk.export(path, tmp_path / "out.safetensors", "lycoris")
+    assert [w.written for w in report.weights] == [name]
+    for target in ("comfyui", "peft"):
+        with pytest.raises(ExportError, match="where its dots were"):
+            pk.export(path, tmp_path / f"out-{target}.safetensors", target)
