@@ -194,8 +194,8 @@ def _renamed(name: str, like: Sequence[str], canonical: str) -> str:
     if family is not None:
         for style in names.STYLES:
             modules = family.find(like[0])
-            if modules and _spelled(family, modules[0].name, style) == like[0]:
-                spelled = _spelled(family, canonical, style)
+            if modules and family.spelled(modules[0].name, style) == like[0]:
+                spelled = family.spelled(canonical, style)
                 if spelled:
                     return spelled
     prefix, path = prefix_of(like[0]), name.removeprefix(prefix_of(name))
@@ -206,10 +206,3 @@ def _renamed(name: str, like: Sequence[str], canonical: str) -> str:
             f"{name} does not say where its dots were, which the first file's {like[0]!r} has: name it first"
         )
     return prefix + path
-
-
-def _spelled(family: names.Family, canonical: str, style: str) -> str:
-    try:
-        return family.spell(canonical, style)
-    except OptionError:  # the style has no name for it
-        return ""

@@ -14,12 +14,13 @@ from rich.table import Table
 
 from peftkit.binding import bind, described, misfit, needs_base, stand_in
 from peftkit.delta.distance import distance, norm
-from peftkit.errors import OptionError, PeftkitError
+from peftkit.errors import ExportError, PeftkitError
 from peftkit.formats import names, targets
 from peftkit.formats.names import Family
 from peftkit.formats.patch import Bundle, Patch
 from peftkit.formats.targets import Target
 from peftkit.items import canonical_items, delta_of
+from peftkit.naming import require_readable_text_encoders, require_whole_attentions
 from peftkit.reading import Reading, read
 
 if TYPE_CHECKING:
@@ -263,12 +264,22 @@ def _why_not(target: Target, bundle: Bundle, structures: set[str], family: Famil
         return ""
     if family is None and target.generic is None:
         return f"{target.title} loads adapters of the models it knows"
-    style = target.transformer_style if family is not None and "transformer" in family.components else target.style
-    if family is not None and style is None:
+    denoiser = "" if family is None else family.components[0]
+    if family is not None and not targets.styles_read(target, family.name, denoiser, denoiser):
         return f"{target.title} does not load adapters of {family.title}"
     for name in bundle.patches:
-        if not _named_for(target, style, name, family):
+        if not _named_for(target, name, family):
             return f"{target.title} does not look for {name!r}"
+    if bundle.vectors and target.name not in ("comfyui", "forge"):
+        return f"{target.title} leaves out changes of biases and norms, or fails on them"
+    if target.name in ("a1111", "diffusers") and family is not None:
+        modules = [module for name in bundle.patches for module in family.find(name)]
+        try:
+            require_readable_text_encoders(modules, target, named=bundle.format)
+            if target.name == "a1111":
+                require_whole_attentions(modules)
+        except ExportError as error:
+            return str(error)
     return ""
 
 
@@ -285,10 +296,12 @@ def _reads(target: Target, structure: str) -> bool:
     return structure in target.reads or (structure == "glora" and "glora old" in target.reads)
 
 
-def _named_for(target: Target, style: str | None, name: str, family: Family | None) -> bool:
+def _named_for(target: Target, name: str, family: Family | None) -> bool:
     if family is None:
         return target.generic is not None and name.startswith(target.generic)
-    try:
-        return any(name == family.spell(module.name, style or "") for module in family.find(name))
-    except OptionError:  # a module that the style has no name for
-        return False
+    denoiser = family.components[0]
+    return any(
+        family.spelled(module.name, style) == name
+        for module in family.find(name)
+        for style in targets.styles_read(target, family.name, denoiser, module.name.partition(".")[0])
+    )

@@ -54,9 +54,9 @@ def named_modules(
         )
     if goal.name in ("a1111", "diffusers"):
         modules = [module for members in found.values() for module, _ in members if module is not None]
-        _require_readable_text_encoders(modules, goal)
+        require_readable_text_encoders(modules, goal)
         if goal.name == "a1111":
-            _require_whole_attentions(modules)
+            require_whole_attentions(modules)
     for name, members in found.items():
         if len(members) > 1 and any(module is None or module.start is None for module, _ in members):
             both = " and ".join(repr(item.name) for _, item in members)
@@ -73,8 +73,11 @@ def _fused_name(members: Sequence[str], goal: Target, family: Family) -> str:
     return spelled.pop() if len(spelled) == 1 else ""
 
 
-def _require_readable_text_encoders(modules: Sequence[Module], goal: Target) -> None:
-    """Refuse what A1111 ignores of a text encoder, and what makes diffusers fail to recognise one."""
+def require_readable_text_encoders(modules: Sequence[Module], goal: Target, named: str = "diffusers") -> None:
+    """Refuse what A1111 ignores of a text encoder, and what makes diffusers fail to recognise one.
+
+    named: the format of the file; in kohya's names diffusers knows the attention by its output.
+    """
     encoders: dict[str, list[str]] = {}
     for module in modules:
         component, _, path = module.name.partition(".")
@@ -83,13 +86,14 @@ def _require_readable_text_encoders(modules: Sequence[Module], goal: Target) -> 
             if path == "text_projection":
                 raise ExportError(f"{module.name}: {goal.title} does not read an adapter of the text projection")
     for component, paths in encoders.items():
-        if goal.name == "diffusers" and not any("attn" in path for path in paths):
+        known = "attn" if named == "diffusers" else "self_attn.out_proj"
+        if goal.name == "diffusers" and not any(known in path for path in paths):
             raise ExportError(
                 f"{component}: diffusers does not recognise a text encoder's adapter without attention layers"
             )
 
 
-def _require_whole_attentions(modules: Sequence[Module]) -> None:
+def require_whole_attentions(modules: Sequence[Module]) -> None:
     """A1111 applies an OpenCLIP attention only where q, k, v and the output are all in the file, and says nothing."""
     own = {module.name for module in modules}
     for module in modules:

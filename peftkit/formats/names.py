@@ -126,6 +126,13 @@ class Family:
             raise OptionError(f"the style {style!r} has no name for {name!r} of {self.title}: choose another style")
         return spelled
 
+    def spelled(self, name: str, style: str) -> str:
+        """`spell`, or "" where the style has no name for the module."""
+        try:
+            return self.spell(name, style)
+        except OptionError:
+            return ""
+
     def own(self, foreign: str) -> bool:
         """Whether a foreign name is spelled as `spell` spells it, in any style."""
         return foreign in self._spellings

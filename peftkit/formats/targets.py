@@ -123,6 +123,32 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 )
 
 
+#: the spellings of a denoiser that a program reads beside the one written for it: (program, U-Net or family) -> styles
+_ALSO: Mapping[tuple[str, str], frozenset[str]] = MappingProxyType(
+    {
+        ("comfyui", "unet"): frozenset({"ldm", "lycoris"}),
+        ("comfyui", "sd3"): frozenset({"kohya", "ldm", "lycoris", "diffusers"}),
+        ("comfyui", "flux"): frozenset({"kohya", "ldm", "lycoris", "diffusers"}),
+        ("forge", "unet"): frozenset({"ldm", "lycoris"}),
+        ("forge", "sd3"): frozenset({"kohya", "ldm"}),
+        ("forge", "flux"): frozenset({"kohya", "ldm", "lycoris", "diffusers"}),
+        ("diffusers", "unet"): frozenset({"kohya"}),
+        ("diffusers", "flux"): frozenset({"kohya", "ldm"}),
+    }
+)
+
+
+def styles_read(target: Target, family: str, denoiser: str, component: str) -> frozenset[str]:
+    """The spellings of a component's modules that a program looks for. family, denoiser: "sdxl" and "unet", …"""
+    own = target.style if denoiser == "unet" else target.transformer_style
+    if own is None:
+        return frozenset()
+    if component != denoiser:
+        return frozenset({own, {"comfyui": "ldm", "diffusers": "kohya"}.get(target.name, own)})
+    kind = denoiser if denoiser == "unet" else "flux" if family.startswith("flux") else "sd3"
+    return frozenset({own}) | _ALSO.get((target.name, kind), frozenset())
+
+
 def get(name: str) -> Target:
     """The target of that name."""
     if name not in TARGETS:
