@@ -19,7 +19,7 @@ from peftkit.formats import forms, names
 from peftkit.formats.patch import Bundle
 from peftkit.geometry import Shape
 from peftkit.items import Item, canonical_items, delta_of
-from peftkit.reading import Reading, read
+from peftkit.reading import Reading, read_all
 from peftkit.resolving import prefix_of
 from peftkit.svd import Keep
 from peftkit.wrap import require_strength
@@ -69,7 +69,7 @@ def combine(
     for weight in sources.values():
         require_strength(weight)
     with about(out, *sources):
-        bundles = [(path, read(path, **reading)) for path in sources]
+        bundles = list(zip(sources, read_all(list(sources), **reading), strict=True))
         files = list(zip(canonical_items(bundles, base, other_base), sources.values(), strict=True))
         found = _sums(files, method, keep, density, torch.Generator().manual_seed(seed))
         return _written(found, [bundle for _, bundle in bundles], Path(out), dtype)

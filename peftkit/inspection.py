@@ -21,7 +21,7 @@ from peftkit.formats.patch import Bundle, Patch
 from peftkit.formats.targets import Target
 from peftkit.items import canonical_items, delta_of
 from peftkit.naming import require_readable_text_encoders, require_whole_attentions
-from peftkit.reading import Reading, read
+from peftkit.reading import Reading, read, read_all
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -193,8 +193,8 @@ def diff(
 
     base: for adapters that read theirs. other_base: accept one they were not trained on. reading: as in `read`.
     """
-    bundles = [(path, read(path, **reading)) for path in (first, second)]
-    ours, theirs = canonical_items(bundles, base, other_base)
+    files = list(zip((first, second), read_all([first, second], **reading), strict=True))
+    ours, theirs = canonical_items(files, base, other_base)
     distances: dict[str, float] = {}
     for name in ours.keys() & theirs.keys():
         one, other = delta_of(ours[name]), delta_of(theirs[name])

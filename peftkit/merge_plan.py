@@ -34,7 +34,7 @@ from peftkit.placing import (
     spans,
     whole,
 )
-from peftkit.reading import Reading, read
+from peftkit.reading import Reading, read_all
 from peftkit.resolving import Part, families_of
 from peftkit.wrap import require_strength
 
@@ -150,11 +150,11 @@ def plan_merge(
     pickles = reading.get("allow_pickle", False)
     opened = open_base(base, allow_pickle=pickles)
     own = None if origin is None else open_base(origin, allow_pickle=pickles)
-    bundles: dict[str, Bundle] = {}
-    for path in adapters:
-        if str(path) in bundles:
-            raise OptionError(f"{path} is among the adapters twice: give it once, with the sum of its strengths")
-        bundles[str(path)] = read(path, **reading)
+    files = [str(path) for path in adapters]
+    twice = next((file for file in files if files.count(file) > 1), None)
+    if twice is not None:
+        raise OptionError(f"{twice} is among the adapters twice: give it once, with the sum of its strengths")
+    bundles = dict(zip(files, read_all(files, **reading), strict=True))
     planner = _Planner(opened, own, rebase, other_base)
     with about(base, *adapters):
         for path, strength in adapters.items():

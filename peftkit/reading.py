@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
@@ -16,6 +16,9 @@ from peftkit.formats import container, kohya, native, peft
 from peftkit.formats.kohya import Modules, Scale
 from peftkit.formats.patch import Bundle, Patch, Patches
 from peftkit.formats.pickles import unpickle
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 #: the entry in which diffusers keeps PEFT's configurations, by component
 _DIFFUSERS = "lora_adapter_metadata"
@@ -44,6 +47,33 @@ def read(
     Where a file can mean two things AmbiguousFileError says which option decides: dora_axis ("out" or "in") and
     alpha_zero ("off" or "rank"). Pickles are refused unless allow_pickle, and then read as data that runs nothing.
     """
+    (bundle,) = read_all([path], dora_axis=dora_axis, alpha_zero=alpha_zero, ignore=ignore, allow_pickle=allow_pickle)
+    return bundle
+
+
+def read_all(paths: Sequence[str | os.PathLike[str]], **reading: Unpack[Reading]) -> list[Bundle]:
+    """Several files in one way. A pattern of `ignore` has to match in one of them."""
+    given = reading.get("ignore", ())
+    unmatched = set([given] if isinstance(given, str) else given)
+    bundles = []
+    for path in paths:
+        bundle, missed = _read(path, **reading)
+        bundles.append(bundle)
+        unmatched &= missed
+    if unmatched:
+        files = ", ".join(map(str, paths))
+        raise OptionError(f"ignore={sorted(unmatched)[0]!r} matches no tensor of {files}")
+    return bundles
+
+
+def _read(
+    path: str | os.PathLike[str],
+    dora_axis: str | None = None,
+    alpha_zero: str | None = None,
+    ignore: str | Sequence[str] = (),
+    allow_pickle: bool = False,
+) -> tuple[Bundle, set[str]]:
+    """A file, and the patterns of `ignore` that match nothing in it."""
     for option, value, known in (("dora_axis", dora_axis, ("out", "in")), ("alpha_zero", alpha_zero, ("off", "rank"))):
         if value not in (None, *known):
             raise OptionError(f"{option}={value!r} was given, {known[0]!r} or {known[1]!r} was expected")
@@ -54,10 +84,12 @@ def read(
     with about(path):
         source = _Source(path, allow_pickle, [ignore] if isinstance(ignore, str) else list(ignore))
         if native.KEY in source.metadata:
-            return _native(source)
-        if config is not None:
-            return _peft(source, config)
-        return _foreign(source, dora_axis, alpha_zero)
+            bundle = _native(source)
+        elif config is not None:
+            bundle = _peft(source, config)
+        else:
+            bundle = _foreign(source, dora_axis, alpha_zero)
+    return bundle, source.unmatched
 
 
 class _Source:
@@ -75,9 +107,7 @@ class _Source:
             self.size = sum(info.size for info in file.infos.values())
             self.metadata, names, self._tensor = file.metadata, list(file.infos), file.tensor
         self.keys = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)]
-        for pattern in ignore:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                raise OptionError(f"ignore={pattern!r} matches no tensor of {path}")
+        self.unmatched = {p for p in ignore if not any(fnmatch.fnmatchcase(name, p) for name in names)}
         if not self.keys:
             raise FileError(f"{path} holds no tensors")
 

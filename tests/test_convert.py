@@ -1462,3 +1462,16 @@ def test_a_sum_in_a_folder_of_peft_is_of_one_kind(tmp_path: Path) -> None:
     report = pk.combine({tmp_path / "one": 0.5, tmp_path / "two": 0.5}, out)
     assert {m.after for m in report.modules} == {"lora 10", "lora 8"}
     assert pk.inspect(out).loads["peft"] == ""
+
+
+def test_what_is_ignored_is_in_one_of_the_files(tmp_path: Path) -> None:
+    factors = {"a.lora_up.weight": torch.ones(4, 1), "a.lora_down.weight": torch.ones(1, 4)}
+    one = write(tmp_path / "one.safetensors", {**factors, "extra": torch.ones(1)})
+    two, out = write(tmp_path / "two.safetensors", factors), tmp_path / "out.safetensors"
+    base = write(tmp_path / "base.safetensors", {"a.weight": torch.zeros(4, 4)})
+    assert pk.diff(one, two, ignore="extra").equal
+    pk.combine({two: 1.0, one: 1.0}, out, ignore="extra")
+    pk.merge_checkpoint(base, {two: 1.0, one: 1.0}, out, ignore="extra")
+    assert torch.equal(load(out)["a.weight"], torch.full((4, 4), 2.0))
+    with pytest.raises(OptionError, match="'more' matches no tensor"):
+        pk.diff(one, two, ignore=["extra", "more"])
