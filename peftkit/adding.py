@@ -91,7 +91,9 @@ def overflows(wide: Tensor, dtype: torch.dtype) -> bool:
     """Whether finite numbers of a tensor are beyond a narrower dtype, even rounded down to its largest."""
     limits = torch.finfo(dtype)
     most = limits.max * (1 + limits.eps / 4)  # half a step beyond the largest, 2 − eps times a power of two
-    return bool((wide.abs() > most).logical_and(wide.isfinite()).any())
+    flat = wide.reshape(-1)
+    blocks = (flat[block] for block in row_blocks(len(flat), 1))
+    return any(bool((block.abs() > most).logical_and(block.isfinite()).any()) for block in blocks)
 
 
 def rounded_to(dtype: torch.dtype, before: Tensor, after: Tensor) -> tuple[Tensor, float, float]:

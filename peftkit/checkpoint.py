@@ -219,10 +219,10 @@ class _Writer:
         own = weight.dtype
         target = self.plan.dtype if self.plan.dtype is not None and weight.is_floating_point() else own
         layouts = {self._patch(planned).transposed for planned, _ in self.claims[key]}
-        before = weight
+        before, changes = weight, bool(self.claims[key] or self.vectors[key])
         if target != own or len(layouts) > 1:  # sums are formed in a dtype that holds both, and rounded once
             wide = torch.promote_types(accumulation_dtype(own), accumulation_dtype(target))
-            weight = weight.clone() if wide == own else weight.to(wide)
+            weight = weight.clone() if wide == own and changes else weight.to(wide)
         if self.claims[key]:
             self._add_claims(key, weight)
         elif self.vectors[key]:
@@ -231,7 +231,7 @@ class _Writer:
             return weight
         if overflows(weight, target):
             raise MergeError(f"{key}: {weight.dtype} to {target} overflows; nothing was merged. Choose a wider dtype")
-        if not (self.claims[key] or self.vectors[key]):
+        if not changes:
             return weight.to(target)
         rounded, change, missed = rounded_to(target, before, weight)
         told = self.weights[-1]

@@ -1503,12 +1503,12 @@ def measure(base, adapter, out):
             peak[0] = max(peak[0], anonymous())
     watcher = threading.Thread(target=watch)
     watcher.start()
-    report = pk.merge_checkpoint(base, {adapter: 0.7}, out)
+    report = pk.merge_checkpoint(base, {adapter: 0.7}, out, dtype=getattr(torch, dtype) if dtype else None)
     done.set()
     watcher.join()
     return peak[0] - before, report.norm
 
-base, out, *adapters = sys.argv[1:]
+base, out, dtype, *adapters = sys.argv[1:]
 results = {}
 for adapter in adapters:
     read, write = os.pipe()
@@ -1555,12 +1555,23 @@ def test_memory_is_a_few_times_the_largest_tensor_that_changes(tmp_path: Path) -
         for kind, tensors in made.items():
             files.append(folder / kind)
             save_file({f"lycoris_layer{i}.{k}": t.clone() for i in (0, 3) for k, t in tensors.items()}, files[-1])
-        found = run_python(MEMORY, base, folder / "out.safetensors", *files)
+        found = run_python(MEMORY, base, folder / "out.safetensors", "", *files)
         assert all(norm > 100 for _, norm in found.values()), "nothing was merged"
         used = {kind: f"{peak / 1e6:.0f} MB" for kind, (peak, _) in found.items()}
         assert max(peak for peak, _ in found.values()) <= 3 * 20_100_000 + 100_000_000, used
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("own, target", [("float16", "bfloat16"), ("float32", "float16"), ("bfloat16", "float32")])
+def test_memory_is_as_small_where_the_dtype_changes(own: str, target: str, tmp_path: Path) -> None:
+    size = 6000
+    weight = torch.randn(size, size).to(getattr(torch, own))
+    base, file = write(tmp_path / "base.safetensors", {"a.weight": weight}), tmp_path / "lora"
+    save_file({"a.lora_up.weight": torch.randn(size, 4), "a.lora_down.weight": torch.randn(4, size)}, file)
+    ((peak, norm),) = run_python(MEMORY, base, tmp_path / "out.safetensors", target, file).values()
+    assert norm > 100
+    assert peak <= 3 * weight.nbytes + 100_000_000, f"{peak / 1e6:.0f} MB"
 
 
 # ------------------------------------------------------------------------------------------------- what else is written
