@@ -20,7 +20,7 @@ from peftkit.formats.names import Family
 from peftkit.formats.patch import Bundle, Patch
 from peftkit.formats.targets import Target
 from peftkit.items import canonical_items, delta_of
-from peftkit.naming import require_readable_text_encoders, require_whole_attentions
+from peftkit.naming import require_readable
 from peftkit.reading import Reading, read, read_all
 
 if TYPE_CHECKING:
@@ -272,12 +272,10 @@ def _why_not(target: Target, bundle: Bundle, structures: set[str], family: Famil
             return f"{target.title} does not look for {name!r}"
     if bundle.vectors and target.name not in ("comfyui", "forge"):
         return f"{target.title} leaves out changes of biases and norms, or fails on them"
-    if target.name in ("a1111", "diffusers") and family is not None:
+    if family is not None:
         modules = [module for name in bundle.patches for module in family.find(name)]
         try:
-            require_readable_text_encoders(modules, target, named=bundle.format)
-            if target.name == "a1111":
-                require_whole_attentions(modules)
+            require_readable(modules, target, named=bundle.format)
         except ExportError as error:
             return str(error)
     return ""

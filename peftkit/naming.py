@@ -52,11 +52,7 @@ def named_modules(
             f"{goal.title} loads one model at a time and these are {', '.join(sorted(components))}: export each "
             "from its own model"
         )
-    if goal.name in ("a1111", "diffusers"):
-        modules = [module for members in found.values() for module, _ in members if module is not None]
-        require_readable_text_encoders(modules, goal)
-        if goal.name == "a1111":
-            require_whole_attentions(modules)
+    require_readable([module for members in found.values() for module, _ in members if module is not None], goal)
     for name, members in found.items():
         if len(members) > 1 and any(module is None or module.start is None for module, _ in members):
             both = " and ".join(repr(item.name) for _, item in members)
@@ -73,11 +69,13 @@ def _fused_name(members: Sequence[str], goal: Target, family: Family) -> str:
     return spelled.pop() if len(spelled) == 1 else ""
 
 
-def require_readable_text_encoders(modules: Sequence[Module], goal: Target, named: str = "diffusers") -> None:
+def require_readable(modules: Sequence[Module], goal: Target, named: str = "diffusers") -> None:
     """Refuse what A1111 ignores of a text encoder, and what makes diffusers fail to recognise one.
 
     named: the format of the file; in kohya's names diffusers knows the attention by its output.
     """
+    if goal.name not in ("a1111", "diffusers"):
+        return
     encoders: dict[str, list[str]] = {}
     for module in modules:
         component, _, path = module.name.partition(".")
@@ -91,9 +89,11 @@ def require_readable_text_encoders(modules: Sequence[Module], goal: Target, name
             raise ExportError(
                 f"{component}: diffusers does not recognise a text encoder's adapter without attention layers"
             )
+    if goal.name == "a1111":
+        _require_whole_attentions(modules)
 
 
-def require_whole_attentions(modules: Sequence[Module]) -> None:
+def _require_whole_attentions(modules: Sequence[Module]) -> None:
     """A1111 applies an OpenCLIP attention only where q, k, v and the output are all in the file, and says nothing."""
     own = {module.name for module in modules}
     for module in modules:

@@ -14,7 +14,7 @@ from peftkit.converting import Converted, ConvertReport, Source
 from peftkit.errors import ExportError, FileError, OptionError, about
 from peftkit.formats import container, kohya, native, peft
 from peftkit.wrap import require_strength
-from peftkit.writing import HASHES
+from peftkit.writing import HASHES, require_safetensors
 
 
 def rescale(source: Source, factor: float | Mapping[str, float], out: str | os.PathLike[str]) -> ConvertReport:
@@ -46,8 +46,8 @@ def _rescale(source: Source, factor: float | Mapping[str, float], target: Path) 
                 raise FileError(f"{path}: {key} times {factors[module]:g} is not finite as {tensors[key].dtype}")
             norm, gap = exact.norm().item(), (tensors[key].double() - exact).norm().item()
             errors[module] = max(errors[module], gap / norm if norm else 0.0)
-    if not os.path.isdir(source) and target.suffix != ".safetensors":
-        raise OptionError(f"{target}: the file is called *.safetensors, {target.suffix or 'no suffix'!r} was given")
+    if not os.path.isdir(source):
+        require_safetensors(target)
     _write_like(source, target, tensors, {k: v for k, v in file.metadata.items() if not k.startswith(HASHES)})
     entries = tuple(Converted(m, "", f"× {f:g}", errors[m]) for m, f in factors.items())
     size = sum(info.size for info in file.infos.values())

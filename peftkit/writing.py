@@ -192,7 +192,7 @@ def write_deltas(
     plain = like.format == "diffusers" and all(own.structure == "lora" for _, own, _ in spelled)
     goal = targets.get("diffusers" if plain else "comfyui")
     tensors = tensors_of(pieces, goal, shared_alpha(pieces) or 1.0, dtype, out)
-    _require_safetensors(out)
+    require_safetensors(out)
     container.write(out, tensors, _kept(like))
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -225,7 +225,7 @@ def write_native(
     transposed: Collection[str] = (),
 ) -> int:
     """Write ΔW by weights' names as this library's own file; returns the bytes of its tensors."""
-    _require_safetensors(out)
+    require_safetensors(out)
     tensors: dict[str, Tensor] = {}
     records: dict[str, Record] = {}
     for weight, shape, delta in deltas:
@@ -263,6 +263,6 @@ def _kept(bundle: Bundle) -> dict[str, str]:
     return {key: value for key, value in bundle.metadata.items() if not key.startswith(stale)}
 
 
-def _require_safetensors(out: Path) -> None:
+def require_safetensors(out: Path) -> None:
     if out.suffix != ".safetensors":
         raise OptionError(f"{out}: the file is called *.safetensors, {out.suffix or 'no suffix'!r} was given")
