@@ -19,6 +19,7 @@ import peftkit as pk
 from peftkit.adapted import Adapted
 from peftkit.adapters import DoRA
 from peftkit.delta import Decomposed, Delta
+from peftkit.delta.base import Known
 from peftkit.errors import OptionError, UnsupportedLayerError
 from tests.zoo import ADAPTERS, make, train
 
@@ -193,6 +194,12 @@ def algebra_is_dense(adapter: str, layer: str, dtype: torch.dtype = torch.float6
             for value, expected in zip(getattr(delta, own)(other), default(delta, other), strict=True):
                 close(value, expected, dtype, own, size)
     close(delta.sqnorm(), Delta.sqnorm(delta), dtype, "sqnorm")
+    own, _ = the_delta(module)  # the monitor's two numbers, with and without what is already known of W
+    full, known = own.dense(), Known()
+    for _ in range(2):
+        inner, square = own.alignment(W, known)
+        close(inner, (full * W).sum(), dtype, "alignment", full.norm() * W.norm())
+        close(square, full.square().sum(), dtype, "alignment")
     step = delta.row_multiple
     for start in range(0, W.shape[0], step):
         block = slice(start, start + step)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peftkit import registry
 from peftkit.adapter import Adapter, factory, require
 from peftkit.delta import Decomposed, Delta
-from peftkit.delta.base import recomputed, row_blocks
+from peftkit.delta.base import recomputed, row_sqnorms
 from peftkit.geometry import Shape
 
 
@@ -54,24 +54,26 @@ class DoRA(Adapter):
         self.options = {"inner": self.inner.kind, **self.inner.options}
         self.input_dropout = self.inner.input_dropout
         self.columns, self.detach_norm, self.positions = axis == "in", detach_norm, shape.positions
-        norm = self._base_sqnorm(weight).sqrt()
+        norm = self._per_scale(self._base_sqnorms(weight)).sqrt()
         self.magnitude = nn.Parameter(norm.clone())
         self.register_buffer("base_norm", norm)
 
     def delta(self, weight: Tensor) -> Decomposed:
         V = self.inner.delta(weight)
-        own = self._base_sqnorm(weight)
+        own = self._base_sqnorms(weight)
         if self.detach_norm:
             with torch.no_grad():
-                added = self._added_sqnorm(V, weight)
+                cross, squares = self._moments(V, weight)
         else:  # the norm takes part in the gradient, but nothing of the size of W waits for it
-            added = recomputed(lambda W: self._added_sqnorm(V, W), weight)
-        norm = _root((own + added).clamp(min=0))
+            cross, squares = recomputed(lambda W: self._moments(V, W), weight)
+        known = own, cross, squares
+        own = self._per_scale(own)
+        norm = _root((own + self._per_scale(2 * cross + squares)).clamp(min=0))
         # m/‖W + V‖ as two ratios: both are exactly 1 at the start, in any dtype, and the first carries to another base
         t = _ratio(self.magnitude, self.base_norm) * _ratio(own.sqrt(), norm)
         if self.columns:
             t = t.repeat_interleave(self.positions)
-        return Decomposed(t - 1, t, weight, V, self.columns)
+        return Decomposed(t - 1, t, weight, V, self.columns, known)
 
     def project_(self) -> None:
         self.inner.project_()
@@ -83,17 +85,13 @@ class DoRA(Adapter):
         return {f"inner.{key}": tensor for key, tensor in self.inner.derived().items()}
 
     @torch.no_grad()
-    def _base_sqnorm(self, weight: Tensor) -> Tensor:
-        """‖W_i‖² per row (m,), or per input channel (channels,)."""
-        M = weight.mT if self.columns else weight
-        dtype = factory(weight)["dtype"]
-        blocks = (M[rows].to(dtype) for rows in row_blocks(*M.shape))
-        return self._per_scale(torch.cat([torch.einsum("ij,ij->i", block, block) for block in blocks]))
+    def _base_sqnorms(self, weight: Tensor) -> Tensor:
+        """‖W_i‖² per row (m,), or per column (n,)."""
+        return row_sqnorms(weight.mT if self.columns else weight)
 
-    def _added_sqnorm(self, V: Delta, weight: Tensor) -> Tensor:
-        """2<W_i, V_i> + ‖V_i‖², what V adds to ‖W_i‖²."""
-        cross, squares = V.column_moments(weight) if self.columns else V.moments(weight)
-        return self._per_scale(2 * cross + squares)
+    def _moments(self, V: Delta, weight: Tensor) -> Tensor:
+        """<W_i, V_i> and ‖V_i‖² per row (2, m), or per column (2, n)."""
+        return torch.stack(V.column_moments(weight) if self.columns else V.moments(weight))
 
     def _per_scale(self, v: Tensor) -> Tensor:
         """Columns summed over the kernel positions of their channel."""

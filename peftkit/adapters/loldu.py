@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapter import Adapter, factory, rank_scale, require, require_rank
-from peftkit.delta import LowRank
+from peftkit.delta import LowRank, Pivoted
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
 from peftkit.ldu import Pivoting, factor, pivot
@@ -87,9 +87,10 @@ class LoLDU(Adapter):
         """δ = σ·z − σ0·z0 = σ·(z − z0) + (σ − σ0)·z0, (r,)."""
         return (self.start_scale + self.scale_shift) * self.shift + self.scale_shift * self.start
 
-    def delta(self, weight: Tensor) -> LowRank:
+    def delta(self, weight: Tensor) -> Pivoted:
         del weight
-        return LowRank(self.left * self.pivot_change(), self.right)
+        change = self.pivot_change()
+        return Pivoted(self.left * change, self.right, self.left, change)
 
     @torch.no_grad()
     def project_(self) -> None:

@@ -7,5 +7,6 @@ from peftkit.delta.dense import Dense as Dense
 from peftkit.delta.hadamard import Hadamard as Hadamard
 from peftkit.delta.kron import Kron as Kron
 from peftkit.delta.lowrank import LowRank as LowRank
+from peftkit.delta.pivoted import Pivoted as Pivoted
 from peftkit.delta.rotation import Rotation as Rotation
 from peftkit.delta.scaled import Scaled as Scaled

@@ -6,9 +6,10 @@ factors give the same number for less; the tests hold every override against the
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +28,34 @@ def row_blocks(rows: int, columns: int, multiple: int = 1) -> Iterator[slice]:
     return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
 
 
+def tiles(rows: int, columns: int, multiple: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of tiles of about BLOCK elements, whole rows unless `multiple` of them are more than that."""
+    width = columns if multiple * columns <= BLOCK else max(1, BLOCK // multiple)
+    for block in row_blocks(rows, width, multiple):
+        for start in range(0, columns, width):
+            yield block, slice(start, min(start + width, columns))
+
+
+def row_sqnorms(M: Tensor) -> Tensor:
+    """‖M_i‖² per row, (m,), summed in at least fp32. M (m, n)."""
+    dtype = accumulation_dtype(M.dtype)
+    blocks = (M[rows].to(dtype) for rows in row_blocks(*M.shape))
+    return torch.cat([torch.einsum("ij,ij->i", block, block) for block in blocks])
+
+
+class Known:
+    """What follows from W, or from the constants of an adapter, alone: made once and kept for the next time."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What is known under that name, made if it is not."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are formed in: at least fp32."""
     if dtype.itemsize < 2:  # torch does not promote the 8-bit floats
@@ -39,6 +68,11 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return function(x)
     return cast(Tensor, checkpoint(function, x, use_reentrant=False, preserve_rng_state=False))
+
+
+def total(parts: list[Tensor]) -> Tensor:
+    """The sum of scalars."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 class Delta(ABC):
@@ -99,6 +133,30 @@ class Delta(ABC):
     def sqnorm(self) -> Tensor:
         """‖ΔW‖_F², a scalar."""
         return self.dense().square().sum()
+
+    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+        """<ΔW, W>_F and ‖ΔW‖_F², scalars, in one pass. W (m, n): the weight that ΔW is of; known: what is kept of it."""
+        del known
+        inner, square = [], []
+        for rows, columns in tiles(*self.shape, self.row_multiple):
+            whole = columns.stop - columns.start == self.shape[1]
+            tile = (self.rows(rows) if whole else self.tile(rows, columns)).reshape(-1)
+            inner.append(torch.dot(tile, W[rows, columns].to(tile.dtype).reshape(-1)))
+            square.append(torch.dot(tile, tile))
+        return total(inner), total(square)
+
+    def widened(self) -> Delta:
+        """The same ΔW with its factors in at least fp32. W itself, where it is one of them, stays as it is."""
+        if self.dtype.itemsize >= 4:
+            return self
+        wide: dict[str, Any] = {}
+        for field in dataclasses.fields(cast(Any, self)):
+            value = getattr(self, field.name)
+            if isinstance(value, Delta):
+                wide[field.name] = value.widened()
+            elif isinstance(value, Tensor) and field.name != "W":
+                wide[field.name] = value.to(accumulation_dtype(value.dtype))
+        return dataclasses.replace(cast(Any, self), **wide)
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         """Per row i: <M_i, ΔW_i> and ‖ΔW_i‖², each (m,). M (m, n)."""

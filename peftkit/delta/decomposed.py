@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta
+from peftkit.delta.base import Delta, Known
 from peftkit.geometry import Geometry
 
 
@@ -16,6 +17,7 @@ class Decomposed(Delta):
     """ΔW = e·W + f·V, held without cancellation: e = t − 1 and f = t, so that t = 1 leaves exactly V.
 
     e, f: (m,) scale rows; or (n,) scale columns when `columns`. W (m, n) the base, V (m, n) the inner ΔW.
+    known: ‖W_i‖², <W_i, V_i> and ‖V_i‖² per row (or column), from whoever had to compute them for t.
     """
 
     e: Tensor
@@ -23,6 +25,7 @@ class Decomposed(Delta):
     W: Tensor
     V: Delta
     columns: bool = False
+    known: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def reads_output(self) -> bool:  # type: ignore[override]
@@ -71,11 +74,25 @@ class Decomposed(Delta):
         return (self.e * self._dots(self.W, M)).sum() + (self.f * along(M)[0]).sum()
 
     def sqnorm(self) -> Tensor:
-        along = self.V.column_moments if self.columns else self.V.moments
-        cross, squares = along(self.W)
-        own = self._dots(self.W, self.W)
+        own, cross, squares = self._moments()
         # ‖e·w + f·v‖² = e²w² + 2ef<w, v> + f²v², row by row
         return (self.e.square() * own + 2 * self.e * self.f * cross + self.f.square() * squares).sum()
+
+    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+        del W, known
+        own, cross, _ = self._moments()
+        return (self.e * own + self.f * cross).sum(), self.sqnorm()
+
+    def widened(self) -> Delta:
+        wide = super().widened()  # and what was known in a narrow dtype is not known well enough
+        return wide if wide is self else replace(cast(Decomposed, wide), known=None)
+
+    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """‖W_i‖², <W_i, V_i> and ‖V_i‖² per row (or column)."""
+        if self.known is not None:
+            return self.known
+        along = self.V.column_moments if self.columns else self.V.moments
+        return self._dots(self.W, self.W), *along(self.W)
 
     def _dots(self, M: Tensor, N: Tensor) -> Tensor:
         """<M_i, N_i> per row (or column), accumulated in the dtype of the factors."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta
+from peftkit.delta.base import Delta, Known, row_blocks
 from peftkit.geometry import Geometry
 
 
@@ -76,7 +76,22 @@ class Kron(Delta):
         return self.left is None and a * (c * d + b * d) < c * b * (d + a)
 
     def inner(self, M: Tensor) -> Tensor:
-        return self.moments(M)[0].sum()
+        return (self._contracted(M) * self.D).sum()
+
+    def _contracted(self, M: Tensor) -> Tensor:
+        """Σ C_ac·M_(a,b),(c,d) over a and c, (b, d): C against Van Loan's rearrangement, which is never made."""
+        (a, c), (b, d) = self.C.shape, self.block
+        out = self.C.new_zeros(b, 1, d)
+        for row, band in zip(self.C, M.reshape(a, b, c, d), strict=True):
+            for part in row_blocks(b, c * d):
+                tile = band[part].to(self.dtype)
+                out[part].baddbmm_(row.expand(len(tile), 1, c), tile)
+        return out[:, 0]
+
+    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+        del known
+        D = self.D
+        return (self._contracted(W) * D).sum(), self.C.square().sum() * D.square().sum()
 
     def sqnorm(self) -> Tensor:
         return self.C.square().sum() * self.D.square().sum()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta, row_blocks
+from peftkit.delta.base import Delta, Known, row_blocks
 from peftkit.geometry import Geometry
 
 
@@ -55,17 +55,26 @@ class LowRank(Delta):
         return g.expand(g.contract(x, self.A), self.B)
 
     def inner(self, M: Tensor) -> Tensor:
-        return ((M.to(self.dtype) @ self.A.mT) * self.B).sum()
+        return (self._projected(M) * self.B).sum()
 
     def sqnorm(self) -> Tensor:
         return ((self.B.mT @ self.B) * (self.A @ self.A.mT)).sum()
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
-        projected = torch.cat([M[rows].to(self.dtype) @ self.A.mT for rows in row_blocks(*M.shape)])
-        return (projected * self.B).sum(1), ((self.B @ (self.A @ self.A.mT)) * self.B).sum(1)
+        return (self._projected(M) * self.B).sum(1), ((self.B @ (self.A @ self.A.mT)) * self.B).sum(1)
 
     def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         return LowRank(self.A.mT, self.B.mT).moments(M.mT)
+
+    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+        del known
+        return self.inner(W), self.sqnorm()
+
+    def _projected(self, M: Tensor) -> Tensor:
+        """M·Aᵀ (m, r), without a copy of M in another dtype. M (m, n)."""
+        if M.dtype == self.dtype:
+            return M @ self.A.mT
+        return torch.cat([M[rows].to(self.dtype) @ self.A.mT for rows in row_blocks(*M.shape)])
 
     def apply_flops(self, outputs: int) -> int:
         return 2 * outputs * self.rank * sum(self.shape)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta
+from peftkit.delta.base import Delta, Known, row_blocks
 from peftkit.geometry import Geometry
 
 
@@ -80,6 +80,24 @@ class Rotation(Delta):
 
     def sqnorm(self) -> Tensor:
         return self.moments(self.W)[1].sum()
+
+    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+        if 4 * self.size > self.shape[1 if self.side == "out" else 0]:  # the Gram matrices would be no smaller than W
+            return super().alignment(W, known)
+        G = known(f"{self.side} {self.size}", lambda: self._grams(W))
+        # <K·W, W> = <K, W·Wᵀ> and ‖K·W‖² = <K·W·Wᵀ, K>, block by block
+        return (self.K * G).sum(), ((self.K @ G) * self.K).sum()
+
+    def _grams(self, W: Tensor) -> Tensor:
+        """W_b·W_bᵀ of the b rows (or W_bᵀ·W_b of the columns) that a block of R reads, (k, b, b)."""
+        if self.side == "in":
+            G = torch.zeros_like(self.K)
+            for rows in row_blocks(*W.shape):
+                columns = W[rows].to(self.dtype).unflatten(1, (-1, self.size))
+                G += torch.einsum("mki,mkj->kij", columns, columns)
+            return G
+        blocks = (W[rows].to(self.dtype).unflatten(0, (-1, self.size)) for rows in row_blocks(*W.shape, self.size))
+        return torch.cat([block @ block.mT for block in blocks])
 
     def apply_flops(self, outputs: int) -> int:
         m, n = self.shape

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta
+from peftkit.delta.base import Delta, Known, row_sqnorms
 from peftkit.geometry import Geometry
 
 
@@ -60,6 +60,10 @@ class Scaled(Delta):
 
     def sqnorm(self) -> Tensor:
         return (self.e.square() * self._dots(self.W)).sum()
+
+    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+        squares = known(f"columns {self.columns}", lambda: row_sqnorms(W.mT if self.columns else W).to(self.dtype))
+        return (self.e * squares).sum(), (self.e.square() * squares).sum()
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         if self.columns:

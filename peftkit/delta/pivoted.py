@@ -1,0 +1,26 @@
+"""Pivoted: ΔW = L·diag(δ)·U with constant L and U, the structure of LoLDU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftkit.delta.base import Known
+from peftkit.delta.lowrank import LowRank
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Pivoted(LowRank):
+    """ΔW = B·A with B = L·diag(δ) (m, r) and A = U (r, n), where L (m, r) and U stay and only δ (r,) is trained."""
+
+    L: Tensor
+    change: Tensor
+
+    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+        # c_k = l_kᵀ·W·u_k and G = (LᵀL) ⊙ (UUᵀ): <ΔW, W> = δᵀc and ‖ΔW‖² = δᵀGδ, whatever m and n are
+        constant = LowRank(self.L, self.A)
+        c = known("projections", lambda: (constant._projected(W) * self.L).sum(0))
+        G = known("gram", lambda: (self.L.mT @ self.L) * (self.A @ self.A.mT))
+        return torch.dot(self.change, c), torch.dot(self.change, G @ self.change)
