@@ -59,9 +59,9 @@ class Data:
         return Data(self.ids[index, :width], self.mask[index, :width], self.labels[index])
 
 
-def sentences(count: int, seed: int) -> tuple[Data, Data]:
+def sentences(count: int, seed: int, reviews: Path = REVIEWS) -> tuple[Data, Data]:
     """Sentences to train on and to test on, half of each good. People rated them from -4 to 4; 0 is left out."""
-    with REVIEWS.open(encoding="utf-8", newline="") as file:
+    with reviews.open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         rated = {text: float(rating) for _, rating, text in rows if float(rating) != 0 and 20 < len(text) < 220}
     order = random.Random(seed).sample(list(rated), len(rated))

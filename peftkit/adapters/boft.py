@@ -69,7 +69,7 @@ class BOFT(Adapter):
 
     def delta(self, weight: Tensor) -> Butterfly:
         Q = self.generator()
-        K = torch.linalg.solve(torch.eye(self.size, dtype=Q.dtype, device=Q.device) - Q, 2 * Q)  # R − I
+        K = torch.linalg.solve_ex(torch.eye(self.size, dtype=Q.dtype, device=Q.device) - Q, 2 * Q)[0]  # R − I
         rescale = None if self.rescale is None else self.rescale.to(K.dtype)
         return Butterfly(K, weight, rescale)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit import registry
-from peftkit.adapter import Adapter, factory, require
+from peftkit.adapter import Adapter, require
 from peftkit.delta import Decomposed, Delta
 from peftkit.delta.base import recomputed, row_sqnorms
 from peftkit.geometry import Shape

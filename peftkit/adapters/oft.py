@@ -110,7 +110,8 @@ class OFT(Adapter):
 
     def _rotation(self, weight: Tensor, Q: Tensor, strength: float | Tensor = 1.0) -> Rotation:
         identity = torch.eye(self.size, dtype=Q.dtype, device=Q.device)
-        K = torch.linalg.solve(identity - Q, 2 * Q) if self.terms is None else _series(Q, self.terms)  # 0 where Q is
+        # 0 where Q is; I − Q has an inverse for every skew Q, so that there is nothing to wait for a device to check
+        K = torch.linalg.solve_ex(identity - Q, 2 * Q)[0] if self.terms is None else _series(Q, self.terms)
         if self.rescale is not None:
             factor = (strength * (self.rescale.to(K.dtype) - 1)).unflatten(0, (-1, self.size))
             K = K + factor[:, :, None] * (K + identity)

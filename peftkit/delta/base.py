@@ -135,7 +135,7 @@ class Delta(ABC):
         return self.dense().square().sum()
 
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
-        """<ΔW, W>_F and ‖ΔW‖_F², scalars, in one pass. W (m, n): the weight that ΔW is of; known: what is kept of it."""
+        """<ΔW, W>_F and ‖ΔW‖_F², scalars. W (m, n): the weight that ΔW is of; known: what is kept of it."""
         del known
         inner, square = [], []
         for rows, columns in tiles(*self.shape, self.row_multiple):

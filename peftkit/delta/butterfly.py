@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta
+from peftkit.delta.base import Delta, Known
 from peftkit.geometry import Geometry
 
 
@@ -49,15 +49,25 @@ class Butterfly(Delta):
     def tile(self, rows: slice, columns: slice) -> Tensor:
         return self._added(self.W[:, columns].to(self.dtype))[rows]
 
+    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+        m, n = self.shape
+        if 4 * m > n:
+            return super().alignment(W, known)
+        # W = L·Q with rows of Q orthonormal: (R − I)·L has the products and norms of (R − I)·W, on fewer columns
+        L = known("L", lambda: torch.linalg.qr(W.mT.to(self.dtype), mode="r").R.mT.contiguous())
+        return super(Butterfly, replace(self, W=L)).alignment(L, known)
+
     def _added(self, W: Tensor) -> Tensor:
         """λ·(s∘R·W − W), W (m, z)."""
-        D = torch.zeros_like(W)
+        D: Tensor | None = None
         for i, K in enumerate(self.K):
-            pairs = (W + D).unflatten(0, (-1, 2, self._apart(i)))
+            pairs = (W if D is None else W + D).unflatten(0, (-1, 2, self._apart(i)))
             mixed = (K @ pairs.transpose(1, 2).reshape(*K.shape[:2], -1)).reshape(
                 pairs.shape[0], self._apart(i), 2, *W.shape[1:]
             )
-            D = D + mixed.transpose(1, 2).reshape(W.shape)
+            turned = mixed.transpose(1, 2).reshape(W.shape)
+            D = turned if D is None else D + turned
+        assert D is not None
         if self.rescale is not None:
             s = self.rescale[:, None]
             D = s * D + (s - 1) * W

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta, row_blocks
+from peftkit.delta.base import Delta, row_blocks, tiles
 from peftkit.delta.hadamard import Hadamard
 from peftkit.delta.kron import Kron
 from peftkit.delta.lowrank import LowRank
@@ -36,6 +36,17 @@ def distance(delta: Delta, other: Delta) -> tuple[float, float]:
         ours, theirs = delta.rows(block), other.rows(block)
         gap, norm = gap + _square(ours - theirs), norm + _square(ours)
     return math.sqrt(gap), math.sqrt(norm)
+
+
+@torch.no_grad()
+def product(delta: Delta, other: Delta) -> float:
+    """<delta, other>_F in float64, without a matrix of their size. Both (m, n)."""
+    one, two = _low_rank(delta), _low_rank(other)
+    if one is not None and two is not None:
+        return float(((one.B.mT @ two.B) * (one.A @ two.A.mT)).sum())
+    multiple = min(delta.shape[0], math.lcm(delta.row_multiple, other.row_multiple))
+    here = ((delta.tile(*tile).double() * other.tile(*tile).double()).sum() for tile in tiles(*delta.shape, multiple))
+    return float(sum(here))
 
 
 @torch.no_grad()

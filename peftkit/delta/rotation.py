@@ -96,7 +96,10 @@ class Rotation(Delta):
                 columns = W[rows].to(self.dtype).unflatten(1, (-1, self.size))
                 G += torch.einsum("mki,mkj->kij", columns, columns)
             return G
-        blocks = (W[rows].to(self.dtype).unflatten(0, (-1, self.size)) for rows in row_blocks(*W.shape, self.size))
+        blocks = (
+            W[rows].to(self.dtype).unflatten(0, (-1, self.size))
+            for rows in row_blocks(W.shape[0], W.shape[1], self.size)
+        )
         return torch.cat([block @ block.mT for block in blocks])
 
     def apply_flops(self, outputs: int) -> int:

@@ -1,0 +1,207 @@
+"""Train adapters past the point of overfitting and record what a monitor sees beside the validation loss.
+
+    python benchmarks/trajectories.py [TASK …] [--seeds 5] [--kinds locon,loha,…]
+
+Real tasks: a U-Net learns a handwritten digit it has never seen from ten images (digit-9, digit-8), and MiniLM the
+sentiment of reviews from 48 sentences (movies, amazon). Adapter and data are drawn anew from every seed. One file per
+run goes to out/trajectories/; a run whose file is there is not made again. benchmarks/early_stopping.py judges rules
+by them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor, nn
+
+import peftkit as pk
+from peftkit.monitor import CSMonitor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "examples" / "digits"), str(ROOT / "examples")]  # the tasks are those of the examples
+FOLDER = ROOT / "out" / "trajectories"
+KINDS = ("locon", "loha", "lokr", "loldu", "dora", "oft")
+
+
+@dataclass
+class Run:
+    """A wrapped model with its data: the loss of a batch, and the validation loss."""
+
+    model: nn.Module
+    groups: list[dict[str, Any]]
+    loss: Callable[[], Tensor]
+    validate: Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """How to set up a run, how long it is, how often it is validated, and how many steps an epoch has."""
+
+    make: Callable[[str, int], Run]
+    steps: int
+    every: int
+    epoch: int
+
+
+def digit(which: int) -> Callable[[str, int], Run]:
+    """Ten images of a digit that the base has not seen; the validation loss is that of all others of it."""
+
+    def make(kind: str, seed: int) -> Run:
+        from demo import BATCH, IMAGES, base_model
+        from diffusion import digits, evaluate, loss
+        from recipes import RECIPES
+
+        images, labels = digits()
+        own = images[torch.from_numpy(labels == which)]
+        own = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(100 + seed))]
+        few, held_out = own[:IMAGES], own[IMAGES:]
+        model = base_model()
+        pk.wrap(model, rules=RECIPES[kind].rules)
+        model.train()
+        return Run(
+            model,
+            [{"params": pk.adapter_parameters(model), "lr": RECIPES[kind].lr}],
+            lambda: loss(model, few[torch.randint(0, len(few), (BATCH,))]),
+            lambda: evaluate(model, held_out),
+        )
+
+    return make
+
+
+#: options and learning rate on the query and value projections of MiniLM, chosen once by hand
+TEXT: dict[str, tuple[dict[str, Any], float]] = {
+    "locon": ({"rank": 8, "alpha": 16}, 1e-3),
+    "loha": ({"rank": 4}, 3e-3),
+    "lokr": ({"factor": 8}, 1e-3),
+    "loldu": ({"rank": 64}, 1e-2),
+    "dora": ({"rank": 8, "alpha": 16}, 1e-3),
+    "oft": ({"block_size": 16}, 1e-3),
+}
+
+
+def sentiment(reviews: str) -> Callable[[str, int], Run]:
+    """48 sentences, half of them good; the validation loss is that of 150 others."""
+
+    def make(kind: str, seed: int) -> Run:
+        import text_minilm
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        few, test = text_minilm.sentences(48, seed, ROOT / ".assets" / f"{reviews}.tsv")
+        test = test[torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(seed))[:150]]
+        encoder, head = text_minilm.load_encoder(), nn.Linear(384, 2)
+        options, lr = TEXT[kind]
+        pk.wrap(encoder, kind, targets=["*.query", "*.value"], **options)
+
+        def batches() -> Iterator[Tensor]:
+            while True:
+                yield from torch.randperm(len(few.labels)).split(8)
+
+        order = batches()
+
+        def loss() -> Tensor:
+            batch = few[next(order)]
+            return F.cross_entropy(head(text_minilm.embed(encoder, batch)), batch.labels)
+
+        def validate() -> float:
+            return F.cross_entropy(text_minilm.predict(encoder, head, test), test.labels).item()
+
+        groups = [
+            {"params": pk.adapter_parameters(encoder), "lr": lr},
+            {"params": list(head.parameters()), "lr": 1e-3},
+        ]
+        return Run(encoder, groups, loss, validate)
+
+    return make
+
+
+TASKS: dict[str, Task] = {
+    "digit-9": Task(digit(9), 300, 6, 20),
+    "movies": Task(sentiment("movie_reviews"), 144, 4, 6),
+    "digit-8": Task(digit(8), 300, 6, 20),
+    "amazon": Task(sentiment("amazon_reviews"), 144, 4, 6),
+}
+
+
+def record(task: Task, kind: str, seed: int, advance: Callable[[], object]) -> dict[str, Any]:
+    """Train once. Every step: the loss, the learning rate, cos, ‖ΔW‖ and ‖ΔW‖/‖W‖ of every weight, and what the
+    optimiser knows: how far the gradients agree (mean of m̂²/v̂), and how far an update does with the one before."""
+    torch.manual_seed(1000 + seed)
+    run = task.make(kind, seed)
+    optimizer = torch.optim.AdamW(run.groups, weight_decay=0.0)
+    optimizer.register_step_post_hook(lambda *_: pk.project_(run.model))
+    parameters = pk.adapter_parameters(run.model)
+    monitor = CSMonitor(run.model, interval=1, gradients=False, optimizer=optimizer)
+    rows: list[dict[str, Any]] = []
+    monitor.listeners.append(
+        lambda r: rows.append(
+            {"cos": [*r.per_module.values()], "norm": [*r.norms.values()], "lr": r.lr, "step": r.step}
+            | {"ratio": [*r.ratios.values()]}
+        )
+    )
+    validation = {0: run.validate()}
+    before = torch.cat([p.detach().reshape(-1) for p in parameters])
+    update = torch.zeros_like(before)
+    for step in range(1, task.steps + 1):
+        loss = run.loss()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        now = torch.cat([p.detach().reshape(-1) for p in parameters])
+        moved, update, before = update, now - before, now
+        signal = [optimizer.state[p] for p in parameters]
+        agree = torch.cat([(s["exp_avg"] ** 2 / (1 - 0.9**step) ** 2).reshape(-1) for s in signal])
+        spread = torch.cat([(s["exp_avg_sq"] / (1 - 0.999**step)).reshape(-1) for s in signal])
+        rows[-1] |= {
+            "loss": loss.item(),
+            "gradient": norm.item(),
+            "agreement": (agree / spread.clamp(min=1e-20)).mean().item(),
+            "turn": F.cosine_similarity(moved, update, 0).item(),
+        }
+        if step % task.every == 0:
+            validation[step] = run.validate()
+        advance()
+    return {"rows": rows, "validation": validation, "modules": list(monitor.measure().per_module)}
+
+
+def runs(tasks: list[str], kinds: list[str], seeds: int) -> Iterator[tuple[str, str, int, Path]]:
+    for seed in range(seeds):
+        for name in tasks:
+            for kind in kinds:
+                yield name, kind, seed, FOLDER / f"{name}-{kind}-{seed}.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(TASKS)}; all by default")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    arguments = parser.parse_args()
+    if unknown := set(arguments.tasks) - set(TASKS):
+        parser.error(f"unknown: {', '.join(unknown)}; there is {', '.join(TASKS)}")
+    torch.set_num_threads(1)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with Progress() as progress:
+        for name, kind, seed, path in runs(arguments.tasks or list(TASKS), arguments.kinds.split(","), arguments.seeds):
+            if path.is_file():
+                continue
+            bar = progress.add_task(f"{name} {kind} seed {seed}", total=TASKS[name].steps)
+            result = record(TASKS[name], kind, seed, lambda bar=bar: progress.advance(bar))
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(result))
+            part.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""Watching a training run through its weights: the cosine of ΔW and W, its fluctuation, and when to stop."""
+
+from peftkit.monitor.cs import CSMonitor as CSMonitor
+from peftkit.monitor.cs import Record as Record
+from peftkit.monitor.early_stopping import Advice as Advice
+from peftkit.monitor.early_stopping import Criterion as Criterion
+from peftkit.monitor.early_stopping import EarlyStopping as EarlyStopping
+from peftkit.monitor.fluctuation import Fluctuation as Fluctuation
+from peftkit.monitor.fluctuation import SecondValley as SecondValley
+from peftkit.monitor.fluctuation import TurningPoint as TurningPoint
+from peftkit.monitor.logs import JsonLines as JsonLines
+from peftkit.monitor.logs import LiveLine as LiveLine
+from peftkit.monitor.logs import Row as Row
+from peftkit.monitor.logs import read_run as read_run

@@ -1,0 +1,294 @@
+"""How ΔW lies against W: cosine and norms of every adapted weight, without a matrix of W's size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from peftkit.adapted import Placed, names_of, placed
+from peftkit.adapter import Adapter
+from peftkit.delta import Delta
+from peftkit.delta.base import Known, row_blocks, row_sqnorms
+from peftkit.delta.distance import product
+from peftkit.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement of the adapted weights of a model.
+
+    per_module: cos(ΔW, W) = <ΔW, W>/(‖ΔW‖·‖W‖) by weight, 0 where a norm is 0; norms: ‖ΔW‖_F; ratios: ‖ΔW‖_F/‖W‖_F.
+    An adapter is measured at strength 1; where there are several, these are of Σ λᵢ·ΔWᵢ and `alone` has each.
+    step: the optimiser steps before it. lr: the largest of the adapters' learning rates, where it is known.
+    gradients: the norm of every adapter's gradient by weight, where asked for.
+    """
+
+    step: int
+    per_module: dict[str, float]
+    norms: dict[str, float]
+    ratios: dict[str, float]
+    lr: float | None = None
+    gradients: dict[str, float] = field(default_factory=dict)
+    alone: dict[str, Record] = field(default_factory=dict)
+
+    @property
+    def cs(self) -> float:
+        """The mean of `per_module`, over every adapted weight whether it has moved or not."""
+        return math.fsum(self.per_module.values()) / len(self.per_module)
+
+    @property
+    def ratio(self) -> float:
+        """The mean of `ratios`."""
+        return math.fsum(self.ratios.values()) / len(self.ratios)
+
+    @property
+    def zero(self) -> bool:
+        """Whether nothing has moved, so that there is no cosine to speak of."""
+        return not any(self.norms.values())
+
+
+class CSMonitor:
+    """Measures an adapted model after every `interval` optimiser steps.
+
+    name: one adapter, or None for all. optimizer: counts its own steps from then on, leaving out those that a gradient
+    scaler skips; without one, call `step` after each. gradients: record their norms too. A measurement goes to every
+    one of `listeners`. ΔW is that of evaluation: dropout has no part in it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str | None = None,
+        interval: int = 20,
+        optimizer: torch.optim.Optimizer | None = None,
+        gradients: bool = False,
+    ) -> None:
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise OptionError(f"interval={interval!r} was given, a number of optimiser steps from 1 was expected")
+        names_of(model, name)
+        self.model, self.name, self.interval, self.gradients = model, name, interval, gradients
+        self.steps = 0
+        self.listeners: list[Callable[[Record], object]] = []
+        self._known: WeakKeyDictionary[Adapter, tuple[object, Known]] = WeakKeyDictionary()
+        self._groups: list[dict[str, Any]] = []
+        self._hook: Any = None
+        if optimizer is not None:
+            self.attach(optimizer)
+
+    # -- counting steps -----------------------------------------------------------------------------------------
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count the optimiser's steps, also where another object steps it (a scaler, accelerate, a trainer)."""
+        self.detach()
+        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = inner
+        own = {id(p) for where in self._placed() for p in where.adapter.parameters()}
+        holding = [group for group in optimizer.param_groups if any(id(p) in own for p in group["params"])]
+        self._groups = holding or optimizer.param_groups
+        self._hook = optimizer.register_step_post_hook(self._stepped)
+
+    def detach(self) -> None:
+        """Stop counting."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook, self._groups = None, []
+
+    def step(self, lr: float | None = None) -> Record | None:
+        """Say that the optimiser made a step; the measurement, if one was due. lr: its learning rate."""
+        if self._hook is not None:
+            raise OptionError("step() was called, but this monitor counts the steps of its optimizer by itself")
+        return self._step(lr)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimiser is called, and skips by itself
+        if found_inf is None or not bool(found_inf):
+            self._step(None)
+
+    def _step(self, lr: float | None) -> Record | None:
+        self.steps += 1
+        if self.steps % self.interval:
+            return None
+        record = self.measure(lr)
+        if record.zero:
+            return None
+        for listener in self.listeners:
+            listener(record)
+        return record
+
+    def learning_rate(self) -> float | None:
+        """The largest among the groups of the optimizer that hold the adapters' parameters."""
+        return max((float(group["lr"]) for group in self._groups), default=None)
+
+    # -- measuring ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def measure(self, lr: float | None = None) -> Record:
+        """The model as it is now. lr: to be recorded; by default that of the optimizer."""
+        everything = list(self._placed())
+        sites: dict[str, list[Placed]] = {}
+        for where in everything:
+            sites.setdefault(where.site, []).append(where)
+        scalars: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]] = {}
+        crossed: dict[str, float] = {}
+        device = next(everything[0].adapter.parameters()).device.type
+        with torch.autocast(device, enabled=False), _evaluating(everything):
+            for site, here in sites.items():
+                deltas: list[Delta] = []
+                for where in here:
+                    delta, *numbers = self._measured(where)
+                    scalars[site, where.name] = cast(tuple[Tensor, Tensor, Tensor], tuple(numbers))
+                    deltas.append(delta)
+                if len(here) > 1:
+                    crossed[site] = _crossed(here, deltas)
+        numbers = _numbers(scalars)
+        lr = self.learning_rate() if lr is None else lr
+        names = list(dict.fromkeys(name for _, name in scalars))
+        found = {name: {s: numbers[s, n] for s, n in numbers if n == name} for name in names}
+        gradients = self._gradients(sites) if self.gradients else {}
+        if len(names) == 1:
+            return self._record(found[names[0]], lr, gradients)
+        total: dict[str, tuple[float, float, float]] = {}
+        for site, here in sites.items():
+            parts = [(where.strength, *numbers[site, where.name]) for where in here]
+            square = sum(s * s * q for s, _, q, _ in parts) + crossed.get(site, 0.0)
+            total[site] = sum(s * i for s, i, _, _ in parts), square, parts[0][3]
+        alone = {name: self._record(values, lr, {}) for name, values in found.items()}
+        return self._record(total, lr, gradients, alone)
+
+    def _placed(self) -> Iterator[Placed]:
+        return placed(self.model, names_of(self.model, self.name))
+
+    def _record(
+        self,
+        numbers: Mapping[str, tuple[float, float, float]],
+        lr: float | None,
+        gradients: dict[str, float],
+        alone: dict[str, Record] | None = None,
+    ) -> Record:
+        """numbers: <ΔW, W>, ‖ΔW‖² and ‖W‖² by weight."""
+        cosines, norms, ratios = {}, {}, {}
+        for site, (inner, square, base) in numbers.items():
+            norm, size = math.sqrt(max(0.0, square)), math.sqrt(base)
+            norms[site] = norm
+            cosines[site] = inner / (norm * size) if norm * size > 0 else 0.0
+            ratios[site] = norm / size if size > 0 else 0.0
+        return Record(self.steps, cosines, norms, ratios, lr, gradients, alone or {})
+
+    def _measured(self, where: Placed) -> tuple[Delta, Tensor, Tensor, Tensor]:
+        """ΔW, <ΔW, W>, ‖ΔW‖² and ‖W‖², the last three as scalars that may still be on a device."""
+        W, adapter = where.base, where.adapter
+        known = self._known_of(where)
+        if not isinstance(W, DTensor):
+            delta = adapter.delta(W).widened()
+            inner, square = delta.alignment(W, known)
+            return delta, inner, square, known("‖W‖²", lambda: row_sqnorms(W).sum())
+        parts = dict(adapter.named_parameters()) | dict(adapter.named_buffers())
+        whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in parts.items()}
+        if adapter.reads_base or not _rowwise(W):
+            full = W.full_tensor()
+            delta = cast(Delta, torch.func.functional_call(adapter, whole, (full, 1.0))).widened()
+            return delta, *delta.alignment(full, known), known("‖W‖²", lambda: row_sqnorms(full).sum())
+        delta = cast(Delta, torch.func.functional_call(adapter, whole, (W.to_local(), 1.0))).widened()
+        base = known("‖W‖²", lambda: _summed(row_sqnorms(W.to_local()).sum(), W))
+        return delta, _summed(_inner_of_shard(delta, W), W), delta.sqnorm(), base
+
+    def _known_of(self, where: Placed) -> Known:
+        """What was kept for the adapter, as long as the weight and the adapter's constants are the same."""
+        weight = cast(Tensor, where.host._parameters[where.slot.parameter])
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        constants = tuple(b._version for b in where.adapter.buffers())
+        key = (local.data_ptr(), weight._version, weight.dtype, weight.device, constants)
+        before, known = self._known.get(where.adapter, (None, Known()))
+        if before != key:
+            known = Known()
+            self._known[where.adapter] = key, known
+        return known
+
+    @staticmethod
+    def _gradients(sites: Mapping[str, list[Placed]]) -> dict[str, float]:
+        scalars = {}
+        for site, here in sites.items():
+            grads = [p.grad for where in here for p in where.adapter.parameters() if p.grad is not None]
+            norms = [torch.linalg.vector_norm(grad.float()) for grad in grads]
+            whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+            if whole:
+                scalars[site] = torch.linalg.vector_norm(torch.stack(whole))
+        return {site: float(value) for site, value in scalars.items()}
+
+    # -- going on after a stop ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps = int(state["steps"])
+
+
+@contextmanager
+def _evaluating(adapters: Iterable[Placed]) -> Iterator[None]:
+    """ΔW without dropout."""
+    training = [module for where in adapters for module in where.adapter.modules() if module.training]
+    for module in training:
+        object.__setattr__(module, "training", False)  # nn.Module's own takes as long as a matrix product here
+    try:
+        yield
+    finally:
+        for module in training:
+            object.__setattr__(module, "training", True)
+
+
+def _numbers(
+    scalars: Mapping[tuple[str, str], tuple[Tensor, Tensor, Tensor]],
+) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """The scalars in float64: one transfer from each device, however many weights there are."""
+    by_device: dict[torch.device, list[tuple[str, str]]] = {}
+    for key, values in scalars.items():
+        by_device.setdefault(values[0].device, []).append(key)
+    found: dict[tuple[str, str], tuple[float, float, float]] = {}
+    for keys in by_device.values():
+        flat = torch.stack([value for key in keys for value in scalars[key]]).cpu().double().tolist()
+        for i, key in enumerate(keys):
+            found[key] = flat[3 * i], flat[3 * i + 1], flat[3 * i + 2]
+    return {key: found[key] for key in scalars}
+
+
+def _crossed(here: list[Placed], deltas: list[Delta]) -> float:
+    """Σ over pairs of 2·λᵢ·λⱼ·<ΔWᵢ, ΔWⱼ>."""
+    return sum(
+        2 * here[i].strength * here[j].strength * product(deltas[i], deltas[j])
+        for i in range(len(here))
+        for j in range(i)
+    )
+
+
+def _rowwise(W: DTensor) -> bool:
+    """Whether every process holds some of W's rows and nothing else is divided."""
+    return sum(p == Shard(0) for p in W.placements) == 1 and all(p in (Shard(0), Replicate()) for p in W.placements)
+
+
+def _summed(part: Tensor, W: DTensor) -> Tensor:
+    """The sum of every process's part."""
+    placements = [Partial() if p == Shard(0) else p for p in W.placements]
+    return DTensor.from_local(part, W.device_mesh, placements).full_tensor()
+
+
+def _inner_of_shard(delta: Delta, W: DTensor) -> Tensor:
+    """<ΔW, W> over the rows of W that this process holds."""
+    local = W.to_local()
+    axis = W.placements.index(Shard(0))
+    each = -(-W.shape[0] // W.device_mesh.size(axis))
+    start = min(W.shape[0], W.device_mesh.get_local_rank(axis) * each)
+    inner = torch.zeros((), dtype=delta.dtype, device=local.device)
+    for rows in row_blocks(*local.shape):
+        block = delta.rows(slice(start + rows.start, start + rows.stop))
+        inner += (block * local[rows].to(block.dtype)).sum()
+    return inner

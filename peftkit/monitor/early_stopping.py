@@ -1,0 +1,318 @@
+"""Early stopping without validation data: keep what a run may have to go back to, and say where that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from peftkit._version import __version__
+from peftkit.adapted import hosts
+from peftkit.errors import FileError, MergeStateError, MismatchError, OptionError
+from peftkit.formats import container
+from peftkit.monitor.cs import CSMonitor, Record
+from peftkit.monitor.fluctuation import SecondValley, TurningPoint
+from peftkit.monitor.logs import Log, Row, log_to
+from peftkit.monitor.null import chance
+
+
+class Criterion(Protocol):
+    """A rule that reads measurements one by one and says where overfitting started."""
+
+    found: TurningPoint | None
+    valleys: list[int]
+
+    def see(self, record: Record) -> float | None:
+        """One more measurement; what the rule makes of it, to be logged beside it."""
+        ...
+
+    @property
+    def wanted(self) -> tuple[int | None, int]:
+        """A measurement that may be the turning point, and the first of those to come that may."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The trained parameters after a measurement: copies in main memory, or the file that holds them."""
+
+    measurement: int
+    step: int
+    tensors: dict[str, Tensor] | None
+    path: Path | None = None
+
+    def read(self) -> dict[str, Tensor]:
+        if self.tensors is not None:
+            return self.tensors
+        assert self.path is not None
+        if not self.path.is_file():
+            raise FileError(f"{self.path}: the snapshot of step {self.step} was here and is gone")
+        return load_file(self.path)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What is known so far.
+
+    step: the optimiser steps after which overfitting started, None while no turning point is found; snapshot: the steps
+    of the copy nearest to it; detected: when that was known; windows: how many windows had been seen by then; chance:
+    the share of random walks that would have shown a turning point by as many windows, found or not: near a half, the
+    rule says what a timer would.
+    """
+
+    step: int | None
+    snapshot: int | None
+    detected: int | None
+    windows: float
+    chance: float | None
+    valleys: tuple[int, ...]
+
+    def __str__(self) -> str:
+        if self.step is None:
+            seen = f"{len(self.valleys)} valley{'' if len(self.valleys) == 1 else 's'} in {self.windows:.1f} windows"
+            return f"no turning point yet: {seen}; go on, or keep the last weights"
+        by_chance = ""
+        if self.chance is not None:
+            by_chance = f", where {self.chance:.0%} of random walks show one"
+        return (
+            f"turning point at step {self.step}: seen at step {self.detected} after {self.windows:.1f} windows"
+            f"{by_chance}; restore() goes back to step {self.snapshot}"
+        )
+
+
+class EarlyStopping:
+    """Watches a run, keeps the last few states of its trained parameters, and can go back to the turning point.
+
+        stopper = EarlyStopping(model, optimizer=optimizer, stop=True)
+        …                                # the training loop, with
+            if stopper.should_stop:      # never true unless stop=True
+                break
+        stopper.restore()                # to the turning point, if there is one
+
+    interval: optimiser steps between measurements; window: measurements in one (the authors take 5, every 20 steps);
+    steps_per_epoch: sets the window to one epoch instead. criterion: "robust", "paper", "authors" (see SecondValley)
+    or a Criterion. stop: whether `should_stop` may turn true; without it there is only advice. also: modules trained
+    beside the model, whose trained parameters are kept too. folder: keep snapshots there as files, not in memory. log:
+    a path ending in .jsonl or .csv, a TensorBoard SummaryWriter, any function of a row, or several of these.
+
+    Snapshots are copies of everything in the model that requires a gradient, taken every ⌈window/2⌉ measurements; at
+    most eight are kept. The optimiser's own state is not. Source: Algorithm 1 of the CS-Fluctuation paper; see
+    SecondValley for the rule and what is known of it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        name: str | None = None,
+        interval: int = 20,
+        window: int | None = None,
+        steps_per_epoch: int | None = None,
+        criterion: str | Criterion = "robust",
+        stop: bool = False,
+        also: Iterable[nn.Module] = (),
+        folder: str | Path | None = None,
+        log: Log | Iterable[Log] = (),
+        gradients: bool = False,
+    ) -> None:
+        self.monitor = CSMonitor(model, name=name, interval=interval, gradients=gradients)
+        self.window = _window(window, steps_per_epoch, interval)
+        self.criterion = SecondValley(self.window, mode=criterion) if isinstance(criterion, str) else criterion
+        self.stop, self.also = stop, tuple(also)
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows: list[Row] = []
+        self.snapshots: list[Snapshot] = []
+        self._steps: list[int] = []  # of every measurement
+        self.every = -(-self.window // 2)
+        self._logs = log_to(log)
+        self.monitor.listeners.append(self._take)
+        if optimizer is not None:
+            self.attach(optimizer)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.monitor.model
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count the optimiser's own steps from now on."""
+        self.monitor.attach(optimizer)
+
+    def step(self, lr: float | None = None) -> bool:
+        """Say that the optimiser made a step (without `optimizer`); whether to stop."""
+        self.monitor.step(lr)
+        return self.should_stop
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the turning point is behind us, if stopping was asked for."""
+        return self.stop and self.criterion.found is not None
+
+    def note(self, **values: float) -> None:
+        """Put other numbers beside the measurements, such as validation=0.31: they are logged and drawn, never used."""
+        self._tell(Row(step=self.monitor.steps, noted={key: float(value) for key, value in values.items()}))
+
+    @property
+    def advice(self) -> Advice:
+        found, steps = self.criterion.found, self._steps
+        windows = (len(steps) if found is None else found.detected + 1) / self.window
+        known = chance(self.criterion, windows) if isinstance(self.criterion, SecondValley) else None
+        valleys = tuple(steps[v] for v in self.criterion.valleys)
+        if found is None:
+            return Advice(None, None, None, windows, known, valleys)
+        nearest = self._nearest(found.measurement)
+        kept = None if nearest is None else nearest.step
+        return Advice(steps[found.measurement], kept, steps[found.detected], windows, known, valleys)
+
+    # -- snapshots ------------------------------------------------------------------------------------------------
+
+    def restore(self) -> int | None:
+        """Put the parameters back as they were at the turning point, in place; the steps they had then.
+
+        Without a turning point nothing is changed and None is returned.
+        """
+        if any(host.adaptation.merged is not None for host in hosts(self.model).values()):
+            raise MergeStateError("adapters are merged into the model: call peftkit.restore(model) before going back")
+        found = self.criterion.found
+        snapshot = None if found is None else self._nearest(found.measurement)
+        if snapshot is None:
+            return None
+        stored, now = snapshot.read(), dict(self._trained())
+        if stored.keys() != now.keys():
+            odd = sorted(stored.keys() ^ now.keys())
+            raise MismatchError(f"the snapshot of step {snapshot.step} and the model differ in {', '.join(odd[:3])}")
+        with torch.no_grad():
+            for key, parameter in now.items():
+                _local(parameter).copy_(stored[key])
+        return snapshot.step
+
+    def _trained(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Every parameter that is trained, under a name of its own."""
+        for i, module in enumerate((self.model, *self.also)):
+            for key, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    yield (key if i == 0 else f"also.{i - 1}.{key}"), parameter
+
+    def _keep(self, measurement: int, step: int) -> None:
+        """A snapshot of now, and none of those that can no longer be the turning point."""
+        if measurement % self.every == 0:
+            tensors = {key: _local(p).detach().to("cpu", copy=True).contiguous() for key, p in self._trained()}
+            if self.folder is None:
+                self.snapshots.append(Snapshot(measurement, step, tensors))
+            else:
+                path = self.folder / f"snapshot-{step}.safetensors"
+                container.write(path, tensors, {"format": "pt", "step": str(step)})
+                self.snapshots.append(Snapshot(measurement, step, None, path))
+        pending, ahead = self.criterion.wanted
+        found = self.criterion.found
+        wanted = [pending] if found is None else [found.measurement]
+        kept = [s for w in wanted if w is not None and (s := self._nearest(w)) is not None]
+        if found is None:
+            kept += [s for s in self.snapshots if s.measurement >= ahead - self.every / 2 and s not in kept]
+        for gone in self.snapshots:
+            if gone not in kept and gone.path is not None:
+                gone.path.unlink(missing_ok=True)
+        self.snapshots = sorted(kept, key=lambda s: s.measurement)
+
+    def _nearest(self, measurement: int) -> Snapshot | None:
+        return min(self.snapshots, key=lambda s: abs(s.measurement - measurement), default=None)
+
+    # -- every measurement ----------------------------------------------------------------------------------------
+
+    def _take(self, record: Record) -> None:
+        self._steps.append(record.step)
+        before, valleys = self.criterion.found, len(self.criterion.valleys)
+        value = self.criterion.see(record)
+        row = Row(record.step, record.cs, record.ratio, value, record.lr, record=record)
+        self._keep(len(self._steps) - 1, record.step)
+        found = self.criterion.found
+        if len(self.criterion.valleys) > valleys:
+            row.valley = self._steps[self.criterion.valleys[-1]]
+        if found is not None and before is None:
+            row.turning_point = self._steps[found.measurement]
+        self._tell(row)
+
+    def _tell(self, row: Row) -> None:
+        if not self.rows:
+            settings = {"window": self.window, "interval": self.monitor.interval, "peftkit": __version__}
+            for log in self._logs:
+                log(Row(step=0, settings=settings))
+        self.rows.append(row.without_record())
+        for log in self._logs:
+            log(row)
+
+    # -- going on after a stop --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on as if it had not stopped, in types that torch.load(weights_only=True) takes."""
+        return {
+            "window": self.window,
+            "interval": self.monitor.interval,
+            "monitor": self.monitor.state_dict(),
+            "criterion": self.criterion.state_dict(),
+            "rows": [asdict(row) for row in self.rows],
+            "snapshots": [
+                {
+                    "measurement": s.measurement,
+                    "step": s.step,
+                    "tensors": s.tensors,
+                    "path": None if s.path is None else str(s.path),
+                }
+                for s in self.snapshots
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        own = {"window": self.window, "interval": self.monitor.interval}
+        came = {key: state.get(key) for key in own}
+        if own != came:
+            raise OptionError(
+                f"a state of {came} was given to an EarlyStopping of {own}: make it with the same options"
+            )
+        snapshots = [
+            Snapshot(s["measurement"], s["step"], s["tensors"], None if s["path"] is None else Path(s["path"]))
+            for s in state["snapshots"]
+        ]
+        for snapshot in snapshots:
+            if snapshot.tensors is None:
+                snapshot.read()  # raises if the file is gone
+        self.monitor.load_state_dict(state["monitor"])
+        self.criterion.load_state_dict(state["criterion"])
+        self.rows = [Row(**row) for row in state["rows"]]
+        self._steps = [row.step for row in self.rows if row.cs is not None]
+        self.snapshots = snapshots
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw CS, its fluctuation, valleys, the turning point and what was noted; a matplotlib Figure."""
+        from peftkit.monitor.plot import draw
+
+        return draw(self.rows, self.window, path=path)
+
+
+def _window(window: int | None, steps_per_epoch: int | None, interval: int) -> int:
+    if window is not None and steps_per_epoch is not None:
+        raise OptionError(f"window={window} and steps_per_epoch={steps_per_epoch} were given; give one of them")
+    if steps_per_epoch is None:
+        return 5 if window is None else window
+    if steps_per_epoch < 2 * interval:
+        raise OptionError(
+            f"steps_per_epoch={steps_per_epoch} was given, at least two intervals of {interval} were expected: "
+            "measure more often"
+        )
+    return round(steps_per_epoch / interval)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """The part of a parameter that this process holds."""
+    return cast(Tensor, parameter.to_local()) if isinstance(parameter, DTensor) else parameter

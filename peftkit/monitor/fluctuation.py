@@ -1,0 +1,249 @@
+"""CS-Fluctuation: how much the slope of a run's mean cosine varies, and the valley where overfitting starts."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peftkit.errors import OptionError, near
+from peftkit.monitor.cs import Record
+
+NORMS = ("none", "lr", "slope")
+MODES = ("robust", "paper", "authors")
+ATTRIBUTIONS = ("start", "centre", "end")
+
+#: rounding noise of a mean cosine summed in fp32, relative to it: a few units in the last place
+_NOISE = 8 * 2.0**-24
+
+
+class Fluctuation:
+    r"""F_t of a series CS_t, one value at a time, in constant time.
+
+    With M = `window`: a_t is the mean of the last M values; x_t = (a_t − a_{t−M})/M, the mean of M of its increments;
+    F_t the population variance of the last M x. It exists from t = 3M − 2 on and depends on CS_{t−3M+2} … CS_t.
+    The forward-looking form of the paper is the same series, shifted: F_j^fwd = F_{j+3M−3}.
+
+    norm: "none", as the authors' code; "lr", divided by the learning rate of the first value, as the paper writes (the
+    rate of the moment would make every decay to 0 a rise to infinity); "slope", with increments of CS counted per
+    learning rate, relative to the first and at least a thousandth of it.
+    """
+
+    def __init__(self, window: int, norm: str = "none") -> None:
+        if isinstance(window, bool) or not isinstance(window, int) or window < 2:
+            raise OptionError(f"window={window!r} was given, a number of measurements from 2 was expected")
+        if norm not in NORMS:
+            raise OptionError(f"norm={norm!r} was given, one of {', '.join(NORMS)} was expected.{near(norm, NORMS)}")
+        self.window, self.norm = window, norm
+        self.count = 0
+        self._lr: float | None = None
+        self._last: float | None = None  # CS before this one, and the series with its increments rescaled
+        self._series = 0.0
+        self._values: deque[float] = deque(maxlen=window)
+        self._means: deque[float] = deque(maxlen=window)
+        self._slopes: deque[float] = deque(maxlen=window)
+        self._sum = 0.0  # of the values
+        self._centre = self._first = self._second = 0.0  # Σ(x − centre) and Σ(x − centre)²
+
+    def push(self, cs: float, lr: float | None = None) -> float | None:
+        """F_t after one more value, None while there are too few."""
+        if not math.isfinite(cs):
+            raise OptionError(f"cs={cs!r} was given, a finite number was expected: has the run diverged?")
+        if self.norm != "none":
+            if lr is None or not (math.isfinite(lr) and lr >= 0) or (self._lr is None and lr == 0):
+                raise OptionError(f"lr={lr!r} was given, a positive learning rate was expected by norm={self.norm!r}")
+            self._lr = lr if self._lr is None else self._lr
+        F = self._push(self._scaled(cs, lr))
+        return F / self._lr if F is not None and self.norm == "lr" and self._lr else F
+
+    def _scaled(self, cs: float, lr: float | None) -> float:
+        """The value as it enters the windows."""
+        if self.norm != "slope" or self._last is None:
+            self._series = cs
+        elif lr is not None and self._lr is not None:
+            self._series += (cs - self._last) * self._lr / max(lr, 1e-3 * self._lr)
+        self._last = cs
+        return self._series
+
+    def _push(self, value: float) -> float | None:
+        M, t = self.window, self.count
+        self.count += 1
+        if len(self._values) == M:
+            self._sum -= self._values[0]
+        self._values.append(value)
+        self._sum += value
+        if t % M == M - 1:  # once a window, sums start afresh, so that rounding does not pile up
+            self._sum = math.fsum(self._values)
+        if len(self._values) < M:
+            return None
+        mean = self._sum / M
+        if len(self._means) < M:
+            self._means.append(mean)
+            return None
+        slope = (mean - self._means[0]) / M
+        self._means.append(mean)
+        if len(self._slopes) == M:
+            old = self._slopes[0] - self._centre
+            self._first -= old
+            self._second -= old * old
+        self._slopes.append(slope)
+        new = slope - self._centre
+        self._first += new
+        self._second += new * new
+        if t % M == 0 or len(self._slopes) == 1:
+            self._centre = math.fsum(self._slopes) / len(self._slopes)
+            self._first = math.fsum(x - self._centre for x in self._slopes)
+            self._second = math.fsum((x - self._centre) ** 2 for x in self._slopes)
+        if len(self._slopes) < M:
+            return None
+        return max(self._second / M - (self._first / M) ** 2, 0.0)
+
+    def floor(self, size: float) -> float:
+        """What F is of rounding alone, for |CS| up to `size`: variations below it mean nothing."""
+        floor = (_NOISE * size / self.window**2) ** 2
+        return floor / self._lr if self.norm == "lr" and self._lr else floor
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: [*value] if isinstance(value, deque) else value for name, value in self.__dict__.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, own in self.__dict__.items():
+            setattr(self, name, deque(state[name], maxlen=self.window) if isinstance(own, deque) else state[name])
+
+
+@dataclass(frozen=True)
+class TurningPoint:
+    """Where a rule says overfitting starts, in measurements from 0; `detected` is when it could say so."""
+
+    measurement: int
+    valley: int
+    detected: int
+
+
+class SecondValley:
+    r"""Algorithm 1: overfitting starts at the second valley of CS-Fluctuation.
+
+    mode "paper": F over the first learning rate; a valley is where F stops falling and rises, however little.
+    "authors": as their released code, without the learning rate, both steps strict, and where the very first change of
+    F is a rise, the first valley counts as the second. "robust" (default): a valley counts once F has fallen by a
+    factor 1 + `hysteresis` and has risen by it again, and nothing below the noise of rounding counts.
+
+    attribution: the measurement that a valley at t stands for, within the 3M − 1 that F_t is made of: "start" (the
+    paper's turning point, t − 3M + 3), "centre", or "end" (t). Early with short windows the first, late with long ones
+    the last; the centre is the default of "robust".
+
+    A random walk has a second valley too, after 4.8 windows in the median: what a valley tells beyond a timer depends
+    on the run. See `chance`.
+    """
+
+    def __init__(
+        self,
+        window: int,
+        *,
+        mode: str = "robust",
+        hysteresis: float | None = None,
+        attribution: str | None = None,
+        norm: str | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise OptionError(f"mode={mode!r} was given, one of {', '.join(MODES)} was expected.{near(mode, MODES)}")
+        robust = mode == "robust"
+        if hysteresis is not None and (not robust or not 0 < hysteresis < math.inf):
+            expected = "a positive number" if robust else f"None by mode={mode!r}"
+            raise OptionError(f"hysteresis={hysteresis!r} was given, {expected} was expected")
+        attribution = ("centre" if robust else "start") if attribution is None else attribution
+        if attribution not in ATTRIBUTIONS:
+            raise OptionError(f"attribution={attribution!r} was given, one of {', '.join(ATTRIBUTIONS)} was expected")
+        norm = ("lr" if mode == "paper" else "none") if norm is None else norm
+        self.fluctuation = Fluctuation(window, norm)
+        self.mode, self.attribution = mode, attribution
+        self.factor = 1 + (0.2 if hysteresis is None else hysteresis)
+        span = 3 * window - 3
+        self.offset = {"start": span, "centre": span // 2, "end": 0}[attribution]
+        self.value: float | None = None  # the last F
+        self.valleys: list[int] = []
+        self.found: TurningPoint | None = None
+        self._previous: float | None = None
+        self._size = 0.0  # the largest |CS| so far
+        self._sign = 0  # of the last derivative; of the last leg, for "robust"
+        self._began_rising = False
+        self._top = self._bottom = 0.0
+        self._bottom_at = 0
+
+    def push(self, cs: float, lr: float | None = None) -> TurningPoint | None:
+        """One more measurement; the turning point, the moment it is found."""
+        t = self.fluctuation.count
+        F = self.fluctuation.push(cs, lr)
+        self._size = max(self._size, abs(cs))
+        self.value = F
+        if F is None:
+            return None
+        valley = self._zigzag(t, F) if self.mode == "robust" else self._turned(t, F)
+        self._previous = F
+        if valley is None:
+            return None
+        self.valleys.append(valley)
+        first = self.mode == "authors" and self._began_rising
+        if self.found is not None or len(self.valleys) < (1 if first else 2):
+            return None
+        self.found = TurningPoint(max(0, valley - self.offset), valley, t)
+        return self.found
+
+    def see(self, record: Record) -> float | None:
+        """One more measurement; F."""
+        self.push(record.cs, record.lr)
+        return self.value
+
+    @property
+    def wanted(self) -> tuple[int | None, int]:
+        """Measurements that may yet be the turning point: that of the valley F may be in now, and from which on."""
+        ahead = self.fluctuation.count - 1 - self.offset
+        pending = self._bottom_at - self.offset if self.mode == "robust" and self._sign < 0 else None
+        return pending, max(0, ahead)
+
+    def _turned(self, t: int, F: float) -> int | None:
+        """The valley at t − 1, if F rose after it fell."""
+        if self._previous is None:
+            return None
+        change = F - self._previous
+        if t == 3 * self.fluctuation.window - 1:
+            self._began_rising = change > 0
+        sign = (change > 0) - (change < 0)
+        if sign == 0 and self.mode == "paper":
+            sign = self._sign  # a flat stretch goes on as it came
+        before, self._sign = self._sign, sign
+        return t - 1 if before < 0 < sign else None
+
+    def _zigzag(self, t: int, F: float) -> int | None:
+        """The lowest point since the last top, once F has risen from it by the factor."""
+        F = max(F, self.fluctuation.floor(self._size))
+        if self._previous is None:
+            self._top = self._bottom = F
+        if self._sign < 0:
+            if self._bottom > F:
+                self._bottom, self._bottom_at = F, t
+            elif self._bottom * self.factor <= F and F > 0:
+                self._sign, self._top = 1, F
+                return self._bottom_at
+            return None
+        self._top = max(self._top, F)
+        if self._top >= F * self.factor and self._top > 0:
+            self._sign, self._bottom, self._bottom_at = -1, F, t
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {n: v for n, v in self.__dict__.items() if n not in ("fluctuation", "found")}
+        found = None if self.found is None else [self.found.measurement, self.found.valley, self.found.detected]
+        return own | {"fluctuation": self.fluctuation.state_dict(), "found": found, "valleys": [*self.valleys]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in self.__dict__:
+            value = state[name]
+            if name == "fluctuation":
+                self.fluctuation.load_state_dict(value)
+            elif name == "found":
+                self.found = None if value is None else TurningPoint(*value)
+            else:
+                setattr(self, name, [*value] if name == "valleys" else value)

@@ -1,0 +1,197 @@
+"""Where measurements go: JSON lines, CSV, TensorBoard, a line in the terminal, or any function of a row."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from peftkit.errors import FileError, OptionError
+from peftkit.monitor.cs import Record
+
+
+@dataclass
+class Row:
+    """One line of a run: a measurement, or numbers that were noted beside them.
+
+    valley, turning_point: the steps of a valley or turning point that this measurement made known. settings: of the
+    first row. record: the measurement in full, weight by weight, which is passed on and not kept.
+    """
+
+    step: int
+    cs: float | None = None
+    ratio: float | None = None
+    fluctuation: float | None = None
+    lr: float | None = None
+    valley: int | None = None
+    turning_point: int | None = None
+    noted: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    record: Record | None = None
+
+    def without_record(self) -> Row:
+        return replace(self, record=None)
+
+
+Log = str | Path | Callable[[Row], object] | Any
+
+_COLUMNS = ("step", "cs", "ratio", "fluctuation", "lr", "valley", "turning_point")
+
+
+def log_to(targets: Log | Iterable[Log]) -> list[Callable[[Row], object]]:
+    """A function of a row for every path, SummaryWriter or function."""
+    several = targets if isinstance(targets, (list, tuple)) else [targets]
+    return [_log(target) for target in several]
+
+
+def _log(target: Log) -> Callable[[Row], object]:
+    if isinstance(target, (str, Path)):
+        path = Path(target)
+        if path.suffix == ".jsonl":
+            return JsonLines(path)
+        if path.suffix == ".csv":
+            return Csv(path)
+        raise OptionError(f"log={str(target)!r} was given, a name that ends in .jsonl or .csv was expected")
+    if hasattr(target, "add_scalar"):
+        return TensorBoard(target)
+    if callable(target):
+        return target
+    raise OptionError(f"log={target!r} was given, a path, a SummaryWriter or a function of a row was expected")
+
+
+class JsonLines:
+    """One JSON object a line, appended and flushed at once. modules: write cos, ‖ΔW‖ and ‖ΔW‖/‖W‖ of every weight."""
+
+    def __init__(self, path: str | Path, *, modules: bool = False) -> None:
+        self.path, self.modules = Path(path), modules
+
+    def __call__(self, row: Row) -> None:
+        values = {f.name: getattr(row, f.name) for f in fields(row) if f.name not in ("record", "noted")}
+        line = {key: value for key, value in values.items() if value not in (None, {})} | row.noted
+        if row.record is not None:
+            r = row.record
+            if r.gradients:
+                line["gradient"] = math.sqrt(math.fsum(g * g for g in r.gradients.values()))
+            if self.modules:
+                line["modules"] = {site: [r.per_module[site], r.norms[site], r.ratios[site]] for site in r.per_module}
+            if r.alone:
+                line["alone"] = {name: one.cs for name, one in r.alone.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Csv:
+    """Measurements, one a line, under a line of names."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __call__(self, row: Row) -> None:
+        if row.cs is None:
+            return
+        new = not self.path.is_file() or self.path.stat().st_size == 0
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(_COLUMNS)
+            writer.writerow(["" if (v := getattr(row, name)) is None else v for name in _COLUMNS])
+
+
+class TensorBoard:
+    """Scalars under monitor/. writer: a torch.utils.tensorboard.SummaryWriter."""
+
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+
+    def __call__(self, row: Row) -> None:
+        values = {name: getattr(row, name) for name in ("cs", "ratio", "fluctuation", "turning_point")} | row.noted
+        for name, value in values.items():
+            if value is not None:
+                self.writer.add_scalar(f"monitor/{name}", value, row.step)
+
+
+class LiveLine:
+    """One line in the terminal that says where the run is. Use it in a `with` block, or call `close`."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._live = Live(console=console or Console(stderr=True), transient=False)
+        self._found: int | None = None
+        self._valleys = 0
+
+    def __enter__(self) -> LiveLine:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def __call__(self, row: Row) -> None:
+        if row.cs is None:
+            return
+        self._valleys += row.valley is not None
+        self._found = row.turning_point if row.turning_point is not None else self._found
+        parts = [f"step {row.step}", f"CS {row.cs:+.5f}", f"‖ΔW‖/‖W‖ {row.ratio:.4f}"]
+        parts.append("fluctuation …" if row.fluctuation is None else f"fluctuation {row.fluctuation:.2e}")
+        parts.append(f"{self._valleys} valley{'' if self._valleys == 1 else 's'}")
+        if self._found is not None:
+            parts.append(f"turning point at step {self._found}")
+        self._live.update(Text("   ".join(parts)), refresh=True)
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """What a .jsonl log holds: its settings, its measurements, and the series that were noted beside them."""
+
+    settings: dict[str, Any]
+    rows: list[Row]
+
+
+def read_run(path: str | Path) -> RunLog:
+    """A log that JsonLines wrote. Of a run that was resumed, what was measured twice counts once, the last time."""
+    path = Path(path)
+    settings: dict[str, Any] = {}
+    rows: dict[tuple[int, tuple[str, ...]], Row] = {}
+    known = {f.name for f in fields(Row)} - {"record", "noted"}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{path}: cannot be read as a log of a run: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError:
+            if number == len(lines):  # cut off while it was written
+                break
+            raise FileError(
+                f"{path}: line {number} is not JSON, a log that EarlyStopping(log=…) wrote was expected"
+            ) from None
+        step = values.get("step") if isinstance(values, dict) else None
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise FileError(f"{path}: line {number} has no step, a log that EarlyStopping(log=…) wrote was expected")
+        if isinstance(values.get("settings"), dict):
+            settings |= values["settings"]
+            continue
+        noted = {k: float(v) for k, v in values.items() if k not in known and isinstance(v, (int, float))}
+        own = {k: v for k, v in values.items() if k in known}
+        for key, value in own.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise FileError(f"{path}: line {number}: {key}={value!r}, a number was expected")
+        key = (step, ("cs",) if "cs" in own else tuple(sorted(noted)))
+        rows.pop(key, None)
+        rows[key] = Row(**cast(dict[str, Any], own), noted=noted)
+    if not rows:
+        raise FileError(f"{path}: there is no measurement in it")
+    return RunLog(settings, sorted(rows.values(), key=lambda row: row.step))
