@@ -15,8 +15,8 @@ NORMS = ("none", "lr", "slope")
 MODES = ("robust", "paper", "authors")
 ATTRIBUTIONS = ("start", "centre", "end")
 
-#: rounding noise of a mean cosine summed in fp32, relative to it: a few units in the last place
-_NOISE = 8 * 2.0**-24
+#: rounding of a cosine summed in fp32, relative to it: two units in the last place
+_NOISE = 4 * 2.0**-24
 
 
 class Fluctuation:
@@ -101,8 +101,11 @@ class Fluctuation:
         return max(self._second / M - (self._first / M) ** 2, 0.0)
 
     def floor(self, size: float) -> float:
-        """What F is of rounding alone, for |CS| up to `size`: variations below it mean nothing."""
-        floor = (_NOISE * size / self.window**2) ** 2
+        """What F is of rounding alone, for |CS| up to `size`: variations below it mean nothing.
+
+        A single step s of CS moves x by s/M: a flat curve that is rounded up once has an F of almost (s/M)².
+        """
+        floor = (_NOISE * size / self.window) ** 2
         return floor / self._lr if self.norm == "lr" and self._lr else floor
 
     def state_dict(self) -> dict[str, Any]:
