@@ -127,9 +127,9 @@ def sentiment(reviews: str) -> Callable[[str, int], Run]:
 
 TASKS: dict[str, Task] = {
     "digit-9": Task(digit(9), 300, 6, 20),
-    "movies": Task(sentiment("movie_reviews"), 144, 4, 6),
+    "movies": Task(sentiment("movie_reviews"), 120, 8, 6),
     "digit-8": Task(digit(8), 300, 6, 20),
-    "amazon": Task(sentiment("amazon_reviews"), 144, 4, 6),
+    "amazon": Task(sentiment("amazon_reviews"), 120, 8, 6),
 }
 
 

@@ -578,7 +578,7 @@ _LOLDU: dict[str, Entry] = {
     "a.dead": torch.zeros(2, 2, dtype=torch.bool),
     "a.start": ones(2),
     "a.shift": ones(2),
-    "a.scale_shift": torch.tensor(0.0),
+    "a.scale_shift": torch.zeros(1),
 }
 _FACTORS: dict[str, Entry] = {"a.left": ones(12, 2), "a.right": ones(2, 8)}
 _PRIME = 999_999_999_999_999_989

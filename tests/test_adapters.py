@@ -118,7 +118,7 @@ class TestLoLDU:
         through = torch.einsum("mk,mn,kn->k", adapter.left, G, adapter.right)
         z, sigma = adapter.start + adapter.shift.detach(), adapter.start_scale + adapter.scale_shift.detach()
         torch.testing.assert_close(adapter.shift.grad, sigma * through)
-        torch.testing.assert_close(adapter.scale_shift.grad, (z * through).sum())
+        torch.testing.assert_close(adapter.scale_shift.grad, (z * through).sum()[None])
 
     @pytest.mark.parametrize("epsilon", [1e-3, 1e-6])
     @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-6)])

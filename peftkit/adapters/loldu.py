@@ -77,7 +77,7 @@ class LoLDU(Adapter):
         self.register_buffer("right", right)
         self.register_buffer("start", _start(init, pivots))
         self.shift = nn.Parameter(torch.zeros(rank, **new))
-        scale_shift = torch.zeros((), **new)
+        scale_shift = torch.zeros(1, **new)  # FSDP2 takes no 0-d parameters
         if train_scale:
             self.scale_shift = nn.Parameter(scale_shift)
         else:
