@@ -32,6 +32,7 @@ from peftkit.wrap import unwrap as unwrap
 from peftkit.wrap import wrap as wrap
 
 if TYPE_CHECKING:
+    from peftkit import monitor as monitor
     from peftkit.checkpoint import merge_checkpoint as merge_checkpoint
     from peftkit.combining import combine as combine
     from peftkit.converting import ConvertReport as ConvertReport
@@ -70,6 +71,8 @@ _MODULES = {name: module for module, names in _ON_FILES.items() for name in name
 
 
 def __getattr__(name: str) -> Any:
+    if name == "monitor":
+        return import_module("peftkit.monitor")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_MODULES[name]), name)
@@ -77,4 +80,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return sorted({*globals(), *_MODULES, "monitor"})

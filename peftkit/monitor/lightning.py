@@ -1,0 +1,54 @@
+"""EarlyStopping as a callback of Lightning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from peftkit.adapted import names_of, placed
+from peftkit.monitor.early_stopping import EarlyStopping
+
+
+class CSCallback(pl.Callback):
+    """`Trainer(callbacks=[CSCallback(stop=True, window=5)])`: options are those of EarlyStopping.
+
+    Made with the module when training starts; afterwards it is `stopper`. It counts the steps of the optimiser that
+    holds the adapters. The trainer's validation metrics are noted beside the measurements, and its checkpoints hold the
+    monitor too. restore: go back to the turning point, if there is one, when training ends.
+    """
+
+    def __init__(self, *, restore: bool = False, **options: Any) -> None:
+        self.restore, self.options = restore, options
+        self.stopper: EarlyStopping | None = None
+        self._state: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        own = {id(p) for where in placed(pl_module, names_of(pl_module)) for p in where.adapter.parameters()}
+        holding = [o for o in trainer.optimizers if any(id(p) in own for g in o.param_groups for p in g["params"])]
+        self.stopper = EarlyStopping(pl_module, optimizer=(holding or trainer.optimizers)[0], **self.options)
+        if self._state is not None:
+            self.stopper.load_state_dict(self._state)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.stopper is not None and self.stopper.should_stop:
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.stopper is not None and not trainer.sanity_checking:
+            self.stopper.note(**{name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.stopper is None:
+            return
+        self.stopper.monitor.detach()
+        if self.restore:
+            self.stopper.restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.stopper is None else self.stopper.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = state_dict or None

@@ -1,0 +1,60 @@
+"""EarlyStopping as a callback of transformers' Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peftkit.monitor.early_stopping import EarlyStopping
+
+#: beside Trainer's own files in a checkpoint
+_STATE = "cs_monitor.pt"
+
+
+class CSCallback(TrainerCallback):
+    """`Trainer(…, callbacks=[CSCallback(stop=True, window=5)])`: options are those of EarlyStopping.
+
+    Made with the trainer's model when training begins; afterwards it is `stopper`. What Trainer evaluates is noted
+    beside the measurements. Its checkpoints hold the monitor too, and resuming goes on from there. restore: go back to
+    the turning point, if there is one, when training ends.
+    """
+
+    def __init__(self, *, restore: bool = False, **options: Any) -> None:
+        self.restore, self.options = restore, options
+        self.stopper: EarlyStopping | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        self.stopper = EarlyStopping(given["model"], optimizer=given["optimizer"], **self.options)
+        saved = _checkpoint(args, state) / _STATE
+        if state.global_step > 0 and saved.is_file():
+            self.stopper.load_state_dict(torch.load(saved, weights_only=True))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        if self.stopper is not None and self.stopper.should_stop:
+            control.should_training_stop = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        loss = given.get("metrics", {}).get("eval_loss")
+        if self.stopper is not None and loss is not None:
+            self.stopper.note(eval_loss=loss)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        folder = _checkpoint(args, state)
+        if self.stopper is not None and folder.is_dir():
+            torch.save(self.stopper.state_dict(), folder / _STATE)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        if self.stopper is None:
+            return
+        self.stopper.monitor.detach()
+        if self.restore:
+            self.stopper.restore()
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
