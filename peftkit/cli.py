@@ -24,6 +24,7 @@ from peftkit.exporting import export as export_file
 from peftkit.extracting import ExtractReport, extract
 from peftkit.formats.targets import TARGETS
 from peftkit.merge_plan import plan_merge
+from peftkit.monitor import commands as monitor
 from peftkit.rescaling import rescale as rescale_file
 from peftkit.terminal import DTYPES, ERR, OUT, dtype_of, number, progress_bar, reading, show, strengths, write
 
@@ -34,7 +35,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-
+app.add_typer(monitor.app, name="monitor")
 
 File = Annotated[Path, typer.Argument(help="An adapter file, or a folder of PEFT.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]

@@ -12,3 +12,4 @@ from peftkit.monitor.logs import JsonLines as JsonLines
 from peftkit.monitor.logs import LiveLine as LiveLine
 from peftkit.monitor.logs import Row as Row
 from peftkit.monitor.logs import read_run as read_run
+from peftkit.monitor.replay import replay as replay

@@ -11,14 +11,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from peftkit.adapted import Placed, names_of, placed
 from peftkit.adapter import Adapter
 from peftkit.delta import Delta
-from peftkit.delta.base import Known, row_blocks, row_sqnorms
+from peftkit.delta.base import Known, row_sqnorms
 from peftkit.delta.distance import product
 from peftkit.errors import OptionError
+from peftkit.monitor.sharding import alignment, local, sharded, whole
 
 
 @dataclass(frozen=True)
@@ -187,26 +187,16 @@ class CSMonitor:
         """ΔW, <ΔW, W>, ‖ΔW‖² and ‖W‖², the last three as scalars that may still be on a device."""
         W, adapter = where.base, where.adapter
         known = self._known_of(where)
-        if not isinstance(W, DTensor):
-            delta = adapter.delta(W).widened()
-            inner, square = delta.alignment(W, known)
-            return delta, inner, square, known("‖W‖²", lambda: row_sqnorms(W).sum())
-        parts = dict(adapter.named_parameters()) | dict(adapter.named_buffers())
-        whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in parts.items()}
-        if adapter.reads_base or not _rowwise(W):
-            full = W.full_tensor()
-            delta = cast(Delta, torch.func.functional_call(adapter, whole, (full, 1.0))).widened()
-            return delta, *delta.alignment(full, known), known("‖W‖²", lambda: row_sqnorms(full).sum())
-        delta = cast(Delta, torch.func.functional_call(adapter, whole, (W.to_local(), 1.0))).widened()
-        base = known("‖W‖²", lambda: _summed(row_sqnorms(W.to_local()).sum(), W))
-        return delta, _summed(_inner_of_shard(delta, W), W), delta.sqnorm(), base
+        if sharded(W):
+            return alignment(adapter, W, known)
+        delta = adapter.delta(W).widened()
+        return delta, *delta.alignment(W, known), known("‖W‖²", lambda: row_sqnorms(W).sum())
 
     def _known_of(self, where: Placed) -> Known:
         """What was kept for the adapter, as long as the weight and the adapter's constants are the same."""
         weight = cast(Tensor, where.host._parameters[where.slot.parameter])
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
         constants = tuple(b._version for b in where.adapter.buffers())
-        key = (local.data_ptr(), weight._version, weight.dtype, weight.device, constants)
+        key = (local(weight).data_ptr(), weight._version, weight.dtype, weight.device, constants)
         before, known = self._known.get(where.adapter, (None, Known()))
         if before != key:
             known = Known()
@@ -219,9 +209,8 @@ class CSMonitor:
         for site, here in sites.items():
             grads = [p.grad for where in here for p in where.adapter.parameters() if p.grad is not None]
             norms = [torch.linalg.vector_norm(grad.float()) for grad in grads]
-            whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-            if whole:
-                scalars[site] = torch.linalg.vector_norm(torch.stack(whole))
+            if norms:
+                scalars[site] = torch.linalg.vector_norm(torch.stack([whole(norm) for norm in norms]))
         return {site: float(value) for site, value in scalars.items()}
 
     # -- going on after a stop ------------------------------------------------------------------------------------
@@ -268,27 +257,3 @@ def _crossed(here: list[Placed], deltas: list[Delta]) -> float:
         for i in range(len(here))
         for j in range(i)
     )
-
-
-def _rowwise(W: DTensor) -> bool:
-    """Whether every process holds some of W's rows and nothing else is divided."""
-    return sum(p == Shard(0) for p in W.placements) == 1 and all(p in (Shard(0), Replicate()) for p in W.placements)
-
-
-def _summed(part: Tensor, W: DTensor) -> Tensor:
-    """The sum of every process's part."""
-    placements = [Partial() if p == Shard(0) else p for p in W.placements]
-    return DTensor.from_local(part, W.device_mesh, placements).full_tensor()
-
-
-def _inner_of_shard(delta: Delta, W: DTensor) -> Tensor:
-    """<ΔW, W> over the rows of W that this process holds."""
-    local = W.to_local()
-    axis = W.placements.index(Shard(0))
-    each = -(-W.shape[0] // W.device_mesh.size(axis))
-    start = min(W.shape[0], W.device_mesh.get_local_rank(axis) * each)
-    inner = torch.zeros((), dtype=delta.dtype, device=local.device)
-    for rows in row_blocks(*local.shape):
-        block = delta.rows(slice(start + rows.start, start + rows.stop))
-        inner += (block * local[rows].to(block.dtype)).sum()
-    return inner

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from peftkit._version import __version__
 from peftkit.adapted import hosts
@@ -20,6 +19,7 @@ from peftkit.monitor.cs import CSMonitor, Record
 from peftkit.monitor.fluctuation import SecondValley, TurningPoint
 from peftkit.monitor.logs import Log, Row, log_to
 from peftkit.monitor.null import chance
+from peftkit.monitor.sharding import local
 
 
 class Criterion(Protocol):
@@ -194,7 +194,7 @@ class EarlyStopping:
             raise MismatchError(f"the snapshot of step {snapshot.step} and the model differ in {', '.join(odd[:3])}")
         with torch.no_grad():
             for key, parameter in now.items():
-                _local(parameter).copy_(stored[key])
+                local(parameter).copy_(stored[key])
         return snapshot.step
 
     def _trained(self) -> Iterable[tuple[str, nn.Parameter]]:
@@ -207,7 +207,7 @@ class EarlyStopping:
     def _keep(self, measurement: int, step: int) -> None:
         """A snapshot of now, and none of those that can no longer be the turning point."""
         if measurement % self.every == 0:
-            tensors = {key: _local(p).detach().to("cpu", copy=True).contiguous() for key, p in self._trained()}
+            tensors = {key: local(p).detach().to("cpu", copy=True).contiguous() for key, p in self._trained()}
             if self.folder is None:
                 self.snapshots.append(Snapshot(measurement, step, tensors))
             else:
@@ -311,8 +311,3 @@ def _window(window: int | None, steps_per_epoch: int | None, interval: int) -> i
             "measure more often"
         )
     return round(steps_per_epoch / interval)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """The part of a parameter that this process holds."""
-    return cast(Tensor, parameter.to_local()) if isinstance(parameter, DTensor) else parameter
