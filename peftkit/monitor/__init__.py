@@ -13,3 +13,5 @@ from peftkit.monitor.logs import LiveLine as LiveLine
 from peftkit.monitor.logs import Row as Row
 from peftkit.monitor.logs import read_run as read_run
 from peftkit.monitor.replay import replay as replay
+from peftkit.monitor.spectrum import Spectrum as Spectrum
+from peftkit.monitor.spectrum import spectra as spectra

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,7 @@ from peftkit.delta.base import Known, row_sqnorms
 from peftkit.delta.distance import product
 from peftkit.errors import OptionError
 from peftkit.monitor.sharding import alignment, local, sharded, whole
+from peftkit.monitor.spectrum import Spectrum, spectra
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Record:
     per_module: cos(ΔW, W) = <ΔW, W>/(‖ΔW‖·‖W‖) by weight, 0 where a norm is 0; norms: ‖ΔW‖_F; ratios: ‖ΔW‖_F/‖W‖_F.
     An adapter is measured at strength 1; where there are several, these are of Σ λᵢ·ΔWᵢ and `alone` has each.
     step: the optimiser steps before it. lr: the largest of the adapters' learning rates, where it is known.
-    gradients: the norm of every adapter's gradient by weight, where asked for.
+    gradients: the norm of every adapter's gradient by weight; spectra: ranks of ΔW; both where asked for.
     """
 
     step: int
@@ -38,6 +39,7 @@ class Record:
     lr: float | None = None
     gradients: dict[str, float] = field(default_factory=dict)
     alone: dict[str, Record] = field(default_factory=dict)
+    spectra: dict[str, Spectrum] = field(default_factory=dict)
 
     @property
     def cs(self) -> float:
@@ -59,8 +61,9 @@ class CSMonitor:
     """Measures an adapted model after every `interval` optimiser steps.
 
     name: one adapter, or None for all. optimizer: counts its own steps from then on, leaving out those that a gradient
-    scaler skips; without one, call `step` after each. gradients: record their norms too. A measurement goes to every
-    one of `listeners`. ΔW is that of evaluation: dropout has no part in it.
+    scaler skips; without one, call `step` after each. gradients: record their norms too. spectra: add the effective and
+    stable rank of every ΔW to one in so many measurements; 0 for none. A measurement goes to every one of `listeners`.
+    ΔW is that of evaluation: dropout has no part in it.
     """
 
     def __init__(
@@ -71,12 +74,16 @@ class CSMonitor:
         interval: int = 20,
         optimizer: torch.optim.Optimizer | None = None,
         gradients: bool = False,
+        spectra: int = 0,
     ) -> None:
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
             raise OptionError(f"interval={interval!r} was given, a number of optimiser steps from 1 was expected")
+        if isinstance(spectra, bool) or not isinstance(spectra, int) or spectra < 0:
+            raise OptionError(f"spectra={spectra!r} was given, a number of measurements, or 0 for none, was expected")
         names_of(model, name)
         self.model, self.name, self.interval, self.gradients = model, name, interval, gradients
-        self.steps = 0
+        self.spectra = spectra
+        self.steps = self.measurements = 0
         self.listeners: list[Callable[[Record], object]] = []
         self._known: WeakKeyDictionary[Adapter, tuple[object, Known]] = WeakKeyDictionary()
         self._groups: list[dict[str, Any]] = []
@@ -120,6 +127,9 @@ class CSMonitor:
         record = self.measure(lr)
         if record.zero:
             return None
+        self.measurements += 1
+        if self.spectra and self.measurements % self.spectra == 0:
+            record = replace(record, spectra=spectra(self.model, self.name))
         for listener in self.listeners:
             listener(record)
         return record
@@ -216,10 +226,10 @@ class CSMonitor:
     # -- going on after a stop ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
+        return {"steps": self.steps, "measurements": self.measurements}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.steps = int(state["steps"])
+        self.steps, self.measurements = int(state["steps"]), int(state["measurements"])
 
 
 @contextmanager

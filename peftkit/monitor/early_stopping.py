@@ -103,6 +103,7 @@ class EarlyStopping:
     or a Criterion. stop: whether `should_stop` may turn true; without it there is only advice. also: modules trained
     beside the model, whose trained parameters are kept too. folder: keep snapshots there as files, not in memory. log:
     a path ending in .jsonl or .csv, a TensorBoard SummaryWriter, any function of a row, or several of these.
+    gradients, spectra: as CSMonitor takes them, for the log.
 
     Snapshots are copies of everything in the model that requires a gradient, taken every ⌈window/2⌉ measurements; at
     most eight are kept. The optimiser's own state is not. Source: Algorithm 1 of the CS-Fluctuation paper; see
@@ -124,8 +125,9 @@ class EarlyStopping:
         folder: str | Path | None = None,
         log: Log | Iterable[Log] = (),
         gradients: bool = False,
+        spectra: int = 0,
     ) -> None:
-        self.monitor = CSMonitor(model, name=name, interval=interval, gradients=gradients)
+        self.monitor = CSMonitor(model, name=name, interval=interval, gradients=gradients, spectra=spectra)
         self.window = _window(window, steps_per_epoch, interval)
         self.criterion = SecondValley(self.window, mode=criterion) if isinstance(criterion, str) else criterion
         self.stop, self.also = stop, tuple(also)

@@ -68,7 +68,10 @@ def _log(target: Log) -> Callable[[Row], object]:
 
 
 class JsonLines:
-    """One JSON object a line, appended and flushed at once. modules: write cos, ‖ΔW‖ and ‖ΔW‖/‖W‖ of every weight."""
+    """One JSON object a line, appended and flushed at once. modules: write cos, ‖ΔW‖ and ‖ΔW‖/‖W‖ of every weight.
+
+    Where they are measured, the norm of the whole gradient and the mean ranks of ΔW are there too.
+    """
 
     def __init__(self, path: str | Path, *, modules: bool = False) -> None:
         self.path, self.modules = Path(path), modules
@@ -80,6 +83,9 @@ class JsonLines:
             r = row.record
             if r.gradients:
                 line["gradient"] = math.sqrt(math.fsum(g * g for g in r.gradients.values()))
+            if r.spectra:
+                for key in ("effective_rank", "stable_rank"):
+                    line[key] = math.fsum(getattr(s, key) for s in r.spectra.values()) / len(r.spectra)
             if self.modules:
                 line["modules"] = {site: [r.per_module[site], r.norms[site], r.ratios[site]] for site in r.per_module}
             if r.alone:
