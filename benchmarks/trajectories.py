@@ -3,7 +3,8 @@
     python benchmarks/trajectories.py [TASK …] [--seeds 5] [--kinds locon,loha,…]
 
 Real tasks: a U-Net learns a handwritten digit it has never seen from ten images (digit-9, digit-8), and MiniLM the
-sentiment of reviews from 48 sentences (movies, amazon). Adapter and data are drawn anew from every seed. One file per
+sentiment of reviews from 48 sentences (movies, amazon); the digits also at a third and three times the learning rate
+(-slow, -fast). Adapter and data are drawn anew from every seed. One file per
 run goes to out/trajectories/; a run whose file is there is not made again. benchmarks/early_stopping.py judges rules
 by them.
 """
@@ -44,12 +45,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Task:
-    """How to set up a run, how long it is, how often it is validated, and how many steps an epoch has."""
+    """How to set up a run, its steps, how often it is validated, and what learning rates are multiplied by."""
 
     make: Callable[[str, int], Run]
     steps: int
     every: int
-    epoch: int
+    rate: float = 1.0
 
 
 def digit(which: int) -> Callable[[str, int], Run]:
@@ -126,10 +127,14 @@ def sentiment(reviews: str) -> Callable[[str, int], Run]:
 
 
 TASKS: dict[str, Task] = {
-    "digit-9": Task(digit(9), 300, 6, 20),
-    "movies": Task(sentiment("movie_reviews"), 120, 8, 6),
-    "digit-8": Task(digit(8), 300, 6, 20),
-    "amazon": Task(sentiment("amazon_reviews"), 120, 8, 6),
+    "digit-9": Task(digit(9), 300, 6),
+    "movies": Task(sentiment("movie_reviews"), 120, 8),
+    "digit-8": Task(digit(8), 300, 6),
+    "amazon": Task(sentiment("amazon_reviews"), 120, 8),
+    "digit-9-slow": Task(digit(9), 300, 6, 1 / 3),
+    "digit-9-fast": Task(digit(9), 300, 6, 3.0),
+    "digit-8-slow": Task(digit(8), 300, 6, 1 / 3),
+    "digit-8-fast": Task(digit(8), 300, 6, 3.0),
 }
 
 
@@ -138,7 +143,8 @@ def record(task: Task, kind: str, seed: int, advance: Callable[[], object]) -> d
     optimiser knows: how far the gradients agree (mean of m̂²/v̂), and how far an update does with the one before."""
     torch.manual_seed(1000 + seed)
     run = task.make(kind, seed)
-    optimizer = torch.optim.AdamW(run.groups, weight_decay=0.0)
+    groups = [{**group, "lr": task.rate * group["lr"]} for group in run.groups]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     optimizer.register_step_post_hook(lambda *_: pk.project_(run.model))
     parameters = pk.adapter_parameters(run.model)
     monitor = CSMonitor(run.model, interval=1, gradients=False, optimizer=optimizer)

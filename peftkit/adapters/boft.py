@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapter import Adapter, factory, require
-from peftkit.adapters.oft import bound_on_norm, skew_blocks
+from peftkit.adapters.oft import bound_on_norm, skew_blocks, upper_triangle
 from peftkit.delta import Butterfly
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
@@ -65,7 +65,7 @@ class BOFT(Adapter):
         new = factory(weight)
         self.skew = nn.Parameter(torch.zeros(count, blocks, b * (b - 1) // 2, **new))
         self.rescale = nn.Parameter(torch.ones(shape.rows, **new)) if rescale else None
-        self.register_buffer("upper", torch.triu_indices(b, b, 1, device=weight.device), persistent=False)
+        self.register_buffer("upper", upper_triangle(b, weight.device), persistent=False)
 
     def delta(self, weight: Tensor) -> Butterfly:
         Q = self.generator()

@@ -94,7 +94,7 @@ class OFT(Adapter):
         new = factory(weight)
         self.skew = nn.Parameter(torch.zeros(size // b, b * (b - 1) // 2, **new))
         self.rescale = nn.Parameter(torch.ones(size, **new)) if rescale else None
-        self.register_buffer("upper", torch.triu_indices(b, b, 1, device=weight.device), persistent=False)
+        self.register_buffer("upper", upper_triangle(b, weight.device), persistent=False)
 
     def delta(self, weight: Tensor) -> Rotation:
         return self._rotation(weight, self.generator())
@@ -118,14 +118,19 @@ class OFT(Adapter):
         return Rotation(K, weight, self.side)
 
 
+def upper_triangle(size: int, device: torch.device) -> Tensor:
+    """Where the entries above the diagonal are in a block (b, b) read row by row, (b(b−1)/2,)."""
+    row, column = torch.triu_indices(size, size, 1, device=device)
+    return row * size + column
+
+
 def skew_blocks(skew: Tensor, upper: Tensor, size: int, bound: float | None) -> Tensor:
     """Q (…, b, b) from its upper triangles (…, b(b−1)/2), in at least fp32 and with ‖Q‖_F at most the bound.
 
-    upper: (2, b(b−1)/2), where the entries of a triangle are.
+    upper: (b(b−1)/2,), where in a block the entries of a triangle are.
     """
     flat = skew.to(torch.promote_types(skew.dtype, torch.float32)).flatten(0, -2)
-    half = flat.new_zeros(len(flat), size, size)
-    half = half.index_put((torch.arange(len(flat), device=flat.device)[:, None], *upper[:, None]), flat)
+    half = flat.new_zeros(len(flat), size * size).index_copy(1, upper, flat).unflatten(1, (size, size))
     Q = (half - half.mT).reshape(*skew.shape[:-1], size, size)
     if bound is None:
         return Q

@@ -22,16 +22,19 @@ from peftkit.geometry import Geometry
 BLOCK = 1 << 18
 
 
-def row_blocks(rows: int, columns: int, multiple: int = 1) -> Iterator[slice]:
-    """Slices that cover `rows`, each about BLOCK elements and a multiple of `multiple` rows."""
-    step = max(1, BLOCK // max(1, columns) // multiple) * multiple
+_SMALL = 1 << 14  # elements that nobody minds: 64 KiB of fp32
+
+
+def row_blocks(rows: int, columns: int, multiple: int = 1, size: int = BLOCK) -> Iterator[slice]:
+    """Slices that cover `rows`, each about `size` elements and a multiple of `multiple` rows."""
+    step = max(1, size // max(1, columns) // multiple) * multiple
     return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
 
 
-def tiles(rows: int, columns: int, multiple: int = 1) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of tiles of about BLOCK elements, whole rows unless `multiple` of them are more than that."""
-    width = columns if multiple * columns <= BLOCK else max(1, BLOCK // multiple)
-    for block in row_blocks(rows, width, multiple):
+def tiles(rows: int, columns: int, multiple: int = 1, size: int = BLOCK) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of tiles of about `size` elements, whole rows unless `multiple` of them are more than that."""
+    width = columns if multiple * columns <= size else max(1, size // multiple)
+    for block in row_blocks(rows, width, multiple, size):
         for start in range(0, columns, width):
             yield block, slice(start, min(start + width, columns))
 
@@ -138,7 +141,9 @@ class Delta(ABC):
         """<ΔW, W>_F and ‖ΔW‖_F², scalars. W (m, n): the weight that ΔW is of; known: what is kept of it."""
         del known
         inner, square = [], []
-        for rows, columns in tiles(*self.shape, self.row_multiple):
+        m, n = self.shape
+        size = min(BLOCK, max(m * n // 4, _SMALL))  # never a matrix of W's size, however small W is
+        for rows, columns in tiles(m, n, self.row_multiple, size):
             whole = columns.stop - columns.start == self.shape[1]
             tile = (self.rows(rows) if whole else self.tile(rows, columns)).reshape(-1)
             inner.append(torch.dot(tile, W[rows, columns].to(tile.dtype).reshape(-1)))

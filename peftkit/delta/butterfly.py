@@ -59,19 +59,18 @@ class Butterfly(Delta):
 
     def _added(self, W: Tensor) -> Tensor:
         """λ·(s∘R·W − W), W (m, z)."""
+        (m, z), (k, b) = W.shape, self.K.shape[1:3]
         D: Tensor | None = None
         for i, K in enumerate(self.K):
-            pairs = (W if D is None else W + D).unflatten(0, (-1, 2, self._apart(i)))
-            mixed = (K @ pairs.transpose(1, 2).reshape(*K.shape[:2], -1)).reshape(
-                pairs.shape[0], self._apart(i), 2, *W.shape[1:]
-            )
-            turned = mixed.transpose(1, 2).reshape(W.shape)
-            D = turned if D is None else D + turned
+            w = self._apart(i)
+            pairs = (W if D is None else W + D).reshape(-1, 2, w, z).transpose(1, 2).reshape(k, b, z)
+            mixed = torch.bmm(K, pairs).view(-1, w, 2, z).transpose(1, 2).reshape(m, z)
+            D = mixed if D is None else D + mixed
         assert D is not None
         if self.rescale is not None:
             s = self.rescale[:, None]
             D = s * D + (s - 1) * W
-        return D * self.strength
+        return D if isinstance(self.strength, float) and self.strength == 1.0 else D * self.strength
 
     def _apart(self, stage: int) -> int:
         return 2**stage * self.K.shape[-1] // 2
