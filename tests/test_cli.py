@@ -481,3 +481,36 @@ def test_a_folder_of_peft_goes_in_and_out(folder: Path, peftkit: Callable[..., R
     require_clear_error(peftkit("resize", out, "--rank", 1, "-o", out), "there already")
     assert peftkit("resize", out, "--rank", 1, "-o", folder / "small", "--dry-run").code == 0
     assert not (folder / "small").exists()
+
+
+def test_monitor_draws_and_tells(tmp_path: Path, peftkit: Callable[..., Ran]) -> None:
+    """A log becomes a picture, and is judged again by other windows."""
+    log = tmp_path / "run.jsonl"
+    model = torch.nn.Linear(8, 8)
+    pk.wrap(model, "lora", rank=2)
+    stopper = pk.monitor.EarlyStopping(model, interval=1, window=3, log=log)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(60):
+        with torch.no_grad():
+            for parameter in pk.adapter_parameters(model):
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        stopper.step(lr=1e-3)
+        if step % 20 == 19:
+            stopper.note(validation=float(step))
+    assert f"turning point at step {stopper.advice.step}" in peftkit("monitor", "show", log).out
+    plain = peftkit("monitor", "show", log, "--json").json
+    assert plain["turning_point"] == stopper.advice.step
+    assert plain["valleys"] == list(stopper.advice.valleys)
+    other = peftkit("monitor", "show", log, "--window", 4, "--mode", "paper", "--json").json
+    rule = pk.monitor.SecondValley(4, mode="paper")
+    for row in stopper.rows:
+        if row.cs is not None:
+            rule.push(row.cs, row.lr)
+    assert rule.found is not None
+    assert other["turning_point"] == rule.found.measurement + 1
+    assert peftkit("monitor", "show", log, "--window", 40).code == 1
+    assert entry_point("monitor", "plot", log).code == 0
+    assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
+    assert peftkit("monitor", "plot", log, "-o", tmp_path / "run.svg").code == 0
+    for wrong in (["plot", log, "-o", tmp_path / "run.xyz"], ["show", tmp_path / "none.jsonl"]):
+        require_clear_error(peftkit("monitor", *wrong), str(wrong[-1]))
