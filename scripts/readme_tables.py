@@ -98,6 +98,7 @@ def main() -> None:
     if (DEMO / "table.json").exists():
         text = replaced(text, "digits", digits_table(json.loads((DEMO / "table.json").read_text())))
         shutil.copy(DEMO / "samples.png", ROOT / "docs" / "digits.png")
+        shutil.copy(DEMO / "monitor.png", ROOT / "docs" / "monitor.png")
     else:
         print("no out/digits/table.json: run make demo to renew that table")
     readme.write_text(text)

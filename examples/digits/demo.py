@@ -5,7 +5,9 @@
 The base is a U-Net trained on the handwritten digits 0 to 7 (train_base.py). For each adapter: wrap all 40 layers,
 train on ten real nines, save. A fresh process then loads each file, checks that merged equals wrapped and that
 restoring gives the base back bit for bit, merges the same file into a different base, and draws samples, which a
-classifier trained on real digits judges. Writes out/digits/: the files, table.json and samples.png.
+classifier trained on real digits judges. All the while a monitor watches the weights, and says where overfitting starts
+without seeing the held-out loss. Writes out/digits/: the files, table.json, samples.png, a log of every run and
+monitor.png.
 """
 
 from __future__ import annotations
@@ -29,12 +31,15 @@ from train_base import BASE, split, train
 from unet import UNet
 
 import peftkit as pk
+from peftkit.monitor import EarlyStopping, read_run
+from peftkit.monitor.plot import panel
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 OUT = Path("out/digits")
 DIGIT, IMAGES, STEPS, BATCH = 9, 10, 60, 20
+WINDOW = 5  # measurements, one a step
 SHOWN = 16
 
 
@@ -59,14 +64,18 @@ def another_base(path: Path) -> None:
     save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, path)
 
 
-def fit(model: nn.Module, images: Tensor, lr: float, advance: Any) -> None:
-    """AdamW on the adapters alone. images: (n, 1, 8, 8)."""
+def fit(model: nn.Module, images: Tensor, held_out: Tensor, lr: float, log: Path, advance: Any) -> EarlyStopping:
+    """AdamW on the adapters alone, watched. images, held_out: (n, 1, 8, 8); the latter only go into the log."""
     torch.manual_seed(0)
     parameters = pk.adapter_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0)
     optimizer.register_step_post_hook(lambda *_: pk.project_(model))
+    log.unlink(missing_ok=True)
+    stopper = EarlyStopping(model, optimizer=optimizer, interval=1, window=WINDOW, log=log)
     model.train()
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        if step % 6 == 0:
+            stopper.note(held_out=evaluate(model, held_out, repeats=1))
         value = loss(model, images[torch.randint(0, len(images), (BATCH,))])
         optimizer.zero_grad()
         value.backward()
@@ -74,6 +83,8 @@ def fit(model: nn.Module, images: Tensor, lr: float, advance: Any) -> None:
         optimizer.step()
         advance()
     model.eval()
+    stopper.note(held_out=evaluate(model, held_out, repeats=1))
+    return stopper
 
 
 def train_all() -> dict[str, dict[str, Any]]:
@@ -92,7 +103,8 @@ def train_all() -> dict[str, dict[str, Any]]:
             assert layers.count("AdaptedConv2d") == layers.count("AdaptedLinear") == 20
             report = pk.check(model, probe)
             assert report.ok, report
-            fit(model, images, recipe.lr, lambda task=task: progress.advance(task))
+            log = OUT / f"{kind}.jsonl"
+            stopper = fit(model, images, held_out, recipe.lr, log, lambda task=task: progress.advance(task))
             # LoLDU is made of its base's own factors; portable=True stores them, so that it fits another base too
             path = pk.save(model, OUT / f"{kind}.safetensors", portable=kind == "loldu", training={"images": IMAGES})
             with torch.no_grad():
@@ -101,6 +113,7 @@ def train_all() -> dict[str, dict[str, Any]]:
                 "parameters": plan.parameters,
                 "kB": path.stat().st_size / 1000,
                 "held-out after": evaluate(model, held_out),
+                "turning point": stopper.advice.step,
             }
     return rows
 
@@ -118,17 +131,28 @@ def main() -> None:
     measured = json.loads((OUT / "reload.json").read_text())
     before = evaluate(base_model(), new_digit()[1])
     table = Table(title=f"a {DIGIT} from {IMAGES} images, {STEPS} steps", title_justify="left")
-    headings = ("adapter", "parameters", "file kB", "held-out loss", f"share of {DIGIT}s", "on another base")
+    headings = (
+        "adapter",
+        "parameters",
+        "file kB",
+        "turning point",
+        "held-out loss",
+        f"share of {DIGIT}s",
+        "other base",
+    )
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "adapter" else "right")
     share = measured["base"]
-    table.add_row("(base)", "", "", f"{before:.4f}", f"{share['share']:.0%}", f"{share['share on the other base']:.0%}")
+    table.add_row(
+        "(base)", "", "", "", f"{before:.4f}", f"{share['share']:.0%}", f"{share['share on the other base']:.0%}"
+    )
     for kind, row in rows.items():
         row |= measured[kind] | {"held-out before": before}
         table.add_row(
             kind,
             f"{row['parameters']:,}",
             f"{row['kB']:.0f}",
+            f"step {row['turning point']}" if row["turning point"] else "not yet",
             f"{row['held-out after']:.4f}",
             f"{row['share']:.0%}",
             f"{row['share on the other base']:.0%}",
@@ -139,6 +163,8 @@ def main() -> None:
     draw(load_file(OUT / "samples.safetensors"), OUT / "samples.png")
     (OUT / "table.json").write_text(json.dumps({"base": measured["base"] | {"held-out": before}, **rows}, indent=1))
     console.print(f"wrote {OUT / 'samples.png'}: the same noise in every column, the training images last")
+    watch(OUT / "monitor.png")
+    console.print(f"wrote {OUT / 'monitor.png'}: what the monitor saw, with the held-out loss it did not see")
 
 
 def draw(samples: dict[str, Tensor], path: Path) -> None:
@@ -153,6 +179,24 @@ def draw(samples: dict[str, Tensor], path: Path) -> None:
         line[0].text(-2, 3.5, name, ha="right", va="center", fontsize=11)
     figure.subplots_adjust(left=0.11, right=0.99, top=0.99, bottom=0.01, wspace=0.05, hspace=0.05)
     figure.savefig(path, dpi=110)
+
+
+def watch(path: Path) -> None:
+    """Every run as the monitor saw it: CS above, with the held-out loss beside it; its fluctuation below."""
+    figure, axes = plt.subplots(2, len(RECIPES), figsize=(17, 4.6), sharex=True, height_ratios=(3, 2))
+    for i, kind in enumerate(RECIPES):
+        panel(axes[0][i], axes[1][i], read_run(OUT / f"{kind}.jsonl").rows, names=False)
+        axes[0][i].set_title(kind, fontsize=11)
+        axes[1][i].set_xlabel("steps", fontsize=9)
+        for axis in figure.axes:
+            axis.tick_params(labelsize=7)
+    axes[0][0].set_ylabel("CS (blue), held-out loss (orange)", fontsize=9)
+    axes[1][0].set_ylabel("fluctuation", fontsize=9)
+    figure.text(
+        0.5, 0.005, "red: turning point; dotted: when it was known; triangles: valleys", ha="center", fontsize=9
+    )
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":
