@@ -145,6 +145,7 @@ SIGNALS: dict[str, tuple[str, Callable[[Run], np.ndarray]]] = {
     "speed": ("growth of ‖ΔW‖ a step, of its largest so far", _speed),
     "agreement": ("mean m̂²/v̂ of Adam's moments: how far gradients agree", lambda run: smooth(run.agreement)),
     "loss": ("training loss, of its first five steps", lambda run: smooth(run.loss) / run.loss[:5].mean()),
+    "agreement × loss": ("both", lambda run: smooth(run.agreement) * smooth(run.loss) / run.loss[:5].mean()),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,30 @@ def test_uneven_epochs_and_rates_change_nothing() -> None:
     assert [row.step for row in rows] == list(range(4, 61, 4))
     assert all(row.lr is not None for row in rows)
     assert len({row.lr for row in rows}) == len(rows)
+
+
+def test_a_run_that_diverges_goes_on_and_is_told(tmp_path: Path) -> None:
+    """Measurements that are not finite count for nothing: what comes after them is as if they had not been."""
+    model, _ = make()
+    log = tmp_path / "run.jsonl"
+    stopper, calm = (EarlyStopping(model, interval=1, window=3, log=log if i == 0 else ()) for i in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(40):
+        parameters = pk.adapter_parameters(model)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        calm.step()
+        if step == 20:
+            kept = parameters[0].detach().clone()
+            parameters[0].data.fill_(float("nan"))
+            assert math.isnan(stopper.monitor.measure().cs)
+            stopper.step()
+            parameters[0].data.copy_(kept)
+        stopper.step()
+    assert [r.fluctuation for r in stopper.rows if r.cs is not None] == [r.fluctuation for r in calm.rows]
+    assert stopper.advice.diverged == 1
+    assert [row.step for row in read_run(log).rows if "diverged" in row.noted] == [21]
 
 
 def test_merged_adapters_are_not_put_back() -> None:

@@ -107,6 +107,17 @@ def test_what_cannot_be_divided_is_zero() -> None:
     assert not record.zero
 
 
+def test_a_weighed_mean_counts_numbers_not_weights() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 40))
+    pk.wrap(model, "lora", rank=2)
+    train(model)
+    record, plain = CSMonitor(model, weighed=True).measure(), CSMonitor(model).measure()
+    first, second = plain.per_module.values()
+    assert record.per_module == plain.per_module
+    assert plain.cs == pytest.approx((first + second) / 2)
+    assert record.cs == pytest.approx((16 * first + 160 * second) / 176)
+
+
 def test_orthogonal_adapters_only_measure_how_far_they_went() -> None:
     """CS = −‖ΔW‖/2‖W‖ for OFT and BOFT, a theorem that the closed forms know nothing of."""
     for kind, options in (

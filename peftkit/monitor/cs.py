@@ -29,7 +29,8 @@ class Record:
     per_module: cos(ΔW, W) = <ΔW, W>/(‖ΔW‖·‖W‖) by weight, 0 where a norm is 0; norms: ‖ΔW‖_F; ratios: ‖ΔW‖_F/‖W‖_F.
     An adapter is measured at strength 1; where there are several, these are of Σ λᵢ·ΔWᵢ and `alone` has each.
     step: the optimiser steps before it. lr: the largest of the adapters' learning rates, where it is known.
-    gradients: the norm of every adapter's gradient by weight; spectra: ranks of ΔW; both where asked for.
+    gradients: the norm of every adapter's gradient by weight; spectra: ranks of ΔW; sizes: the numbers in each W, for
+    a weighed mean; all three where asked for.
     """
 
     step: int
@@ -40,11 +41,15 @@ class Record:
     gradients: dict[str, float] = field(default_factory=dict)
     alone: dict[str, Record] = field(default_factory=dict)
     spectra: dict[str, Spectrum] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     @property
     def cs(self) -> float:
-        """The mean of `per_module`, over every adapted weight whether it has moved or not."""
-        return math.fsum(self.per_module.values()) / len(self.per_module)
+        """The mean of `per_module`, over every adapted weight whether it has moved or not, weighed by `sizes`."""
+        if not self.sizes:
+            return math.fsum(self.per_module.values()) / len(self.per_module)
+        total = sum(self.sizes[site] for site in self.per_module)
+        return math.fsum(self.sizes[site] * cosine for site, cosine in self.per_module.items()) / total
 
     @property
     def ratio(self) -> float:
@@ -62,8 +67,9 @@ class CSMonitor:
 
     name: one adapter, or None for all. optimizer: counts its own steps from then on, leaving out those that a gradient
     scaler skips; without one, call `step` after each. gradients: record their norms too. spectra: add the effective and
-    stable rank of every ΔW to one in so many measurements; 0 for none. A measurement goes to every one of `listeners`.
-    ΔW is that of evaluation: dropout has no part in it.
+    stable rank of every ΔW to one in so many measurements; 0 for none. weighed: let every weight count in the mean by
+    how many numbers it has, so that a tiny one whose cosine jumps does not lead. A measurement goes to every one of
+    `listeners`. ΔW is that of evaluation: dropout has no part in it.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class CSMonitor:
         optimizer: torch.optim.Optimizer | None = None,
         gradients: bool = False,
         spectra: int = 0,
+        weighed: bool = False,
     ) -> None:
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
             raise OptionError(f"interval={interval!r} was given, a number of optimiser steps from 1 was expected")
@@ -82,7 +89,7 @@ class CSMonitor:
             raise OptionError(f"spectra={spectra!r} was given, a number of measurements, or 0 for none, was expected")
         names_of(model, name)
         self.model, self.name, self.interval, self.gradients = model, name, interval, gradients
-        self.spectra = spectra
+        self.spectra, self.weighed = spectra, weighed
         self.steps = self.measurements = 0
         self.listeners: list[Callable[[Record], object]] = []
         self._known: WeakKeyDictionary[Adapter, tuple[object, Known]] = WeakKeyDictionary()
@@ -164,15 +171,16 @@ class CSMonitor:
         names = list(dict.fromkeys(name for _, name in scalars))
         found = {name: {s: numbers[s, n] for s, n in numbers if n == name} for name in names}
         gradients = self._gradients(sites) if self.gradients else {}
+        sizes = {site: here[0].base.numel() for site, here in sites.items()} if self.weighed else {}
         if len(names) == 1:
-            return self._record(found[names[0]], lr, gradients)
+            return self._record(found[names[0]], lr, gradients, sizes)
         total: dict[str, tuple[float, float, float]] = {}
         for site, here in sites.items():
             parts = [(where.strength, *numbers[site, where.name]) for where in here]
             square = sum(s * s * q for s, _, q, _ in parts) + crossed.get(site, 0.0)
             total[site] = sum(s * i for s, i, _, _ in parts), square, parts[0][3]
-        alone = {name: self._record(values, lr, {}) for name, values in found.items()}
-        return self._record(total, lr, gradients, alone)
+        alone = {name: self._record(values, lr, {}, sizes) for name, values in found.items()}
+        return self._record(total, lr, gradients, sizes, alone)
 
     def _placed(self) -> Iterator[Placed]:
         return placed(self.model, names_of(self.model, self.name))
@@ -182,16 +190,17 @@ class CSMonitor:
         numbers: Mapping[str, tuple[float, float, float]],
         lr: float | None,
         gradients: dict[str, float],
+        sizes: dict[str, int],
         alone: dict[str, Record] | None = None,
     ) -> Record:
         """numbers: <ΔW, W>, ‖ΔW‖² and ‖W‖² by weight."""
         cosines, norms, ratios = {}, {}, {}
         for site, (inner, square, base) in numbers.items():
-            norm, size = math.sqrt(max(0.0, square)), math.sqrt(base)
+            norm, size = math.sqrt(0.0 if square < 0 else square), math.sqrt(base)  # NaN stays NaN
             norms[site] = norm
-            cosines[site] = inner / (norm * size) if norm * size > 0 else 0.0
-            ratios[site] = norm / size if size > 0 else 0.0
-        return Record(self.steps, cosines, norms, ratios, lr, gradients, alone or {})
+            cosines[site] = 0.0 if norm * size == 0 else inner / (norm * size)
+            ratios[site] = 0.0 if size == 0 else norm / size
+        return Record(self.steps, cosines, norms, ratios, lr, gradients, alone or {}, sizes=sizes)
 
     def _measured(self, where: Placed) -> tuple[Delta, Tensor, Tensor, Tensor]:
         """ΔW, <ΔW, W>, ‖ΔW‖² and ‖W‖², the last three as scalars that may still be on a device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ class Advice:
     step: the optimiser steps after which overfitting started, None while no turning point is found; snapshot: the steps
     of the copy nearest to it; detected: when that was known; windows: how many windows had been seen by then; chance:
     the share of random walks that would have shown a turning point by as many windows, found or not: near a half, the
-    rule says what a timer would.
+    rule says what a timer would. diverged: measurements that were not finite and are left out.
     """
 
     step: int | None
@@ -75,11 +76,13 @@ class Advice:
     windows: float
     chance: float | None
     valleys: tuple[int, ...]
+    diverged: int = 0
 
     def __str__(self) -> str:
         if self.step is None:
             seen = f"{len(self.valleys)} valley{'' if len(self.valleys) == 1 else 's'} in {self.windows:.1f} windows"
-            return f"no turning point yet: {seen}; go on, or keep the last weights"
+            lost = f"; {self.diverged} measurements were not finite and count for nothing" if self.diverged else ""
+            return f"no turning point yet: {seen}; go on, or keep the last weights{lost}"
         by_chance = ""
         if self.chance is not None:
             by_chance = f", where {self.chance:.0%} of random walks show one"
@@ -103,7 +106,7 @@ class EarlyStopping:
     or a Criterion. stop: whether `should_stop` may turn true; without it there is only advice. also: modules trained
     beside the model, whose trained parameters are kept too. folder: keep snapshots there as files, not in memory. log:
     a path ending in .jsonl or .csv, a TensorBoard SummaryWriter, any function of a row, or several of these.
-    gradients, spectra: as CSMonitor takes them, for the log.
+    gradients, spectra, weighed: as CSMonitor takes them.
 
     Snapshots are copies of everything in the model that requires a gradient, taken every ⌈window/2⌉ measurements; at
     most eight are kept. The optimiser's own state is not. Source: Algorithm 1 of the CS-Fluctuation paper; see
@@ -126,8 +129,10 @@ class EarlyStopping:
         log: Log | Iterable[Log] = (),
         gradients: bool = False,
         spectra: int = 0,
+        weighed: bool = False,
     ) -> None:
-        self.monitor = CSMonitor(model, name=name, interval=interval, gradients=gradients, spectra=spectra)
+        asked: dict[str, Any] = {"gradients": gradients, "spectra": spectra, "weighed": weighed}
+        self.monitor = CSMonitor(model, name=name, interval=interval, **asked)
         self.window = _window(window, steps_per_epoch, interval)
         self.criterion = SecondValley(self.window, mode=criterion) if isinstance(criterion, str) else criterion
         self.stop, self.also = stop, tuple(also)
@@ -137,6 +142,7 @@ class EarlyStopping:
         self.rows: list[Row] = []
         self.snapshots: list[Snapshot] = []
         self._steps: list[int] = []  # of every measurement
+        self.diverged = 0  # measurements that were not finite, which nothing is made of
         self.every = -(-self.window // 2)
         self._logs = log_to(log)
         self.monitor.listeners.append(self._take)
@@ -172,10 +178,10 @@ class EarlyStopping:
         known = chance(self.criterion, windows) if isinstance(self.criterion, SecondValley) else None
         valleys = tuple(steps[v] for v in self.criterion.valleys)
         if found is None:
-            return Advice(None, None, None, windows, known, valleys)
+            return Advice(None, None, None, windows, known, valleys, self.diverged)
         nearest = self._nearest(found.measurement)
         kept = None if nearest is None else nearest.step
-        return Advice(steps[found.measurement], kept, steps[found.detected], windows, known, valleys)
+        return Advice(steps[found.measurement], kept, steps[found.detected], windows, known, valleys, self.diverged)
 
     # -- snapshots ------------------------------------------------------------------------------------------------
 
@@ -233,6 +239,12 @@ class EarlyStopping:
     # -- every measurement ----------------------------------------------------------------------------------------
 
     def _take(self, record: Record) -> None:
+        if not math.isfinite(
+            record.cs
+        ):  # a run that diverged goes on or not as its owner decides; it is no measurement
+            self.diverged += 1
+            self._tell(Row(record.step, lr=record.lr, noted={"diverged": 1.0}, record=record))
+            return
         self._steps.append(record.step)
         before, valleys = self.criterion.found, len(self.criterion.valleys)
         value = self.criterion.see(record)
@@ -263,6 +275,7 @@ class EarlyStopping:
             "interval": self.monitor.interval,
             "monitor": self.monitor.state_dict(),
             "criterion": self.criterion.state_dict(),
+            "diverged": self.diverged,
             "rows": [asdict(row) for row in self.rows],
             "snapshots": [
                 {
@@ -293,7 +306,7 @@ class EarlyStopping:
         self.criterion.load_state_dict(state["criterion"])
         self.rows = [Row(**row) for row in state["rows"]]
         self._steps = [row.step for row in self.rows if row.cs is not None]
-        self.snapshots = snapshots
+        self.snapshots, self.diverged = snapshots, state["diverged"]
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw CS, its fluctuation, valleys, the turning point and what was noted; a matplotlib Figure."""
