@@ -99,8 +99,8 @@ def stopping(found: dict[str, Any]) -> str:
         "each with several draws of adapter and data; `python benchmarks/trajectories.py && python "
         "benchmarks/early_stopping.py`). Regret: the validation loss at the returned step over the best of the run, "
         "minus 1, in per cent. Timer: the same of a fixed step, the median of those the rule returned on that task. "
-        "The last seven rows are criteria that are not in the library, each with the threshold that is best on digit-9 and "
-        "movies.",
+        "The last seven rows are criteria that are not in the library, each with the threshold that is best on digit-9 "
+        "and movies.",
         "",
         "| rule | " + " | ".join(f"{task}: regret (timer)" for task in tasks) + " |",
         "| --- |" + " ---: |" * len(tasks),
