@@ -262,15 +262,39 @@ def test_a_lost_snapshot_is_named(tmp_path: Path) -> None:
     model, optimizer = make()
     stopper = EarlyStopping(model, optimizer=optimizer, interval=1, window=3, folder=tmp_path / "s")
     fit(model, optimizer, 60)
-    saved = stopper.state_dict()
     for path in (tmp_path / "s").iterdir():
         path.unlink()
     with pytest.raises(FileError, match="snapshot-"):
         stopper.restore()
-    with pytest.raises(FileError, match="snapshot-"):
-        EarlyStopping(model, interval=1, window=3).load_state_dict(saved)
+
+
+def test_a_state_is_whole_after_the_run_went_on(tmp_path: Path) -> None:
+    """A run that is resumed from an earlier state has lost the files of then: the state holds what was in them."""
+    model, optimizer = make()
+    stopper = EarlyStopping(model, optimizer=optimizer, interval=1, window=5, folder=tmp_path / "s")
+    fit(model, optimizer, 12)
+    saved, steps = stopper.state_dict(), [s.step for s in stopper.snapshots]
+    tensors = [s.read() for s in stopper.snapshots]
+    fit(model, optimizer, 100)
+    again = EarlyStopping(model, interval=1, window=5, folder=tmp_path / "s")
+    again.load_state_dict(saved)
+    assert [s.step for s in again.snapshots] == steps
+    assert all(equal(a.read(), b) for a, b in zip(again.snapshots, tensors, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"window": 4}, {"interval": 2}, {"criterion": "paper"}, {"criterion": "authors"}])
+def test_a_state_of_other_settings_is_refused(options: dict[str, Any]) -> None:
+    model, _ = make()
+    saved = EarlyStopping(model, interval=1, window=3).state_dict()
     with pytest.raises(OptionError, match="same options"):
-        EarlyStopping(model, interval=1, window=4).load_state_dict(saved)
+        EarlyStopping(model, **{"interval": 1, "window": 3, **options}).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("name", ["step", "cs", "fluctuation", "record", "gradient", "modules"])
+def test_names_of_the_monitor_cannot_be_noted(name: str) -> None:
+    model, _ = make()
+    with pytest.raises(OptionError, match=name):
+        EarlyStopping(model).note(**{name: 1.0})
 
 
 # -- logs ---------------------------------------------------------------------------------------------------------
@@ -318,6 +342,20 @@ def test_every_log_holds_the_run(tmp_path: Path) -> None:
     assert all(row.record is not None and row.record.gradients for row in seen if row.cs is not None)
     lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
     assert all(line["gradient"] > 0 for line in lines if "cs" in line)
+
+
+def test_what_is_noted_may_be_infinite(tmp_path: Path) -> None:
+    """The log stays JSON that everyone reads."""
+    model, _ = make()
+    stopper = EarlyStopping(model, log=tmp_path / "run.jsonl")
+    stopper.note(validation=float("nan"), other=2.0)
+    lines = (tmp_path / "run.jsonl").read_text().splitlines()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    assert json.loads(lines[-1], parse_constant=refuse) == {"step": 0, "validation": None, "other": 2.0}
+    assert read_run(tmp_path / "run.jsonl").rows[0].noted == {"other": 2.0}
 
 
 def test_modules_are_logged_where_asked_for(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from peftkit.errors import FileError, MergeStateError, MismatchError, OptionErro
 from peftkit.formats import container
 from peftkit.monitor.cs import CSMonitor, Record
 from peftkit.monitor.fluctuation import SecondValley, TurningPoint
-from peftkit.monitor.logs import Log, Row, log_to
+from peftkit.monitor.logs import RESERVED, Log, Row, log_to
 from peftkit.monitor.null import chance
 from peftkit.monitor.sharding import local
 
@@ -157,6 +157,10 @@ class EarlyStopping:
         """Count the optimiser's own steps from now on."""
         self.monitor.attach(optimizer)
 
+    def detach(self) -> None:
+        """Stop counting; what was seen so far stays."""
+        self.monitor.detach()
+
     def step(self, lr: float | None = None) -> bool:
         """Say that the optimiser made a step (without `optimizer`); whether to stop."""
         self.monitor.step(lr)
@@ -169,6 +173,10 @@ class EarlyStopping:
 
     def note(self, **values: float) -> None:
         """Put other numbers beside the measurements, such as validation=0.31: they are logged and drawn, never used."""
+        if taken := sorted(values.keys() & RESERVED):
+            raise OptionError(
+                f"{taken[0]}={values[taken[0]]!r} was noted, a name other than the monitor's own was expected"
+            )
         self._tell(Row(step=self.monitor.steps, noted={key: float(value) for key, value in values.items()}))
 
     @property
@@ -216,12 +224,7 @@ class EarlyStopping:
         """A snapshot of now, and none of those that can no longer be the turning point."""
         if measurement % self.every == 0:
             tensors = {key: local(p).detach().to("cpu", copy=True).contiguous() for key, p in self._trained()}
-            if self.folder is None:
-                self.snapshots.append(Snapshot(measurement, step, tensors))
-            else:
-                path = self.folder / f"snapshot-{step}.safetensors"
-                container.write(path, tensors, {"format": "pt", "step": str(step)})
-                self.snapshots.append(Snapshot(measurement, step, None, path))
+            self.snapshots.append(self._stored(measurement, step, tensors))
         pending, ahead = self.criterion.wanted
         found = self.criterion.found
         wanted = [pending] if found is None else [found.measurement]
@@ -233,15 +236,21 @@ class EarlyStopping:
                 gone.path.unlink(missing_ok=True)
         self.snapshots = sorted(kept, key=lambda s: s.measurement)
 
+    def _stored(self, measurement: int, step: int, tensors: dict[str, Tensor]) -> Snapshot:
+        """In memory, or in a file of the folder."""
+        if self.folder is None:
+            return Snapshot(measurement, step, tensors)
+        path = self.folder / f"snapshot-{step}.safetensors"
+        container.write(path, tensors, {"format": "pt", "step": str(step)})
+        return Snapshot(measurement, step, None, path)
+
     def _nearest(self, measurement: int) -> Snapshot | None:
         return min(self.snapshots, key=lambda s: abs(s.measurement - measurement), default=None)
 
     # -- every measurement ----------------------------------------------------------------------------------------
 
     def _take(self, record: Record) -> None:
-        if not math.isfinite(
-            record.cs
-        ):  # a run that diverged goes on or not as its owner decides; it is no measurement
+        if not math.isfinite(record.cs):  # whether a run that diverged goes on is for its owner to decide
             self.diverged += 1
             self._tell(Row(record.step, lr=record.lr, noted={"diverged": 1.0}, record=record))
             return
@@ -259,7 +268,7 @@ class EarlyStopping:
 
     def _tell(self, row: Row) -> None:
         if not self.rows:
-            settings = {"window": self.window, "interval": self.monitor.interval, "peftkit": __version__}
+            settings = {**self._settings(), "peftkit": __version__}
             for log in self._logs:
                 log(Row(step=0, settings=settings))
         self.rows.append(row.without_record())
@@ -271,42 +280,34 @@ class EarlyStopping:
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on as if it had not stopped, in types that torch.load(weights_only=True) takes."""
         return {
-            "window": self.window,
-            "interval": self.monitor.interval,
+            **self._settings(),
             "monitor": self.monitor.state_dict(),
             "criterion": self.criterion.state_dict(),
             "diverged": self.diverged,
             "rows": [asdict(row) for row in self.rows],
-            "snapshots": [
-                {
-                    "measurement": s.measurement,
-                    "step": s.step,
-                    "tensors": s.tensors,
-                    "path": None if s.path is None else str(s.path),
-                }
-                for s in self.snapshots
+            "snapshots": [  # whole, also those in files, which are gone when the run has gone on from here
+                {"measurement": s.measurement, "step": s.step, "tensors": s.read()} for s in self.snapshots
             ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        own = {"window": self.window, "interval": self.monitor.interval}
+        own = self._settings()
         came = {key: state.get(key) for key in own}
         if own != came:
             raise OptionError(
                 f"a state of {came} was given to an EarlyStopping of {own}: make it with the same options"
             )
-        snapshots = [
-            Snapshot(s["measurement"], s["step"], s["tensors"], None if s["path"] is None else Path(s["path"]))
-            for s in state["snapshots"]
-        ]
-        for snapshot in snapshots:
-            if snapshot.tensors is None:
-                snapshot.read()  # raises if the file is gone
         self.monitor.load_state_dict(state["monitor"])
         self.criterion.load_state_dict(state["criterion"])
         self.rows = [Row(**row) for row in state["rows"]]
         self._steps = [row.step for row in self.rows if row.cs is not None]
-        self.snapshots, self.diverged = snapshots, state["diverged"]
+        self.snapshots = [self._stored(s["measurement"], s["step"], s["tensors"]) for s in state["snapshots"]]
+        self.diverged = state["diverged"]
+
+    def _settings(self) -> dict[str, Any]:
+        """What a state only fits with."""
+        rule = self.criterion.mode if isinstance(self.criterion, SecondValley) else type(self.criterion).__name__
+        return {"window": self.window, "interval": self.monitor.interval, "rule": rule}
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw CS, its fluctuation, valleys, the turning point and what was noted; a matplotlib Figure."""

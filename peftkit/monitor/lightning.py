@@ -43,7 +43,7 @@ class CSCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.stopper is None:
             return
-        self.stopper.monitor.detach()
+        self.stopper.detach()
         if self.restore:
             self.stopper.restore()
 

@@ -43,6 +43,9 @@ class Row:
 
 Log = str | Path | Callable[[Row], object] | Any
 
+#: names of a line of a log that nothing else may take
+RESERVED = frozenset(f.name for f in fields(Row)) | {"gradient", "modules", "alone", "effective_rank", "stable_rank"}
+
 _COLUMNS = ("step", "cs", "ratio", "fluctuation", "lr", "valley", "turning_point")
 
 
@@ -90,8 +93,9 @@ class JsonLines:
                 line["modules"] = {site: [r.per_module[site], r.norms[site], r.ratios[site]] for site in r.per_module}
             if r.alone:
                 line["alone"] = {name: one.cs for name, one in r.alone.items()}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
 
 class Csv:
@@ -190,8 +194,8 @@ def read_run(path: str | Path) -> RunLog:
         if isinstance(values.get("settings"), dict):
             settings |= values["settings"]
             continue
-        noted = {k: float(v) for k, v in values.items() if k not in known and isinstance(v, (int, float))}
-        own = {k: v for k, v in values.items() if k in known}
+        noted = {k: float(v) for k, v in values.items() if k not in RESERVED and isinstance(v, (int, float))}
+        own = {k: v for k, v in values.items() if k in known and v is not None}
         for key, value in own.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise FileError(f"{path}: line {number}: {key}={value!r}, a number was expected")

@@ -51,7 +51,7 @@ class CSCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         if self.stopper is None:
             return
-        self.stopper.monitor.detach()
+        self.stopper.detach()
         if self.restore:
             self.stopper.restore()
 
