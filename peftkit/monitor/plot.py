@@ -53,7 +53,7 @@ def panel(above: Axes, below: Axes, rows: Sequence[Row], *, names: bool = True) 
             beside.plot(at, values, color=_NOTED, lw=1.4, ls=("-", "--", ":", "-.")[i % 4], label=name)
         beside.tick_params(axis="y", labelcolor=_NOTED)
         if names:
-            beside.legend(loc="upper right", fontsize=8, frameon=False)
+            beside.legend(loc="best", fontsize=8, frameon=False)
     fluctuating = [row for row in measured if row.fluctuation is not None and row.fluctuation > 0]
     below.plot([r.step for r in fluctuating], [r.fluctuation or 0.0 for r in fluctuating], color=_F, lw=1.4)
     if fluctuating:
