@@ -164,7 +164,8 @@ def test_merging_and_moving_the_base_are_noticed() -> None:
     agree(monitor.measure(), by_definition(model, {"default": 1.0}), 1e-12)
 
 
-def test_a_reloaded_loldu_is_measured_with_its_new_factors() -> None:
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_reloaded_loldu_is_measured_with_its_new_factors(assign: bool) -> None:
     model = nn.Linear(12, 12).double()
     pk.wrap(model, "loldu", rank=4)
     train(model)
@@ -173,7 +174,7 @@ def test_a_reloaded_loldu_is_measured_with_its_new_factors() -> None:
     other = nn.Linear(12, 12).double()
     pk.wrap(other, "loldu", rank=4)
     train(other, seed=3)
-    model.load_state_dict(other.state_dict())
+    model.load_state_dict(other.state_dict(), assign=assign)
     agree(monitor.measure(), by_definition(model, {"default": 1.0}), 1e-12)
 
 

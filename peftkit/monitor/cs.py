@@ -214,7 +214,7 @@ class CSMonitor:
     def _known_of(self, where: Placed) -> Known:
         """What was kept for the adapter, as long as the weight and the adapter's constants are the same."""
         weight = cast(Tensor, where.host._parameters[where.slot.parameter])
-        constants = tuple(b._version for b in where.adapter.buffers())
+        constants = tuple((b.data_ptr(), b._version) for b in where.adapter.buffers())
         key = (local(weight).data_ptr(), weight._version, weight.dtype, weight.device, constants)
         before, known = self._known.get(where.adapter, (None, Known()))
         if before != key:
