@@ -151,13 +151,14 @@ def verdict(found: dict[str, Any]) -> list[str]:
     beaten = all(contest[name][2] < 0 for name in (best, "its timer", "one timer"))
     assert not beaten, "a criterion beats rule and timers: it belongs into the library, and another sentence here"
     return [
-        f"The best of the criteria on digit-9 and movies is {champion}. On the other tasks and their learning rates its "
-        f"regret is {contest['regret'][0]:.1f} points in the mean over tasks; against the best second-valley rule "
+        f"The best of the criteria on digit-9 and movies is {champion}. On the other tasks and their learning rates "
+        f"its regret is {contest['regret'][0]:.1f} points in the mean over tasks; against the best second-valley rule "
         f"({best}) that is {against(best)}, against a timer set to its own median on each task {against('its timer')}, "
         f"and against one timer for all of them {against('one timer')}, with the intervals that hold 90 % of bootstrap "
         "samples. It does not beat the timers, so the library does not offer it. What all this says: any rule here is "
-        "far better than not stopping, the second valley is a timer of about five windows, and the window is the setting "
-        "that matters. Take one of which five are about as long as you would train at first guess; look at the picture.",
+        "far better than not stopping, the second valley is a timer of about five windows, and the window is the "
+        "setting that matters. Take one of which five are about as long as you would train at first guess, and look at "
+        "the picture.",
     ]
 
 
