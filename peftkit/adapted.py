@@ -240,13 +240,13 @@ def hosts(model: nn.Module) -> dict[str, Adapted]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
 
 
-def placed(model: nn.Module, names: Sequence[str]) -> Iterator[Placed]:
-    """The adapters of these names, weight by weight."""
+def placed(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[Placed]:
+    """The adapters of these names, or all, weight by weight."""
     for host_name, host in hosts(model).items():
         for slot_name in host.adaptation.slots:
             for name in host.adapters:
                 adapter = host.adapter(name, slot_name)
-                if adapter is not None and name in names:
+                if adapter is not None and (names is None or name in names):
                     yield Placed(dotted(host_name, slot_name), name, adapter, host, slot_name)
 
 

@@ -47,7 +47,8 @@ class Butterfly(Delta):
         return replace(self, strength=self.strength * strength)
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
-        return self._added(self.W[:, columns].to(self.dtype))[rows]
+        added = self._added(self.W[:, columns].to(self.dtype))
+        return added if rows.stop - rows.start == self.shape[0] else added[rows]
 
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
         m, n = self.shape

@@ -150,7 +150,7 @@ class CSMonitor:
     @torch.no_grad()
     def measure(self, lr: float | None = None) -> Record:
         """The model as it is now. lr: to be recorded; by default that of the optimizer."""
-        everything = list(self._placed())
+        everything = self._placed()
         sites: dict[str, list[Placed]] = {}
         for where in everything:
             sites.setdefault(where.site, []).append(where)
@@ -182,8 +182,11 @@ class CSMonitor:
         alone = {name: self._record(values, lr, {}, sizes) for name, values in found.items()}
         return self._record(total, lr, gradients, sizes, alone)
 
-    def _placed(self) -> Iterator[Placed]:
-        return placed(self.model, names_of(self.model, self.name))
+    def _placed(self) -> list[Placed]:
+        found = list(placed(self.model, None if self.name is None else (self.name,)))
+        if not found:
+            names_of(self.model, self.name)  # raises, and says why
+        return found
 
     def _record(
         self,
@@ -214,12 +217,14 @@ class CSMonitor:
     def _known_of(self, where: Placed) -> Known:
         """What was kept for the adapter, as long as the weight and the adapter's constants are the same."""
         weight = cast(Tensor, where.host._parameters[where.slot.parameter])
-        constants = tuple((b.data_ptr(), b._version) for b in where.adapter.buffers())
+        adapter = where.adapter
+        buffers = adapter.buffers() if adapter._modules else adapter._buffers.values()  # recursion is dear
+        constants = tuple((b.data_ptr(), b._version) for b in buffers if b is not None)
         key = (local(weight).data_ptr(), weight._version, weight.dtype, weight.device, constants)
-        before, known = self._known.get(where.adapter, (None, Known()))
-        if before != key:
+        before, known = self._known.get(adapter, (None, None))
+        if known is None or before != key:
             known = Known()
-            self._known[where.adapter] = key, known
+            self._known[adapter] = key, known
         return known
 
     @staticmethod
@@ -244,7 +249,8 @@ class CSMonitor:
 @contextmanager
 def _evaluating(adapters: Iterable[Placed]) -> Iterator[None]:
     """ΔW without dropout."""
-    training = [module for where in adapters for module in where.adapter.modules() if module.training]
+    held = (where.adapter for where in adapters)
+    training = [module for own in held for module in (own.modules() if own._modules else [own]) if module.training]
     for module in training:
         object.__setattr__(module, "training", False)  # nn.Module's own takes as long as a matrix product here
     try:
