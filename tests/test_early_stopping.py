@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 import peftkit as pk
-from peftkit.errors import FileError, MergeStateError, OptionError
+from peftkit.errors import FileError, MergeStateError, MismatchError, OptionError
 from peftkit.monitor import EarlyStopping, JsonLines, LiveLine, Row, SecondValley, TurningPoint, read_run
 from peftkit.monitor.plot import draw
 
@@ -290,6 +290,53 @@ def test_a_state_of_other_settings_is_refused(options: dict[str, Any]) -> None:
         EarlyStopping(model, **{"interval": 1, "window": 3, **options}).load_state_dict(saved)
 
 
+def test_nothing_is_put_into_another_model() -> None:
+    """A rank-1 snapshot does not spread over a rank-4 adapter, and no parameter is written before all fit."""
+    narrow, optimizer = make()
+    stopper = EarlyStopping(narrow, optimizer=optimizer, interval=1, window=3)
+    fit(narrow, optimizer, 60)
+    wide = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+    pk.wrap(wide, "lora", rank=4)
+    other = EarlyStopping(wide, interval=1, window=3)
+    other.load_state_dict(stopper.state_dict())
+    before = state(wide)
+    with pytest.raises(MismatchError, match=r"(?s)default.*nothing was put back"):
+        other.restore()
+    assert equal(state(wide), before)
+
+
+def test_frozen_after_training_it_still_goes_back() -> None:
+    model, optimizer = make()
+    stopper = EarlyStopping(model, optimizer=optimizer, interval=1, window=3)
+    fit(model, optimizer, 60)
+    model.requires_grad_(False)
+    assert stopper.restore() == stopper.advice.snapshot
+
+
+def test_a_criterion_brings_its_window() -> None:
+    model, _ = make()
+    assert EarlyStopping(model, criterion=SecondValley(20)).window == 20
+    with pytest.raises(OptionError, match="windows of 5 and a criterion with windows of 20"):
+        EarlyStopping(model, window=5, criterion=SecondValley(20))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "adam"},
+        {"also": [3]},
+        {"criterion": None},
+        {"criterion": SecondValley},
+        {"steps_per_epoch": "100"},
+        {"spectra": -1},
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any]) -> None:
+    model, _ = make()
+    with pytest.raises(OptionError, match=next(iter(options))):
+        EarlyStopping(model, **options)
+
+
 @pytest.mark.parametrize("name", ["step", "cs", "fluctuation", "record", "gradient", "modules"])
 def test_names_of_the_monitor_cannot_be_noted(name: str) -> None:
     model, _ = make()
@@ -378,6 +425,27 @@ def test_a_resumed_log_counts_once_what_was_measured_twice(tmp_path: Path) -> No
     with path.open("a") as file:
         file.write('{"step": 5, "cs": 0.')  # cut off while it was written
     assert [row.step for row in read_run(path).rows] == [1, 2, 3, 4]
+
+
+def test_a_crash_in_the_middle_of_a_line_costs_that_line(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "run.jsonl"
+    log = JsonLines(path)
+    for step in (1, 2, 3):
+        log(Row(step=step, cs=step / 10))
+    path.write_bytes(path.read_bytes()[:-9])
+    log = JsonLines(path)
+    for step in (3, 4):
+        log(Row(step=step, cs=step / 10))
+    assert [row.cs for row in read_run(path).rows] == [0.1, 0.2, 0.3, 0.4]
+
+
+def test_a_log_of_two_runs_holds_the_last(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    for steps in (40, 6):
+        model, optimizer = make()
+        EarlyStopping(model, optimizer=optimizer, interval=1, window=3, log=path)
+        fit(model, optimizer, steps)
+    assert [row.step for row in read_run(path).rows] == list(range(1, 7))
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,15 @@ def test_a_smooth_curve_has_no_valley_and_rounding_makes_none() -> None:
     assert plain.found is not None, "without a floor rounding noise is taken for valleys"
 
 
+def test_a_warm_up_from_nothing_is_waited_out() -> None:
+    """The reference is the first positive rate."""
+    plain, warmed = Fluctuation(3, "lr"), Fluctuation(3, "lr")
+    for t, value in enumerate(saturating(0, 40)):
+        expected = plain.push(float(value), 1e-3)
+        F = warmed.push(float(value), 0.0 if t < 9 else 1e-3)
+        assert (expected if t >= 9 else None) == F
+
+
 def test_hysteresis_withstands_measurement_noise() -> None:
     """Noise of 0.5 % of CS moves the plain rule far more than the robust one."""
 
@@ -237,7 +246,9 @@ def test_resumes_to_the_bit(mode: str) -> None:
         (lambda: SecondValley(5, hysteresis=0.0), "a positive number"),
         (lambda: SecondValley(5, attribution="middle"), "start, centre, end"),
         (lambda: SecondValley(5, mode="paper").push(0.1), "lr=None"),
-        (lambda: SecondValley(5, mode="paper").push(0.1, 0.0), "lr=0.0"),
+        (lambda: SecondValley(5, mode="paper").push(0.1, -1.0), "lr=-1.0"),
+        (lambda: SecondValley(5, hysteresis="a"), "hysteresis='a'"),
+        (lambda: SecondValley(5, mode=3), "mode=3"),
         (lambda: SecondValley(5).push(math.nan), "has the run diverged"),
     ],
 )

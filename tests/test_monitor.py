@@ -268,6 +268,63 @@ def test_steps_that_a_scaler_skips_do_not_count(model: nn.Module) -> None:
     assert monitor.steps == 3
 
 
+def test_a_step_within_a_step_counts_once(model: nn.Module) -> None:
+    class Own(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # torch hooks into the class when its first instance is made
+    optimizer = Own(pk.adapter_parameters(model), lr=1e-2)
+    monitor = CSMonitor(model, interval=1, optimizer=optimizer)
+    fit(model, optimizer, 5)
+    assert monitor.steps == 5
+
+
+def test_the_rate_is_read_after_the_optimizer_was_resumed(model: nn.Module) -> None:
+    optimizer = torch.optim.AdamW(pk.adapter_parameters(model), lr=1e-2)
+    monitor = CSMonitor(model, optimizer=optimizer)
+    state = optimizer.state_dict()
+    state["param_groups"][0]["lr"] = 0.5
+    optimizer.load_state_dict(state)
+    assert monitor.learning_rate() == 0.5
+
+
+def test_unwrapping_ends_the_watch_and_not_the_training(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    head = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD([*pk.adapter_parameters(model), *head.parameters()], lr=0.1)
+    CSMonitor(model, interval=1, optimizer=optimizer)
+    fit(nn.Sequential(model, head), optimizer, 2)
+    pk.unwrap(model)
+    fit(nn.Sequential(model, head), optimizer, 2)
+    assert "stops counting" in caplog.text
+
+
+def test_a_weight_that_is_trained_is_read_again() -> None:
+    """Fused optimisers write without telling torch."""
+    model = nn.Linear(16, 16)
+    pk.wrap(model, "loldu", rank=4)
+    train(model)
+    model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    monitor = CSMonitor(model)
+    monitor.measure()
+    for _ in range(3):
+        model(torch.randn(4, 16)).square().mean().backward()
+        optimizer.step()
+    assert monitor.measure() == CSMonitor(model).measure()
+
+
+def test_ranks_that_cancel_leave_what_they_leave() -> None:
+    model = nn.Linear(32, 32)
+    pk.wrap(model, "lora", rank=2, alpha=2)
+    adapter: Any = model.adapters["default"]  # type: ignore[index]
+    with torch.no_grad():
+        adapter.up.copy_(torch.randn(32, 1).expand(32, 2) * torch.tensor([1.0, -1.0]))
+        adapter.down.copy_((torch.randn(1, 32) * 1e3).expand(2, 32) + 1e-2 * torch.randn(2, 32))
+    expected = by_definition(copy.deepcopy(model).double(), {"default": 1.0})
+    agree(CSMonitor(model).measure(), expected, 1e-3)
+
+
 def test_nothing_is_recorded_before_anything_moves(model: nn.Module) -> None:
     monitor = CSMonitor(model, interval=2)
     assert [monitor.step(), monitor.step()] == [None, None]

@@ -112,6 +112,19 @@ def test_every_so_many_measurements() -> None:
     assert records[2].spectra == spectra(model)
 
 
+@pytest.mark.parametrize("kind", ["lora", "full", "oft"])
+def test_a_run_that_diverged_has_no_ranks_and_goes_on(kind: str) -> None:
+    model = nn.Linear(16, 16)
+    pk.wrap(model, kind)
+    train(model)
+    next(iter(pk.adapter_parameters(model))).data.view(-1)[0] = float("nan")
+    monitor, records = CSMonitor(model, interval=1, spectra=1), list[Record]()
+    monitor.listeners.append(records.append)
+    monitor.step()
+    assert math.isnan(records[0].spectra[""].effective_rank)
+    assert not records[0].finite
+
+
 @pytest.mark.parametrize("options, message", [({"leading": -1}, "leading=-1"), ({"threshold": 1.5}, "threshold=1.5")])
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     model = nn.Linear(4, 4)

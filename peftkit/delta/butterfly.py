@@ -64,8 +64,9 @@ class Butterfly(Delta):
         D: Tensor | None = None
         for i, K in enumerate(self.K):
             w = self._apart(i)
-            pairs = (W if D is None else W + D).reshape(-1, 2, w, z).transpose(1, 2).reshape(k, b, z)
-            mixed = torch.bmm(K, pairs).view(-1, w, 2, z).transpose(1, 2).reshape(m, z)
+            c = m // (2 * w)
+            pairs = (W if D is None else W + D).reshape(c, 2, w, z).transpose(1, 2).reshape(k, b, z)
+            mixed = torch.bmm(K, pairs).view(c, w, 2, z).transpose(1, 2).reshape(m, z)
             D = mixed if D is None else D + mixed
         assert D is not None
         if self.rescale is not None:

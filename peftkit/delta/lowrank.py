@@ -68,7 +68,9 @@ class LowRank(Delta):
 
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
         del known
-        return self.inner(W), self.sqnorm()
+        # Ranks may cancel: the Gram matrices are small, and take float64 where there is any
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        return self.inner(W), LowRank(self.B.to(wide), self.A.to(wide)).sqnorm()
 
     def _projected(self, M: Tensor) -> Tensor:
         """M·Aᵀ (m, r), without a copy of M in another dtype. M (m, n)."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftkit.errors import FileError, OptionError
+from peftkit.errors import FileError
 from peftkit.terminal import OUT, show
 
 app = typer.Typer(help="What the log of a training run says, and its picture.", no_args_is_help=True)
@@ -34,10 +34,7 @@ def plot(
 
     rows, window = _seen(run, window, mode)
     path = run.with_suffix(".png") if out is None else out
-    try:
-        draw(rows, window, path=path, title=title or run.stem)
-    except ValueError as error:  # of matplotlib, about the suffix
-        raise OptionError(f"{path}: {error}") from error
+    draw(rows, window, path=path, title=title or run.stem)
     OUT.print(f"wrote {path}", soft_wrap=True)
 
 
@@ -72,7 +69,7 @@ def show_(run: RunFile, window: Window = None, mode: Mode = None, as_json: Json 
 
 def _seen(run: Path, window: int | None, mode: str | None) -> tuple[list[Any], int]:
     """The rows of a log as they are, or as another rule sees them, and the window."""
-    from peftkit.monitor.fluctuation import SecondValley
+    from peftkit.monitor.fluctuation import MODES, SecondValley
     from peftkit.monitor.logs import read_run
     from peftkit.monitor.replay import replay
 
@@ -83,4 +80,8 @@ def _seen(run: Path, window: int | None, mode: str | None) -> tuple[list[Any], i
     size = window if window is not None else int(logged or 0)
     if window is None and mode is None:
         return log.rows, size
+    if mode is None and log.settings.get("rule") in MODES:  # only the window is another
+        keys = ("hysteresis", "attribution", "norm")
+        own = {key: log.settings[key] for key in keys if log.settings.get(key) is not None}
+        return replay(log.rows, SecondValley(size, mode=log.settings["rule"], **own)), size
     return replay(log.rows, SecondValley(size, mode=mode or "robust")), size

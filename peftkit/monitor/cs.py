@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -17,9 +20,11 @@ from peftkit.adapter import Adapter
 from peftkit.delta import Delta
 from peftkit.delta.base import Known, row_sqnorms
 from peftkit.delta.distance import product
-from peftkit.errors import OptionError
+from peftkit.errors import OptionError, UnknownAdapterError
 from peftkit.monitor.sharding import alignment, local, sharded, whole
 from peftkit.monitor.spectrum import Spectrum, spectra
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ class Record:
         return math.fsum(self.ratios.values()) / len(self.ratios)
 
     @property
+    def finite(self) -> bool:
+        """Whether every number is; else the run has diverged."""
+        return all(map(math.isfinite, self.per_module.values())) and all(map(math.isfinite, self.norms.values()))
+
+    @property
     def zero(self) -> bool:
         """Whether nothing has moved, so that there is no cosine to speak of."""
         return not any(self.norms.values())
@@ -69,7 +79,8 @@ class CSMonitor:
     scaler skips; without one, call `step` after each. gradients: record their norms too. spectra: add the effective and
     stable rank of every ΔW to one in so many measurements; 0 for none. weighed: let every weight count in the mean by
     how many numbers it has, so that a tiny one whose cosine jumps does not lead. A measurement goes to every one of
-    `listeners`. ΔW is that of evaluation: dropout has no part in it.
+    `listeners`. ΔW is that of evaluation: dropout has no part in it. What follows from a frozen W alone is kept;
+    writes to it through `.data`, which torch does not see, are not seen.
     """
 
     def __init__(
@@ -87,13 +98,15 @@ class CSMonitor:
             raise OptionError(f"interval={interval!r} was given, a number of optimiser steps from 1 was expected")
         if isinstance(spectra, bool) or not isinstance(spectra, int) or spectra < 0:
             raise OptionError(f"spectra={spectra!r} was given, a number of measurements, or 0 for none, was expected")
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"model={model!r} was given, an nn.Module that adapters are on was expected")
         names_of(model, name)
         self.model, self.name, self.interval, self.gradients = model, name, interval, gradients
         self.spectra, self.weighed = spectra, weighed
         self.steps = self.measurements = 0
         self.listeners: list[Callable[[Record], object]] = []
         self._known: WeakKeyDictionary[Adapter, tuple[object, Known]] = WeakKeyDictionary()
-        self._groups: list[dict[str, Any]] = []
+        self._optimizer: torch.optim.Optimizer | None = None
         self._hook: Any = None
         if optimizer is not None:
             self.attach(optimizer)
@@ -105,27 +118,32 @@ class CSMonitor:
         self.detach()
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner
-        own = {id(p) for where in self._placed() for p in where.adapter.parameters()}
-        holding = [group for group in optimizer.param_groups if any(id(p) in own for p in group["params"])]
-        self._groups = holding or optimizer.param_groups
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise OptionError(f"optimizer={optimizer!r} was given, a torch.optim.Optimizer was expected")
+        self._optimizer = optimizer
         self._hook = optimizer.register_step_post_hook(self._stepped)
 
     def detach(self) -> None:
         """Stop counting."""
         if self._hook is not None:
             self._hook.remove()
-        self._hook, self._groups = None, []
+        self._hook = self._optimizer = None
 
     def step(self, lr: float | None = None) -> Record | None:
         """Say that the optimiser made a step; the measurement, if one was due. lr: its learning rate."""
         if self._hook is not None:
             raise OptionError("step() was called, but this monitor counts the steps of its optimizer by itself")
-        return self._step(lr)
+        return self._step(None if lr is None else float(lr))
 
     def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimiser is called, and skips by itself
-        if found_inf is None or not bool(found_inf):
+        if (found_inf is not None and bool(found_inf)) or not _outermost(optimizer):
+            return
+        try:
             self._step(None)
+        except UnknownAdapterError as error:  # unwrapped: that is no reason to stop training
+            _LOG.warning("the monitor stops counting: %s", error)
+            self.detach()
 
     def _step(self, lr: float | None) -> Record | None:
         self.steps += 1
@@ -143,7 +161,13 @@ class CSMonitor:
 
     def learning_rate(self) -> float | None:
         """The largest among the groups of the optimizer that hold the adapters' parameters."""
-        return max((float(group["lr"]) for group in self._groups), default=None)
+        if self._optimizer is None:
+            return None
+        groups = self._optimizer.param_groups
+        if len(groups) > 1:
+            own = {id(p) for where in self._placed() for p in where.adapter.parameters()}
+            groups = [group for group in groups if any(id(p) in own for p in group["params"])] or groups
+        return max(float(group["lr"]) for group in groups)
 
     # -- measuring ----------------------------------------------------------------------------------------------
 
@@ -215,11 +239,16 @@ class CSMonitor:
         return delta, *delta.alignment(W, known), known("‖W‖²", lambda: row_sqnorms(W).sum())
 
     def _known_of(self, where: Placed) -> Known:
-        """What was kept for the adapter, as long as the weight and the adapter's constants are the same."""
+        """What was kept for the adapter, as long as the weight and the adapter's constants are the same.
+
+        A weight that is trained keeps nothing: not every optimiser tells torch that it wrote.
+        """
         weight = cast(Tensor, where.host._parameters[where.slot.parameter])
         adapter = where.adapter
         buffers = adapter.buffers() if adapter._modules else adapter._buffers.values()  # recursion is dear
-        constants = tuple((b.data_ptr(), b._version) for b in buffers if b is not None)
+        if weight.requires_grad:
+            return Known()
+        constants = tuple((b.data_ptr(), b._version, b.dtype) for b in buffers if b is not None)
         key = (local(weight).data_ptr(), weight._version, weight.dtype, weight.device, constants)
         before, known = self._known.get(adapter, (None, None))
         if known is None or before != key:
@@ -244,6 +273,16 @@ class CSMonitor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.steps, self.measurements = int(state["steps"]), int(state["measurements"])
+
+
+def _outermost(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether no other step of the same optimiser is running: a subclass that calls super().step() has two."""
+    frame: FrameType | None = sys._getframe(2)
+    running = 0
+    while frame is not None:  # torch hooks into each class's step by a function of this name
+        running += frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return running <= 1
 
 
 @contextmanager

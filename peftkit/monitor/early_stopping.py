@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from peftkit.adapted import hosts
 from peftkit.errors import FileError, MergeStateError, MismatchError, OptionError
 from peftkit.formats import container
 from peftkit.monitor.cs import CSMonitor, Record
-from peftkit.monitor.fluctuation import SecondValley, TurningPoint
+from peftkit.monitor.fluctuation import MODES, SecondValley, TurningPoint
 from peftkit.monitor.logs import RESERVED, Log, Row, log_to
 from peftkit.monitor.null import chance
 from peftkit.monitor.sharding import local
@@ -57,7 +57,10 @@ class Snapshot:
         assert self.path is not None
         if not self.path.is_file():
             raise FileError(f"{self.path}: the snapshot of step {self.step} was here and is gone")
-        return load_file(self.path)
+        try:
+            return load_file(self.path)
+        except SafetensorError as error:
+            raise FileError(f"{self.path}: the snapshot of step {self.step} is damaged: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class EarlyStopping:
         steps_per_epoch: int | None = None,
         criterion: str | Criterion = "robust",
         stop: bool = False,
-        also: Iterable[nn.Module] = (),
+        also: nn.Module | Iterable[nn.Module] = (),
         folder: str | Path | None = None,
         log: Log | Iterable[Log] = (),
         gradients: bool = False,
@@ -133,12 +136,26 @@ class EarlyStopping:
     ) -> None:
         asked: dict[str, Any] = {"gradients": gradients, "spectra": spectra, "weighed": weighed}
         self.monitor = CSMonitor(model, name=name, interval=interval, **asked)
+        if isinstance(criterion, SecondValley) and window is None and steps_per_epoch is None:
+            window = criterion.fluctuation.window
         self.window = _window(window, steps_per_epoch, interval)
         self.criterion = SecondValley(self.window, mode=criterion) if isinstance(criterion, str) else criterion
-        self.stop, self.also = stop, tuple(also)
+        if not callable(getattr(self.criterion, "see", None)) or isinstance(self.criterion, type):
+            raise OptionError(
+                f"criterion={criterion!r} was given, one of {', '.join(MODES)} or a Criterion was expected"
+            )
+        if isinstance(self.criterion, SecondValley) and self.criterion.fluctuation.window != self.window:
+            own = self.criterion.fluctuation.window
+            raise OptionError(f"windows of {self.window} and a criterion with windows of {own} were given; give one")
+        self.stop, self.also = stop, (also,) if isinstance(also, nn.Module) else tuple(also)
+        if odd := [module for module in self.also if not isinstance(module, nn.Module)]:
+            raise OptionError(f"also={odd[0]!r} was given, modules were expected")
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise FileError(f"{self.folder}: no folder for snapshots can be made there: {error}") from error
         self.rows: list[Row] = []
         self.snapshots: list[Snapshot] = []
         self._steps: list[int] = []  # of every measurement
@@ -177,7 +194,11 @@ class EarlyStopping:
             raise OptionError(
                 f"{taken[0]}={values[taken[0]]!r} was noted, a name other than the monitor's own was expected"
             )
-        self._tell(Row(step=self.monitor.steps, noted={key: float(value) for key, value in values.items()}))
+        try:
+            noted = {key: float(value) for key, value in values.items()}
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"{values} was noted, numbers by name were expected") from error
+        self._tell(Row(step=self.monitor.steps, noted=noted))
 
     @property
     def advice(self) -> Advice:
@@ -204,26 +225,30 @@ class EarlyStopping:
         snapshot = None if found is None else self._nearest(found.measurement)
         if snapshot is None:
             return None
-        stored, now = snapshot.read(), dict(self._trained())
-        if stored.keys() != now.keys():
-            odd = sorted(stored.keys() ^ now.keys())
-            raise MismatchError(f"the snapshot of step {snapshot.step} and the model differ in {', '.join(odd[:3])}")
+        stored, now = snapshot.read(), dict(self._parameters())
+        for key, tensor in stored.items():  # all before any: nothing is half put back
+            shape = tuple(local(now[key]).shape) if key in now else "not there"
+            if shape != tuple(tensor.shape):
+                raise MismatchError(
+                    f"{key}: {tuple(tensor.shape)} in the snapshot of step {snapshot.step}, {shape} in the model; "
+                    "nothing was put back"
+                )
         with torch.no_grad():
-            for key, parameter in now.items():
-                local(parameter).copy_(stored[key])
+            for key, tensor in stored.items():
+                local(now[key]).copy_(tensor)
         return snapshot.step
 
-    def _trained(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Every parameter that is trained, under a name of its own."""
+    def _parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Every parameter, trained or not, under a name of its own."""
         for i, module in enumerate((self.model, *self.also)):
             for key, parameter in module.named_parameters():
-                if parameter.requires_grad:
-                    yield (key if i == 0 else f"also.{i - 1}.{key}"), parameter
+                yield (key if i == 0 else f"also.{i - 1}.{key}"), parameter
 
     def _keep(self, measurement: int, step: int) -> None:
         """A snapshot of now, and none of those that can no longer be the turning point."""
         if measurement % self.every == 0:
-            tensors = {key: local(p).detach().to("cpu", copy=True).contiguous() for key, p in self._trained()}
+            trained = ((key, p) for key, p in self._parameters() if p.requires_grad)
+            tensors = {key: local(p).detach().to("cpu", copy=True).contiguous() for key, p in trained}
             self.snapshots.append(self._stored(measurement, step, tensors))
         pending, ahead = self.criterion.wanted
         found = self.criterion.found
@@ -250,13 +275,13 @@ class EarlyStopping:
     # -- every measurement ----------------------------------------------------------------------------------------
 
     def _take(self, record: Record) -> None:
-        if not math.isfinite(record.cs):  # whether a run that diverged goes on is for its owner to decide
+        if not record.finite:  # whether a run that diverged goes on is for its owner to decide
             self.diverged += 1
             self._tell(Row(record.step, lr=record.lr, noted={"diverged": 1.0}, record=record))
             return
-        self._steps.append(record.step)
         before, valleys = self.criterion.found, len(self.criterion.valleys)
         value = self.criterion.see(record)
+        self._steps.append(record.step)
         row = Row(record.step, record.cs, record.ratio, value, record.lr, record=record)
         self._keep(len(self._steps) - 1, record.step)
         found = self.criterion.found
@@ -297,6 +322,11 @@ class EarlyStopping:
             raise OptionError(
                 f"a state of {came} was given to an EarlyStopping of {own}: make it with the same options"
             )
+        missing = {"monitor", "criterion", "rows", "snapshots", "diverged"} - state.keys()
+        if missing:
+            raise OptionError(
+                f"a state without {', '.join(sorted(missing))} was given, one of state_dict() was expected"
+            )
         self.monitor.load_state_dict(state["monitor"])
         self.criterion.load_state_dict(state["criterion"])
         self.rows = [Row(**row) for row in state["rows"]]
@@ -306,8 +336,9 @@ class EarlyStopping:
 
     def _settings(self) -> dict[str, Any]:
         """What a state only fits with."""
-        rule = self.criterion.mode if isinstance(self.criterion, SecondValley) else type(self.criterion).__name__
-        return {"window": self.window, "interval": self.monitor.interval, "rule": rule}
+        own = self.criterion
+        rule = own.settings() if isinstance(own, SecondValley) else {"rule": type(own).__name__}
+        return {"window": self.window, "interval": self.monitor.interval, **rule}
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw CS, its fluctuation, valleys, the turning point and what was noted; a matplotlib Figure."""
@@ -321,9 +352,9 @@ def _window(window: int | None, steps_per_epoch: int | None, interval: int) -> i
         raise OptionError(f"window={window} and steps_per_epoch={steps_per_epoch} were given; give one of them")
     if steps_per_epoch is None:
         return 5 if window is None else window
-    if steps_per_epoch < 2 * interval:
+    if isinstance(steps_per_epoch, bool) or not isinstance(steps_per_epoch, int) or steps_per_epoch < 2 * interval:
         raise OptionError(
-            f"steps_per_epoch={steps_per_epoch} was given, at least two intervals of {interval} were expected: "
-            "measure more often"
+            f"steps_per_epoch={steps_per_epoch!r} was given, a number of at least two intervals of {interval} was "
+            "expected: measure more often"
         )
     return round(steps_per_epoch / interval)

@@ -15,8 +15,8 @@ NORMS = ("none", "lr", "slope")
 MODES = ("robust", "paper", "authors")
 ATTRIBUTIONS = ("start", "centre", "end")
 
-#: rounding of a cosine summed in fp32, relative to it: two units in the last place
-_NOISE = 4 * 2.0**-24
+#: rounding of a cosine summed in fp32: two of its own last places, and at least this much, whatever its size
+_NOISE, _LEAST_NOISE = 4 * 2.0**-24, 2.0**-25
 
 
 class Fluctuation:
@@ -26,16 +26,18 @@ class Fluctuation:
     F_t the population variance of the last M x. It exists from t = 3M − 2 on and depends on CS_{t−3M+2} … CS_t.
     The forward-looking form of the paper is the same series, shifted: F_j^fwd = F_{j+3M−3}.
 
-    norm: "none", as the authors' code; "lr", divided by the learning rate of the first value, as the paper writes (the
+    norm: "none", as the authors' code; "lr", divided by the first positive learning rate, as the paper writes (the
     rate of the moment would make every decay to 0 a rise to infinity); "slope", with increments of CS counted per
-    learning rate, relative to the first and at least a thousandth of it.
+    learning rate, relative to that first one and at least a thousandth of it.
     """
 
     def __init__(self, window: int, norm: str = "none") -> None:
         if isinstance(window, bool) or not isinstance(window, int) or window < 2:
             raise OptionError(f"window={window!r} was given, a number of measurements from 2 was expected")
         if norm not in NORMS:
-            raise OptionError(f"norm={norm!r} was given, one of {', '.join(NORMS)} was expected.{near(norm, NORMS)}")
+            raise OptionError(
+                f"norm={norm!r} was given, one of {', '.join(NORMS)} was expected.{near(str(norm), NORMS)}"
+            )
         self.window, self.norm = window, norm
         self.count = 0
         self._lr: float | None = None
@@ -49,14 +51,16 @@ class Fluctuation:
 
     def push(self, cs: float, lr: float | None = None) -> float | None:
         """F_t after one more value, None while there are too few."""
-        if not math.isfinite(cs):
+        if not isinstance(cs, (int, float)) or not math.isfinite(cs):
             raise OptionError(f"cs={cs!r} was given, a finite number was expected: has the run diverged?")
         if self.norm != "none":
-            if lr is None or not (math.isfinite(lr) and lr >= 0) or (self._lr is None and lr == 0):
-                raise OptionError(f"lr={lr!r} was given, a positive learning rate was expected by norm={self.norm!r}")
-            self._lr = lr if self._lr is None else self._lr
+            if lr is None or not (math.isfinite(lr) and lr >= 0):
+                raise OptionError(f"lr={lr!r} was given, a learning rate was expected by norm={self.norm!r}")
+            self._lr = self._lr or lr or None
         F = self._push(self._scaled(cs, lr))
-        return F / self._lr if F is not None and self.norm == "lr" and self._lr else F
+        if F is None or self.norm != "lr":
+            return F
+        return None if self._lr is None else F / self._lr
 
     def _scaled(self, cs: float, lr: float | None) -> float:
         """The value as it enters the windows."""
@@ -105,7 +109,7 @@ class Fluctuation:
 
         A single step s of CS moves x by s/M: a flat curve that is rounded up once has an F of almost (s/M)².
         """
-        floor = (_NOISE * size / self.window) ** 2
+        floor = (max(_NOISE * size, _LEAST_NOISE) / self.window) ** 2
         return floor / self._lr if self.norm == "lr" and self._lr else floor
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,9 +155,12 @@ class SecondValley:
         norm: str | None = None,
     ) -> None:
         if mode not in MODES:
-            raise OptionError(f"mode={mode!r} was given, one of {', '.join(MODES)} was expected.{near(mode, MODES)}")
+            raise OptionError(
+                f"mode={mode!r} was given, one of {', '.join(MODES)} was expected.{near(str(mode), MODES)}"
+            )
         robust = mode == "robust"
-        if hysteresis is not None and (not robust or not 0 < hysteresis < math.inf):
+        number = isinstance(hysteresis, (int, float)) and not isinstance(hysteresis, bool)
+        if hysteresis is not None and not (robust and number and 0 < hysteresis < math.inf):
             expected = "a positive number" if robust else f"None by mode={mode!r}"
             raise OptionError(f"hysteresis={hysteresis!r} was given, {expected} was expected")
         attribution = ("centre" if robust else "start") if attribution is None else attribution
@@ -235,6 +242,12 @@ class SecondValley:
         if self._top >= F * self.factor and self._top > 0:
             self._sign, self._bottom, self._bottom_at = -1, F, t
         return None
+
+    def settings(self) -> dict[str, Any]:
+        """What this rule is, in words and numbers that a log holds."""
+        hysteresis = round(self.factor - 1, 12) if self.mode == "robust" else None
+        norm = self.fluctuation.norm
+        return {"rule": self.mode, "hysteresis": hysteresis, "attribution": self.attribution, "norm": norm}
 
     def state_dict(self) -> dict[str, Any]:
         own = {n: v for n, v in self.__dict__.items() if n not in ("fluctuation", "found")}

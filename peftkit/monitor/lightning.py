@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 
 from peftkit.adapted import names_of, placed
 from peftkit.monitor.early_stopping import EarlyStopping
+from peftkit.monitor.logs import RESERVED
 
 
 class CSCallback(pl.Callback):
@@ -27,8 +28,9 @@ class CSCallback(pl.Callback):
         own = {id(p) for where in placed(pl_module, names_of(pl_module)) for p in where.adapter.parameters()}
         holding = [o for o in trainer.optimizers if any(id(p) in own for g in o.param_groups for p in g["params"])]
         self.stopper = EarlyStopping(pl_module, optimizer=(holding or trainer.optimizers)[0], **self.options)
-        if self._state is not None:
-            self.stopper.load_state_dict(self._state)
+        state, self._state = self._state, None  # of the checkpoint of this run, not of one before it
+        if state is not None:
+            self.stopper.load_state_dict(state)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -38,7 +40,8 @@ class CSCallback(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.stopper is not None and not trainer.sanity_checking:
-            self.stopper.note(**{name: float(value) for name, value in trainer.callback_metrics.items()})
+            metrics = {f"{name}_" if name in RESERVED else name: v for name, v in trainer.callback_metrics.items()}
+            self.stopper.note(**{name: float(value) for name, value in metrics.items()})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.stopper is None:

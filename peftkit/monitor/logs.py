@@ -51,7 +51,8 @@ _COLUMNS = ("step", "cs", "ratio", "fluctuation", "lr", "valley", "turning_point
 
 def log_to(targets: Log | Iterable[Log]) -> list[Callable[[Row], object]]:
     """A function of a row for every path, SummaryWriter or function."""
-    several = targets if isinstance(targets, (list, tuple)) else [targets]
+    one = isinstance(targets, (str, Path)) or callable(targets) or hasattr(targets, "add_scalar")
+    several = [targets] if one or not isinstance(targets, Iterable) else targets
     return [_log(target) for target in several]
 
 
@@ -70,6 +71,16 @@ def _log(target: Log) -> Callable[[Row], object]:
     raise OptionError(f"log={target!r} was given, a path, a SummaryWriter or a function of a row was expected")
 
 
+def _ready(path: str | Path) -> Path:
+    """A path whose folder is there."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{path}: its folder cannot be made: {error}") from error
+    return path
+
+
 class JsonLines:
     """One JSON object a line, appended and flushed at once. modules: write cos, ‖ΔW‖ and ‖ΔW‖/‖W‖ of every weight.
 
@@ -77,7 +88,10 @@ class JsonLines:
     """
 
     def __init__(self, path: str | Path, *, modules: bool = False) -> None:
-        self.path, self.modules = Path(path), modules
+        self.path, self.modules = _ready(path), modules
+        if self.path.is_file() and (written := self.path.read_bytes()) and not written.endswith(b"\n"):
+            with self.path.open("ab") as file:  # a line that a crash cut off stays alone
+                file.write(b"\n")
 
     def __call__(self, row: Row) -> None:
         values = {f.name: getattr(row, f.name) for f in fields(row) if f.name not in ("record", "noted")}
@@ -102,7 +116,7 @@ class Csv:
     """Measurements, one a line, under a line of names."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = _ready(path)
 
     def __call__(self, row: Row) -> None:
         if row.cs is None:
@@ -168,7 +182,7 @@ class RunLog:
 
 
 def read_run(path: str | Path) -> RunLog:
-    """A log that JsonLines wrote. Of a run that was resumed, what was measured twice counts once, the last time."""
+    """The last run in a log that JsonLines wrote. What was measured twice, after it was resumed, counts once."""
     path = Path(path)
     settings: dict[str, Any] = {}
     rows: dict[tuple[int, tuple[str, ...]], Row] = {}
@@ -183,8 +197,8 @@ def read_run(path: str | Path) -> RunLog:
         try:
             values = json.loads(line)
         except ValueError:
-            if number == len(lines):  # cut off while it was written
-                break
+            if line.startswith("{"):  # cut off while it was written
+                continue
             raise FileError(
                 f"{path}: line {number} is not JSON, a log that EarlyStopping(log=…) wrote was expected"
             ) from None
@@ -192,7 +206,7 @@ def read_run(path: str | Path) -> RunLog:
         if isinstance(step, bool) or not isinstance(step, int):
             raise FileError(f"{path}: line {number} has no step, a log that EarlyStopping(log=…) wrote was expected")
         if isinstance(values.get("settings"), dict):
-            settings |= values["settings"]
+            settings, rows = values["settings"], {}  # another run begins
             continue
         noted = {k: float(v) for k, v in values.items() if k not in RESERVED and isinstance(v, (int, float))}
         own = {k: v for k, v in values.items() if k in known and v is not None}

@@ -30,7 +30,10 @@ def draw(rows: Sequence[Row], window: int | None = None, *, path: str | Path | N
     above.set_title(heading + (f", windows of {window} measurements" if window else ""), loc="left", fontsize=11)
     below.set_xlabel("optimiser steps")
     if path is not None:
-        figure.savefig(path, dpi=120)
+        try:
+            figure.savefig(path, dpi=120)
+        except ValueError as error:  # of a suffix that matplotlib does not know
+            raise OptionError(f"{path}: {error}") from error
     return figure
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from peftkit.errors import OptionError
 from peftkit.monitor.fluctuation import SecondValley
 from peftkit.monitor.logs import Row
 
 
 def replay(rows: Sequence[Row], rule: SecondValley) -> list[Row]:
     """The same rows with the fluctuation, the valleys and the turning point of this rule in place of their own."""
+    if rule.fluctuation.count:
+        raise OptionError("the rule has seen another run: a new one was expected")
     steps: list[int] = []
     seen: list[Row] = []
     for row in rows:

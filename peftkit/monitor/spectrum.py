@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.adapted import Placed, names_of, placed
 from peftkit.delta import Delta, Hadamard, Kron, LowRank
-from peftkit.delta.base import accumulation_dtype, tiles
+from peftkit.delta.base import Known, accumulation_dtype, tiles
 from peftkit.errors import OptionError
 from peftkit.monitor.sharding import sharded
 
@@ -26,7 +26,8 @@ _LANCZOS = 240  # steps, at most
 class Spectrum:
     """Of one adapted weight.
 
-    effective_rank: exp of the entropy of σᵢ/Σσ (Roy and Vetterli, 2007); stable_rank: ‖ΔW‖_F²/σ₁²; both 0 for ΔW = 0.
+    effective_rank: exp of the entropy of σᵢ/Σσ (Roy and Vetterli, 2007); stable_rank: ‖ΔW‖_F²/σ₁²; both 0 for ΔW = 0,
+    and NaN where ΔW is not finite.
     similarity: for each of the leading left singular vectors of W + ΔW, the largest cosine to one of W's, exact where
     it is not below the threshold, else an upper bound; intruders: how many are below (Shuttleworth et al.,
     https://arxiv.org/abs/2410.21228).
@@ -58,7 +59,9 @@ def spectra(
         if sharded(where.base):
             raise OptionError(f"{where.site}: its weight is divided among processes; gather the model for its spectra")
         sites.setdefault(where.site, []).append(where)
-    return {site: _spectrum(here, leading, threshold) for site, here in sites.items()}
+    device = next(iter(sites.values()))[0].base.device.type
+    with torch.autocast(device, enabled=False):
+        return {site: _spectrum(here, leading, threshold) for site, here in sites.items()}
 
 
 def _spectrum(here: Sequence[Placed], leading: int, threshold: float) -> Spectrum:
@@ -70,6 +73,8 @@ def _spectrum(here: Sequence[Placed], leading: int, threshold: float) -> Spectru
         deltas.append(where.adapter.at(W, 1.0 if len(here) == 1 else where.strength).widened())
         for module, mode in modes:
             module.training = mode
+    if not all(math.isfinite(float(delta.alignment(W, Known())[1])) for delta in deltas):  # the run has diverged
+        return Spectrum(math.nan, math.nan)
     values = singular_values(deltas)
     total = float(values.sum())
     if total == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peftkit.monitor.early_stopping import EarlyStopping
+
+_LOG = logging.getLogger(__name__)
 
 #: beside Trainer's own files in a checkpoint
 _STATE = "cs_monitor.pt"
@@ -30,9 +33,16 @@ class CSCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         self.stopper = EarlyStopping(given["model"], optimizer=given["optimizer"], **self.options)
-        saved = _checkpoint(args, state) / _STATE
-        if state.global_step > 0 and saved.is_file():
+        if state.global_step == 0:
+            return
+        elsewhere = getattr(args, "resume_from_checkpoint", None)
+        folders = [_checkpoint(args, state), *([Path(elsewhere)] if isinstance(elsewhere, str) else [])]
+        saved = next((folder / _STATE for folder in folders if (folder / _STATE).is_file()), None)
+        if saved is not None:
             self.stopper.load_state_dict(torch.load(saved, weights_only=True))
+        else:
+            _LOG.warning("no %s beside the checkpoint: the monitor starts over at step %d", _STATE, state.global_step)
+            self.stopper.monitor.steps = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         if self.stopper is not None and self.stopper.should_stop:
