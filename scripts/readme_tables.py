@@ -111,8 +111,8 @@ def stopping(found: dict[str, Any]) -> str:
     lines += ["", *verdict(found)]
     lines += [
         "",
-        "Learning rates of a third and three times (median steps, and regret with that of a timer set at the plain rate). "
-        "The best step moves with the rate; those of the rules stay with their windows:",
+        "Learning rates of a third and three times (median steps, and regret with that of a timer set at the plain "
+        "rate). The best step moves with the rate; those of the rules stay with their windows:",
         "",
         "| task | best step | paper, window 10 | robust, window 5 | robust, window 10 |",
         "| --- | ---: | ---: | ---: | ---: |",
