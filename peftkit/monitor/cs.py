@@ -80,7 +80,8 @@ class CSMonitor:
     stable rank of every ΔW to one in so many measurements; 0 for none. weighed: let every weight count in the mean by
     how many numbers it has, so that a tiny one whose cosine jumps does not lead. A measurement goes to every one of
     `listeners`. ΔW is that of evaluation: dropout has no part in it. What follows from a frozen W alone is kept;
-    writes to it through `.data`, which torch does not see, are not seen.
+    writes to it through `.data`, which torch does not see, are not seen. A weight that does not lie in memory as its
+    matrix (channels_last, transposed convolutions) is copied while it is read; no other matrix of W's size is made.
     """
 
     def __init__(
@@ -120,6 +121,9 @@ class CSMonitor:
             optimizer = inner
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise OptionError(f"optimizer={optimizer!r} was given, a torch.optim.Optimizer was expected")
+        own = {id(p) for where in self._placed() for p in where.adapter.parameters()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            _LOG.warning("none of the adapters' parameters is in the optimizer: are its steps the ones to count?")
         self._optimizer = optimizer
         self._hook = optimizer.register_step_post_hook(self._stepped)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,6 +162,7 @@ class EarlyStopping:
         self._steps: list[int] = []  # of every measurement
         self.diverged = 0  # measurements that were not finite, which nothing is made of
         self.every = -(-self.window // 2)
+        self._run = secrets.token_hex(4)  # in the names of files, so that runs may share a folder
         self._logs = log_to(log)
         self.monitor.listeners.append(self._take)
         if optimizer is not None:
@@ -265,7 +267,7 @@ class EarlyStopping:
         """In memory, or in a file of the folder."""
         if self.folder is None:
             return Snapshot(measurement, step, tensors)
-        path = self.folder / f"snapshot-{step}.safetensors"
+        path = self.folder / f"snapshot-{self._run}-{step}.safetensors"
         container.write(path, tensors, {"format": "pt", "step": str(step)})
         return Snapshot(measurement, step, None, path)
 
@@ -306,6 +308,7 @@ class EarlyStopping:
         """What a run needs to go on as if it had not stopped, in types that torch.load(weights_only=True) takes."""
         return {
             **self._settings(),
+            "run": self._run,
             "monitor": self.monitor.state_dict(),
             "criterion": self.criterion.state_dict(),
             "diverged": self.diverged,
@@ -322,11 +325,12 @@ class EarlyStopping:
             raise OptionError(
                 f"a state of {came} was given to an EarlyStopping of {own}: make it with the same options"
             )
-        missing = {"monitor", "criterion", "rows", "snapshots", "diverged"} - state.keys()
+        missing = {"run", "monitor", "criterion", "rows", "snapshots", "diverged"} - state.keys()
         if missing:
             raise OptionError(
                 f"a state without {', '.join(sorted(missing))} was given, one of state_dict() was expected"
             )
+        self._run = state["run"]
         self.monitor.load_state_dict(state["monitor"])
         self.criterion.load_state_dict(state["criterion"])
         self.rows = [Row(**row) for row in state["rows"]]
