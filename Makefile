@@ -1,6 +1,7 @@
 # make demo   set up .venv and run the main job on real digits      make test       set up .venv, lint, types, tests
 # make demo-text   the same with a real language model              make test-full  the long sweeps too
 # make laws   print adapter × layer × law                           make bench      the measurements in benchmarks/
+# make evidence   train 156 runs past overfitting and judge the monitor's rules by them (hours)
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-text test test-full laws bench readme format clean
+.PHONY: demo demo-text test test-full laws bench evidence readme format clean
 
 $(VENV)/ready-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,7 +36,14 @@ laws: $(VENV)/ready-dev
 	$(BIN)/python scripts/laws_table.py
 
 bench: $(VENV)/ready-dev
+	$(BIN)/python scripts/fetch_assets.py
 	$(BIN)/python benchmarks/checkpoint.py --save
+	$(BIN)/python benchmarks/monitor.py --save
+
+evidence: $(VENV)/ready-dev
+	$(BIN)/python scripts/fetch_assets.py
+	$(BIN)/python benchmarks/trajectories.py
+	$(BIN)/python benchmarks/early_stopping.py --save
 
 readme: $(VENV)/ready-dev
 	$(BIN)/python scripts/readme_tables.py
