@@ -156,10 +156,10 @@ def verdict(found: dict[str, Any]) -> list[str]:
         f"its regret is {contest['regret'][0]:.1f} points in the mean over tasks; against the best second-valley rule "
         f"({best}) that is {against(best)}, against a timer set to its own median on each task {against('its timer')}, "
         f"and against one timer for all of them {against('one timer')}, with the intervals that hold 90 % of bootstrap "
-        "samples. It does not beat the timers, so the library does not offer it. What all this says: any rule here is "
-        "far better than not stopping, the second valley is a timer of about five windows, and the window is the "
-        "setting that matters. Take one of which five are about as long as you would train at first guess, and look at "
-        "the picture.",
+        "samples. It does not beat the timers, so the library does not offer it. What all this says: with windows that "
+        "fit the run every rule is far better than not stopping, and none is better than a timer that is set well. The "
+        "second valley is a timer of about five windows, and the window is the setting that matters: take one of which "
+        "five are about as long as you would train at first guess, and look at the picture.",
     ]
 
 
