@@ -16,13 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit.adapter import Adapter
+from peftkit.blocks import accumulation_dtype
 from peftkit.delta import Delta
-from peftkit.delta.base import accumulation_dtype, recomputed
+from peftkit.delta.base import recomputed
 from peftkit.errors import MergeStateError, UnknownAdapterError, near
 from peftkit.geometry import Geometry
+from peftkit.products import eager
 from peftkit.routes import choose
 from peftkit.sites import Slot, dotted
 from peftkit.snapshot import Merged
+
+#: how many different calls of a layer have their route remembered
+_CALLS = 64
 
 
 @dataclass(eq=False)
@@ -42,15 +47,21 @@ class Adaptation:
     tied: dict[str, nn.Parameter] = field(default_factory=dict)
     #: the names that act in forward: not hidden, not merged, of a strength other than 0
     acting: tuple[str, ...] = ()
+    #: their strengths as numbers: cheaper than tensors, but part of the code to torch.compile
+    numbers: dict[str, float] = field(default_factory=dict)
+    #: the route that was chosen for a number of output positions, with and without gradients, in 16 bits or more
+    chosen: dict[tuple[int, bool, bool], str] = field(default_factory=dict)
 
     def refresh(self) -> None:
         """Recompute `acting` after anything it depends on has changed."""
         merged = () if self.merged is None else self.merged.names
-        self.acting = tuple(
-            name
+        self.numbers = {
+            name: strength.item()
             for name, strength in self.strengths.items()
             if not self.hidden.get(name) and name not in merged and strength.item() != 0
-        )
+        }
+        self.acting = tuple(self.numbers)
+        self.chosen = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "hidden": {}}  # a copy is not inside anyone's `disabled` block
@@ -79,23 +90,24 @@ class Adapted(nn.Module):
     def adapter(self, name: str, slot_name: str) -> Adapter | None:
         """The adapter called `name` on one of the module's weights, if there is one."""
         held = self.adapters._modules.get(name)
-        if held is None or isinstance(held, Adapter):
-            return None if slot_name else held
-        return cast("Adapter | None", held._modules.get(slot_name))
+        if isinstance(held, nn.ModuleDict):
+            return cast("Adapter | None", held._modules.get(slot_name))
+        return None if slot_name else cast("Adapter | None", held)
 
     def deltas(self, slot_name: str) -> list[Delta]:
         """λ·ΔW of every acting adapter on one weight."""
         state = self.adaptation
-        acting: list[tuple[str, Adapter]] = []
+        strengths = state.strengths if torch.compiler.is_compiling() else state.numbers
+        acting: list[tuple[Adapter, float | Tensor]] = []
+        reads_base = False
         for name in state.acting:
             adapter = self.adapter(name, slot_name)
             if adapter is not None:
-                acting.append((name, adapter))
-        if any(adapter.reads_base for _, adapter in acting):
-            W = self.base_of(slot_name)
-        else:  # nobody looks at its values: spare the copy that a matrix of a channels_last weight is
-            W = self.weight_of(state.slots[slot_name])
-        return [adapter(W, state.strengths[name]) for name, adapter in acting]
+                acting.append((adapter, strengths[name]))
+                reads_base = reads_base or adapter.reads_base
+        # Where nobody looks at its values, spare the copy that a matrix of a channels_last weight is
+        W = self.base_of(slot_name) if reads_base else self.weight_of(state.slots[slot_name])
+        return [adapter(W, strength) for adapter, strength in acting]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = super().__reduce_ex__(max(2, protocol))
@@ -114,7 +126,7 @@ class AdaptedCall(Adapted):
         if args or kwargs:
             g = g.sized_for(self, input, *args, **kwargs)
         deltas = self.deltas("")
-        drops = [self._drop(name) for name in state.acting]
+        drops = [self._drop(name) for name in state.acting] if self.training else [0.0] * len(deltas)
         device = input.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         narrow = compute.itemsize < 4
@@ -125,36 +137,44 @@ class AdaptedCall(Adapted):
             bias = cast("Tensor | None", self.bias)
             weight = self.weight_of(state.slots[""])
             return recomputed(lambda x: g.call(x, changed(weight, deltas, g), bias), input)
-        y = super().forward(input, *args, **kwargs)
-        wx = None
-        if any(delta.reads_output for delta in deltas):
-            bias = cast("Tensor | None", self.bias)
-            wx = y if bias is None else y - g.per_channel(bias.to(y.dtype))
+        # A Linear of tokens is one of rows: what torch makes of it is then a tensor of its own, which can be added to
+        rows = eager() and not g.spatial and input.dim() > 2 and input.is_contiguous() and type(input) is Tensor
+        x = input.flatten(0, -2) if rows else input
+        y = super().forward(x, *args, **kwargs)
+        bias = cast("Tensor | None", self.bias)
         out = y
-        for delta, p in zip(deltas, drops, strict=True):
-            x = F.dropout(input, p) if p else input
-            out = out + delta.apply(x, wx, g).to(y.dtype)
-        return out
+        # Those that read y come first: the others may write over it
+        for delta, p in sorted(zip(deltas, drops, strict=True), key=lambda pair: not pair[0].reads_output):
+            out = delta.onto(out, F.dropout(x, p) if p else x, y, bias, g)
+        return out.unflatten(0, input.shape[:-1]) if rows else out
 
     def _drop(self, name: str) -> float:
         adapter = self.adapter(name, "")
-        return adapter.input_dropout if self.training and adapter is not None else 0.0
+        return 0.0 if adapter is None else adapter.input_dropout
 
     def _route(self, deltas: Sequence[Delta], drops: Sequence[float], g: Geometry, x: Tensor, narrow: bool) -> str:
         state = self.adaptation
+        dropping = any(drops)
         if state.merged is not None and any(delta.reads_output for delta in deltas):
             # The layer's output is that of the merged weight, and these need the base's
-            if any(drops):
+            if dropping:
                 raise MergeStateError(
                     "input dropout cannot act while other adapters are merged into the base that this one reads: "
                     "restore before training, or call eval()"
                 )
             return "dense"
-        if any(drops):  # an input with holes goes through the factors
+        if dropping:  # an input with holes goes through the factors
             return "factored"
         if state.route != "auto":
             return state.route
-        return choose(deltas, g.shape, g.outputs(x), torch.is_grad_enabled(), narrow)
+        call = g.outputs(x), torch.is_grad_enabled(), narrow
+        if not eager():
+            return choose(deltas, g.shape, *call)
+        if call not in state.chosen:
+            if len(state.chosen) >= _CALLS:
+                state.chosen.clear()
+            state.chosen[call] = choose(deltas, g.shape, *call)
+        return state.chosen[call]
 
 
 class AdaptedRead(Adapted):

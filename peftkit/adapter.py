@@ -9,7 +9,8 @@ from typing import Any, ClassVar, TypedDict
 import torch
 from torch import Tensor, nn
 
-from peftkit.delta.base import Delta, accumulation_dtype
+from peftkit.blocks import accumulation_dtype
+from peftkit.delta.base import Delta
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
 
@@ -46,7 +47,8 @@ class Adapter(nn.Module, ABC):
 
     def at(self, weight: Tensor, strength: float | Tensor) -> Delta:
         """ΔW at a strength λ: λ·ΔW, unless the algorithm offers another path and was asked for it by name."""
-        return self.delta(weight).scaled(strength)
+        delta = self.delta(weight)
+        return delta if isinstance(strength, float) and strength == 1 else delta.scaled(strength)
 
     def forward(self, weight: Tensor, strength: float | Tensor) -> Delta:
         """`at`, in the precision of the parameters whatever the autocast state."""
@@ -85,6 +87,11 @@ def rank_scale(kind: str, rank: int, alpha: float | None, rslora: bool = False) 
     alpha = rank if alpha is None else alpha
     require(math.isfinite(alpha), kind, "alpha", alpha, "a finite number")
     return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def times(scale: float, factor: Tensor) -> Tensor:
+    """scale·factor, and the factor itself where that is 1."""
+    return factor if scale == 1 else scale * factor
 
 
 def require(condition: bool, kind: str, option: str, value: object, expected: str) -> None:

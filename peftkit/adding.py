@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftkit.blocks import BLOCK, accumulation_dtype, row_blocks
 from peftkit.delta import Delta
-from peftkit.delta.base import BLOCK, accumulation_dtype, row_blocks
 from peftkit.errors import MergeError
 from peftkit.geometry import Geometry
 

@@ -26,8 +26,8 @@ from peftkit._version import __version__
 from peftkit.adding import MergedWeight, add_, overflows, refuse_inert, rounded_to
 from peftkit.bases import Base
 from peftkit.binding import bind
+from peftkit.blocks import accumulation_dtype
 from peftkit.delta import Delta, Dense
-from peftkit.delta.base import accumulation_dtype
 from peftkit.errors import FileError, MergeError, OptionError, about
 from peftkit.formats import container
 from peftkit.formats.container import Info

@@ -147,7 +147,7 @@ class Geometry:
 
     def contract(self, x: Tensor, A: Tensor) -> Tensor:
         """A (r, c·K) over every run of c input channels. x (…, C, *s) -> (…, (C/c)·r, *s')."""
-        A = A.to(x.dtype)
+        A = A if A.dtype == x.dtype else A.to(x.dtype)
         if not self.spatial:
             runs = x.shape[-1] // A.shape[1]
             return F.linear(x, A) if runs == 1 else F.linear(x.unflatten(-1, (runs, -1)), A).flatten(-2)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import accumulation_dtype
+from peftkit.blocks import accumulation_dtype
 
 # A pivot smaller than this, relative to its row of U, is replaced by the row's largest entry: U stays below 1000
 _SMALL_PIVOT = 1e-3

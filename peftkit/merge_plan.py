@@ -17,7 +17,7 @@ from rich.table import Table
 from peftkit import registry
 from peftkit.bases import Base, open_base
 from peftkit.binding import bind, is_of_its_base, misfit, require_same_base
-from peftkit.delta.base import accumulation_dtype
+from peftkit.blocks import accumulation_dtype
 from peftkit.delta.distance import distance
 from peftkit.errors import MismatchError, OptionError, about
 from peftkit.formats import container, native

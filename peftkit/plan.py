@@ -17,7 +17,7 @@ from torch import nn
 
 from peftkit import registry
 from peftkit.adapter import require_dtype
-from peftkit.delta.base import accumulation_dtype
+from peftkit.blocks import accumulation_dtype
 from peftkit.errors import DuplicateNameError, OptionError, TargetError, TiedWeightsError, UnsupportedLayerError, near
 from peftkit.routes import choose
 from peftkit.sites import Site, dotted, sites, why_not

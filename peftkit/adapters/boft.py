@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapter import Adapter, factory, require
-from peftkit.adapters.oft import bound_on_norm, skew_blocks, upper_triangle
+from peftkit.adapters.oft import bound_on_norm, cayley, skew_blocks, upper_triangle
 from peftkit.delta import Butterfly
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
@@ -68,8 +68,7 @@ class BOFT(Adapter):
         self.register_buffer("upper", upper_triangle(b, weight.device), persistent=False)
 
     def delta(self, weight: Tensor) -> Butterfly:
-        Q = self.generator()
-        K = torch.linalg.solve_ex(torch.eye(self.size, dtype=Q.dtype, device=Q.device) - Q, 2 * Q)[0]  # R − I
+        K = cayley(self.generator())
         rescale = None if self.rescale is None else self.rescale.to(K.dtype)
         return Butterfly(K, weight, rescale)
 

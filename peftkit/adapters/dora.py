@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from peftkit import registry
+from peftkit import products, registry
 from peftkit.adapter import Adapter, require
+from peftkit.blocks import row_sqnorms
 from peftkit.delta import Decomposed, Delta
-from peftkit.delta.base import recomputed, row_sqnorms
+from peftkit.delta.base import recomputed
 from peftkit.geometry import Shape
 
 
@@ -53,6 +56,7 @@ class DoRA(Adapter):
         self.inner = registry.build(inner, shape, weight, **inner_options)
         self.options = {"inner": self.inner.kind, **self.inner.options}
         self.input_dropout = self.inner.input_dropout
+        self._known: _Known | None = None
         self.columns, self.detach_norm, self.positions = axis == "in", detach_norm, shape.positions
         norm = self._per_scale(self._base_sqnorms(weight)).sqrt()
         self.magnitude = nn.Parameter(norm.clone())
@@ -63,7 +67,7 @@ class DoRA(Adapter):
         own = self._base_sqnorms(weight)
         if self.detach_norm:
             with torch.no_grad():
-                cross, squares = self._moments(V, weight)
+                cross, squares = V.column_moments(weight) if self.columns else V.moments(weight)
         else:  # the norm takes part in the gradient, but nothing of the size of W waits for it
             cross, squares = recomputed(lambda W: self._moments(V, W), weight)
         known = own, cross, squares
@@ -86,8 +90,19 @@ class DoRA(Adapter):
 
     @torch.no_grad()
     def _base_sqnorms(self, weight: Tensor) -> Tensor:
-        """‖W_i‖² per row (m,), or per column (n,)."""
-        return row_sqnorms(weight.mT if self.columns else weight)
+        """‖W_i‖² per row (m,), or per column (n,); of a frozen W, kept until it is written or replaced."""
+        if not products.eager() or weight.requires_grad or weight.is_inference() or type(weight) is not Tensor:
+            return row_sqnorms(weight.mT if self.columns else weight)
+        state = weight.data_ptr(), weight._version, weight.dtype, weight.stride()
+        parameter = weight if weight._base is None else weight._base
+        if self._known is None or self._known.parameter() is not parameter or self._known.state != state:
+            squares = row_sqnorms(weight.mT if self.columns else weight)
+            self._known = _Known(weakref.ref(parameter), state, squares)
+        return self._known.squares
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._known = None  # memory that moves may come back at an address that was seen before
+        return super()._apply(fn, recurse)
 
     def _moments(self, V: Delta, weight: Tensor) -> Tensor:
         """<W_i, V_i> and ‖V_i‖² per row (2, m), or per column (2, n)."""
@@ -96,6 +111,21 @@ class DoRA(Adapter):
     def _per_scale(self, v: Tensor) -> Tensor:
         """Columns summed over the kernel positions of their channel."""
         return v.unflatten(0, (-1, self.positions)).sum(1) if self.columns else v
+
+
+@dataclass(frozen=True)
+class _Known:
+    """‖W_i‖² of one parameter in one state."""
+
+    parameter: weakref.ref[Tensor]
+    state: tuple[Any, ...]
+    squares: Tensor
+
+    def __deepcopy__(self, memo: object) -> None:
+        """Another model has other parameters."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def _root(square: Tensor) -> Tensor:

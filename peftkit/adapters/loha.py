@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapter import Adapter, factory, rank_scale, require, require_kernel, require_rank, uniform_fan_in_
+from peftkit.adapter import Adapter, factory, rank_scale, require, require_kernel, require_rank, times, uniform_fan_in_
 from peftkit.adapters.lora import tucker_down
 from peftkit.delta import Hadamard
 from peftkit.geometry import Shape
@@ -74,4 +74,4 @@ class LoHa(Adapter):
         del weight
         down1 = self.down1 if self.core1 is None else tucker_down(self.core1, self.down1)
         down2 = self.down2 if self.core2 is None else tucker_down(self.core2, self.down2)
-        return Hadamard(self.up1 * self.scale, down1, self.up2, down2)
+        return Hadamard(times(self.scale, self.up1), down1, self.up2, down2)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapter import Adapter, factory, rank_scale, require, require_kernel, require_rank, uniform_fan_in_
+from peftkit.adapter import Adapter, factory, rank_scale, require, require_kernel, require_rank, times, uniform_fan_in_
 from peftkit.adapters.lora import tucker_down
 from peftkit.delta import Kron
 from peftkit.geometry import Shape
@@ -120,7 +120,7 @@ class LoKr(Adapter):
         else:
             assert self.outer_left is not None and self.outer_right is not None
             outer = self.outer_left @ self.outer_right
-        outer = outer * self.scale
+        outer = times(self.scale, outer)
         if self.block is not None:
             return Kron(outer, self.block)
         assert self.right is not None

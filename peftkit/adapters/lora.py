@@ -14,6 +14,7 @@ from peftkit.adapter import (
     require_kernel,
     require_probability,
     require_rank,
+    times,
     uniform_fan_in_,
 )
 from peftkit.delta import LowRank
@@ -70,7 +71,7 @@ class LoRA(Adapter):
 
     def delta(self, weight: Tensor) -> LowRank:
         del weight
-        up = self.up * self.scale
+        up = times(self.scale, self.up)
         if self.training and self.rank_dropout:
             keep = torch.rand(up.shape[1], device=up.device) >= self.rank_dropout
             up = up * keep / (1 - self.rank_dropout)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from peftkit import products
 from peftkit.adapter import Adapter, factory, require
 from peftkit.delta import Rotation
 from peftkit.errors import OptionError
@@ -109,12 +111,10 @@ class OFT(Adapter):
         return skew_blocks(self.skew, self.upper, self.size, self.bound)
 
     def _rotation(self, weight: Tensor, Q: Tensor, strength: float | Tensor = 1.0) -> Rotation:
-        identity = torch.eye(self.size, dtype=Q.dtype, device=Q.device)
-        # 0 where Q is; I − Q has an inverse for every skew Q, so that there is nothing to wait for a device to check
-        K = torch.linalg.solve_ex(identity - Q, 2 * Q)[0] if self.terms is None else _series(Q, self.terms)
+        K = cayley(Q) if self.terms is None else _series(Q, self.terms)
         if self.rescale is not None:
             factor = (strength * (self.rescale.to(K.dtype) - 1)).unflatten(0, (-1, self.size))
-            K = K + factor[:, :, None] * (K + identity)
+            K = K + factor[:, :, None] * (K + torch.eye(self.size, dtype=K.dtype, device=K.device))
         return Rotation(K, weight, self.side)
 
 
@@ -136,6 +136,36 @@ def skew_blocks(skew: Tensor, upper: Tensor, size: int, bound: float | None) -> 
         return Q
     norm = torch.linalg.vector_norm(Q)
     return Q * torch.where(norm > bound, bound / norm.clamp(min=bound), torch.ones_like(norm))
+
+
+def cayley(Q: Tensor) -> Tensor:
+    """R − I = 2·(I − Q)⁻¹·Q for skew Q (…, b, b): 0 where Q is, and no digits lost to I near it."""
+    return (
+        cast("Callable[[Tensor], Tensor]", _Cayley.apply)(Q)
+        if torch.is_grad_enabled() and products.eager()
+        else _solved(Q)
+    )
+
+
+def _solved(Q: Tensor) -> Tensor:
+    # I − Q has an inverse for every skew Q: there is nothing to wait for a device to check
+    return torch.linalg.solve_ex(torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) - Q, 2 * Q)[0]
+
+
+class _Cayley(torch.autograd.Function):
+    """dK = 2·(I − Q)⁻¹·dQ·(I − Q)⁻¹, and (I − Q)⁻¹ = I + K/2 is known: backward solves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, Q: Tensor) -> Tensor:
+        K = _solved(Q)
+        ctx.save_for_backward(K)
+        return K
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (K,) = ctx.saved_tensors
+        inverse = K.mT / 2 + torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+        return 2 * inverse @ grads[0] @ inverse
 
 
 def _series(Q: Tensor, terms: int) -> Tensor:

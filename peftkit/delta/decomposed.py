@@ -8,7 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from peftkit import products
 from peftkit.delta.base import Delta, Known
+from peftkit.delta.hadamard import Hadamard
+from peftkit.delta.lowrank import LowRank
 from peftkit.geometry import Geometry
 
 
@@ -68,6 +71,12 @@ class Decomposed(Delta):
         e, f = (v[:: g.shape.positions].repeat(g.groups).to(x.dtype) for v in (self.e, self.f))
         inner = self.V.apply(g.per_channel(f) * x, wx, g)
         return g.run(g.per_channel(e) * x, self.W) + inner
+
+    def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+        if self.columns or out is not y or not isinstance(self.V, (LowRank, Hadamard)):
+            return None
+        # The magnitudes of V go into its factors: what has the size of the output is written once
+        return self.V.rescaled(self.f).onto(products.rescaled(y, self.e, bias, g.spatial), x, y, bias, g)
 
     def inner(self, M: Tensor) -> Tensor:
         along = self.V.column_moments if self.columns else self.V.moments

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta, row_blocks, tiles
+from peftkit.blocks import row_blocks, tiles
+from peftkit.delta.base import Delta
 from peftkit.delta.hadamard import Hadamard
 from peftkit.delta.kron import Kron
 from peftkit.delta.lowrank import LowRank

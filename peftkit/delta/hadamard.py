@@ -61,6 +61,13 @@ class Hadamard(Delta):
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         return self.khatri_rao().apply(x, wx, g)
 
+    def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+        return self.khatri_rao().onto(out, x, y, bias, g)
+
+    def rescaled(self, f: Tensor) -> Hadamard:
+        """diag(f)·ΔW, f (m,)."""
+        return Hadamard(self.B1 * f[:, None], self.A1, self.B2, self.A2)
+
     def inner(self, M: Tensor) -> Tensor:
         return self.moments(M)[0].sum()
 

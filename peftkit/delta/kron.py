@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta, Known, row_blocks
+from peftkit import products
+from peftkit.blocks import row_blocks
+from peftkit.delta.base import Delta, Known
 from peftkit.geometry import Geometry
 
 
@@ -68,6 +70,12 @@ class Kron(Delta):
             return g.contract(mixed, self.right)
         h = g.mix(g.contract(x, self.right), C, width=self.right.shape[0])
         return h if self.left is None else g.pointwise(h, self.left)
+
+    def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+        if g.groups > 1 or self.left is None:
+            return None
+        h = g.mix(g.contract(x, self.right), self.C[None], width=self.right.shape[0])
+        return products.add_pointwise_(out, h, self.left, g.spatial)
 
     def _mixes_first(self) -> bool:
         """Whether C goes before a full D: the cheaper order. With a low-rank D, C acts at the bottleneck."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta, Known, row_blocks
+from peftkit import products
+from peftkit.blocks import row_blocks
+from peftkit.delta.base import Delta, Known
 from peftkit.geometry import Geometry
 
 
@@ -53,6 +55,15 @@ class LowRank(Delta):
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         del wx
         return g.expand(g.contract(x, self.A), self.B)
+
+    def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+        if g.groups > 1:
+            return None
+        return products.add_pointwise_(out, g.contract(x, self.A), self.B, g.spatial)
+
+    def rescaled(self, f: Tensor) -> LowRank:
+        """diag(f)·ΔW, f (m,)."""
+        return LowRank(self.B * f[:, None], self.A)
 
     def inner(self, M: Tensor) -> Tensor:
         return (self._projected(M) * self.B).sum()

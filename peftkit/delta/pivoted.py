@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftkit import products
 from peftkit.delta.base import Known
 from peftkit.delta.lowrank import LowRank
+from peftkit.geometry import Geometry
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -17,6 +19,12 @@ class Pivoted(LowRank):
 
     L: Tensor
     change: Tensor
+
+    def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+        if g.groups > 1:
+            return None
+        h = g.contract(x, self.A)  # δ acts here, so that no gradient of the size of L is made for it
+        return products.add_pointwise_(out, h * g.per_channel(self.change.to(h.dtype)), self.L, g.spatial)
 
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
         # c_k = l_kᵀ·W·u_k and G = (LᵀL) ⊙ (UUᵀ): <ΔW, W> = δᵀc and ‖ΔW‖² = δᵀGδ, whatever m and n are

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta, Known, row_blocks
+from peftkit import products
+from peftkit.blocks import row_blocks
+from peftkit.delta.base import Delta, Known
 from peftkit.geometry import Geometry
 
 
@@ -67,13 +69,22 @@ class Rotation(Delta):
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         if self.side == "out":
-            if g.shape.rows // g.groups % self.size:  # a block spans groups, whose rows read different inputs
+            if self._spans_groups(g):
                 return super().apply(x, wx, g)
             assert wx is not None
             return g.mix(wx, self.K)
         if g.shape.positions > 1:  # the blocks span kernel positions, which the input does not have
             return super().apply(x, wx, g)
         return g.run(g.mix(x, self.K.mT.repeat(g.groups, 1, 1)), self.W)
+
+    def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+        if self.side == "in" or out is not y or self._spans_groups(g):
+            return None
+        return products.rotated(y, self.K, bias, g.spatial)
+
+    def _spans_groups(self, g: Geometry) -> bool:
+        """Whether a block mixes rows of several groups, which read different inputs."""
+        return g.shape.rows // g.groups % self.size != 0
 
     def inner(self, M: Tensor) -> Tensor:
         return self.moments(M)[0].sum()

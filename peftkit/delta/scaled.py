@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta, Known, row_sqnorms
+from peftkit import products
+from peftkit.blocks import row_sqnorms
+from peftkit.delta.base import Delta, Known
 from peftkit.geometry import Geometry
 
 
@@ -54,6 +56,11 @@ class Scaled(Delta):
             return g.per_channel(self.e.to(wx.dtype)) * wx
         e = self.e[:: g.shape.positions].repeat(g.groups).to(x.dtype)
         return g.run(g.per_channel(e) * x, self.W)
+
+    def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+        if self.columns or out is not y:
+            return None
+        return products.rescaled(y, self.e, bias, g.spatial)
 
     def inner(self, M: Tensor) -> Tensor:
         return (self.e * self._dots(M)).sum()

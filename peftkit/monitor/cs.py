@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from peftkit.adapted import Placed, names_of, placed
 from peftkit.adapter import Adapter
+from peftkit.blocks import row_sqnorms
 from peftkit.delta import Delta
-from peftkit.delta.base import Known, row_sqnorms
+from peftkit.delta.base import Known
 from peftkit.delta.distance import product
 from peftkit.errors import OptionError, UnknownAdapterError
 from peftkit.monitor.sharding import alignment, local, sharded, whole

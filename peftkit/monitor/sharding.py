@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from peftkit.adapter import Adapter
+from peftkit.blocks import row_blocks, row_sqnorms
 from peftkit.delta import Delta
-from peftkit.delta.base import Known, row_blocks, row_sqnorms
+from peftkit.delta.base import Known
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

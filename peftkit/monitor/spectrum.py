@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapted import Placed, names_of, placed
+from peftkit.blocks import accumulation_dtype, tiles
 from peftkit.delta import Delta, Hadamard, Kron, LowRank
-from peftkit.delta.base import Known, accumulation_dtype, tiles
+from peftkit.delta.base import Known
 from peftkit.errors import OptionError
 from peftkit.monitor.sharding import sharded
 

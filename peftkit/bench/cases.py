@@ -1,0 +1,104 @@
+"""The layers of real models, each once: what every benchmark runs on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A layer by its sizes. kernel 0 is a Linear; `side` pixels each way for a convolution, else `tokens`."""
+
+    outputs: int
+    inputs: int
+    kernel: int = 0
+    tokens: int = 512
+    side: int = 32
+    bias: bool = True
+
+    def layer(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
+        """The layer, frozen."""
+        where = {"dtype": dtype, "device": device, "bias": self.bias}
+        if self.kernel:
+            made: nn.Module = nn.Conv2d(self.inputs, self.outputs, self.kernel, padding=self.kernel // 2, **where)
+        else:
+            made = nn.Linear(self.inputs, self.outputs, **where)
+        return made.requires_grad_(False)
+
+    def input(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
+        """A batch of one for the layer: (tokens, inputs), or (1, inputs, side, side)."""
+        size = (1, self.inputs, self.side, self.side) if self.kernel else (self.tokens, self.inputs)
+        return torch.randn(size, dtype=dtype, device=device)
+
+    @property
+    def columns(self) -> int:
+        """n of the weight as a matrix (m, n)."""
+        return self.inputs * max(1, self.kernel) ** 2
+
+    @property
+    def positions(self) -> int:
+        """Output positions of one call."""
+        return self.side**2 if self.kernel else self.tokens
+
+    def __str__(self) -> str:
+        if self.kernel:
+            return f"conv {self.outputs}×{self.inputs} k{self.kernel}, {self.side}²"
+        return f"{self.outputs}×{self.inputs}, {self.tokens} tokens"
+
+
+#: name of a model -> its distinct adapted layers, at the tokens or pixels they really see
+MODELS: dict[str, tuple[LayerShape, ...]] = {
+    # https://huggingface.co/stable-diffusion-v1-5, U-Net at 512²: latents of 64²
+    "sd15": (
+        LayerShape(320, 320, tokens=4096, bias=False),
+        LayerShape(2560, 320, tokens=4096),
+        LayerShape(320, 768, tokens=77, bias=False),
+        LayerShape(640, 640, tokens=1024, bias=False),
+        LayerShape(1280, 1280, tokens=256, bias=False),
+        LayerShape(10240, 1280, tokens=256),
+        LayerShape(1280, 5120, tokens=256),
+        LayerShape(320, 320, kernel=1, side=64),
+        LayerShape(320, 320, kernel=3, side=64),
+        LayerShape(640, 640, kernel=3, side=32),
+        LayerShape(1280, 1280, kernel=1, side=16),
+        LayerShape(1280, 1280, kernel=3, side=16),
+    ),
+    # https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0, U-Net at 1024²
+    "sdxl": (
+        LayerShape(640, 640, tokens=4096, bias=False),
+        LayerShape(640, 2048, tokens=77, bias=False),
+        LayerShape(1280, 1280, tokens=1024, bias=False),
+        LayerShape(1280, 2048, tokens=77, bias=False),
+        LayerShape(10240, 1280, tokens=1024),
+        LayerShape(1280, 5120, tokens=1024),
+        LayerShape(640, 640, kernel=3, side=64),
+        LayerShape(1280, 1280, kernel=3, side=32),
+    ),
+    # https://huggingface.co/black-forest-labs/FLUX.1-dev at 1024²: 4096 image tokens, 512 of text
+    "flux": (
+        LayerShape(3072, 3072, tokens=4608),
+        LayerShape(12288, 3072, tokens=4608),
+        LayerShape(3072, 12288, tokens=4608),
+        LayerShape(3072, 15360, tokens=4608),
+    ),
+    # https://huggingface.co/meta-llama/Meta-Llama-3-8B
+    "llama": (
+        LayerShape(4096, 4096, bias=False),
+        LayerShape(1024, 4096, bias=False),
+        LayerShape(14336, 4096, bias=False),
+        LayerShape(4096, 14336, bias=False),
+    ),
+    # https://huggingface.co/google/vit-base-patch16-224, one image
+    "vit": (
+        LayerShape(768, 768, tokens=197),
+        LayerShape(3072, 768, tokens=197),
+        LayerShape(768, 3072, tokens=197),
+        LayerShape(768, 3, kernel=16, side=14),
+    ),
+    # not a model: sizes that cover the plane of width and tokens
+    "square": tuple(LayerShape(size, size, tokens=tokens) for size in (320, 1280, 4096) for tokens in (64, 512, 2048))
+    + tuple(LayerShape(c, c, kernel=k, side=side) for c, side in ((320, 64), (1280, 16)) for k in (1, 3)),
+}

@@ -1,0 +1,106 @@
+"""The same adapter on the same layer in other libraries, as their users train it."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+
+import peftkit as pk
+
+#: kind -> our options, what lycoris calls it and its options, what peft calls it and its options
+KINDS: dict[str, tuple[dict[str, Any], tuple[str, dict[str, Any]] | None, tuple[str, dict[str, Any]] | None]] = {
+    "lora": ({"rank": 16}, ("LoConModule", {"lora_dim": 16, "alpha": 16}), ("LoraConfig", {"r": 16, "lora_alpha": 16})),
+    "loha": ({"rank": 8}, ("LohaModule", {"lora_dim": 8, "alpha": 8}), ("LoHaConfig", {"r": 8, "alpha": 8})),
+    "lokr": (
+        {"rank": 16, "factor": 8},
+        ("LokrModule", {"lora_dim": 16, "alpha": 16, "factor": 8}),
+        ("LoKrConfig", {"r": 16, "alpha": 16, "decompose_factor": 8}),
+    ),
+    "dora": (
+        {"rank": 16},
+        ("LoConModule", {"lora_dim": 16, "alpha": 16, "weight_decompose": True}),
+        ("LoraConfig", {"r": 16, "lora_alpha": 16, "use_dora": True}),
+    ),
+    "oft": (
+        {"block_size": 32},
+        ("DiagOFTModule", {"lora_dim": 32, "alpha": 0}),
+        ("OFTConfig", {"oft_block_size": 32, "r": 0, "use_cayley_neumann": False}),
+    ),
+    "loldu": ({"rank": 16}, None, None),
+}
+_LYCORIS_MODULES = {
+    "LoConModule": "lycoris.modules.locon",
+    "LohaModule": "lycoris.modules.loha",
+    "LokrModule": "lycoris.modules.lokr",
+    "DiagOFTModule": "lycoris.modules.diag_oft",
+}
+
+
+def installed(names: list[str]) -> list[str]:
+    """Those of the peers `lycoris` and `peft` that are installed."""
+    return [name for name in names if importlib.util.find_spec(name) is not None]
+
+
+def ways(peers: list[str], kind: str) -> list[str]:
+    """What to compare: "ours", and every way in which the peers train this kind."""
+    _, of_lycoris, of_peft = KINDS[kind]
+    found = ["ours"]
+    if "lycoris" in peers and of_lycoris is not None:
+        found.append("lycoris")
+        if kind != "dora":  # the bypass of lycoris drops the decomposition
+            found.append("lycoris bypass")
+    if "peft" in peers and of_peft is not None:
+        found.append("peft")
+    return found
+
+
+class Host(nn.Module):
+    """A model of one layer, whose call is that of the layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def adapted(way: str, kind: str, layer: nn.Module, **ours: Any) -> nn.Module:
+    """A copy of the layer under one adapter. Whatever requires a gradient is the adapter's.
+
+    way: one of `ways`. ours: keyword arguments of `peftkit.wrap` that are not options of the adapter.
+    """
+    host = Host(copy.deepcopy(layer))
+    options, of_lycoris, of_peft = KINDS[kind]
+    if way == "ours":
+        pk.wrap(host, kind, **options, **ours)
+    elif way.startswith("lycoris"):
+        assert of_lycoris is not None
+        name, theirs = of_lycoris
+        module = getattr(importlib.import_module(_LYCORIS_MODULES[name]), name)
+        adapter = module("adapted", host.layer, 1.0, **theirs, bypass_mode=way.endswith("bypass"))
+        adapter.apply_to()
+        adapter.to(next(layer.parameters()).device)
+        host.add_module("adapter", adapter)
+    else:
+        assert of_peft is not None
+        import peft
+
+        name, theirs = of_peft
+        host = peft.get_peft_model(host, getattr(peft, name)(target_modules=["layer"], **theirs)).base_model.model
+    _randomize(host)
+    return host
+
+
+@torch.no_grad()
+def _randomize(host: nn.Module) -> None:
+    """Move the parameters off their start, where a factor is zero and some work could be left out."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in host.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.add_((0.01 * noise).to(parameter))

@@ -1,0 +1,40 @@
+"""A matrix in pieces that stay in cache, and the dtype its sums are formed in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Rows are visited in blocks of about this many elements: 1 MiB of fp32, which stays in cache and in memory that malloc
+# keeps; with 4 MiB every block is fresh pages, and merging 1.7 GB takes 6.4 s in place of 4.2 s
+BLOCK = 1 << 18
+
+
+def row_blocks(rows: int, columns: int, multiple: int = 1, size: int = BLOCK) -> Iterator[slice]:
+    """Slices that cover `rows`, each about `size` elements and a multiple of `multiple` rows."""
+    step = max(1, size // max(1, columns) // multiple) * multiple
+    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+
+
+def tiles(rows: int, columns: int, multiple: int = 1, size: int = BLOCK) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of tiles of about `size` elements, whole rows unless `multiple` of them are more than that."""
+    width = columns if multiple * columns <= size else max(1, size // multiple)
+    for block in row_blocks(rows, width, multiple, size):
+        for start in range(0, columns, width):
+            yield block, slice(start, min(start + width, columns))
+
+
+def row_sqnorms(M: Tensor) -> Tensor:
+    """‖M_i‖² per row, (m,), summed in at least fp32. M (m, n)."""
+    dtype = accumulation_dtype(M.dtype)
+    blocks = (M[rows].to(dtype) for rows in row_blocks(*M.shape))
+    return torch.cat([torch.einsum("ij,ij->i", block, block) for block in blocks])
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are formed in: at least fp32."""
+    if dtype.itemsize < 2:  # torch does not promote the 8-bit floats
+        return torch.float32
+    return torch.promote_types(dtype, torch.float32)

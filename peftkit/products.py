@@ -1,0 +1,213 @@
+"""y + ΔW·x in as few passes over memory as it takes.
+
+Activations are the largest things a training step writes, and a write into fresh memory costs more than the arithmetic.
+So the last product of a route adds into what is there, and backward makes one new activation at most. Each function can
+be differentiated twice: what its backward reads are its inputs.
+
+The channels of an activation (…, c, *s) stand before `spatial` dimensions. In memory they are innermost, as in a Linear
+and in channels_last: `tokens` (T, c); or each is a plane: `planes` (batch, c, S).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from peftkit.blocks import accumulation_dtype, row_blocks
+
+
+def eager() -> bool:
+    """Whether operations run as they are written: to a tracer or a transform, these are opaque or in its way."""
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+def add_pointwise_(out: Tensor, h: Tensor, B: Tensor, spatial: int) -> Tensor:
+    """out += B on every run of r channels of h. out (…, a·v, *s); h (…, a·r, *s); B (v, r)."""
+    h, B = _like(h, out), _like(B, out)
+    if not torch.is_grad_enabled():
+        return _add_pointwise_(out, h, B, spatial)
+    return _apply(_AddPointwise, out, h, B, spatial)
+
+
+def rotated(y: Tensor, K: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
+    """y + K·(y − bias) with K (k, b, b) block-diagonal over the channels of y (…, k·b, *s); bias (k·b,)."""
+    K = _like(K, y)
+    return _apply(_Rotated, y, K, bias, spatial) if torch.is_grad_enabled() else _rotated(y, K, bias, spatial)
+
+
+def rescaled(y: Tensor, e: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
+    """y + e∘(y − bias) with e (c,) and bias (c,) over the channels of y (…, c, *s)."""
+    e = _like(e, y)
+    return _apply(_Rescaled, y, e, bias, spatial) if torch.is_grad_enabled() else _rescaled(y, e, bias, spatial)
+
+
+class _AddPointwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, h: Tensor, B: Tensor, spatial: int) -> Tensor:
+        ctx.mark_dirty(out)
+        ctx.save_for_backward(h, B)
+        ctx.spatial = spatial
+        return _add_pointwise_(out, h, B, spatial)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (h, B), spatial = grads, ctx.saved_tensors, ctx.spatial
+        (v, r), (_, for_h, for_B, _) = B.shape, ctx.needs_input_grad
+        if _innermost(g, spatial):
+            rows = _tokens(g, v, spatial)
+            gh = _from_tokens(rows @ B, h.shape, spatial) if for_h else None
+            return g, gh, rows.mT @ _tokens(h, r, spatial) if for_B else None, None
+        planes = _planes(g, v, spatial)
+        gh = torch.bmm(B.mT.expand(len(planes), -1, -1), planes).view(h.shape) if for_h else None
+        return g, gh, torch.bmm(planes, _planes(h, r, spatial).mT).sum(0) if for_B else None, None
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, K: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
+        ctx.save_for_backward(y, K, bias)
+        ctx.spatial = spatial
+        return _rotated(y, K, bias, spatial)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (y, K, bias), spatial = grads, ctx.saved_tensors, ctx.spatial
+        for_y, for_K, for_bias, _ = ctx.needs_input_grad
+        gy = _plus_blocks(g, K.mT, None, spatial) if for_y else None
+        gK = gbias = None
+        if for_K:
+            if _innermost(g, spatial):
+                gK = torch.bmm(_blocks(g, K, spatial).mT, _blocks(y, K, spatial))
+            else:
+                pair = _planes(g, K.shape[-1], spatial), _planes(y, K.shape[-1], spatial)
+                gK = torch.bmm(pair[0], pair[1].mT).unflatten(0, (-1, len(K))).sum(0)
+        if bias is not None and (for_K or for_bias):
+            total = _over_channels(g, spatial).view(len(K), -1, 1).to(K.dtype)
+            if gK is not None:
+                gK = gK - total * bias.to(K.dtype).view(len(K), 1, -1)
+            gbias = -(K.mT @ total).flatten().to(bias.dtype) if for_bias else None
+        return gy, gK, gbias, None
+
+
+class _Rescaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, e: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
+        ctx.save_for_backward(y, e, bias)
+        ctx.spatial = spatial
+        return _rescaled(y, e, bias, spatial)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (y, e, bias), spatial = grads, ctx.saved_tensors, ctx.spatial
+        for_y, for_e, for_bias, _ = ctx.needs_input_grad
+        gy = torch.addcmul(g, g, _beside(e, spatial)) if for_y else None
+        ge = _over_channels(g, spatial, y) if for_e else None
+        gbias = None
+        if bias is not None and (for_e or for_bias):
+            total = _over_channels(g, spatial)
+            ge = None if ge is None else ge - total * bias.to(total.dtype)
+            gbias = (-e * total).to(bias.dtype) if for_bias else None
+        return gy, None if ge is None else ge.to(e.dtype), gbias, None
+
+
+def _like(operand: Tensor, activation: Tensor) -> Tensor:
+    return operand if operand.dtype == activation.dtype else operand.to(activation.dtype)
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    return cast("Callable[..., Tensor]", function.apply)(*arguments)
+
+
+def _add_pointwise_(out: Tensor, h: Tensor, B: Tensor, spatial: int) -> Tensor:
+    v, r = B.shape
+    if _innermost(out, spatial):
+        _tokens(out, v, spatial).addmm_(_tokens(h, r, spatial), B.mT)
+    elif out.is_contiguous():
+        planes = _planes(out, v, spatial)
+        planes.baddbmm_(B.expand(len(planes), -1, -1), _planes(h, r, spatial))
+    else:
+        out.add_(_from_tokens(_tokens(h, r, spatial) @ B.mT, out.shape, spatial))
+    return out
+
+
+def _rotated(y: Tensor, K: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
+    start = None if bias is None else (K @ bias.to(K.dtype).view(len(K), -1, 1)).flatten()
+    return _plus_blocks(y, K, start, spatial)
+
+
+def _rescaled(y: Tensor, e: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
+    if bias is None:
+        return torch.addcmul(y, y, _beside(e, spatial))
+    if y.dtype.itemsize < 4:  # round once
+        return torch.addcmul(y, y - _beside(bias.to(y.dtype), spatial), _beside(e, spatial))
+    return torch.addcmul(y, y, _beside(e, spatial)).sub_(_beside(e * bias.to(e.dtype), spatial))
+
+
+def _plus_blocks(y: Tensor, K: Tensor, start: Tensor | None, spatial: int) -> Tensor:
+    """y − start + K·y, of the shape of y."""
+    out = y.contiguous() if not _innermost(y, spatial) and not y.is_contiguous() else y
+    out = out.clone() if start is None else out - _beside(start, spatial)
+    if _innermost(out, spatial):
+        _blocks(out, K, spatial).baddbmm_(_blocks(y, K, spatial), K.mT)
+    else:
+        planes = _planes(out, K.shape[-1], spatial)
+        planes.baddbmm_(K.repeat(len(planes) // len(K), 1, 1), _planes(y, K.shape[-1], spatial))
+    return out
+
+
+# -- an activation as matrices --------------------------------------------------------------------------------------
+
+
+def _innermost(x: Tensor, spatial: int) -> bool:
+    """Whether the channels of one position are neighbours in memory, and everything is dense."""
+    return (x.movedim(-1 - spatial, -1) if spatial else x).is_contiguous()
+
+
+def _tokens(x: Tensor, run: int, spatial: int) -> Tensor:
+    """(…, a·run, *s) -> (T·a, run)."""
+    return (x.movedim(-1 - spatial, -1) if spatial else x).reshape(-1, run)
+
+
+def _from_tokens(rows: Tensor, shape: torch.Size, spatial: int) -> Tensor:
+    """The inverse of `_tokens`: (T·a, run) -> shape."""
+    if not spatial:
+        return rows.view(shape)
+    channel = len(shape) - 1 - spatial
+    return rows.view(*shape[:channel], *shape[channel + 1 :], shape[channel]).movedim(-1, channel)
+
+
+def _planes(x: Tensor, run: int, spatial: int) -> Tensor:
+    """(…, a·run, *s) -> (batch·a, run, S)."""
+    return x.reshape(-1, run, x.shape[-spatial:].numel() if spatial else 1)
+
+
+def _blocks(x: Tensor, K: Tensor, spatial: int) -> Tensor:
+    """(…, k·b, *s) -> (k, T, b), of innermost channels a view."""
+    return _tokens(x, K.shape[0] * K.shape[-1], spatial).unflatten(1, (K.shape[0], -1)).transpose(0, 1)
+
+
+def _beside(v: Tensor, spatial: int) -> Tensor:
+    """A vector over channels, shaped to broadcast against an activation."""
+    return v[(...,) + (None,) * spatial]
+
+
+def _over_channels(g: Tensor, spatial: int, y: Tensor | None = None) -> Tensor:
+    """Σ g, or Σ g∘y, over all but the channels, (c,), in at least fp32 and without another activation."""
+    dtype = accumulation_dtype(g.dtype)
+    if _innermost(g, spatial):
+        c = g.shape[-1 - spatial]
+        rows, others = _tokens(g, c, spatial), None if y is None else _tokens(y, c, spatial)
+        if others is None:
+            return rows.sum(0, dtype=dtype)
+        parts = [(rows[b].to(dtype) * others[b].to(dtype)).sum(0) for b in row_blocks(*rows.shape)]
+        return torch.stack(parts).sum(0) if parts else rows.new_zeros(c, dtype=dtype)
+    planes = _planes(g, g.shape[-1 - spatial], spatial)
+    if y is None:
+        return planes.sum((0, 2), dtype=dtype)
+    others = _planes(y, g.shape[-1 - spatial], spatial)
+    width = planes.shape[0] * planes.shape[2]
+    parts = [(planes[:, b].to(dtype) * others[:, b].to(dtype)).sum((0, 2)) for b in row_blocks(planes.shape[1], width)]
+    return torch.cat(parts)
