@@ -16,13 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit.adapter import Adapter
-from peftkit.blocks import accumulation_dtype
 from peftkit.delta import Delta
-from peftkit.delta.base import recomputed
 from peftkit.errors import MergeStateError, UnknownAdapterError, near
 from peftkit.geometry import Geometry
 from peftkit.products import eager
-from peftkit.routes import choose
+from peftkit.routes import changed, choose, dense
 from peftkit.sites import Slot, dotted
 from peftkit.snapshot import Merged
 
@@ -132,11 +130,8 @@ class AdaptedCall(Adapted):
         narrow = compute.itemsize < 4
         if self._route(deltas, drops, g, input, narrow) == "dense":
             if narrow:
-                base = super().forward(input, *args, **kwargs)
-                return base + recomputed(lambda x: g.run(x, total(deltas)), input)
-            bias = cast("Tensor | None", self.bias)
-            weight = self.weight_of(state.slots[""])
-            return recomputed(lambda x: g.call(x, changed(weight, deltas, g), bias), input)
+                return super().forward(input, *args, **kwargs) + dense(input, g, None, None, deltas)
+            return dense(input, g, self.weight_of(state.slots[""]), cast("Tensor | None", self.bias), deltas)
         # A Linear of tokens is one of rows: what torch makes of it is then a tensor of its own, which can be added to
         rows = eager() and not g.spatial and input.dim() > 2 and input.is_contiguous() and type(input) is Tensor
         x = input.flatten(0, -2) if rows else input
@@ -191,20 +186,6 @@ class AdaptedRead(Adapted):
             weight, deltas = slot.of(parameter), self.deltas(slot_name)
             parts.append(changed(weight, deltas, slot.geometry) if deltas else weight)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def total(deltas: Sequence[Delta]) -> Tensor:
-    """Σ ΔW (m, n), summed in at least fp32, outside autocast."""
-    with torch.autocast(deltas[0].device.type, enabled=False):
-        first = deltas[0].dense()
-        first = first.to(accumulation_dtype(first.dtype))
-        return functools.reduce(lambda M, delta: delta.added_to(M), deltas[1:], first)
-
-
-def changed(weight: Tensor, deltas: Sequence[Delta], g: Geometry) -> Tensor:
-    """W + Σ ΔW, rounded once, in the shape, the dtype and the memory format of the layer's weight."""
-    acc = accumulation_dtype(weight.dtype)
-    return (weight.to(acc) + g.weight(total(deltas))).to(weight.dtype)
 
 
 @functools.cache

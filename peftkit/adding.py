@@ -50,11 +50,12 @@ def add_(deltas: Sequence[Delta], weight: Tensor, geometry: Geometry) -> tuple[f
             delta = _tile(deltas[0], block, here, columns).to(acc)
             for other in deltas[1:]:
                 delta = delta + _tile(other, block, here, columns).to(acc)
-            new = (old + delta).to(weight.dtype)
-            if narrow and overflows(old + delta, weight.dtype):  # these saturate where others become infinite
+            wide = old + delta
+            if narrow and overflows(wide, weight.dtype):  # these saturate where others become infinite
                 return float(_square(delta).sqrt()), math.inf, 0.0
-            moved = new.to(acc) - old
-            sums += torch.stack([_square(delta), _square(moved), _square(delta - moved)]).cpu()
+            new = wide.to(weight.dtype)
+            moved = new.to(acc).sub(old)
+            sums += torch.stack([_square(delta), _square(moved), _square(moved.sub_(delta))]).cpu()
             parts.append(new)
         _write(bands, block, parts[0] if len(parts) == 1 else torch.cat(parts, 1))
     norm, change, lost = sums.sqrt().tolist()
@@ -67,7 +68,8 @@ def _tile(delta: Delta, rows: slice, columns: slice, all_columns: int) -> Tensor
 
 
 def _square(block: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(block, dtype=block.dtype).double().square()
+    flat = block.reshape(-1)
+    return torch.dot(flat, flat).double()
 
 
 def _rows(bands: Tensor, block: slice) -> Tensor:

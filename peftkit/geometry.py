@@ -136,6 +136,33 @@ class Geometry:
             return F.linear(x, weight, bias)
         return self._convolve(x, weight, bias, self.groups)
 
+    @property
+    def direct(self) -> bool:
+        """Whether `gradients` knows this layer: whether it pads with zeros, by numbers."""
+        return not self.spatial or (self.pad_mode == "zeros" and not isinstance(self.padding, str))
+
+    def gradients(self, gy: Tensor, x: Tensor, weight: Tensor, for_x: bool) -> tuple[Tensor | None, Tensor]:
+        """Those of x, if wanted, and of the weight, in its own shape, from that of the layer's output."""
+        x = x.to(gy.dtype)
+        if not self.spatial:
+            rows = gy.reshape(-1, gy.shape[-1])
+            return gy @ weight if for_x else None, rows.mT @ x.reshape(-1, x.shape[-1])
+        output_padding = self.output_padding if self.transposed else (0,) * self.spatial
+        batched = (gy, x) if x.dim() == self.spatial + 2 else (gy[None], x[None])
+        gx, gW, _ = torch.ops.aten.convolution_backward(
+            *batched,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            output_padding,
+            self.groups,
+            (for_x, True, False),
+        )
+        return gx if gx is None else gx.reshape(x.shape), gW
+
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         if self.transposed:
             convolve = _CONVOLVE_TRANSPOSED[self.spatial]

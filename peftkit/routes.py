@@ -7,10 +7,18 @@ dense     one layer call with W + ΔW as its weight; or, where the layer compute
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
+import torch
+from torch import Tensor
+
+from peftkit.blocks import accumulation_dtype
 from peftkit.delta import Delta
-from peftkit.geometry import Shape
+from peftkit.delta.base import recomputed
+from peftkit.geometry import Geometry, Shape
+from peftkit.products import eager
 
 ROUTES = ("auto", "factored", "dense")
 
@@ -34,3 +42,91 @@ def choose(deltas: Sequence[Delta], shape: Shape, outputs: int, training: bool, 
     else:
         dense = build + (layer if narrow else 0)
     return "factored" if factored <= dense else "dense"
+
+
+def dense(x: Tensor, g: Geometry, weight: Tensor | None, bias: Tensor | None, deltas: Sequence[Delta]) -> Tensor:
+    """The layer called with W + Σ ΔW, or with Σ ΔW alone. Nothing of their size waits for backward.
+
+    x: the layer's input; weight: W in its layer's shape, or None; bias (m,).
+    """
+    if not torch.is_grad_enabled():
+        return g.call(x, _weight(x, g, weight, deltas), bias)
+    trained = any(t is not None and t.requires_grad for t in (weight, bias))
+    if trained or not g.direct or not eager():
+        return recomputed(lambda x: g.call(x, _weight(x, g, weight, deltas), bias), x)
+    factors: list[Tensor] = []
+
+    def collect(name: str, factor: Tensor) -> Tensor:
+        del name
+        factors.append(factor)
+        return factor
+
+    for delta in deltas:
+        delta.mapped(collect)
+    return cast("Callable[..., Tensor]", _Dense.apply)(x, g, weight, bias, deltas, *factors)
+
+
+class _Dense(torch.autograd.Function):
+    """Backward builds ΔW again, and only that: the layer is not called a second time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        g: Geometry,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        deltas: Sequence[Delta],
+        *factors: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, *factors)
+        ctx.geometry, ctx.deltas = g, deltas
+        return g.call(x, _weight(x, g, weight, deltas), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, *factors = ctx.saved_tensors
+        g, needed = ctx.geometry, ctx.needs_input_grad
+        wanted = [i for i, need in enumerate(needed[5:]) if need]
+        twice = torch.is_grad_enabled()
+        if not twice:
+            factors = [f.detach().requires_grad_(need) for f, need in zip(factors, needed[5:], strict=True)]
+        with torch.enable_grad():
+            own = iter(factors)
+            deltas = [delta.mapped(lambda name, factor: next(own)) for delta in ctx.deltas]
+            if twice:  # somebody differentiates this: every step of it must be one that can be
+                inputs = [x, *(factors[i] for i in wanted)] if needed[0] else [factors[i] for i in wanted]
+                y = g.call(x, _weight(x, g, weight, deltas), bias)
+                found = list(torch.autograd.grad(y, inputs, grads[0], create_graph=True, allow_unused=True))
+                gx = found.pop(0) if needed[0] else None
+            else:
+                M = total(deltas)
+                W = g.weight(M.detach())
+                if weight is not None:
+                    W = W.add_(weight)
+                gx, gW = g.gradients(grads[0], x, W.to(grads[0].dtype), needed[0])
+                found = torch.autograd.grad(
+                    M, [factors[i] for i in wanted], g.matrix(gW).to(M.dtype), allow_unused=True
+                )
+        by_factor: list[Tensor | None] = [None] * len(factors)
+        for i, gradient in zip(wanted, found, strict=True):
+            by_factor[i] = gradient
+        return gx, None, None, None, None, *by_factor
+
+
+def _weight(x: Tensor, g: Geometry, weight: Tensor | None, deltas: Sequence[Delta]) -> Tensor:
+    return g.weight(total(deltas).to(x.dtype)) if weight is None else changed(weight, deltas, g)
+
+
+def total(deltas: Sequence[Delta]) -> Tensor:
+    """Σ ΔW (m, n), summed in at least fp32, outside autocast."""
+    with torch.autocast(deltas[0].device.type, enabled=False):
+        first = deltas[0].dense()
+        first = first.to(accumulation_dtype(first.dtype))
+        return functools.reduce(lambda M, delta: delta.added_to(M), deltas[1:], first)
+
+
+def changed(weight: Tensor, deltas: Sequence[Delta], g: Geometry) -> Tensor:
+    """W + Σ ΔW, rounded once, in the shape, the dtype and the memory format of the layer's weight."""
+    acc = accumulation_dtype(weight.dtype)
+    return (weight.to(acc) + g.weight(total(deltas))).to(weight.dtype)

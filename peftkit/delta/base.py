@@ -140,14 +140,18 @@ class Delta(ABC):
         """The same ΔW with its factors in at least fp32. W itself, where it is one of them, stays as it is."""
         if self.dtype.itemsize >= 4:
             return self
-        wide: dict[str, Any] = {}
+        return self.mapped(lambda name, factor: factor if name == "W" else factor.to(accumulation_dtype(factor.dtype)))
+
+    def mapped(self, function: Callable[[str, Tensor], Tensor]) -> Delta:
+        """The same structure with function(name, factor) in place of every factor, inner ones too."""
+        new: dict[str, Any] = {}
         for field in dataclasses.fields(cast(Any, self)):
             value = getattr(self, field.name)
             if isinstance(value, Delta):
-                wide[field.name] = value.widened()
-            elif isinstance(value, Tensor) and field.name != "W":
-                wide[field.name] = value.to(accumulation_dtype(value.dtype))
-        return dataclasses.replace(cast(Any, self), **wide)
+                new[field.name] = value.mapped(function)
+            elif isinstance(value, Tensor):
+                new[field.name] = function(field.name, value)
+        return dataclasses.replace(cast(Any, self), **new)
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         """Per row i: <M_i, ΔW_i> and ‖ΔW_i‖², each (m,). M (m, n)."""
