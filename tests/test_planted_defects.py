@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from peftkit.delta import Hadamard, Rotation
+from peftkit import products
+from peftkit.delta import Hadamard
 from peftkit.geometry import Geometry
 from peftkit.snapshot import Copy
 from tests import laws
@@ -31,13 +32,13 @@ def test_scaling_twice_when_merging_is_caught(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_rotating_the_bias_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Rotation.apply
+    original = products.rotated
 
-    def with_bias(self: Rotation, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
-        assert wx is not None
-        return original(self, x, wx + 0.1, g)  # what R·(Wx + b) does
+    def with_bias(y: Tensor, K: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
+        del bias
+        return original(y, K, None, spatial)  # R·(Wx + b)
 
-    monkeypatch.setattr(Rotation, "apply", with_bias)
+    monkeypatch.setattr(products, "rotated", with_bias)
     for law in (laws.routes_agree, laws.forward_is_merged):
         with pytest.raises(AssertionError):
             law("oft", "linear")
