@@ -26,10 +26,13 @@ class MergedWeight:
     lost: float  # ‖ΔW − (W' − W)‖ / ‖ΔW‖, the share that the weight's dtype could not hold
 
 
-def add_(deltas: Sequence[Delta], weight: Tensor, geometry: Geometry) -> tuple[float, float, float]:
+def add_(
+    deltas: Sequence[Delta], weight: Tensor, geometry: Geometry, *, dry: bool = False
+) -> tuple[float, float, float]:
     """weight += Σ ΔW in place, row block by row block; ‖ΔW‖, ‖W' − W‖ and the share lost.
 
-    weight: in its layer's shape, which `geometry` reads as a matrix.
+    weight: in its layer's shape, which `geometry` reads as a matrix. dry: write nothing, and go only as far as the
+    first block that would change.
     """
     if not deltas:
         return 0.0, 0.0, 0.0
@@ -57,7 +60,10 @@ def add_(deltas: Sequence[Delta], weight: Tensor, geometry: Geometry) -> tuple[f
             moved = new.to(acc).sub(old)
             sums += torch.stack([_square(delta), _square(moved), _square(moved.sub_(delta))]).cpu()
             parts.append(new)
-        _write(bands, block, parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+        if not dry:
+            _write(bands, block, parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+        elif sums[1] > 0:
+            break
     norm, change, lost = sums.sqrt().tolist()
     return norm, change, lost / norm if norm else 0.0
 
@@ -115,6 +121,19 @@ def rounded_to(dtype: torch.dtype, before: Tensor, after: Tensor) -> tuple[Tenso
         rounded[block] = cast
     change, missed = sums.sqrt().tolist()
     return rounded.view(after.shape), change, missed
+
+
+def refuse_overflow(site: str, names: Sequence[str], deltas: Sequence[Delta], weight: Tensor) -> None:
+    """Raise MergeError unless W + Σ ΔW is surely finite: |ΔW_ij| ≤ ‖ΔW‖."""
+    bound = sum(float(delta.sqnorm().clamp(min=0).sqrt()) for delta in deltas)
+    if not math.isfinite(bound):
+        raise MergeError(f"{site}: the ΔW of {', '.join(names)} is not finite; nothing was merged")
+    low, high = (float(extreme) for extreme in weight.aminmax())
+    if not max(-low, high) + bound <= torch.finfo(weight.dtype).max:
+        raise MergeError(
+            f"{site}: W + ΔW may overflow {weight.dtype}, or W is not finite; nothing was merged. "
+            "merge(model) keeps a backup and finds out"
+        )
 
 
 def refuse_inert(weights: Sequence[MergedWeight]) -> None:

@@ -14,7 +14,7 @@ import peftkit as pk
 from peftkit.errors import MergeError, MergeStateError, OptionError
 from peftkit.snapshot import Packed
 from tests.laws import bits
-from tests.zoo import train
+from tests.zoo import ADAPTERS, train
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -35,7 +35,7 @@ X = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
 
 def test_guards() -> None:
     net = trained()
-    with pytest.raises(OptionError, match="'copy', 'packed'"):
+    with pytest.raises(OptionError, match="'copy', 'packed' or None"):
         pk.merge(net, backup="none")
     pk.merge(net, "a")
     for again in ("a", "b", None):
@@ -230,6 +230,63 @@ class Counting(torch.utils._python_dispatch.TorchDispatchMode):
         if isinstance(out, Tensor) and not any(out.data_ptr() == a.data_ptr() for a in args if isinstance(a, Tensor)):
             self.largest = max(self.largest, out.numel())
         return out
+
+
+class TestForGood:
+    """merge(backup=None): nothing is kept, and the adapters are gone."""
+
+    @pytest.mark.parametrize("case", ["lora", "loha", "lokr", "loldu", "dora", "dora in", "oft", "boft", "ia3", "full"])
+    def test_is_what_a_merge_with_a_backup_leaves(self, case: str) -> None:
+        nets = [nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.Flatten(), nn.Linear(108, 8)) for _ in range(2)]
+        nets[1].load_state_dict(nets[0].state_dict())
+        for net in nets:
+            torch.manual_seed(2)
+            pk.wrap(net, ADAPTERS[case].kind, **ADAPTERS[case].options)
+            train(net)
+        kept, baked = pk.merge(nets[0]), pk.merge(nets[1], backup=None)
+        pk.unwrap(nets[0], keep_merged=True)
+        assert kept.weights == baked.weights
+        assert type(nets[1][0]) is nn.Conv2d
+        for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_others_stay_and_act(self) -> None:
+        net = model()
+        for name in ("a", "b"):
+            pk.wrap(net, "lora", name=name, rank=2)
+        train(net)
+        expected = net(X)
+        pk.merge(net, "a", backup=None)
+        torch.testing.assert_close(net(X), expected)
+        with pytest.raises(pk.errors.UnknownAdapterError):
+            pk.set_strength(net, 1.0, "a")
+        with pytest.raises(MergeStateError):
+            pk.restore(net)
+
+    @pytest.mark.parametrize("spoil", ["nan", "overflow", "inert"])
+    def test_what_fails_fails_before_anything_is_written(self, spoil: str) -> None:
+        net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(torch.float16)
+        pk.wrap(net, "lora", rank=2)
+        train(net)
+        before = [layer.weight.clone() for layer in net]
+        last = net[1].adapters["default"]
+        with torch.no_grad():
+            last.up.mul_({"nan": float("nan"), "overflow": 1e6, "inert": 1e-9}[spoil])
+        message = {"nan": "not finite", "overflow": "may overflow", "inert": "too small"}[spoil]
+        with pytest.raises(MergeError, match=message):
+            pk.merge(net, backup=None)
+        assert all(torch.equal(layer.weight, w) for layer, w in zip(net, before, strict=True))
+        assert pk.check(net.float(), torch.randn(2, 8)).ok or spoil == "nan"
+
+    @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "loldu", "dora", "oft", "ia3"])
+    def test_takes_no_memory_of_the_size_of_a_weight(self, kind: str) -> None:
+        layer = nn.Linear(2048, 2048).to(torch.bfloat16)
+        options: dict[str, Any] = {"oft": {"block_size": 32}, "lokr": {"factor": 8}, "ia3": {}}.get(kind, {"rank": 4})
+        pk.wrap(layer, kind, **options)
+        train(layer, size=0.02)
+        with Counting() as counting:
+            pk.merge(layer, backup=None)
+        assert counting.largest <= layer.weight.numel() // 4
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "loldu", "dora", "oft"])

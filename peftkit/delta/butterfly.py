@@ -50,6 +50,9 @@ class Butterfly(Delta):
         added = self._added(self.W[:, columns].to(self.dtype))
         return added if rows.stop - rows.start == self.shape[0] else added[rows]
 
+    def sqnorm(self) -> Tensor:
+        return super().alignment(self.W, Known())[1]
+
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
         m, n = self.shape
         if 4 * m > n:

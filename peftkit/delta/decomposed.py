@@ -60,7 +60,8 @@ class Decomposed(Delta):
         return self.V.row_multiple
 
     def rows(self, block: slice) -> Tensor:
-        return self._along(self.e, block) * self.W[block] + self._along(self.f, block) * self.V.rows(block)
+        scaled = self._along(self.f, block) * self.V.rows(block)
+        return torch.addcmul(scaled, self.W[block].to(scaled.dtype), self._along(self.e, block))
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         if not self.columns:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peftkit import products
 from peftkit.blocks import row_blocks
-from peftkit.delta.base import Delta, Known
+from peftkit.delta.base import Delta, Known, total
 from peftkit.geometry import Geometry
 
 
@@ -90,7 +90,8 @@ class Rotation(Delta):
         return self.moments(M)[0].sum()
 
     def sqnorm(self) -> Tensor:
-        return self.moments(self.W)[1].sum()
+        blocks = (self.rows(block).reshape(-1) for block in row_blocks(*self.shape, self.row_multiple))
+        return total([torch.dot(block, block) for block in blocks])
 
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
         if 4 * self.size > self.shape[1 if self.side == "out" else 0]:  # the Gram matrices would be no smaller than W

@@ -66,7 +66,8 @@ class Scaled(Delta):
         return (self.e * self._dots(M)).sum()
 
     def sqnorm(self) -> Tensor:
-        return (self.e.square() * self._dots(self.W)).sum()
+        squares = row_sqnorms(self.W.mT if self.columns else self.W)
+        return (self.e.square() * squares.to(self.dtype)).sum()
 
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
         squares = known(f"columns {self.columns}", lambda: row_sqnorms(W.mT if self.columns else W).to(self.dtype))
