@@ -9,10 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkit.blocks import BLOCK, accumulation_dtype, row_blocks
+from peftkit.blocks import BLOCK, Workspace, accumulation_dtype, row_blocks
 from peftkit.delta import Delta
 from peftkit.errors import MergeError
 from peftkit.geometry import Geometry
+
+#: of how many blocks one is measured
+_SAMPLED = 4
+#: dtypes that reach further than this do not overflow where weights are finite
+_WIDE_RANGE = 1e30
 
 
 @dataclass(frozen=True)
@@ -27,50 +32,84 @@ class MergedWeight:
 
 
 def add_(
-    deltas: Sequence[Delta], weight: Tensor, geometry: Geometry, *, dry: bool = False
+    deltas: Sequence[Delta],
+    weight: Tensor,
+    geometry: Geometry,
+    *,
+    dry: bool = False,
+    space: Workspace | None = None,
 ) -> tuple[float, float, float]:
     """weight += Σ ΔW in place, row block by row block; ‖ΔW‖, ‖W' − W‖ and the share lost.
 
     weight: in its layer's shape, which `geometry` reads as a matrix. dry: write nothing, and go only as far as the
-    first block that would change.
+    first block that would change. Of a weight of many blocks, what moved and what was lost are those of every fourth.
+    space: buffers to use, for those who add to many weights.
     """
     if not deltas:
         return 0.0, 0.0, 0.0
-    acc = accumulation_dtype(weight.dtype)
+    acc, space = accumulation_dtype(weight.dtype), space or Workspace()
+    deltas = [delta.widened() for delta in deltas]  # 16-bit factors are multiplied in 32: faster, and more is kept
     bands = geometry.bands(weight)  # (bands, rows, channels, *kernel), a view
     rows, columns = geometry.shape.rows, geometry.shape.columns
     # A block holds whole units of every delta, so that none reads a row that was written before; where a unit alone is
     # large, it goes column by column
     multiple = min(rows, math.lcm(*(d.row_multiple for d in deltas)))
     width = columns if multiple * columns <= 4 * BLOCK else max(1, BLOCK // multiple)
-    sums, narrow = torch.zeros(3, dtype=torch.float64), weight.itemsize < 2
-    for block in row_blocks(rows, columns, multiple):
+    blocks = list(row_blocks(rows, columns, multiple))
+    # What rounding loses is looked at in some blocks of a long weight; what could overflow, everywhere
+    every = _SAMPLED if len(blocks) > 2 * _SAMPLED and torch.finfo(weight.dtype).max > _WIDE_RANGE else 1
+    norm, finite = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=acc, device=weight.device)
+    seen = torch.zeros(3, dtype=torch.float64)
+    own = weight.untyped_storage().data_ptr()
+    for index, block in enumerate(blocks):
         values = _rows(bands, block).flatten(1)
-        parts = []
+        copied = values.untyped_storage().data_ptr() != own
+        measured = index % every == 0 or not seen[1] > 0
         for start in range(0, columns, width):
-            here = slice(start, min(start + width, columns))
-            old = values[:, here].to(acc)
-            delta = _tile(deltas[0], block, here, columns).to(acc)
+            here = values[:, start : start + width]
+            delta = space("delta", (here.shape[0], here.shape[1]), here, acc)
+            _fill(deltas[0], block, start, delta, columns, space)
             for other in deltas[1:]:
-                delta = delta + _tile(other, block, here, columns).to(acc)
-            wide = old + delta
-            if narrow and overflows(wide, weight.dtype):  # these saturate where others become infinite
-                return float(_square(delta).sqrt()), math.inf, 0.0
-            new = wide.to(weight.dtype)
-            moved = new.to(acc).sub(old)
-            sums += torch.stack([_square(delta), _square(moved), _square(moved.sub_(delta))]).cpu()
-            parts.append(new)
-        if not dry:
-            _write(bands, block, parts[0] if len(parts) == 1 else torch.cat(parts, 1))
-        elif sums[1] > 0:
+                more = space("more", (here.shape[0], here.shape[1]), here, acc)
+                _fill(other, block, start, more, columns, space)
+                delta.add_(more)
+            square = _square(delta)
+            norm += square.cpu()
+            if here.dtype == acc and not measured:
+                here.add_(delta)
+                finite += here.sum()
+                continue
+            old = here if here.dtype == acc else space("old", (here.shape[0], here.shape[1]), here, acc).copy_(here)
+            if not measured:
+                old.add_(delta)
+                finite += old.sum()
+                here.copy_(old)
+                continue
+            wide = torch.add(old, delta, out=space("wide", (here.shape[0], here.shape[1]), here, acc))
+            if weight.itemsize < 2 and overflows(wide, weight.dtype):  # these saturate where others become infinite
+                return float(square.sqrt()), math.inf, 0.0
+            new = space("new", (here.shape[0], here.shape[1]), here).copy_(wide)
+            moved = wide.copy_(new).sub_(old)
+            seen += torch.stack([square, _square(moved), _square(moved.sub_(delta))]).cpu()
+            if not dry:
+                here.copy_(new)
+        if dry and seen[1] > 0:
             break
-    norm, change, lost = sums.sqrt().tolist()
-    return norm, change, lost / norm if norm else 0.0
+        if copied and not dry:
+            _write(bands, block, values)
+    if not finite.isfinite():
+        return float(norm.sqrt()), math.inf, 0.0
+    share = (seen[1:] / seen[0]).sqrt().tolist() if seen[0] > 0 else [0.0, 0.0]
+    return float(norm.sqrt()), float(norm.sqrt()) * share[0], share[1]
 
 
-def _tile(delta: Delta, rows: slice, columns: slice, all_columns: int) -> Tensor:
-    whole = columns.stop - columns.start == all_columns
-    return delta.rows(rows) if whole else delta.tile(rows, columns)
+def _fill(delta: Delta, rows: slice, start: int, out: Tensor, columns: int, space: Workspace) -> None:
+    """ΔW of these rows, and of as many columns as out has, into out."""
+    if out.shape[1] == columns and out.dtype == delta.dtype:
+        delta.rows_(rows, out, space)
+    else:
+        whole = out.shape[1] == columns
+        out.copy_(delta.rows(rows) if whole else delta.tile(rows, slice(start, start + out.shape[1])))
 
 
 def _square(block: Tensor) -> Tensor:

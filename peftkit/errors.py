@@ -49,6 +49,10 @@ class MergeError(PeftkitError, RuntimeError):
     """A merge that would not do what it says: non-finite, or a weight that did not change."""
 
 
+class BenchError(PeftkitError, RuntimeError):
+    """A benchmark that would time something wrong, or cannot run here."""
+
+
 class FileError(PeftkitError, ValueError):
     """A file that is not an adapter file, is damaged, or is not what its header says."""
 

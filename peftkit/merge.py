@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peftkit.adapted import Adapted, hosts, names_of
 from peftkit.adding import MergedWeight, add_, refuse_inert, refuse_overflow
+from peftkit.blocks import Workspace
 from peftkit.delta import Delta
 from peftkit.errors import MergeError, MergeStateError, OptionError
 from peftkit.geometry import Geometry
@@ -84,10 +85,11 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup:
     if backup is None:
         return _bake(model, affected)
     done: list[Adapted] = []
+    space = Workspace()
     weights: list[MergedWeight] = []
     try:
         for host_name, (host, own) in affected.items():
-            weights += _merge_host(host_name, host, own, backup, done)
+            weights += _merge_host(host_name, host, own, backup, done, space)
         refuse_inert(weights)
     except BaseException:
         for host in done:
@@ -133,7 +135,7 @@ def _check_state(host_name: str, host: Adapted, own: tuple[str, ...]) -> None:
 
 @torch.no_grad()
 def _merge_host(
-    host_name: str, host: Adapted, own: tuple[str, ...], mode: str, done: list[Adapted]
+    host_name: str, host: Adapted, own: tuple[str, ...], mode: str, done: list[Adapted], space: Workspace
 ) -> Iterator[MergedWeight]:
     state = host.adaptation
     jobs = {slot_name: _deltas(host, slot_name, own) for slot_name in state.slots}
@@ -149,7 +151,7 @@ def _merge_host(
         weight = host.weight_of(slot).detach()
         before = weight.clone()
         snapshots[slot_name] = Copy(before)  # until the merge of this weight is complete
-        norm, change, lost = add_(deltas, weight, slot.geometry)
+        norm, change, lost = add_(deltas, weight, slot.geometry, space=space)
         if not math.isfinite(norm):
             raise MergeError(f"{site}: the ΔW of {', '.join(names)} is not finite; nothing was merged")
         if not math.isfinite(change):
@@ -165,22 +167,20 @@ def _merge_host(
 def _bake(model: nn.Module, affected: Mapping[str, tuple[Adapted, tuple[str, ...]]]) -> MergeReport:
     """Merge for good. With nothing to go back to, whatever could fail is found before the first weight is written."""
 
-    def jobs() -> Iterator[tuple[str, tuple[str, ...], list[Delta], Tensor, Geometry]]:
-        for host_name, (host, own) in affected.items():
-            for slot_name, slot in host.adaptation.slots.items():
-                names, deltas = _deltas(host, slot_name, own)
-                if names:
-                    site = dotted(host_name, slot_name) or "the model"
-                    yield site, names, deltas, host.weight_of(slot).detach(), slot.geometry
-
-    inert = []
-    for site, names, deltas, weight, geometry in jobs():
-        refuse_overflow(site, names, deltas, weight)
-        inert += [MergedWeight(site, names, *add_(deltas, weight, geometry, dry=True))]
+    jobs: list[tuple[str, tuple[str, ...], list[Delta], Tensor, Geometry]] = []
+    inert, weights, space = [], [], Workspace()
+    for host_name, (host, own) in affected.items():
+        for slot_name, slot in host.adaptation.slots.items():
+            names, deltas = _deltas(host, slot_name, own)
+            if not names:
+                continue
+            site, weight = dotted(host_name, slot_name) or "the model", host.weight_of(slot).detach()
+            refuse_overflow(site, names, deltas, weight)
+            inert.append(MergedWeight(site, names, *add_(deltas, weight, slot.geometry, dry=True, space=space)))
+            jobs.append((site, names, deltas, weight, slot.geometry))
     refuse_inert(inert)
-    weights = [
-        MergedWeight(site, names, *add_(deltas, weight, geometry)) for site, names, deltas, weight, geometry in jobs()
-    ]
+    for site, names, deltas, weight, geometry in jobs:
+        weights.append(MergedWeight(site, names, *add_(deltas, weight, geometry, space=space)))
     for name in dict.fromkeys(name for _, own in affected.values() for name in own):
         unwrap(model, name)
     return MergeReport(tuple(weights))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.adapted import Adapted
 from peftkit.adapters import DoRA
+from peftkit.blocks import Workspace
 from peftkit.delta import Decomposed, Delta
 from peftkit.delta.base import Known
 from peftkit.errors import OptionError, UnsupportedLayerError
@@ -204,6 +205,10 @@ def algebra_is_dense(adapter: str, layer: str, dtype: torch.dtype = torch.float6
     for start in range(0, W.shape[0], step):
         block = slice(start, start + step)
         close(delta.rows(block), dense[block], dtype, "rows", dense)
+        with torch.no_grad():
+            written = torch.full_like(dense[block], float("nan"))
+            delta.rows_(block, written, Workspace())
+        close(written, dense[block], dtype, "rows_", dense)
     close(delta.scaled(-0.5).dense(), -0.5 * dense, dtype, "scaled")
     wx = g.run(x, W)
     close(delta.apply(x, wx, g), Delta.apply(delta, x, wx, g), dtype, "apply")

@@ -6,6 +6,7 @@ import pytest
 from torch import Tensor
 
 from peftkit import products
+from peftkit.blocks import Workspace
 from peftkit.delta import Hadamard
 from peftkit.geometry import Geometry
 from peftkit.snapshot import Copy
@@ -20,12 +21,13 @@ def test_the_laws_hold_before_anything_is_planted() -> None:
 
 
 def test_scaling_twice_when_merging_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Hadamard.rows
+    original = Hadamard.rows_
 
-    def scaled_again(self: Hadamard, block: slice) -> Tensor:
-        return 0.5 * original(self, block)  # γ = α/r of this case, applied once more
+    def scaled_again(self: Hadamard, block: slice, out: Tensor, space: Workspace) -> None:
+        original(self, block, out, space)
+        out.mul_(0.5)  # γ = α/r of this case, applied once more
 
-    monkeypatch.setattr(Hadamard, "rows", scaled_again)
+    monkeypatch.setattr(Hadamard, "rows_", scaled_again)
     for law in (laws.forward_is_merged, laws.algebra_is_dense, laws.restore_is_exact):
         with pytest.raises(AssertionError):
             law("loha", "linear")

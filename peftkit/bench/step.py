@@ -1,42 +1,71 @@
-"""The training step of one adapted layer: forward and backward, over the same layer frozen."""
+"""The training step of one adapted layer, forward and backward, over the same layer frozen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import copy
 
 import torch
 from torch import Tensor, nn
 
+from peftkit.adapted import hosts
 from peftkit.bench.cases import LayerShape
 from peftkit.bench.peers import Host, adapted, ways
-from peftkit.bench.timing import contest, ratios
+from peftkit.bench.rows import Row
+from peftkit.bench.timing import Call, contest, ratios
+from peftkit.errors import BenchError
+
+#: relative errors that only a mistake exceeds
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def measure(
-    shape: LayerShape, kind: str, dtype: torch.dtype, device: str, peers: list[str], rounds: int
-) -> dict[str, Any]:
-    """Ratios to the frozen layer of ours and every peer, with the bytes that autograd keeps beyond the input."""
+    shape: LayerShape, kind: str, dtype: torch.dtype, *, device: str = "cpu", peers: list[str], rounds: int = 11
+) -> Row:
+    """Ours and every peer's, with the bytes that autograd keeps beyond the input. Raises BenchError if ours errs."""
     torch.manual_seed(0)
     layer = shape.layer(dtype, device)
-    frozen = Host(layer)
     x = shape.input(dtype, device).requires_grad_()
     with torch.no_grad():
         g = torch.randn_like(layer(x))
     models = {way: adapted(way, kind, layer) for way in ways(peers, kind)}
-    steps: dict[str, Callable[[], object]] = {"frozen": _step(frozen, x, g)}
-    steps |= {way: _step(model, x, g) for way, model in models.items()}
+    wrong = error(models["ours"], x, g)
+    if not wrong < TOLERANCE[dtype]:
+        raise BenchError(
+            f"step {kind} on {shape} in {dtype}: a relative error of {wrong:.1e} against float64 was found, "
+            f"below {TOLERANCE[dtype]:.0e} was expected; nothing was timed"
+        )
+    steps = {"frozen": step(Host(layer), x, g), **{way: step(model, x, g) for way, model in models.items()}}
     seconds = contest(steps, rounds=rounds)
-    return {
-        "frozen ms": round(1e3 * sorted(seconds["frozen"])[rounds // 2], 3),
-        "ratio": {way: spread.rounded() for way, spread in ratios(seconds, "frozen").items()},
-        "kept MB": {way: round(kept(model, x) / 1e6, 4) for way, model in models.items()},
-    }
+    frozen = seconds.pop("frozen")
+    return Row(
+        question="step",
+        kind=kind,
+        case=str(shape),
+        dtype=str(dtype).removeprefix("torch."),
+        reference="frozen layer",
+        reference_ms=1e3 * sorted(frozen)[len(frozen) // 2],
+        ratio=ratios(seconds, frozen),
+        memory={way: kept(model, x) / 1e6 for way, model in models.items()},
+        error=wrong,
+    )
 
 
-def _step(model: nn.Module, x: Tensor, g: Tensor) -> Callable[[], object]:
+def step(model: nn.Module, x: Tensor, g: Tensor) -> Call:
+    """Forward, and the gradients of the input and of everything that is trained, from that of the output."""
     wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
     return lambda: torch.autograd.grad(model(x), wanted, g)
+
+
+def error(model: nn.Module, x: Tensor, g: Tensor) -> float:
+    """The largest relative error of output and gradients, against W + ΔW as its definition says, in float64."""
+    exact = copy.deepcopy(model).double()
+    for host in hosts(exact).values():
+        host.adaptation.route = "dense"
+    x64 = x.detach().double().requires_grad_()
+    with torch.no_grad():
+        outputs = [(model(x), exact(x64))]
+    pairs = [*outputs, *zip(step(model, x, g)(), step(exact, x64, g.double())(), strict=True)]  # type: ignore[call-overload]
+    return max(((ours.double() - right).norm() / right.norm()).item() for ours, right in pairs)
 
 
 def kept(model: nn.Module, x: Tensor) -> int:

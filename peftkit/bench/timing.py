@@ -8,8 +8,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
+
+#: what a contestant does once
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -27,21 +31,29 @@ class Spread:
         cuts = statistics.quantiles(values, n=10, method="inclusive")
         return cls(statistics.median(values), cuts[0], cuts[-1])
 
-    def rounded(self) -> dict[str, float]:
-        return {name: float(f"{value:.4g}") for name, value in vars(self).items()}
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.p10:.2f}–{self.p90:.2f})"
 
 
 def contest(
-    contestants: Mapping[str, Callable[[], object]], *, rounds: int = 11, least: float = 0.02, warmup: int = 2
+    contestants: Mapping[str, Call],
+    *,
+    rounds: int = 11,
+    least: float = 0.02,
+    prepare: Mapping[str, Call] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of every contestant, one figure per round; each round calls all of them in a random order.
 
     least: a figure is the mean over as many calls as take at least this many seconds.
+    prepare: what to do before a call and not to count; such a contestant is called once a round.
     """
+    prepare = prepare or {}
     repeats: dict[str, int] = {}
     for name, call in contestants.items():
-        for _ in range(warmup):
-            call()
+        if name in prepare:
+            repeats[name] = 1
+            continue
+        _timed(call, 2)
         once = min(_timed(call, 1) for _ in range(2))
         repeats[name] = max(1, min(10_000, round(least / max(once, 1e-7))))
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -52,6 +64,8 @@ def contest(
         for _ in range(rounds):
             draw.shuffle(order)
             for name in order:
+                if name in prepare:
+                    prepare[name]()
                 seconds[name].append(_timed(contestants[name], repeats[name]))
             gc.collect()
     finally:
@@ -60,24 +74,46 @@ def contest(
     return seconds
 
 
-def ratios(seconds: Mapping[str, list[float]], to: str) -> dict[str, Spread]:
-    """Every contestant's time over that of `to` in the same round."""
+def ratios(seconds: Mapping[str, list[float]], reference: list[float]) -> dict[str, Spread]:
+    """Every contestant's time over the reference's in the same round."""
     return {
-        name: Spread.of([a / b for a, b in zip(values, seconds[to], strict=True)])
-        for name, values in seconds.items()
-        if name != to
+        name: Spread.of([a / b for a, b in zip(values, reference, strict=True)]) for name, values in seconds.items()
     }
 
 
-def _timed(call: Callable[[], object], repeats: int) -> float:
-    _synchronize()
+def peak_bytes(call: Call, device: str) -> int:
+    """The most memory that one call holds at a time, beyond what was held before it."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    kineto = profile.profiler.kineto_results if profile.profiler is not None else None
+    assert kineto is not None
+    changes = sorted(
+        (event.start_ns(), cast(Any, event).nbytes()) for event in kineto.events() if event.name() == "[memory]"
+    )
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def _timed(call: Call, repeats: int) -> float:
+    synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    _synchronize()
+    synchronize()
     return (time.perf_counter() - start) / repeats
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from peftkit import products
-from peftkit.blocks import BLOCK, accumulation_dtype, row_blocks, tiles
+from peftkit.blocks import BLOCK, Workspace, accumulation_dtype, row_blocks, tiles
 from peftkit.geometry import Geometry
 
 _SMALL = 1 << 14  # elements that nobody minds: 64 KiB of fp32
@@ -86,6 +86,18 @@ class Delta(ABC):
     def rows(self, block: slice) -> Tensor:
         """dense()[block], without building the rest."""
         return self.dense()[block]
+
+    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
+        """Write `rows` into out, which has the dtype of the factors. For no gradients."""
+        del space
+        out.copy_(self.rows(block))
+
+    def filled(self) -> Tensor:
+        """`dense` from its rows, block by block: nothing of its size is made beside it. For no gradients."""
+        out, space = torch.empty(self.shape, dtype=self.dtype, device=self.device), Workspace()
+        for block in row_blocks(*self.shape, self.row_multiple):
+            self.rows_(block, out[block], space)
+        return out
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """dense()[rows, columns], for where even the rows that belong together are too many numbers."""

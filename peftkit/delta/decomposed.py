@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkit import products
+from peftkit.blocks import Workspace
 from peftkit.delta.base import Delta, Known
 from peftkit.delta.hadamard import Hadamard
 from peftkit.delta.lowrank import LowRank
@@ -50,7 +51,10 @@ class Decomposed(Delta):
         return v if self.columns else v[block, None]
 
     def dense(self) -> Tensor:
-        return self._along(self.e) * self.W + self._along(self.f) * self.V.dense()
+        if torch.is_grad_enabled():
+            scaled = self._along(self.f) * self.V.dense()
+            return torch.addcmul(scaled, self.W.to(scaled.dtype), self._along(self.e))
+        return self.filled()
 
     def scaled(self, strength: float | Tensor) -> Decomposed:
         return replace(self, e=self.e * strength, f=self.f * strength)
@@ -62,6 +66,14 @@ class Decomposed(Delta):
     def rows(self, block: slice) -> Tensor:
         scaled = self._along(self.f, block) * self.V.rows(block)
         return torch.addcmul(scaled, self.W[block].to(scaled.dtype), self._along(self.e, block))
+
+    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
+        self.V.rows_(block, out, space)
+        out.mul_(self._along(self.f, block))
+        W = self.W[block]
+        if W.dtype != out.dtype:
+            W = space("decomposed", (out.shape[0], out.shape[1]), out).copy_(W)
+        out.addcmul_(W, self._along(self.e, block))
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         if not self.columns:

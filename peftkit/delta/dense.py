@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftkit.blocks import Workspace
 from peftkit.delta.base import Delta, Known
 
 
@@ -41,6 +42,9 @@ class Dense(Delta):
 
     def rows(self, block: slice) -> Tensor:
         return self.M[block] * self.strength
+
+    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
+        torch.mul(self.M[block], self.strength, out=out)
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         return self.M[rows, columns] * self.strength

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftkit.blocks import Workspace
 from peftkit.delta.base import Delta
 from peftkit.delta.lowrank import LowRank
 from peftkit.geometry import Geometry
@@ -38,7 +39,9 @@ class Hadamard(Delta):
         return self.B1.device
 
     def dense(self) -> Tensor:
-        return (self.B1 @ self.A1) * (self.B2 @ self.A2)
+        if torch.is_grad_enabled():
+            return (self.B1 @ self.A1) * (self.B2 @ self.A2)
+        return self.filled()
 
     def scaled(self, strength: float | Tensor) -> Hadamard:
         return Hadamard(self.B1 * strength, self.A1, self.B2, self.A2)
@@ -54,9 +57,12 @@ class Hadamard(Delta):
         return 1
 
     def rows(self, block: slice) -> Tensor:
-        product = self.B1[block] @ self.A1
-        other = self.B2[block] @ self.A2
-        return product * other if torch.is_grad_enabled() else product.mul_(other)
+        return (self.B1[block] @ self.A1) * (self.B2[block] @ self.A2)
+
+    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
+        other = space("hadamard", (out.shape[0], out.shape[1]), out)
+        torch.mm(self.B1[block], self.A1, out=out)
+        out.mul_(torch.mm(self.B2[block], self.A2, out=other))
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         return self.khatri_rao().apply(x, wx, g)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftkit import products
-from peftkit.blocks import row_blocks
+from peftkit.blocks import Workspace, row_blocks
 from peftkit.delta.base import Delta, Known
 from peftkit.geometry import Geometry
 
@@ -59,6 +59,16 @@ class Kron(Delta):
         i = torch.arange(block.start, block.stop, device=self.C.device)
         b = self.block[0]
         return (self.C[i // b][:, :, None] * self.D[i % b][:, None, :]).flatten(1)
+
+    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
+        (b, d), start = self.block, block.start
+        D = self.right if self.left is None else torch.mm(self.left, self.right, out=space("kron", (b, d), self.right))
+        while start < block.stop:  # one copy of D after the other
+            band = start // b
+            stop = min(block.stop, (band + 1) * b)
+            target = out[start - block.start : stop - block.start].unflatten(1, (-1, d))
+            torch.mul(self.C[band, :, None], D[start - band * b : stop - band * b, None, :], out=target)
+            start = stop
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         groups, d = g.groups, self.block[1]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftkit import products
-from peftkit.blocks import row_blocks
+from peftkit.blocks import Workspace, row_blocks
 from peftkit.delta.base import Delta, Known
 from peftkit.geometry import Geometry
 
@@ -48,6 +48,9 @@ class LowRank(Delta):
 
     def rows(self, block: slice) -> Tensor:
         return self.B[block] @ self.A
+
+    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
+        torch.mm(self.B[block], self.A, out=out)
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         return self.B[rows] @ self.A[:, columns]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftkit import products
-from peftkit.blocks import row_blocks
+from peftkit.blocks import Workspace, row_blocks
 from peftkit.delta.base import Delta, Known, total
 from peftkit.geometry import Geometry
 
@@ -60,6 +60,16 @@ class Rotation(Delta):
             return self.tile(block, slice(0, self.shape[1]))
         W = self.W[block].to(self.dtype)
         return torch.einsum("mkj,kij->mki", W.unflatten(1, (-1, self.size)), self.K).flatten(1)
+
+    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
+        if self.side == "in":
+            return super().rows_(block, out, space)
+        W = self.W[block]
+        if W.dtype != out.dtype:
+            W = space("rotation", (out.shape[0], out.shape[1]), out).copy_(W)
+        K = self.K[block.start // self.size : block.stop // self.size]
+        torch.bmm(K, W.unflatten(0, (-1, self.size)), out=out.unflatten(0, (-1, self.size)))
+        return None
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         if self.side == "in":

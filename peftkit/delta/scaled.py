@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftkit import products
-from peftkit.blocks import row_sqnorms
+from peftkit.blocks import Workspace, row_sqnorms
 from peftkit.delta.base import Delta, Known
 from peftkit.geometry import Geometry
 
@@ -49,6 +49,9 @@ class Scaled(Delta):
 
     def rows(self, block: slice) -> Tensor:
         return (self.e if self.columns else self.e[block, None]) * self.W[block].to(self.dtype)
+
+    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
+        out.copy_(self.W[block]).mul_(self.e if self.columns else self.e[block, None])
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         if not self.columns:

@@ -1,0 +1,118 @@
+"""One operation on one weight: building ΔW, adding it, watching it, and making the adapter, over what they must cost.
+
+The floor of an operation is writing its result into fresh memory, plus its multiplications at the speed of a large
+product of matrices; both are measured in the same rounds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftkit import registry
+from peftkit.adapted import placed
+from peftkit.adding import add_
+from peftkit.bench.cases import LayerShape
+from peftkit.bench.peers import KINDS, adapted, ways
+from peftkit.bench.rows import Row
+from peftkit.bench.step import TOLERANCE
+from peftkit.bench.timing import Call, Spread, contest, peak_bytes, ratios
+from peftkit.blocks import Workspace
+from peftkit.delta.base import Known
+from peftkit.errors import BenchError
+from peftkit.geometry import of
+
+OPERATIONS = ("dense", "add", "watch", "make")
+_PRODUCT = 768  # the side of the matrices whose product gives the speed of multiplication
+
+
+def measure(
+    operation: str,
+    shape: LayerShape,
+    kind: str,
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    peers: list[str],
+    rounds: int = 11,
+) -> Row:
+    """operation: one of OPERATIONS. Factors are in `dtype` too. Raises BenchError if ours is wrong."""
+    torch.manual_seed(0)
+    layer = shape.layer(dtype, device)
+    models = {way: adapted(way, kind, layer).to(dtype) for way in ways(peers, kind)}
+    here = next(placed(models["ours"]))
+    with torch.no_grad():
+        delta = here.adapter.delta(here.base)
+        wrong = _error(here.adapter, here.base, delta.dense())
+        if not wrong < TOLERANCE[dtype]:
+            raise BenchError(f"{kind} on {shape} in {dtype}: ΔW has a relative error of {wrong:.1e}; nothing was timed")
+        calls = {"ours": _ours(operation, here.adapter, layer, kind)}
+        calls |= {way: call for way, model in models.items() if (call := _theirs(operation, way, kind, model))}
+        flops = 0 if operation in ("make", "watch") else delta.dense_flops()
+        a = torch.randn(_PRODUCT, _PRODUCT, dtype=dtype, device=device)
+        weight = here.base
+        timed: dict[str, Call] = {"write": lambda: torch.empty_like(weight).fill_(1.0), "product": lambda: a @ a}
+        seconds = contest({**timed, **calls}, rounds=rounds)
+        write, product = seconds.pop("write"), seconds.pop("product")
+        floor = [w + flops * p / (2 * _PRODUCT**3) for w, p in zip(write, product, strict=True)]
+        return Row(
+            question=operation,
+            kind=kind,
+            case=str(shape),
+            dtype=str(dtype).removeprefix("torch."),
+            reference="floor",
+            reference_ms=1e3 * Spread.of(floor).median,
+            ratio=ratios(seconds, floor),
+            memory={way: peak_bytes(call, device) / 1e6 for way, call in calls.items()},
+            error=wrong,
+        )
+
+
+def _ours(operation: str, adapter: Any, layer: nn.Module, kind: str) -> Call:
+    geometry = of(layer)
+    weight = cast(Tensor, layer.weight).detach().clone()
+    W = geometry.matrix(weight)
+    if operation == "dense":
+        return lambda: adapter.delta(W).dense()
+    if operation == "add":
+        space = Workspace()
+        return lambda: add_([adapter.delta(W)], weight, geometry, space=space)
+    if operation == "watch":
+        known = Known()
+        return lambda: adapter.delta(W).alignment(W, known)
+    return lambda: registry.build(kind, geometry.shape, W, None, **KINDS[kind][0])
+
+
+def _theirs(operation: str, way: str, kind: str, model: nn.Module) -> Call | None:
+    """The peer's own call for the same, where it has one."""
+    if operation == "dense" and kind in ("lora", "loha", "lokr"):
+        if way == "lycoris":
+            module = cast(Any, model.adapter)
+            return lambda: module.get_diff_weight(1.0)
+        if way == "peft":
+            adapted_layer = cast(Any, model.layer)
+            return lambda: adapted_layer.get_delta_weight("default")
+    if operation == "add":
+        if way == "lycoris":
+            merging = cast(Any, model.adapter)
+            return lambda: merging.merge_to(1.0)
+        if way == "peft":
+            return _merging_again(model.layer)
+    return None
+
+
+def _merging_again(layer: Any) -> Callable[[], None]:
+    def merge() -> None:
+        layer.merged_adapters.clear()  # it would refuse the second time
+        layer.merge()
+
+    return merge
+
+
+def _error(adapter: Any, W: Tensor, ours: Tensor) -> float:
+    exact = copy.deepcopy(adapter).double().delta(W.double()).dense()
+    return ((ours.double() - exact).norm() / exact.norm()).item()
