@@ -13,6 +13,7 @@ from rich.table import Table
 
 from peftkit import inspection
 from peftkit._version import __version__
+from peftkit.bench import commands as bench
 from peftkit.checkpoint import merge_checkpoint
 from peftkit.combining import METHODS
 from peftkit.combining import combine as combine_files
@@ -36,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(monitor.app, name="monitor")
+app.add_typer(bench.app, name="bench")
 
 File = Annotated[Path, typer.Argument(help="An adapter file, or a folder of PEFT.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]

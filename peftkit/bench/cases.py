@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from peftkit.errors import OptionError
+from peftkit.formats.names import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,19 @@ class LayerShape:
     tokens: int = 512
     side: int = 32
     bias: bool = True
+
+    @classmethod
+    def parse(cls, text: str) -> LayerShape:
+        """OUTxIN@TOKENS for a Linear, OUTxINkKERNEL@SIDE for a convolution."""
+        found = re.fullmatch(r"(\d+)x(\d+)(?:k(\d+))?@(\d+)", text)
+        sizes = [int(size or 0) for size in found.groups()] if found else []
+        if not found or not all((sizes[0], sizes[1], sizes[3])):
+            raise OptionError(
+                f"{text!r} is no layer: a model, or OUTxIN@TOKENS as 1280x640@512, or OUTxINkKERNEL@SIDE as "
+                "320x320k3@64 was expected"
+            )
+        outputs, inputs, kernel, last = sizes
+        return cls(outputs, inputs, kernel, side=last) if kernel else cls(outputs, inputs, tokens=last)
 
     def layer(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
         """The layer, frozen."""
@@ -49,8 +67,8 @@ class LayerShape:
         return f"{self.outputs}×{self.inputs}, {self.tokens} tokens"
 
 
-#: name of a model -> its distinct adapted layers, at the tokens or pixels they really see
-MODELS: dict[str, tuple[LayerShape, ...]] = {
+#: the distinct adapted layers of models, at the tokens or pixels they really see
+_DISTINCT: dict[str, tuple[LayerShape, ...]] = {
     # https://huggingface.co/stable-diffusion-v1-5, U-Net at 512²: latents of 64²
     "sd15": (
         LayerShape(320, 320, tokens=4096, bias=False),
@@ -101,4 +119,29 @@ MODELS: dict[str, tuple[LayerShape, ...]] = {
     # not a model: sizes that cover the plane of width and tokens
     "square": tuple(LayerShape(size, size, tokens=tokens) for size in (320, 1280, 4096) for tokens in (64, 512, 2048))
     + tuple(LayerShape(c, c, kernel=k, side=side) for c, side in ((320, 64), (1280, 16)) for k in (1, 3)),
+}
+
+
+def sd15_unet() -> list[LayerShape]:
+    """All 282 weights of the U-Net, with the tokens and pixels of one image of 512²."""
+    layers = []
+    for module in FAMILIES["sd15"].modules.values():
+        if not module.name.startswith("unet.") or len(module.shape) < 2:
+            continue
+        outputs, inputs = module.shape[:2]
+        # The resolution follows the width: 320 channels are seen at 64², 640 at 32², 1280 at 16²
+        side = {320: 64, 640: 32, 1280: 16}.get(min(outputs, inputs), 64)
+        kernel = module.shape[2] if len(module.shape) == 4 else 0
+        layers.append(LayerShape(outputs, inputs, kernel, 77 if inputs == 768 else side**2, side, module.bias))
+    return layers
+
+
+def _distinct(name: str) -> Callable[[], Sequence[LayerShape]]:
+    return lambda: _DISTINCT[name]
+
+
+#: name -> its layers
+MODELS: dict[str, Callable[[], Sequence[LayerShape]]] = {
+    **{name: _distinct(name) for name in _DISTINCT},
+    "sd15-unet": sd15_unet,
 }

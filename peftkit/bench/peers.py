@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 from typing import Any
 
@@ -32,7 +33,7 @@ KINDS: dict[str, tuple[dict[str, Any], tuple[str, dict[str, Any]] | None, tuple[
     ),
     "loldu": ({"rank": 16}, None, None),
 }
-_LYCORIS_MODULES = {
+LYCORIS_MODULES = {
     "LoConModule": "lycoris.modules.locon",
     "LohaModule": "lycoris.modules.loha",
     "LokrModule": "lycoris.modules.lokr",
@@ -40,9 +41,9 @@ _LYCORIS_MODULES = {
 }
 
 
-def installed(names: list[str]) -> list[str]:
-    """Those of the peers `lycoris` and `peft` that are installed."""
-    return [name for name in names if importlib.util.find_spec(name) is not None]
+def missing(names: list[str]) -> list[str]:
+    """Those of the peers `lycoris` and `peft` that are not installed."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def ways(peers: list[str], kind: str) -> list[str]:
@@ -81,23 +82,22 @@ def adapted(way: str, kind: str, layer: nn.Module, **ours: Any) -> nn.Module:
     elif way.startswith("lycoris"):
         assert of_lycoris is not None
         name, theirs = of_lycoris
-        module = getattr(importlib.import_module(_LYCORIS_MODULES[name]), name)
+        module = getattr(importlib.import_module(LYCORIS_MODULES[name]), name)
         adapter = module("adapted", host.layer, 1.0, **theirs, bypass_mode=way.endswith("bypass"))
         adapter.apply_to()
         adapter.to(next(layer.parameters()).device)
         host.add_module("adapter", adapter)
     else:
         assert of_peft is not None
-        import peft
-
+        peft = importlib.import_module("peft")
         name, theirs = of_peft
         host = peft.get_peft_model(host, getattr(peft, name)(target_modules=["layer"], **theirs)).base_model.model
-    _randomize(host)
+    randomize(host)
     return host
 
 
 @torch.no_grad()
-def _randomize(host: nn.Module) -> None:
+def randomize(host: nn.Module) -> None:
     """Move the parameters off their start, where a factor is zero and some work could be left out."""
     generator = torch.Generator().manual_seed(0)
     for parameter in host.parameters():

@@ -94,7 +94,7 @@ def table(rows: Sequence[Row], title: str = "") -> Table:
     ways = list(dict.fromkeys(way for row in rows for way in row.ratio))
     shown = Table("kind", "layer", "dtype", "1 =", "ms", *ways, "MB", "error", title=title or None)
     for row in rows:
-        cells = [str(row.ratio[way]) if way in row.ratio else "" for way in ways]
+        cells = [f"{row.ratio[way].median:.2f}" if way in row.ratio else "" for way in ways]
         memory = "/".join(f"{row.memory[way]:.3g}" for way in ways if way in row.memory)
         shown.add_row(
             row.kind, row.case, row.dtype, row.reference, f"{row.reference_ms:.3g}", *cells, memory, f"{row.error:.0e}"
