@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftkit import products
 from peftkit.blocks import Workspace
 from peftkit.delta.base import Delta
 from peftkit.delta.lowrank import LowRank
 from peftkit.geometry import Geometry
+from peftkit.kernels import choosing
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -39,8 +41,17 @@ class Hadamard(Delta):
         return self.B1.device
 
     def dense(self) -> Tensor:
-        if torch.is_grad_enabled():
-            return (self.B1 @ self.A1) * (self.B2 @ self.A2)
+        factors = [self.B1, self.A1, self.B2, self.A2]
+        if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
+            if not products.eager():
+                return (self.B1 @ self.A1) * (self.B2 @ self.A2)
+            from peftkit.kernels import ops
+
+            return ops.hadamard(*factors)
+        if choosing.serves(factors, self.rank):
+            from peftkit.kernels import ops
+
+            return ops.delta(None, factors, "hadamard", 1.0, None)
         return self.filled()
 
     def scaled(self, strength: float | Tensor) -> Hadamard:
@@ -82,6 +93,15 @@ class Hadamard(Delta):
         if self.rank**3 <= max(self.shape):
             return self.khatri_rao().sqnorm()
         return self.moments(self.A1.new_zeros(1, 1).expand(self.shape))[1].sum()
+
+    def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        factors = [self.B1, self.A1, self.B2, self.A2]
+        if torch.is_grad_enabled() or not choosing.serves(factors, self.rank):
+            return super().moments(M)
+        from peftkit.kernels import ops
+
+        products, squares = ops.moments(M, factors, "hadamard")
+        return products, squares
 
     def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         return Hadamard(self.A1.mT, self.B1.mT, self.A2.mT, self.B2.mT).moments(M.mT)
