@@ -106,11 +106,11 @@ def measured(n: int, rank: int, device: str) -> dict[str, dict[str, float | bool
         return torch.stack([(delta * W.float()).sum(1), delta.square().sum(1)])
 
     def eager_backward(W: Tensor, B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> Tensor:
-        return torch.cat([((W * (B2 @ A2)) @ A1.mT).flatten(), (B1.mT @ (W * (B2 @ A2))).flatten()])
+        one, two = W * (B2 @ A2), W * (B1 @ A1)
+        return torch.cat([g.flatten() for g in (one @ A1.mT, B1.mT @ one, two @ A2.mT, B2.mT @ two)])
 
     def kernel_backward() -> Tensor:
-        gradients = ops.hadamard_backward(W, factors)
-        return torch.cat([gradients[0].flatten(), gradients[1].flatten()])
+        return torch.cat([g.flatten() for g in ops.hadamard_backward(W, factors)])
 
     own: dict[str, tuple[Callable[[], Tensor], Callable[..., Tensor]]] = {
         "loha merge": (lambda: ops.delta(W, factors, "hadamard", 1.0, None), eager_merge),
