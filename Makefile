@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RESULTS := benchmarks/results
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -39,6 +40,10 @@ bench: $(VENV)/ready-dev
 	$(BIN)/python scripts/fetch_assets.py
 	$(BIN)/python benchmarks/checkpoint.py --save
 	$(BIN)/python benchmarks/monitor.py --save
+	$(BIN)/peftkit bench step --shapes square --dtype fp32,bf16 --peers lycoris,peft --rounds 5 --json $(RESULTS)/step.json
+	$(BIN)/peftkit bench merge --shapes sd15 --peers lycoris,peft --rounds 5 --json $(RESULTS)/merge.json
+	$(BIN)/peftkit bench ops --shapes 1280x1280@512,4096x4096@512 --dtype fp32,bf16 --peers lycoris,peft --rounds 7 \
+		--json $(RESULTS)/ops.json
 
 evidence: $(VENV)/ready-dev
 	$(BIN)/python scripts/fetch_assets.py
