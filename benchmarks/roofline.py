@@ -1,10 +1,13 @@
-"""What operations on one weight must cost on a GPU, by the bytes they move and the numbers they multiply.
+"""What each operator must cost on a GPU, what plain PyTorch costs there, and where there is a GPU, what it does cost.
 
-    python benchmarks/roofline.py [--size 4096] [--rank 32] [--measure]
+    python benchmarks/roofline.py [--json] [--save]
 
-Times of H100, A100 and 4090 are a model: 85 % of the memory's speed and 60 % of the tensor cores' in bf16, the second
-level cache ignored. "eager" is what plain torch moves for the same, matrix by matrix. --measure times, where there is a
-GPU, kernel and eager torch beside the model, with their errors against float64, and keeps them in benchmarks/results.
+The model: memory at 85 % of its peak or tensor cores at 60 % of theirs, whichever takes longer, with matrices of m·n
+16-bit numbers moved to and from DRAM by every PyTorch call, factors free and no cache. The floor is what a kernel
+moves: each matrix once, but the upstream gradient twice, for the row and the column factors.
+
+Measured, per operator: microseconds of the kernel, of eager PyTorch and of torch.compile with the cache emptied in
+between, the error against float64, and whether a second run gives the same bits.
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,139 +27,197 @@ from rich.table import Table
 from torch import Tensor
 
 from peftkit import kernels
-from peftkit.bench.rows import environment
-from peftkit.bench.timing import Spread, contest
 from peftkit.kernels import ops
 
 RESULTS = Path(__file__).parent / "results"
-ITEM = 2  # bytes of bf16
+
+#: peak bytes and bf16 operations per second, from the vendor's data sheets (SXM, and of the A100 the one with 80 GB)
+GPUS = {"H100": (3.35e12, 989e12), "A100": (2.04e12, 312e12), "RTX 4090": (1.008e12, 165e12)}
+
+#: m, n, r; OFT has r×r blocks and LoKr an r×r C
+SHAPES = [(1024, 1024, 16), (4096, 4096, 32), (4096, 4096, 128)]
+
+Tensors = Sequence[Tensor]
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """Memory in TB/s and bf16 products in TFLOP/s, as the maker states them."""
+class Operator:
+    """passes: matrices of m·n numbers that the kernel and eager move; products: their flops over 2·m·n·r."""
 
     name: str
-    memory: float
-    products: float
-
-    def microseconds(self, moved: float, flops: float) -> float:
-        return 1e6 * max(moved / (0.85e12 * self.memory), flops / (0.6e12 * self.products))
-
-
-GPUS = (Gpu("H100", 3.35, 989), Gpu("A100", 2.04, 312), Gpu("4090", 1.01, 165))
+    structure: str
+    passes: tuple[int, int]
+    products: tuple[int, int]
+    kernel: Callable[[Tensor, str, list[Tensor]], Any]
+    eager: Callable[[Tensor, Tensors], Any]
 
 
-@dataclass(frozen=True)
-class Work:
-    """One operation: matrices of the weight's size that must move, and that eager torch moves; multiplications."""
-
-    name: str
-    must: float
-    eager: float
-    flops: float
-    kernel: bool
+def _hadamard(f: Tensors) -> Tensor:
+    return (f[0] @ f[1]) * (f[2] @ f[3])
 
 
-def works(n: int, rank: int) -> list[Work]:
-    """On a weight n × n with factors of that rank."""
-    product = 2 * n * n * rank
-    return [
-        Work("lora merge, addmm_ in place", 2, 2, product, False),
-        Work("loha ΔW", 1, 5, 2 * product, True),  # two products are written, read, and their product is written
-        Work("loha merge", 2, 10, 2 * product, True),
-        Work("loha backward", 1, 14, 6 * product, True),
-        Work("lokr merge, one addcmul", 2, 2, 2 * n * n, False),
-        Work("oft merge, bmm of blocks of 32", 2, 2, 2 * n * n * 32, False),
-        Work("dora norms, closed form", 1, 1, product, False),
-        Work("monitor of loha", 1, 9, 2 * product, True),
-        Work("monitor of lora, closed form", 1, 1, product, False),
-    ]
+def _moments(W: Tensor, f: Tensors) -> Tensor:
+    delta = _hadamard(f)
+    return torch.stack([(delta * W).sum(1), delta.square().sum(1)])
 
 
-def modelled(n: int, rank: int) -> Table:
-    table = Table("operation", "MB", "GFLOP", *(f"{gpu.name} µs: floor / eager" for gpu in GPUS), "kernel")
-    table.title = f"{n}×{n}, rank {rank}, bf16; times are modelled"
-    for work in works(n, rank):
-        matrix = n * n * ITEM
-        times = (
-            f"{gpu.microseconds(work.must * matrix, work.flops):.0f} / "
-            f"{gpu.microseconds(work.eager * matrix, work.flops):.0f}"
-            for gpu in GPUS
-        )
-        table.add_row(
-            work.name,
-            f"{work.must * matrix / 1e6:.0f}",
-            f"{work.flops / 1e9:.1f}",
-            *times,
-            "yes" if work.kernel else "",
-        )
-    return table
+def _backward(G: Tensor, f: Tensors) -> list[Tensor]:
+    B1, A1, B2, A2 = f
+    of1, of2 = G * (B2 @ A2), G * (B1 @ A1)
+    return [of1 @ A1.mT, B1.mT @ of1, of2 @ A2.mT, B2.mT @ of2]
 
 
-def measured(n: int, rank: int, device: str) -> dict[str, dict[str, float | bool]]:
-    """Kernel, eager and compiled torch of the operations that have a kernel: microseconds, errors, repeatability."""
-    torch.manual_seed(0)
-    factors = [torch.randn(s, device=device).bfloat16() for s in ((n, rank), (rank, n)) * 2]
-    W = torch.randn(n, n, device=device).bfloat16()
+def _kron(W: Tensor, f: Tensors) -> Tensor:
+    (a, c), (b, d) = f[0].shape, f[1].shape
+    return torch.addcmul(W.view(a, b, c, d), f[0][:, None, :, None], f[1][None, :, None, :], value=0.5).view_as(W)
 
-    def eager_merge(W: Tensor, B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> Tensor:
-        return W + (B1 @ A1) * (B2 @ A2)
 
-    def eager_moments(W: Tensor, B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> Tensor:
-        delta = ((B1 @ A1) * (B2 @ A2)).float()
-        return torch.stack([(delta * W.float()).sum(1), delta.square().sum(1)])
+OPERATORS = [
+    Operator(
+        "LoHa ΔW",
+        "Hadamard",
+        (1, 5),
+        (2, 2),
+        lambda W, s, f: ops.delta(None, s, f, 1.0, None),
+        lambda W, f: _hadamard(f),
+    ),
+    Operator(
+        "LoHa W + λΔW",
+        "Hadamard",
+        (2, 8),
+        (2, 2),
+        lambda W, s, f: ops.delta(W, s, f, 0.5, None),
+        lambda W, f: torch.add(W, _hadamard(f), alpha=0.5),
+    ),
+    Operator("LoHa moments", "Hadamard", (1, 12), (2, 2), lambda W, s, f: ops.moments(W, s, f), _moments),
+    Operator("LoHa backward", "Hadamard", (2, 12), (8, 6), lambda G, s, f: ops.hadamard_backward(G, f, 1.0), _backward),
+    Operator(  # addmm copies W first, which is not counted: in place, as merges are, it does not
+        "LoRA W + λΔW",
+        "LowRank",
+        (2, 2),
+        (1, 1),
+        lambda W, s, f: ops.delta(W, s, f, 0.5, None),
+        lambda W, f: torch.addmm(W, f[0], f[1], alpha=0.5),
+    ),
+    Operator("LoKr W + λΔW", "Kron", (2, 2), (0, 0), lambda W, s, f: ops.delta(W, s, f, 0.5, None), _kron),
+    Operator(
+        "OFT ΔW",
+        "Rotation",
+        (2, 2),
+        (1, 1),
+        lambda W, s, f: ops.delta(None, s, f, 1.0, None),
+        lambda W, f: torch.bmm(f[0], f[1].unflatten(0, (-1, f[0].shape[-1]))).flatten(0, 1),
+    ),
+]
 
-    def eager_backward(W: Tensor, B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> Tensor:
-        one, two = W * (B2 @ A2), W * (B1 @ A1)
-        return torch.cat([g.flatten() for g in (one @ A1.mT, B1.mT @ one, two @ A2.mT, B2.mT @ two)])
 
-    def kernel_backward() -> Tensor:
-        return torch.cat([g.flatten() for g in ops.hadamard_backward(W, factors)])
+def inputs(structure: str, m: int, n: int, r: int, device: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """A matrix (m, n) and the factors of a structure, all normal."""
+    generator = torch.Generator(device).manual_seed(0)
 
-    own: dict[str, tuple[Callable[[], Tensor], Callable[..., Tensor]]] = {
-        "loha merge": (lambda: ops.delta(W, factors, "hadamard", 1.0, None), eager_merge),
-        "monitor of loha": (lambda: ops.moments(W, factors, "hadamard"), eager_moments),
-        "loha backward": (kernel_backward, eager_backward),
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    W = normal(m, n)
+    factors = {
+        "Hadamard": lambda: [normal(m, r), normal(r, n), normal(m, r), normal(r, n)],
+        "LowRank": lambda: [normal(m, r), normal(r, n)],
+        "Kron": lambda: [normal(r, r), normal(m // r, n // r)],
+        "Rotation": lambda: [normal(m // r, r, r), W],
     }
-    found: dict[str, dict[str, float | bool]] = {}
-    for name, (kernel, eager) in own.items():
-        exact = eager(*(t.double() for t in (W, *factors)))
-        compiled = torch.compile(eager)
-        ways: dict[str, Callable[[], object]] = {
-            "kernel": kernel,
-            "eager": lambda eager=eager: eager(W, *factors),
-            "compiled": lambda compiled=compiled: compiled(W, *factors),
+    return W, factors[structure]()
+
+
+def modelled(operator: Operator, m: int, n: int, r: int) -> dict[str, dict[str, float]]:
+    """Per GPU, bytes, flops and microseconds of the kernel's floor and of eager."""
+    rows = {}
+    for gpu, (bandwidth, peak) in GPUS.items():
+        row: dict[str, float] = {}
+        for name, passes, products in zip(("floor", "eager"), operator.passes, operator.products, strict=True):
+            size, flops = 2 * passes * m * n, 2 * products * m * n * r
+            seconds = max(size / (0.85 * bandwidth), flops / (0.6 * peak))
+            row |= {f"{name} bytes": size, f"{name} flops": flops, f"{name} us": round(1e6 * seconds, 1)}
+        rows[gpu] = row
+    return rows
+
+
+def measured(operator: Operator, m: int, n: int, r: int) -> dict[str, Any]:
+    """What the GPU of this machine does."""
+    W, factors = inputs(operator.structure, m, n, r, "cuda", torch.bfloat16)
+    compiled = torch.compile(operator.eager, fullgraph=True, dynamic=False)
+    calls = {
+        "kernel": lambda: operator.kernel(W, operator.structure, factors),
+        "eager": lambda: operator.eager(W, factors),
+        "compiled": lambda: compiled(W, factors),
+    }
+    with kernels.use("triton"):
+        exact = _flat(operator.eager(W.double(), [factor.double() for factor in factors]))
+        errors = {
+            f"{name} error": float((_flat(call()).double() - exact).norm() / exact.norm())
+            for name, call in calls.items()
         }
-        with torch.no_grad(), kernels.use("triton" if device != "cpu" else "torch"):
-            seconds = contest(ways, rounds=15)
-            errors = {
-                way: float((call().double() - exact).norm() / exact.norm())  # type: ignore[attr-defined]
-                for way, call in ways.items()
-            }
-            repeats = torch.equal(kernel(), kernel())
-        found[name] = {f"{way} µs": round(1e6 * Spread.of(values).median, 1) for way, values in seconds.items()}
-        found[name] |= {f"{way} error": float(f"{error:.2e}") for way, error in errors.items()}
-        found[name]["repeats"] = repeats
-    return found
+        times = {f"{name} us": _microseconds(call) for name, call in calls.items()}
+        repeats = torch.equal(_flat(calls["kernel"]()), _flat(calls["kernel"]()))
+    return {**times, **errors, "repeats": repeats}
+
+
+def _flat(result: Tensor | list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in (result if isinstance(result, list) else [result])])
+
+
+def _microseconds(call: Callable[[], object], rounds: int = 30) -> float:
+    """The median over rounds, each after a write that is larger than any cache."""
+    cache, times = torch.empty(1 << 28, dtype=torch.int8, device="cuda"), []
+    for _ in range(rounds):
+        cache.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * start.elapsed_time(end))
+    return round(statistics.median(times), 1)
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    shown = Table(title="microseconds: floor / eager, modelled; with a GPU: kernel / eager / compiled, measured")
+    for column in ("operator", "m×n, r", *GPUS, "measured", "error", "repeats"):
+        shown.add_column(column)
+    for row in rows:
+        model = [f"{row[gpu]['floor us']} / {row[gpu]['eager us']}" for gpu in GPUS]
+        own = row.get("measured")
+        here = ["", "", ""]
+        if own:
+            times = " / ".join(str(own[f"{name} us"]) for name in ("kernel", "eager", "compiled"))
+            here = [times, f"{own['kernel error']:.1e} / {own['eager error']:.1e}", str(own["repeats"])]
+        shown.add_row(row["operator"], "{}×{}, {}".format(*row["shape"]), *model, *here)
+    return shown
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--measure", action="store_true", help="time the kernels on the GPU of this machine")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    parser.add_argument("--save", action="store_true", help="keep what a GPU measured in benchmarks/results")
     arguments = parser.parse_args()
-    console = Console()
-    console.print(modelled(arguments.size, arguments.rank))
-    if not arguments.measure:
-        return
-    if not torch.cuda.is_available():
-        raise SystemExit("--measure: torch finds no GPU here")
-    found = measured(arguments.size, arguments.rank, "cuda")
-    console.print_json(json.dumps(found))
-    name = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
-    (RESULTS / f"{name}.json").write_text(json.dumps({**environment("cuda"), "operations": found}, indent=1) + "\n")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if arguments.save and gpu is None:
+        parser.error("--save: PyTorch finds no GPU to measure on")
+    rows = []
+    for operator in OPERATORS:
+        for shape in SHAPES:
+            row: dict[str, Any] = {"operator": operator.name, "shape": shape, **modelled(operator, *shape)}
+            if gpu is not None:
+                row["measured"] = measured(operator, *shape)
+            rows.append(row)
+    if arguments.json:
+        print(json.dumps(rows, ensure_ascii=False, indent=2))
+    else:
+        Console().print(table(rows))
+    if arguments.save and gpu is not None:
+        name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+        (RESULTS / f"{name}.json").write_text(
+            json.dumps({"gpu": gpu, "rows": rows}, ensure_ascii=False, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

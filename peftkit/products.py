@@ -21,7 +21,12 @@ from peftkit.blocks import accumulation_dtype, row_blocks
 
 def eager() -> bool:
     """Whether operations run as they are written: to a tracer or a transform, these are opaque or in its way."""
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    return not torch.compiler.is_compiling() and not transformed()
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work, which knows nothing of functions with their own backward."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def add_pointwise_(out: Tensor, h: Tensor, B: Tensor, spatial: int) -> Tensor:

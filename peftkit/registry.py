@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from types import UnionType
@@ -64,8 +65,17 @@ def get(kind: str) -> type[Adapter]:
 
 def option_names(cls: type[Adapter]) -> tuple[str, ...]:
     """The options a class takes by name."""
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+    return tuple(p.name for p in _parameters(cls) if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+@functools.cache  # a model has hundreds of layers, and a signature takes longer to read than an adapter to make
+def _parameters(cls: type[Adapter]) -> tuple[inspect.Parameter, ...]:
+    return tuple(inspect.signature(cls.__init__).parameters.values())
+
+
+@functools.cache
+def _hints(cls: type[Adapter]) -> dict[str, Any]:
+    return get_type_hints(cls.__init__)
 
 
 def build(kind: str, shape: Shape, weight: Tensor, dtype: torch.dtype | None = None, /, **options: Any) -> Adapter:
@@ -92,7 +102,7 @@ def build(kind: str, shape: Shape, weight: Tensor, dtype: torch.dtype | None = N
     given = {**options, **adapter.options} if "options" in adapter.__dict__ else options
     defaults = {
         p.name: p.default
-        for p in inspect.signature(cls.__init__).parameters.values()
+        for p in _parameters(cls)
         if p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is not inspect.Parameter.empty
     }
     adapter.options = {**defaults, **given}
@@ -101,7 +111,7 @@ def build(kind: str, shape: Shape, weight: Tensor, dtype: torch.dtype | None = N
 
 def _check_types(cls: type[Adapter], options: dict[str, Any]) -> None:
     """Every option is of the type its signature declares; a bool is no number, and a number is finite."""
-    hints = get_type_hints(cls.__init__)
+    hints = _hints(cls)
     for name, value in options.items():
         declared = hints.get(name, Any)  # DoRA passes the rest on to its inner adapter, where it is checked
         choices = get_args(declared) if isinstance(declared, UnionType) else (declared,)
@@ -124,9 +134,7 @@ def _is_a(value: object, declared: Any) -> bool:
 
 
 def _refuse_unknown(cls: type[Adapter], options: dict[str, Any]) -> None:
-    accepts_inner = any(
-        p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(cls.__init__).parameters.values()
-    )
+    accepts_inner = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _parameters(cls))
     known = option_names(cls)
     unknown = [] if accepts_inner else [name for name in options if name not in known]
     if not unknown:

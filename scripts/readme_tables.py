@@ -200,8 +200,8 @@ def step_table(found: list[Row]) -> str:
     lines += [
         "",
         f"In {len(compared) - len(slower)} of {len(compared)} cells (kinds × layers × fp32 and bf16) ours is the "
-        f"fastest or within 10 % of it; the worst is {worst.against_best:.2f} times the best peer ({worst.kind}, {worst.case}, "
-        f"{worst.dtype}).",
+        f"fastest or within 10 % of it; the worst is {worst.against_best:.2f} times the best peer ({worst.kind}, "
+        f"{worst.case}, {worst.dtype}).",
     ]
     return "\n".join(lines)
 

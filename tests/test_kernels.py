@@ -1,4 +1,4 @@
-"""The operators on the CPU; and, each in a process of its own, the kernels interpreted and compiled for absent GPUs."""
+"""The operators on the CPU and what decides who runs them; in other processes the kernels, interpreted and compiled."""
 
 from __future__ import annotations
 
@@ -7,120 +7,207 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import peftkit as pk
+from benchmarks import roofline
 from peftkit import kernels
-from peftkit.delta import Hadamard
+from peftkit.blocks import BLOCK
+from peftkit.delta import Decomposed, Delta, Hadamard, Kron, LowRank, Rotation
 from peftkit.errors import OptionError
 from peftkit.kernels import ops
 
 ROOT = Path(__file__).resolve().parents[1]
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build here")
 
 
-def process(*command: str, **environment: str) -> str:
-    own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+def normal(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+def hadamard(m: int, n: int, r: int, dtype: torch.dtype = torch.float64) -> Hadamard:
+    return Hadamard(*(factor.requires_grad_() for factor in normal((m, r), (r, n), (m, r), (r, n), dtype=dtype)))
+
+
+STRUCTURES: dict[str, Callable[[], Delta]] = {
+    "LowRank": lambda: LowRank(*normal((6, 2), (2, 8))),
+    "Hadamard": lambda: Hadamard(*normal((6, 2), (2, 8), (6, 2), (2, 8))),
+    "Kron": lambda: Kron(*normal((2, 4), (3, 2))),
+    "Kron of a product": lambda: Kron(*normal((2, 4), (1, 2), (3, 1))),
+    "Rotation": lambda: Rotation(*normal((2, 3, 3), (6, 8))),
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("module, interpreted", [("kernels_interpreted", "1"), ("kernels_compiled", "0")])
+def test_in_another_process(module: str, interpreted: str) -> None:
+    """Triton is in one mode or the other from its import on."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=own, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/{module}.py"],
+        cwd=ROOT,
+        env={**environment, "TRITON_INTERPRET": interpreted},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    return done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-@needs_triton
-def test_the_kernels_interpreted() -> None:
-    """Numerics on odd shapes, repeatability, large offsets, the operators' schemas, and what follows a failure."""
-    said = process(
-        "-m", "pytest", "-rs", "-p", "no:cacheprovider", "tests/kernels/interpreted.py", TRITON_INTERPRET="1"
-    )
-    assert "[100%]" in said
-    assert "SKIPPED" not in said
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_what_the_operators_mean(structure: str) -> None:
+    delta = STRUCTURES[structure]()
+    declared, dense = delta.tiled(), delta.dense()
+    assert declared is not None
+    base, row = normal((6, 8), (6,))
+    assert torch.allclose(ops.delta(None, *declared, 1.0, None), dense)
+    assert torch.allclose(ops.delta(base, *declared, 0.3, row), (base + 0.3 * dense) * row[:, None])
+    assert torch.allclose(ops.moments(base, *declared), torch.stack([(base * dense).sum(1), dense.square().sum(1)]))
+    torch.library.opcheck(ops.delta, (base, *declared, 0.3, row))
+    torch.library.opcheck(ops.moments, (base, *declared))
 
 
-@needs_triton
-def test_the_kernels_compiled_ahead_of_time(tmp_path: Path) -> None:
-    """For sm_80, sm_90 and, forward, gfx942: no spills, no atomics, 128-bit accesses, tensor cores."""
-    script = "tests/kernels/ahead_of_time.py"
-    found = json.loads(process("-W", "ignore", script, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)))
-    assert len(found) == 2 * (2 * 4 + 3)
-    for name, kernel in found.items():
-        assert kernel["spills"] <= (5 if "backward" in name else 0), name
-        assert kernel["atomics"] == 0, name
-        assert kernel["shared"] <= 105 * 1024, name
-        if name.startswith("sm"):
-            assert kernel["tensor"] > 0, name
-            assert kernel["wide loads"] > 0, name
-            assert kernel["wide stores"] > 0 or "moments" in name, name
+def test_narrow_numbers_are_summed_wide_and_rounded_once() -> None:
+    delta = Hadamard(*normal((40, 16), (16, 50), (40, 16), (16, 50), dtype=torch.bfloat16))
+    wide = Hadamard(*(factor.float() for factor in delta.tiled()[1])).dense()
+    (base,) = normal((40, 50), dtype=torch.bfloat16)
+    assert torch.equal(ops.delta(base, *delta.tiled(), 0.3, None), (0.3 * wide + base.float()).bfloat16())
+    assert ops.moments(base, *delta.tiled()).dtype == torch.float32
 
 
-def factors(*, m: int = 6, n: int = 5, r: int = 2) -> list[Tensor]:
-    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((m, r), (r, n), (m, r), (r, n))]
+def test_gradients_of_hadamard() -> None:
+    delta, (base,) = hadamard(5, 7, 3), normal((5, 7))
+
+    def f(base: Tensor, *factors: Tensor) -> Tensor:
+        return ops.hadamard(base, factors, 0.3)
+
+    inputs = (base.requires_grad_(), *delta.tiled()[1])
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs)
+    torch.library.opcheck(ops.hadamard_backward, (base.detach(), [t.detach() for t in delta.tiled()[1]], 0.3))
 
 
-def test_hadamard_differentiates() -> None:
-    torch.autograd.gradcheck(ops.hadamard, factors())
-    torch.autograd.gradgradcheck(ops.hadamard, factors())
+@pytest.mark.parametrize("what", [Hadamard.dense, lambda delta: delta.added_to(torch.ones(delta.shape))])
+def test_nothing_of_the_size_of_the_weight_waits_for_backward(what: Callable[[Hadamard], Tensor]) -> None:
+    """A graph of ΔW keeps its factors, and its backward makes a few blocks of rows and no matrix."""
+    delta = hadamard(1 << 10, 1 << 11, 2, torch.float32)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], lambda t: t):
+        out = what(delta)
+    assert kept
+    assert max(tensor.numel() for tensor in kept) <= 2 * (1 << 11)
+    upstream = torch.ones_like(out)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        gradients = torch.autograd.grad(out, delta.tiled()[1], upstream)
+    assert max(event.cpu_memory_usage for event in profile.events() or []) <= 4 * BLOCK
+    B1, A1, B2, A2 = delta.tiled()[1]
+    expected = torch.autograd.grad((B1 @ A1) * (B2 @ A2), (B1, A1, B2, A2), upstream)
+    for gradient, value in zip(gradients, expected, strict=True):
+        assert torch.allclose(gradient, value, rtol=1e-4, atol=1e-3)
 
 
-def test_hadamard_keeps_only_its_factors() -> None:
-    own = factors(m=64, n=80)
-    kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        Hadamard(*own).dense()
-    assert sum(kept) == sum(f.numel() for f in own)
+# what torch.compile itself does to trace an autograd function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_wrapped_model_compiles_in_one_graph() -> None:
+    model = nn.Linear(700, 500)
+    pk.wrap(model, "loha", rank=2, route="dense")
+    for parameter in pk.adapter_parameters(model):
+        nn.init.normal_(parameter, std=0.1)
+    results, graphs = [], []
+
+    def counting(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    x = torch.randn(3, 700)
+    for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        y = function(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), pk.adapter_parameters(model))))
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    torch.compile(model, fullgraph=True, backend=counting)(x)
+    assert len(graphs) == 1
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_the_operators_inside_a_compiled_function() -> None:
-    own, W = [f.detach() for f in factors()], torch.randn(6, 5, dtype=torch.float64)
-
-    def function(W: Tensor) -> Tensor:
-        return ops.delta(W, own, "hadamard", 0.5, None).relu() + ops.moments(W, own, "hadamard")[0][:, None]
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(W), function(W))
-
-
-@pytest.mark.parametrize("structure", list(ops.STRUCTURES))
-def test_the_reference_is_the_definition(structure: str) -> None:
-    sizes = {
-        "lowrank": [(6, 2), (2, 5)],
-        "hadamard": [(6, 2), (2, 5)] * 2,
-        "kron": [(3, 1), (2, 5)],
-        "rotation": [(3, 2, 2), (6, 5)],
-    }
-    own = [torch.randn(size, dtype=torch.float64) for size in sizes[structure]]
-    W, row = torch.randn(6, 5, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
-    dense = ops.STRUCTURES[structure](*own).dense()
-    torch.testing.assert_close(ops.delta(None, own, structure, 1.0, None), dense)
-    torch.testing.assert_close(ops.delta(W, own, structure, 0.3, row), row[:, None] * (W + 0.3 * dense))
-    torch.testing.assert_close(ops.moments(W, own, structure), torch.stack([(W * dense).sum(1), dense.square().sum(1)]))
+def test_autocast_changes_no_bit() -> None:
+    """Neither of ΔW nor of its gradients, where backward is called inside too."""
+    delta = hadamard(1 << 9, 1 << 10, 3, torch.float32)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = ops.hadamard(None, delta.tiled()[1], 0.3)
+            results.append((out, *torch.autograd.grad(out, delta.tiled()[1], torch.ones_like(out))))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def test_use_is_undone_and_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftkit.kernels import choosing
-
-    with pytest.raises(ZeroDivisionError), kernels.use("torch"), kernels.use("auto"):
-        raise ZeroDivisionError
-    assert choosing._backend.get() == "auto"
-    with pytest.raises(OptionError, match="'auto', 'torch', 'triton'"), kernels.use("cuda"):
+@pytest.mark.parametrize("choice", ["cuda", "tritn", ""])
+def test_an_unknown_choice(choice: str) -> None:
+    with pytest.raises(OptionError, match=f"got {choice!r}, expected one of auto, torch, triton"), kernels.use(choice):
         pass
-    monkeypatch.setattr(choosing, "installed", lambda: False)
-    with pytest.raises(OptionError, match="not installed"), kernels.use("triton"):
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_where_it_cannot_run_says_why() -> None:
+    with pytest.raises(OptionError, match="PyTorch finds no GPU"), kernels.use("triton"):
         pass
+    (tensor,) = normal((3, 3))
+    assert kernels.refusal("delta", [tensor], []) == "PyTorch finds no GPU"
+    with kernels.use("torch"), kernels.use("auto"), kernels.use("torch"):
+        assert kernels.refusal("delta", [tensor], []) == "kernels.use('torch') is in force"
+    assert kernels.refusal("delta", [tensor], []) == "PyTorch finds no GPU"
 
 
-def test_the_cpu_needs_no_triton() -> None:
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch, peftkit as pk\n"
-        "layer = torch.nn.Linear(8, 8); pk.wrap(layer, 'loha', rank=2, route='dense')\n"
-        "layer(torch.randn(2, 8)).sum().backward(); pk.merge(layer)"
+def test_only_a_rotation_of_inputs_has_no_tile_function() -> None:
+    assert Rotation(*normal((2, 4, 4), (6, 8)), side="in").tiled() is None
+    inner = STRUCTURES["LowRank"]()
+    assert Decomposed(*normal((6,), (6,), (6, 8)), V=inner).tiled() is None
+
+
+class _Passes(TorchDispatchMode):
+    """How many matrices of a size the calls of PyTorch within the block read and write."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.count += sum(isinstance(t, Tensor) and t.numel() == self.size for t in (*args, out))
+        return out
+
+
+@pytest.mark.parametrize("operator", roofline.OPERATORS, ids=lambda operator: operator.name)
+def test_the_roofline_counts_what_eager_does(operator: roofline.Operator) -> None:
+    """Its flops and passes over memory are those of the code that stands beside the kernel, and the two agree."""
+    m, n, r = 48, 64, 4
+    W, factors = roofline.inputs(operator.structure, m, n, r, "cpu", torch.float64)
+    with FlopCounterMode(display=False) as flops, _Passes(m * n) as passes:
+        eager = operator.eager(W, factors)
+    assert flops.get_total_flops() == 2 * operator.products[1] * m * n * r
+    assert passes.count == operator.passes[1]
+    ours = operator.kernel(W, operator.structure, factors)
+    for value, other in zip(ours, eager, strict=True):
+        assert torch.allclose(value, other)
+    for rows in roofline.modelled(operator, m, n, r).values():
+        assert rows["floor us"] <= rows["eager us"]
+
+
+def test_the_roofline_is_printed() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/roofline.py", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    process("-c", code)
-    assert pk.kinds()
+    rows = json.loads(done.stdout)
+    assert len(rows) == len(roofline.OPERATORS) * len(roofline.SHAPES)
+    (merge,) = (row for row in rows if row["operator"] == "LoHa W + λΔW" and row["shape"] == [4096, 4096, 32])
+    # 2·4096² numbers of two bytes at 85 % of 3.35 TB/s
+    assert merge["H100"]["floor bytes"] == 4 * 4096**2
+    assert merge["H100"]["floor us"] == 23.6

@@ -184,6 +184,12 @@ class Delta(ABC):
         acc = accumulation_dtype(M.dtype)
         return (M.to(acc) + strength * self.dense().to(acc)).to(M.dtype)
 
+    # -- kernels ----------------------------------------------------------------------------------------------
+
+    def tiled(self) -> tuple[str, list[Tensor]] | None:
+        """The class and the tensors of the tile function of peftkit/kernels/triton/tiles.py that makes this ΔW."""
+        return None
+
     # -- costs, in floating point operations ------------------------------------------------------------------
 
     def apply_flops(self, outputs: int) -> int:

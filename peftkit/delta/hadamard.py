@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from peftkit import products
-from peftkit.blocks import Workspace
-from peftkit.delta.base import Delta
+from peftkit.blocks import BLOCK, Workspace
+from peftkit.delta.base import Delta, Known
 from peftkit.delta.lowrank import LowRank
 from peftkit.geometry import Geometry
-from peftkit.kernels import choosing
+from peftkit.kernels import ops
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -41,18 +41,9 @@ class Hadamard(Delta):
         return self.B1.device
 
     def dense(self) -> Tensor:
-        factors = [self.B1, self.A1, self.B2, self.A2]
-        if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
-            if not products.eager():
-                return (self.B1 @ self.A1) * (self.B2 @ self.A2)
-            from peftkit.kernels import ops
-
-            return ops.hadamard(*factors)
-        if choosing.serves(factors, self.rank):
-            from peftkit.kernels import ops
-
-            return ops.delta(None, factors, "hadamard", 1.0, None)
-        return self.filled()
+        if not self._plain():
+            return ops.hadamard(None, self.tiled()[1], 1.0)
+        return self.rows(slice(None)) if torch.is_grad_enabled() else self.filled()
 
     def scaled(self, strength: float | Tensor) -> Hadamard:
         return Hadamard(self.B1 * strength, self.A1, self.B2, self.A2)
@@ -95,16 +86,35 @@ class Hadamard(Delta):
         return self.moments(self.A1.new_zeros(1, 1).expand(self.shape))[1].sum()
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
-        factors = [self.B1, self.A1, self.B2, self.A2]
-        if torch.is_grad_enabled() or not choosing.serves(factors, self.rank):
+        if not self._on_gpu():
             return super().moments(M)
-        from peftkit.kernels import ops
+        inner, square = ops.moments(M, *self.tiled())
+        return inner, square
 
-        products, squares = ops.moments(M, factors, "hadamard")
-        return products, squares
+    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+        if not self._on_gpu():
+            return super().alignment(W, known)
+        inner, square = self.moments(W)
+        return inner.sum(), square.sum()
 
     def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         return Hadamard(self.A1.mT, self.B1.mT, self.A2.mT, self.B2.mT).moments(M.mT)
+
+    def added_to(self, M: Tensor, strength: float = 1.0) -> Tensor:
+        return super().added_to(M, strength) if self._plain() else ops.hadamard(M, self.tiled()[1], strength)
+
+    def _plain(self) -> bool:
+        """Whether an operator gains nothing, no kernel and no graph that would keep two matrices of note; or cannot."""
+        m, n = self.shape
+        small = not torch.is_grad_enabled() or m * n <= BLOCK
+        return products.transformed() or (self.device.type == "cpu" and small)
+
+    def _on_gpu(self) -> bool:
+        """Whether the moments may have a kernel: they have no backward."""
+        return self.device.type == "cuda" and not torch.is_grad_enabled()
+
+    def tiled(self) -> tuple[str, list[Tensor]]:
+        return "Hadamard", [self.B1, self.A1, self.B2, self.A2]
 
     def apply_flops(self, outputs: int) -> int:
         return (2 * outputs + 1) * self.rank**2 * sum(self.shape)

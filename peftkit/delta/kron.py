@@ -127,6 +127,9 @@ class Kron(Delta):
         right = self.right.mT if self.left is None else self.left.mT
         return Kron(self.C.mT, right, left).moments(M.mT)
 
+    def tiled(self) -> tuple[str, list[Tensor]]:
+        return "Kron", [self.C, self.right] if self.left is None else [self.C, self.right, self.left]
+
     def apply_flops(self, outputs: int) -> int:
         (a, c), (b, d) = self.C.shape, self.block
         if self.left is not None:

@@ -92,6 +92,9 @@ class LowRank(Delta):
             return M @ self.A.mT
         return torch.cat([M[rows].to(self.dtype) @ self.A.mT for rows in row_blocks(*M.shape)])
 
+    def tiled(self) -> tuple[str, list[Tensor]]:
+        return "LowRank", [self.B, self.A]
+
     def apply_flops(self, outputs: int) -> int:
         return 2 * outputs * self.rank * sum(self.shape)
 

@@ -124,6 +124,9 @@ class Rotation(Delta):
         )
         return torch.cat([block @ block.mT for block in blocks])
 
+    def tiled(self) -> tuple[str, list[Tensor]] | None:
+        return ("Rotation", [self.K, self.W]) if self.side == "out" else None
+
     def apply_flops(self, outputs: int) -> int:
         m, n = self.shape
         if self.side == "out":

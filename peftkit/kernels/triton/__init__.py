@@ -1,1 +1,1 @@
-"""The Triton twins of the operators. Nothing here is imported before a kernel runs."""
+"""The kernels in Triton: tile functions, three kernels that take one, their launches. Imported when one first runs."""

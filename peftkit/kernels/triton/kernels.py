@@ -1,63 +1,66 @@
-"""The three kernels. The first two take any structure's tile function. No atomics: all repeat bit for bit."""
-
-# pyright: reportOperatorIssue=false, reportArgumentType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+"""Three kernels over tiles of ΔW. Sums are fp32 and in a fixed order: partial sums are stored, nothing is atomic."""
 
 import triton
 import triton.language as tl
 
-from peftkit.kernels.triton.tiles import load, store
+from peftkit.kernels.triton.tiles import BLOCK, load, store
 
 
 @triton.jit
-def delta(
-    out, weight, row, factors, M, N, scale, TILE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
-):
-    """out = row ∘ (weight + scale·ΔW), one tile per program; weight and row may be None."""
-    n0, m0 = tl.program_id(0) * BN, tl.program_id(1) * BM
-    values = TILE(factors, m0, n0, M, N, BM, BN, BR) * scale
-    if weight is not None:
-        values += load(weight, m0, n0, M, N, BM, BN).to(tl.float32)
+def delta_kernel(out, base, row, factors, scale, TILE: tl.constexpr):
+    """out = (base + scale·ΔW)·row, rounded once. out, base (m, n); row (m,); base and row may be None."""
+    i = tl.program_id(1) * BLOCK
+    j = tl.program_id(0) * BLOCK
+    tile = TILE(factors, i, j) * scale
+    if base is not None:
+        tile += load(base, i, j, BLOCK, BLOCK).to(tl.float32)
     if row is not None:
-        rows = m0 + tl.arange(0, BM)
-        values *= tl.load(row + rows, mask=rows < M, other=0.0)[:, None]
-    store(out, values, m0, n0, M, N, BM, BN)
+        rows = i + tl.arange(0, BLOCK)
+        tile *= tl.load(row + rows, mask=rows < out[1], other=0.0).to(tl.float32)[:, None]
+    store(out, i, j, tile, BLOCK, BLOCK)
 
 
 @triton.jit
-def moments(partial, weight, factors, M, N, TILE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
-    """partial (splits, 2, M): this split's share of the row sums of ΔW ∘ weight and of ΔW²."""
-    split, splits, m0 = tl.program_id(0), tl.num_programs(0), tl.program_id(1) * BM
-    products, squares = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
-    share = tl.cdiv(tl.cdiv(N, BN), splits) * BN
-    for n0 in range(split * share, tl.minimum(N, (split + 1) * share), BN):
-        tile = TILE(factors, m0, n0, M, N, BM, BN, BR)
-        products += tl.sum(tile * load(weight, m0, n0, M, N, BM, BN).to(tl.float32), axis=1)
-        squares += tl.sum(tile * tile, axis=1)
-    rows = m0 + tl.arange(0, BM)
-    at = partial + split * 2 * M + rows
-    tl.store(at, products, mask=rows < M)
-    tl.store(at + M, squares, mask=rows < M)
+def moments_kernel(out, base, factors, TILE: tl.constexpr):
+    """out[s] = Σ_j base_ij·ΔW_ij and Σ_j ΔW_ij² over the s-th share of the columns. out (s, 2, m) fp32, base (m, n)."""
+    i = tl.program_id(1) * BLOCK
+    inner = tl.zeros((BLOCK,), tl.float32)
+    square = tl.zeros((BLOCK,), tl.float32)
+    share = tl.cdiv(tl.cdiv(base[2], BLOCK), tl.num_programs(0)) * BLOCK
+    first = tl.program_id(0) * share
+    for j in range(first, tl.minimum(first + share, base[2]), BLOCK):
+        tile = TILE(factors, i, j)
+        inner += tl.sum(tile * load(base, i, j, BLOCK, BLOCK).to(tl.float32), axis=1)
+        square += tl.sum(tile * tile, axis=1)
+    rows = i + tl.arange(0, BLOCK)
+    pointers = out + tl.program_id(0).to(tl.int64) * 2 * base[1] + rows
+    tl.store(pointers, inner, mask=rows < base[1])
+    tl.store(pointers + base[1], square, mask=rows < base[1])
 
 
 @triton.jit
-def hadamard_backward(
-    g1, g2, slab, grad, B1, A1, B2, A2, M, N, R, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
-):
-    """g1, g2 (splits, M, R), `slab` elements a split: its share of the gradients of B1 and B2; BR ≥ R.
+def hadamard_backward_kernel(out1, out2, gradient, factors, scale, RANK: tl.constexpr):
+    """out1[s], out2[s] = dB1, dB2 of scale·(B1·A1) ⊙ (B2·A2) from the s-th share of the columns of the gradient G:
+    dB1 = (scale·G ⊙ (B2·A2))·A1ᵀ. out1, out2 (s, m, r) fp32, gradient (m, n), r ≤ RANK.
 
-    Those of A1 and A2 are the same of the transposed problem, ΔWᵀ = (A1ᵀ·B1ᵀ) ⊙ (A2ᵀ·B2ᵀ): strides change places.
+    With G, Ai and Bi transposed and in each other's place, the same kernel gives dA1ᵀ and dA2ᵀ.
     """
-    split, splits, m0 = tl.program_id(0), tl.num_programs(0), tl.program_id(1) * BM
-    left1, left2 = load(B1, m0, 0, M, R, BM, BR), load(B2, m0, 0, M, R, BM, BR)
-    sums1, sums2 = tl.zeros((BM, BR), tl.float32), tl.zeros((BM, BR), tl.float32)
-    share = tl.cdiv(tl.cdiv(N, BN), splits) * BN
-    for n0 in range(split * share, tl.minimum(N, (split + 1) * share), BN):
-        right1, right2 = load(A1, 0, n0, R, N, BR, BN), load(A2, 0, n0, R, N, BR, BN)
-        g = load(grad, m0, n0, M, N, BM, BN).to(tl.float32)
-        one = (g * tl.dot(left2, right2, input_precision="ieee")).to(left1.dtype)
-        sums1 = tl.dot(one, tl.trans(right1), sums1, input_precision="ieee")
-        two = (g * tl.dot(left1, right1, input_precision="ieee")).to(left1.dtype)
-        sums2 = tl.dot(two, tl.trans(right2), sums2, input_precision="ieee")
-    base = tl.cast(split, tl.int64) * slab
-    store((g1[0] + base, g1[1], g1[2]), sums1, m0, 0, M, R, BM, BR)
-    store((g2[0] + base, g2[1], g2[2]), sums2, m0, 0, M, R, BM, BR)
+    B1, A1, B2, A2 = factors
+    i = tl.program_id(1) * BLOCK
+    b1 = load(B1, i, 0, BLOCK, RANK)
+    b2 = load(B2, i, 0, BLOCK, RANK)
+    dB1 = tl.zeros((BLOCK, RANK), tl.float32)
+    dB2 = tl.zeros((BLOCK, RANK), tl.float32)
+    share = tl.cdiv(tl.cdiv(gradient[2], BLOCK), tl.num_programs(0)) * BLOCK
+    first = tl.program_id(0) * share
+    for j in range(first, tl.minimum(first + share, gradient[2]), BLOCK):
+        a1 = load(A1, 0, j, RANK, BLOCK)
+        a2 = load(A2, 0, j, RANK, BLOCK)
+        upstream = load(gradient, i, j, BLOCK, BLOCK).to(tl.float32) * scale
+        of1 = (upstream * tl.dot(b2, a2, input_precision="ieee")).to(b1.dtype)
+        of2 = (upstream * tl.dot(b1, a1, input_precision="ieee")).to(b1.dtype)
+        dB1 = tl.dot(of1, tl.trans(a1), dB1, input_precision="ieee")
+        dB2 = tl.dot(of2, tl.trans(a2), dB2, input_precision="ieee")
+    slab = tl.program_id(0).to(tl.int64) * B1[1] * B1[2]
+    store((out1 + slab, B1[1], B1[2], B1[2], 1), i, 0, dB1, BLOCK, RANK)
+    store((out2 + slab, B1[1], B1[2], B1[2], 1), i, 0, dB2, BLOCK, RANK)

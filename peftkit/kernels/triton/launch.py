@@ -1,106 +1,83 @@
-"""What the host does around a kernel. Nothing is tuned: one configuration, and splits by the shape alone."""
-
-# pyright: reportArgumentType=false, reportCallIssue=false
-# (numbers become constexpr when a kernel is launched, and sequences of matrices its arguments)
+"""The launches. Nothing is tuned and every choice follows from the shapes, so equal inputs give equal bits."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
-from peftkit.kernels.triton import kernels, tiles
+from peftkit.kernels.ops import change
+from peftkit.kernels.triton.kernels import delta_kernel, hadamard_backward_kernel, moments_kernel
+from peftkit.kernels.triton.tiles import BLOCK, STEP, TILES
 
-#: rows and columns of a tile, and the ranks of one product
-BM, BN, BR = 64, 64, 16
-#: in the backward; with 64, rank 64 spills 81 registers on compute capability 8.0
-BN_BACKWARD = 32
-_OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
-#: programs that the splits of a reduction aim at: enough for the largest GPUs
-_PROGRAMS = 512
+#: of those compiled for sm_80 to sm_120, the one that spills least at every rank
+CONFIG: dict[str, Any] = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+
+#: about how many programs a sum over columns is cut into: two for each multiprocessor of an H100
+PROGRAMS = 256
+
+#: what a kernel that cannot be compiled or launched raises: Triton, at arguments that an older one does not know too,
+#: the driver, or a compiler they call
+FAILURES = (TritonError, RuntimeError, TypeError, ValueError, OSError, subprocess.CalledProcessError)
 
 
-def delta(structure: str, factors: Sequence[Tensor], scale: float, weight: Tensor | None, row: Tensor | None) -> Tensor:
-    """As the operator of that name."""
-    tile, arguments, (M, N) = _tiled(structure, factors)
-    like = factors[0] if weight is None else weight
-    out = torch.empty(M, N, dtype=like.dtype, device=like.device)
-    rows = None if row is None else row.float().contiguous()
-    grid = triton.cdiv(N, BN), triton.cdiv(M, BM)
-    base = None if weight is None else _matrix(weight)
-    kernels.delta[grid](
-        _matrix(out), base, rows, arguments, M, N, float(scale), TILE=tile, BM=BM, BN=BN, BR=BR, **_OPTIONS
-    )
+def delta(base: Tensor | None, structure: str, factors: Sequence[Tensor], scale: float, row: Tensor | None) -> Tensor:
+    """As peftkit.kernels.ops.delta."""
+    m, n = change(structure, factors).shape
+    out = torch.empty(m, n, dtype=(factors[0] if base is None else base).dtype, device=factors[0].device)
+    weight = None if base is None else _matrix(base)
+    per_row = None if row is None else row.contiguous()
+    grid = (triton.cdiv(n, BLOCK.value), triton.cdiv(m, BLOCK.value))
+    with torch.cuda.device_of(out):
+        delta_kernel[grid](_matrix(out), weight, per_row, _matrices(factors), scale, TILE=TILES[structure], **CONFIG)
     return out
 
 
-def moments(structure: str, factors: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """As the operator of that name."""
-    tile, arguments, (M, N) = _tiled(structure, factors)
-    splits = _splits(M, N)
-    partial = torch.empty(splits, 2, M, dtype=torch.float32, device=weight.device)
-    grid = splits, triton.cdiv(M, BM)
-    kernels.moments[grid](partial, _matrix(weight), arguments, M, N, TILE=tile, BM=BM, BN=BN, BR=BR, **_OPTIONS)
-    return partial.sum(0)
+def moments(base: Tensor, structure: str, factors: Sequence[Tensor]) -> Tensor:
+    """As peftkit.kernels.ops.moments."""
+    grid = _grid(*base.shape)
+    out = torch.empty(grid[0], 2, base.shape[0], dtype=torch.float32, device=base.device)
+    with torch.cuda.device_of(out):
+        moments_kernel[grid](out, _matrix(base), _matrices(factors), TILE=TILES[structure], **CONFIG)
+    return out.sum(0)
 
 
-def hadamard_backward(grad: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
-    """As the operator of that name."""
+def hadamard_backward(gradient: Tensor, factors: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """As peftkit.kernels.ops.hadamard_backward."""
     B1, A1, B2, A2 = factors
-    # Where every split leaves its share of the gradients of two factors, (2, splits, rows, columns)
-    of_B, of_A = (
-        torch.empty(2, _splits(M, N), *factor.shape, dtype=torch.float32, device=grad.device)
-        for factor, (M, N) in ((B1, grad.shape), (A1, grad.mT.shape))
-    )
-    _one_side(of_B, grad, B1, A1, B2, A2)
-    _one_side(of_A.mT, grad.mT, A1.mT, B1.mT, A2.mT, B2.mT)
-    shares = of_B[0], of_A[0], of_B[1], of_A[1]
-    return [share.sum(0).to(factor.dtype) for share, factor in zip(shares, factors, strict=True)]
+    dB1, dB2 = _left_gradients(gradient, factors, scale)
+    dA1, dA2 = _left_gradients(gradient.mT, (A1.mT, B1.mT, A2.mT, B2.mT), scale)
+    return [dB1, dA1.mT.contiguous(), dB2, dA2.mT.contiguous()]
 
 
-def _one_side(parts: Tensor, grad: Tensor, B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> None:
-    (M, N), R, splits = grad.shape, B1.shape[1], parts.shape[1]
-    grid = splits, triton.cdiv(M, BM)
-    operands = [_matrix(t) for t in (grad, B1, A1, B2, A2)]
-    kernels.hadamard_backward[grid](
-        _matrix(parts[0, 0]),
-        _matrix(parts[1, 0]),
-        parts.stride(1),
-        *operands,
-        M,
-        N,
-        R,
-        BM=BM,
-        BN=BN_BACKWARD,
-        BR=max(16, triton.next_power_of_2(R)),
-        **_OPTIONS,
-    )
+def _left_gradients(gradient: Tensor, factors: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """dB1 and dB2, (m, r), in the dtype of the factors."""
+    B1 = factors[0]
+    grid = _grid(*gradient.shape)
+    slabs = (grid[0], *B1.shape)
+    out1, out2 = (torch.empty(slabs, dtype=torch.float32, device=B1.device) for _ in range(2))
+    config = {"RANK": max(STEP.value, triton.next_power_of_2(B1.shape[1])), **CONFIG}
+    with torch.cuda.device_of(B1):
+        hadamard_backward_kernel[grid](out1, out2, _matrix(gradient), _matrices(factors), scale, **config)
+    # summed one by one: the results of an operator must not share memory
+    return [out.sum(0).to(B1.dtype) for out in (out1, out2)]
 
 
-def _tiled(structure: str, factors: Sequence[Tensor]) -> tuple[Any, tuple[Any, ...], tuple[int, int]]:
-    """The structure's tile function, its arguments, and the shape of ΔW."""
-    if structure == "lowrank":
-        B, A = factors
-        return tiles.lowrank, (_matrix(B), _matrix(A), A.shape[0]), (B.shape[0], A.shape[1])
-    if structure == "hadamard":
-        B, A = factors[:2]
-        operands = tuple(_matrix(f) for f in factors)
-        return tiles.hadamard, (*operands, A.shape[0]), (B.shape[0], A.shape[1])
-    if structure == "kron":
-        C, D = factors
-        (a, c), (b, d) = C.shape, D.shape
-        return tiles.kron, (_matrix(C), _matrix(D), b, d), (a * b, c * d)
-    K, W = factors
-    return tiles.rotation, (_matrix(K.flatten(0, 1)), _matrix(W), K.shape[-1]), (W.shape[0], W.shape[1])
+def _grid(rows: int, columns: int) -> tuple[int, int]:
+    """Shares of the columns × blocks of rows."""
+    blocks = triton.cdiv(rows, BLOCK.value)
+    return max(1, min(triton.cdiv(columns, BLOCK.value), PROGRAMS // blocks)), blocks
 
 
-def _matrix(t: Tensor) -> tuple[Tensor, int, int]:
-    return t, t.stride(0), t.stride(1)
+def _matrices(factors: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
+    """What a tile function takes. A stack of blocks (k, b, b) becomes one matrix (k·b, b)."""
+    return tuple(_matrix(factor if factor.dim() == 2 else factor.flatten(0, 1)) for factor in factors)
 
 
-def _splits(M: int, N: int) -> int:
-    """Into how many parts the columns are divided."""
-    return max(1, min(triton.cdiv(N, BN), _PROGRAMS // triton.cdiv(M, BM)))
+def _matrix(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor, *tensor.shape, *tensor.stride())

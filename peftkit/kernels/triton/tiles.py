@@ -1,82 +1,111 @@
-"""ΔW tile by tile: one function per structure, which knows nothing of what becomes of the tile.
+"""Tile functions: a tile of ΔW (m, n) from its factors, knowing nothing of what becomes of it.
 
-tile(factors, m0, n0, M, N, BM, BN, BR) -> (BM, BN) fp32, rows from m0 and columns from n0, zero outside (M, N).
-A matrix is (pointer, row stride, column stride). Products take operands as they are stored and add in fp32.
+    tile(factors, row, column) -> (BLOCK, BLOCK) fp32, ΔW[row : row + BLOCK, column : column + BLOCK]
+
+There is one for each structure of peftkit/delta that declares `tiled`, and its `factors` are the tensors named there,
+in that order. A matrix is the tuple (pointer, rows, columns, stride of a row, stride of a column); entries beyond its
+edges read as 0. Only the operands of a product are in the factors' own dtype, all else is fp32.
 """
 
-# pyright: reportOperatorIssue=false, reportArgumentType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
-# (inside a kernel, values have the types of Triton's language)
+from typing import Any
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def load(matrix, m0, n0, M, N, BM: tl.constexpr, BN: tl.constexpr):
-    """A (BM, BN) tile at (m0, n0), zero outside (M, N). Its base is 64-bit: a matrix may pass 2³¹ elements."""
-    rows, columns = tl.arange(0, BM), tl.arange(0, BN)
-    base = matrix[0] + tl.cast(m0, tl.int64) * matrix[1] + tl.cast(n0, tl.int64) * matrix[2]
-    inside = (rows < M - m0)[:, None] & (columns < N - n0)[None, :]
-    return tl.load(base + rows[:, None] * matrix[1] + columns[None, :] * matrix[2], mask=inside, other=0.0)
+BLOCK = tl.constexpr(64)
+#: ranks summed in one step: the least that the tensor cores of sm_80 take of 16-bit numbers
+STEP = tl.constexpr(16)
 
 
 @triton.jit
-def store(matrix, values, m0, n0, M, N, BM: tl.constexpr, BN: tl.constexpr):
-    """The inverse of `load`, rounded once to the dtype of the matrix."""
-    rows, columns = tl.arange(0, BM), tl.arange(0, BN)
-    base = matrix[0] + tl.cast(m0, tl.int64) * matrix[1] + tl.cast(n0, tl.int64) * matrix[2]
-    inside = (rows < M - m0)[:, None] & (columns < N - n0)[None, :]
-    values = values.to(matrix[0].dtype.element_ty)
-    tl.store(base + rows[:, None] * matrix[1] + columns[None, :] * matrix[2], values, mask=inside)
+def window(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to a (ROWS, COLUMNS) window of a matrix, and which are inside. 64-bit base, 32-bit offsets from it."""
+    i = tl.arange(0, ROWS)[:, None]
+    j = tl.arange(0, COLUMNS)[None, :]
+    base = matrix[0] + tl.cast(row, tl.int64) * matrix[3] + tl.cast(column, tl.int64) * matrix[4]
+    return base + i * matrix[3] + j * matrix[4], (i < matrix[1] - row) & (j < matrix[2] - column)
 
 
 @triton.jit
-def product(B, A, R, m0, n0, M, N, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
-    """A tile of B (M, R) · A (R, N)."""
-    sums = tl.zeros((BM, BN), tl.float32)
-    for r0 in range(0, R, BR):
-        left, right = load(B, m0, r0, M, R, BM, BR), load(A, r0, n0, R, N, BR, BN)
-        sums = tl.dot(left, right, sums, input_precision="ieee")
-    return sums
+def load(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The (ROWS, COLUMNS) window of a matrix at (row, column), 0 beyond its edges."""
+    pointers, inside = window(matrix, row, column, ROWS, COLUMNS)
+    return tl.load(pointers, mask=inside, other=0.0)
 
 
 @triton.jit
-def lowrank(factors, m0, n0, M, N, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
-    """B·A; factors: B, A, rank."""
-    return product(factors[0], factors[1], factors[2], m0, n0, M, N, BM, BN, BR)
+def store(matrix, row, column, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write a (ROWS, COLUMNS) window of a matrix, rounded to its dtype, and nothing beyond its edges."""
+    pointers, inside = window(matrix, row, column, ROWS, COLUMNS)
+    tl.store(pointers, values.to(matrix[0].dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def hadamard(factors, m0, n0, M, N, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
-    """(B1·A1) ⊙ (B2·A2); factors: B1, A1, B2, A2, rank."""
-    one = product(factors[0], factors[1], factors[4], m0, n0, M, N, BM, BN, BR)
-    return one * product(factors[2], factors[3], factors[4], m0, n0, M, N, BM, BN, BR)
+def gather(matrix, i, j, inside):
+    """matrix[i, j] where `inside`, else 0. i, j: indices that broadcast to the shape of `inside`."""
+    return tl.load(matrix[0] + tl.cast(i, tl.int64) * matrix[3] + tl.cast(j, tl.int64) * matrix[4], inside, other=0.0)
 
 
 @triton.jit
-def kron(factors, m0, n0, M, N, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
-    """C ⊗ D; factors: C, D, rows of D, columns of D."""
-    C, D = factors[0], factors[1]
-    rows, columns = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
-    at = C[0] + (rows // factors[2])[:, None] * C[1] + (columns // factors[3])[None, :] * C[2]
-    outer = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    at = D[0] + (rows % factors[2])[:, None] * D[1] + (columns % factors[3])[None, :] * D[2]
-    return outer * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+def low_rank(factors, row, column):
+    """B·A with B (m, r) and A (r, n)."""
+    B, A = factors
+    tile = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in range(0, A[1], STEP):
+        left = load(B, row, k, BLOCK, STEP)
+        tile = tl.dot(left, load(A, k, column, STEP, BLOCK), tile, input_precision="ieee")
+    return tile
 
 
 @triton.jit
-def rotation(factors, m0, n0, M, N, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
-    """diag(K_1, …)·W; factors: K as a matrix (M, b) of stacked blocks, W, b."""
-    K, W, b = factors[0], factors[1], factors[2]
-    rows = m0 + tl.arange(0, BM)
-    sums = tl.zeros((BM, BN), tl.float32)
-    # The columns of the blocks that these rows are in, without those of the other rows' blocks
-    for k0 in range((m0 // b) * b, tl.minimum(((m0 + BM + b - 1) // b) * b, M), BR):
-        other = k0 + tl.arange(0, BR)
-        same = (rows[:, None] // b == other[None, :] // b) & (rows < M)[:, None] & (other < M)[None, :]
-        block = tl.load(
-            K[0] + tl.cast(rows, tl.int64)[:, None] * K[1] + (other % b)[None, :] * K[2], mask=same, other=0.0
-        )
-        sums = tl.dot(block, load(W, k0, n0, M, N, BR, BN).to(block.dtype), sums, input_precision="ieee")
-    return sums
+def hadamard(factors, row, column):
+    """(B1·A1) ⊙ (B2·A2)."""
+    B1, A1, B2, A2 = factors
+    return low_rank((B1, A1), row, column) * low_rank((B2, A2), row, column)
+
+
+@triton.jit
+def kron(factors, row, column):
+    """C ⊗ D with C (a, c) and D (b, d); factors (C, D), or (C, right, left) with D = left·right."""
+    C = factors[0]
+    right = factors[1]
+    left = None
+    b = right[1]
+    if len(factors) == 3:
+        left = factors[2]
+        b = left[1]
+    d = right[2]
+    i = (row + tl.arange(0, BLOCK))[:, None]
+    j = (column + tl.arange(0, BLOCK))[None, :]
+    rows = i < C[1] * b
+    columns = j < C[2] * d
+    if left is None:
+        D = gather(right, i % b, j % d, rows & columns).to(tl.float32)
+    else:
+        D = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for k in range(0, right[1], STEP):
+            r = k + tl.arange(0, STEP)
+            x = gather(left, i % b, r[None, :], rows & (r < right[1])[None, :])
+            y = gather(right, r[:, None], j % d, columns & (r < right[1])[:, None])
+            D = tl.dot(x, y, D, input_precision="ieee")
+    return gather(C, i // b, j // d, rows & columns).to(tl.float32) * D
+
+
+@triton.jit
+def rotation(factors, row, column):
+    """diag(K_1, …, K_k)·W with blocks (k, b, b), held as one matrix (k·b, b), and W (m, n)."""
+    K, W = factors
+    b = K[2]
+    i = (row + tl.arange(0, BLOCK))[:, None]
+    tile = tl.zeros((BLOCK, BLOCK), tl.float32)
+    first = row // b * b
+    last = tl.minimum(tl.cdiv(row + BLOCK, b) * b, K[1])
+    for start in range(first, last, STEP):
+        j = (start + tl.arange(0, STEP))[None, :]
+        blocks = gather(K, i, j % b, (i // b == j // b) & (i < K[1]) & (j < K[1]))
+        tile = tl.dot(blocks, load(W, start, column, STEP, BLOCK).to(blocks.dtype), tile, input_precision="ieee")
+    return tile
+
+
+#: the class in peftkit/delta that a tile function is of
+TILES: dict[str, Any] = {"LowRank": low_rank, "Hadamard": hadamard, "Kron": kron, "Rotation": rotation}
