@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RESULTS := benchmarks/results
+STEPS := 320x320@64,1280x1280@64,1280x1280@512,1280x1280@2048,4096x4096@512,320x320k3@64,1280x1280k3@16
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -40,10 +41,10 @@ bench: $(VENV)/ready-dev
 	$(BIN)/python scripts/fetch_assets.py
 	$(BIN)/python benchmarks/checkpoint.py --save
 	$(BIN)/python benchmarks/monitor.py --save
-	$(BIN)/peftkit bench step --shapes square --dtype fp32,bf16 --peers lycoris,peft --rounds 5 --json $(RESULTS)/step.json
+	$(BIN)/peftkit bench step --shapes $(STEPS) --dtype fp32,bf16 --peers lycoris,peft --rounds 5 --json $(RESULTS)/step.json
 	$(BIN)/peftkit bench merge --shapes sd15 --peers lycoris,peft --rounds 5 --json $(RESULTS)/merge.json
-	$(BIN)/peftkit bench ops --shapes 1280x1280@512,4096x4096@512 --dtype fp32,bf16 --peers lycoris,peft --rounds 7 \
-		--json $(RESULTS)/ops.json
+	$(BIN)/peftkit bench ops --shapes 4096x4096@512 --operations dense,add --dtype fp32,bf16 \
+		--peers lycoris,peft --rounds 5 --json $(RESULTS)/ops.json
 
 evidence: $(VENV)/ready-dev
 	$(BIN)/python scripts/fetch_assets.py

@@ -61,15 +61,16 @@ def step_(
     Example: peftkit bench step --shapes 1280x1280@512 --peers lycoris,peft
     """
     run = _Run(device, peers, kinds, dtypes, shapes, threads)
-    run.cells(
+    run.measure(
         [
             lambda s=shape, k=kind, d=dtype: step.measure(s, k, d, device=device, peers=run.peers, rounds=rounds)
             for kind in run.kinds
             for dtype in run.dtypes
             for shape in run.shapes
-        ]
+        ],
+        json,
+        plot,
     )
-    run.show(json, plot)
 
 
 @app.command("ops")
@@ -94,7 +95,7 @@ def ops_(
     """
     run = _Run(device, peers, kinds, dtypes, shapes, threads)
     chosen = _chosen("--operations", operations, ops.OPERATIONS)
-    run.cells(
+    run.measure(
         [
             lambda o=operation, s=shape, k=kind, d=dtype: ops.measure(
                 o, s, k, d, device=device, peers=run.peers, rounds=rounds
@@ -103,9 +104,10 @@ def ops_(
             for kind in run.kinds
             for dtype in run.dtypes
             for shape in run.shapes
-        ]
+        ],
+        json,
+        plot,
     )
-    run.show(json, plot)
 
 
 @app.command("merge")
@@ -125,16 +127,17 @@ def merge_(
     Example: peftkit bench merge --shapes sd15-unet --peers lycoris,peft --dtype fp16
     """
     run = _Run(device, peers, kinds, dtypes, shapes, threads)
-    run.cells(
+    run.measure(
         [
             lambda k=kind, d=dtype: models.merge(
                 run.shapes, run.case, k, d, device=device, peers=run.peers, rounds=rounds
             )
             for kind in run.kinds
             for dtype in run.dtypes
-        ]
+        ],
+        json,
+        plot,
     )
-    run.show(json, plot)
 
 
 @app.command("monitor")
@@ -153,14 +156,15 @@ def monitor_(
     Example: peftkit bench monitor --shapes vit
     """
     run = _Run(device, "", kinds, dtypes, shapes, threads)
-    run.cells(
+    run.measure(
         [
             lambda k=kind, d=dtype: models.monitor(run.shapes, run.case, k, d, device=device, rounds=rounds)
             for kind in run.kinds
             for dtype in run.dtypes
-        ]
+        ],
+        json,
+        plot,
     )
-    run.show(json, plot)
 
 
 @app.command("checkpoint")
@@ -178,14 +182,15 @@ def checkpoint_(
     Example: peftkit bench checkpoint --shapes sd15-unet --kinds lora
     """
     run = _Run("cpu", "", kinds, dtypes, shapes, threads)
-    run.cells(
+    run.measure(
         [
             lambda k=kind, d=dtype: models.checkpoint(run.shapes, run.case, k, d, rounds=rounds)
             for kind in run.kinds
             for dtype in run.dtypes
-        ]
+        ],
+        json,
+        plot,
     )
-    run.show(json, plot)
 
 
 @app.command()
@@ -219,19 +224,21 @@ class _Run:
         self.case, self.shapes = shapes, _layers(shapes)
         self.rows: list[Row] = []
 
-    def cells(self, measures: Sequence[Callable[[], Row]]) -> None:
+    def measure(self, cells: Sequence[Callable[[], Row]], json: Path | None, plot: Path | None) -> None:
+        """Measure cell by cell; the file is written after each, so that an interrupted run has what it has."""
         logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+        command = "peftkit " + shlex.join(sys.argv[1:])
+        if json is not None:
+            json.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of peers, about how they are used
-            self.rows = [measure() for measure in track(measures, description="measuring", console=ERR, transient=True)]
-
-    def show(self, json: Path | None, plot: Path | None) -> None:
+            for cell in track(cells, description="measuring", console=ERR, transient=True):
+                self.rows.append(cell())
+                if json is not None:
+                    json.write_text(rows.dump(self.rows, self.device, command))
         for question in dict.fromkeys(row.question for row in self.rows):
             OUT.print(rows.table([row for row in self.rows if row.question == question], question))
         if json is not None:
-            command = "peftkit " + shlex.join(sys.argv[1:])
-            json.parent.mkdir(parents=True, exist_ok=True)
-            json.write_text(rows.dump(self.rows, self.device, command))
             OUT.print(f"wrote {json}", soft_wrap=True)
         if plot is not None:
             rows.draw(self.rows, plot)

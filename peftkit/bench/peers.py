@@ -85,7 +85,7 @@ def adapted(way: str, kind: str, layer: nn.Module, **ours: Any) -> nn.Module:
         module = getattr(importlib.import_module(LYCORIS_MODULES[name]), name)
         adapter = module("adapted", host.layer, 1.0, **theirs, bypass_mode=way.endswith("bypass"))
         adapter.apply_to()
-        adapter.to(next(layer.parameters()).device)
+        adapter.to(next(layer.parameters()))  # device and dtype: some of its forwards take no mixture
         host.add_module("adapter", adapter)
     else:
         assert of_peft is not None
