@@ -164,7 +164,7 @@ def rounded_to(dtype: torch.dtype, before: Tensor, after: Tensor) -> tuple[Tenso
 
 def refuse_overflow(site: str, names: Sequence[str], deltas: Sequence[Delta], weight: Tensor) -> None:
     """Raise MergeError unless W + Σ ΔW is surely finite: |ΔW_ij| ≤ ‖ΔW‖."""
-    bound = sum(float(delta.sqnorm().clamp(min=0).sqrt()) for delta in deltas)
+    bound = sum(float(delta.bound()) for delta in deltas)
     if not math.isfinite(bound):
         raise MergeError(f"{site}: the ΔW of {', '.join(names)} is not finite; nothing was merged")
     low, high = (float(extreme) for extreme in weight.aminmax())

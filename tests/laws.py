@@ -209,6 +209,7 @@ def algebra_is_dense(adapter: str, layer: str, dtype: torch.dtype = torch.float6
             written = torch.full_like(dense[block], float("nan"))
             delta.rows_(block, written, Workspace())
         close(written, dense[block], dtype, "rows_", dense)
+    assert delta.bound() >= dense.norm() * (1 - BOUND[dtype]), "the bound of the norm is below it"
     close(delta.scaled(-0.5).dense(), -0.5 * dense, dtype, "scaled")
     wx = g.run(x, W)
     close(delta.apply(x, wx, g), Delta.apply(delta, x, wx, g), dtype, "apply")

@@ -135,6 +135,10 @@ class Delta(ABC):
         """‖ΔW‖_F², a scalar."""
         return self.dense().square().sum()
 
+    def bound(self) -> Tensor:
+        """A number that ‖ΔW‖_F does not exceed, a scalar: the norm itself, where that is cheap."""
+        return self.sqnorm().clamp(min=0).sqrt()
+
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
         """<ΔW, W>_F and ‖ΔW‖_F², scalars. W (m, n): the weight that ΔW is of; known: what is kept of it."""
         del known
