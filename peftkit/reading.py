@@ -211,7 +211,8 @@ def _foreign(source: _Source, dora_axis: str | None, alpha_zero: str | None) -> 
         for module, roles in modules.items()
         if set(roles) - vector_roles - {"alpha"} and not ("diff" in roles and f"{module}.weight" in vectors)
     ]
-    lonely = [m for m in modules if m not in matrices and m not in with_vectors]
+    claimed = {*matrices, *with_vectors}
+    lonely = [module for module in modules if module not in claimed]
     if lonely:
         raise FileError(f"{source.path}: {lonely[0]} has an alpha and nothing it is the alpha of")
     dotted = any("." in module for module in modules)

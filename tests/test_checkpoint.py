@@ -1404,6 +1404,7 @@ def run_python(script: str, *arguments: object) -> Any:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -1513,8 +1514,11 @@ results = {}
 for adapter in adapters:
     read, write = os.pipe()
     if os.fork() == 0:
-        os.write(write, json.dumps(measure(base, adapter, out)).encode())
-        os._exit(0)
+        try:
+            os.write(write, json.dumps(measure(base, adapter, out)).encode())
+        finally:
+            os._exit(0)
+    os.close(write)  # or a child that dies would leave its parent reading for ever
     results[os.path.basename(adapter)] = json.loads(os.read(read, 1000))
     os.wait()
     os.unlink(out)

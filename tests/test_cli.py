@@ -69,7 +69,7 @@ def entry_point(*arguments: object, **environment: str) -> Ran:
     """A process of its own, as a shell starts it."""
     program = Path(sys.executable).with_name("peftkit")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
-    done = subprocess.run([program, *map(str, arguments)], capture_output=True, env=env, check=False)
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, env=env, check=False, timeout=240)
     encoding = environment.get("PYTHONIOENCODING", "utf-8").partition(":")[0]
     return Ran(done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding))
 

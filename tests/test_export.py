@@ -690,7 +690,9 @@ def test_the_same_export_gives_the_same_bytes_in_another_process(tmp_path: Path,
         (tmp_path / name).mkdir()
     root, environment = Path(__file__).parents[1], {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", _EXPORT_ALL, str(tmp_path / "there")]
-    there = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root, env=environment).stdout
+    there = subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=root, env=environment, timeout=240
+    ).stdout
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["", str(tmp_path / "here")])
         exec(_EXPORT_ALL, {})

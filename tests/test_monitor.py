@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -352,7 +354,7 @@ def test_a_model_without_adapters() -> None:
 # -- sharded weights ------------------------------------------------------------------------------------------------
 
 
-def _sharded(rank: int, world: int, store: str, results: Any) -> None:
+def _sharded(rank: int, world: int, store: str) -> None:
     import os
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -370,7 +372,7 @@ def _sharded(rank: int, world: int, store: str, results: Any) -> None:
         record = monitor.measure()
         assert monitor.measure() == record
         found[kind] = (record.per_module, record.norms, record.ratios)
-    results[rank] = found
+    torch.save(found, f"{store}.{rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -383,12 +385,14 @@ def _model(kind: str) -> nn.Sequential:
     return model
 
 
-def test_sharded_weights_are_summed_across_processes(tmp_path: Any) -> None:
+def test_sharded_weights_are_summed_across_processes(tmp_path: Path) -> None:
     """FSDP2 over two processes: the same numbers on both, and those of the whole model."""
-    with torch.multiprocessing.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(_sharded, (2, str(tmp_path / "store"), results), nprocs=2)
-        found = dict(results)
+    store = tmp_path / "store"
+    running = torch.multiprocessing.spawn(_sharded, (2, str(store)), nprocs=2, join=False)
+    deadline = time.monotonic() + 240
+    while not running.join(timeout=1):
+        assert time.monotonic() < deadline, [process.kill() for process in running.processes]
+    found = [torch.load(f"{store}.{rank}") for rank in range(2)]
     assert found[0] == found[1]
     for kind, (cosines, norms, ratios) in found[0].items():
         agree(Record(0, cosines, norms, ratios), CSMonitor(_model(kind)).measure(), 1e-10)

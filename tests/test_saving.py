@@ -124,7 +124,7 @@ def test_a_fresh_process_needs_only_the_file(case: str, tmp_path: Path) -> None:
         "pk.load(net, 'adapter.safetensors'); e = load_file('expected')\n"
         "with torch.no_grad(): sys.exit(0 if torch.equal(net(e['x']), e['y']) else 1)\n"
     )
-    assert subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False, timeout=240).returncode == 0
 
 
 def test_strict_names_the_key_and_the_nearest_module(file: Path) -> None:
