@@ -40,6 +40,8 @@ class Adapter(nn.Module, ABC):
     options: dict[str, Any]
     #: probability of dropping an element of the layer's input before ΔW is applied to it
     input_dropout: float = 0.0
+    #: whether `delta` draws random numbers in training
+    stochastic: bool = False
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Delta:

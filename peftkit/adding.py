@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from peftkit.blocks import BLOCK, Workspace, accumulation_dtype, row_blocks
+from peftkit.blocks import BLOCK, Workspace, accumulation_dtype, block_size, row_blocks
 from peftkit.delta import Delta
 from peftkit.errors import MergeError
 from peftkit.geometry import Geometry
 
-#: of how many blocks one is measured
-_SAMPLED = 4
+#: of so many blocks of a long weight, as much as one is measured
+_SAMPLED = 16
 #: dtypes that reach further than this do not overflow where weights are finite
 _WIDE_RANGE = 1e30
 
@@ -37,13 +37,14 @@ def add_(
     geometry: Geometry,
     *,
     dry: bool = False,
+    safe: bool = False,
     space: Workspace | None = None,
 ) -> tuple[float, float, float]:
     """weight += Σ ΔW in place, row block by row block; ‖ΔW‖, ‖W' − W‖ and the share lost.
 
     weight: in its layer's shape, which `geometry` reads as a matrix. dry: write nothing, and go only as far as the
-    first block that would change. Of a weight of many blocks, what moved and what was lost are those of every fourth.
-    space: buffers to use, for those who add to many weights.
+    first rows that would change. Of a weight of many blocks, what moved and what was lost are those of a sixteenth.
+    safe: the sum is known to be finite. space: buffers to use, for those who add to many weights.
     """
     if not deltas:
         return 0.0, 0.0, 0.0
@@ -54,17 +55,31 @@ def add_(
     # A block holds whole units of every delta, so that none reads a row that was written before; where a unit alone is
     # large, it goes column by column
     multiple = min(rows, math.lcm(*(d.row_multiple for d in deltas)))
+    size = block_size(weight.device) // (16 if dry else 1)
     width = columns if multiple * columns <= 4 * BLOCK else max(1, BLOCK // multiple)
-    blocks = list(row_blocks(rows, columns, multiple))
-    # What rounding loses is looked at in some blocks of a long weight; what could overflow, everywhere
-    every = _SAMPLED if len(blocks) > 2 * _SAMPLED and torch.finfo(weight.dtype).max > _WIDE_RANGE else 1
+    own = weight.untyped_storage().data_ptr()
+    # One ΔW whose norm is known goes straight into the rows that are not measured
+    straight = len(deltas) == 1 and weight.dtype == acc and width == columns and not dry
+    known = deltas[0].quick_sqnorm() if straight else None
+    # What rounding loses is looked at in a part of a long weight; what could overflow, everywhere
+    if dry or rows * columns <= 2 * size or torch.finfo(weight.dtype).max < _WIDE_RANGE:
+        blocks = ((block, True) for block in row_blocks(rows, columns, multiple, size))
+    else:
+        in_place = known is not None and _rows(bands, slice(0, 1)).flatten(1).untyped_storage().data_ptr() == own
+        blocks = _sampled(rows, columns, multiple, size, lambda: in_place and bool(seen[1] > 0))
     norm, finite = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=acc, device=weight.device)
     seen = torch.zeros(3, dtype=torch.float64)
-    own = weight.untyped_storage().data_ptr()
-    for index, block in enumerate(blocks):
+    for block, wanted in blocks:
         values = _rows(bands, block).flatten(1)
         copied = values.untyped_storage().data_ptr() != own
-        measured = index % every == 0 or not seen[1] > 0
+        measured = wanted or not seen[1] > 0
+        if known is not None and not measured:
+            deltas[0].add_rows_(block, values, space)
+            if not safe:
+                finite += values.sum()
+            if copied:
+                _write(bands, block, values)
+            continue
         for start in range(0, columns, width):
             here = values[:, start : start + width]
             delta = space("delta", (here.shape[0], here.shape[1]), here, acc)
@@ -97,10 +112,22 @@ def add_(
             break
         if copied and not dry:
             _write(bands, block, values)
+    norm = norm if known is None else known.double().cpu().clamp(min=0)
     if not finite.isfinite():
         return float(norm.sqrt()), math.inf, 0.0
     share = (seen[1:] / seen[0]).sqrt().tolist() if seen[0] > 0 else [0.0, 0.0]
     return float(norm.sqrt()), float(norm.sqrt()) * share[0], share[1]
+
+
+def _sampled(
+    rows: int, columns: int, multiple: int, size: int, whole: Callable[[], bool]
+) -> Iterator[tuple[slice, bool]]:
+    """Blocks of rows, and whether they are to be measured; what is not is one block, if it may be whole by then."""
+    for run in row_blocks(rows, columns, multiple, _SAMPLED * size):
+        first = min(run.stop, run.start + -(-(run.stop - run.start) // _SAMPLED // multiple) * multiple)
+        yield slice(run.start, first), True
+        for block in row_blocks(run.stop - first, columns, multiple, _SAMPLED * size if whole() else size):
+            yield slice(first + block.start, first + block.stop), False
 
 
 def _fill(delta: Delta, rows: slice, start: int, out: Tensor, columns: int, space: Workspace) -> None:
@@ -163,12 +190,12 @@ def rounded_to(dtype: torch.dtype, before: Tensor, after: Tensor) -> tuple[Tenso
 
 
 def refuse_overflow(site: str, names: Sequence[str], deltas: Sequence[Delta], weight: Tensor) -> None:
-    """Raise MergeError unless W + Σ ΔW is surely finite: |ΔW_ij| ≤ ‖ΔW‖."""
-    bound = sum(float(delta.bound()) for delta in deltas)
+    """Raise MergeError unless W + Σ ΔW is surely finite."""
+    most = torch.stack(weight.aminmax()).abs().max()
+    bound = sum(float(delta.largest(most)) for delta in deltas)
     if not math.isfinite(bound):
         raise MergeError(f"{site}: the ΔW of {', '.join(names)} is not finite; nothing was merged")
-    low, high = (float(extreme) for extreme in weight.aminmax())
-    if not max(-low, high) + bound <= torch.finfo(weight.dtype).max:
+    if not float(most) + bound <= torch.finfo(weight.dtype).max:
         raise MergeError(
             f"{site}: W + ΔW may overflow {weight.dtype}, or W is not finite; nothing was merged. "
             "merge(model) keeps a backup and finds out"

@@ -12,6 +12,11 @@ from torch import Tensor
 BLOCK = 1 << 18
 
 
+def block_size(device: torch.device) -> int:
+    """Elements of a block where it is worked on: a GPU has no such cache, and each block costs it launches."""
+    return BLOCK if device.type == "cpu" else 64 * BLOCK
+
+
 def row_blocks(rows: int, columns: int, multiple: int = 1, size: int = BLOCK) -> Iterator[slice]:
     """Slices that cover `rows`, each about `size` elements and a multiple of `multiple` rows."""
     step = max(1, size // max(1, columns) // multiple) * multiple
@@ -30,7 +35,7 @@ def row_sqnorms(M: Tensor) -> Tensor:
     """‖M_i‖² per row, (m,), summed in at least fp32. M (m, n)."""
     dtype = accumulation_dtype(M.dtype)
     blocks = (M[rows].to(dtype) for rows in row_blocks(*M.shape))
-    return torch.cat([torch.einsum("ij,ij->i", block, block) for block in blocks])
+    return torch.cat([torch.linalg.vector_norm(block, dim=1).square() for block in blocks])
 
 
 class Workspace:

@@ -180,7 +180,7 @@ def _bake(model: nn.Module, affected: Mapping[str, tuple[Adapted, tuple[str, ...
             jobs.append((site, names, deltas, weight, slot.geometry))
     refuse_inert(inert)
     for site, names, deltas, weight, geometry in jobs:
-        weights.append(MergedWeight(site, names, *add_(deltas, weight, geometry, space=space)))
+        weights.append(MergedWeight(site, names, *add_(deltas, weight, geometry, safe=True, space=space)))
     for name in dict.fromkeys(name for _, own in affected.values() for name in own):
         unwrap(model, name)
     return MergeReport(tuple(weights))

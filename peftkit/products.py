@@ -18,6 +18,9 @@ from torch import Tensor
 
 from peftkit.blocks import accumulation_dtype, row_blocks
 
+#: elements of an activation below which an operation costs more than what it does
+_SMALL = 1 << 13
+
 
 def eager() -> bool:
     """Whether operations run as they are written: to a tracer or a transform, these are opaque or in its way."""
@@ -146,7 +149,7 @@ def _rotated(y: Tensor, K: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
 def _rescaled(y: Tensor, e: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
     if bias is None:
         return torch.addcmul(y, y, _beside(e, spatial))
-    if y.dtype.itemsize < 4:  # round once
+    if y.dtype.itemsize < 4 or y.numel() < _SMALL:  # round once; of a few numbers, one operation less is faster
         return torch.addcmul(y, y - _beside(bias.to(y.dtype), spatial), _beside(e, spatial))
     return torch.addcmul(y, y, _beside(e, spatial)).sub_(_beside(e * bias.to(e.dtype), spatial))
 

@@ -208,8 +208,14 @@ def algebra_is_dense(adapter: str, layer: str, dtype: torch.dtype = torch.float6
         with torch.no_grad():
             written = torch.full_like(dense[block], float("nan"))
             delta.rows_(block, written, Workspace())
+            added = W[block].clone()
+            delta.add_rows_(block, added, Workspace())
         close(written, dense[block], dtype, "rows_", dense)
-    assert delta.bound() >= dense.norm() * (1 - BOUND[dtype]), "the bound of the norm is below it"
+        close(added, W[block] + dense[block], dtype, "add_rows_", W)
+    quick, largest = delta.quick_sqnorm(), delta.largest(W.abs().max())
+    assert largest >= dense.abs().max() * (1 - BOUND[dtype]), "an element of ΔW is larger than the bound on them"
+    if quick is not None:
+        close(quick, Delta.sqnorm(delta), dtype, "quick_sqnorm")
     close(delta.scaled(-0.5).dense(), -0.5 * dense, dtype, "scaled")
     wx = g.run(x, W)
     close(delta.apply(x, wx, g), Delta.apply(delta, x, wx, g), dtype, "apply")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -227,7 +228,8 @@ class Counting(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and not any(out.data_ptr() == a.data_ptr() for a in args if isinstance(a, Tensor)):
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in given:
             self.largest = max(self.largest, out.numel())
         return out
 
@@ -279,8 +281,39 @@ class TestForGood:
         assert pk.check(net.float(), torch.randn(2, 8)).ok or spoil == "nan"
 
     @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "loldu", "dora", "oft", "ia3"])
-    def test_takes_no_memory_of_the_size_of_a_weight(self, kind: str) -> None:
-        layer = nn.Linear(2048, 2048).to(torch.bfloat16)
+    @pytest.mark.parametrize("kernel", [(), (3, 3)])
+    def test_a_long_weight_is_that_of_the_definition(self, kind: str, kernel: tuple[int, ...]) -> None:
+        """Most of its rows are written straight; some are measured on the way."""
+        layer = nn.Conv2d(300, 512, kernel) if kernel else nn.Linear(2700, 512)
+        options: dict[str, Any] = {"oft": {"block_size": 32}, "lokr": {"factor": 8}, "ia3": {}}.get(kind, {"rank": 4})
+        pk.wrap(layer, kind, **options)
+        train(layer, size=0.02)
+        exact = copy.deepcopy(layer).double()
+        W = exact.weight.detach().flatten(1)
+        delta = exact.adapters["default"].delta(W).dense().detach()
+        (merged,) = pk.merge(layer, backup=None).weights
+        torch.testing.assert_close(layer.weight.detach().flatten(1).double(), W + delta, rtol=3e-6, atol=3e-7)
+        assert merged.norm == pytest.approx(float(delta.norm()), rel=1e-4)
+        assert merged.change == pytest.approx(merged.norm, rel=1e-3)
+        assert 0 < merged.lost < 1e-4
+
+    def test_a_change_of_the_last_rows_is_found(self) -> None:
+        layer = nn.Linear(2048, 2048)
+        pk.wrap(layer, "lora", rank=4)
+        train(layer, size=0.02)
+        with torch.no_grad():
+            layer.adapters["default"].up[:-3] = 0
+        W, delta = layer.weight.detach().clone(), layer.adapters["default"].delta(layer.weight).dense().detach()
+        with Counting() as counting:
+            (merged,) = pk.merge(layer, backup=None).weights
+        assert counting.largest <= layer.weight.numel() // 4
+        torch.testing.assert_close(layer.weight.detach(), W + delta)
+        assert merged.change == pytest.approx(merged.norm, rel=1e-3)
+
+    @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "loldu", "dora", "oft", "ia3"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_takes_no_memory_of_the_size_of_a_weight(self, kind: str, dtype: torch.dtype) -> None:
+        layer = nn.Linear(2048, 2048).to(dtype)
         options: dict[str, Any] = {"oft": {"block_size": 32}, "lokr": {"factor": 8}, "ia3": {}}.get(kind, {"rank": 4})
         pk.wrap(layer, kind, **options)
         train(layer, size=0.02)

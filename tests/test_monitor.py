@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from peftkit.adapted import placed
 from peftkit.errors import OptionError, UnknownAdapterError
 from peftkit.monitor import CSMonitor, Record
 from tests.laws import refusal
+from tests.processes import distributed
 from tests.zoo import ADAPTERS, LAYERS, make, train
 
 CELLS = [cell for cell in itertools.product(ADAPTERS, LAYERS) if refusal(*cell) is None]
@@ -354,13 +354,8 @@ def test_a_model_without_adapters() -> None:
 # -- sharded weights ------------------------------------------------------------------------------------------------
 
 
-def _sharded(rank: int, world: int, store: str) -> None:
-    import os
-
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    mesh = init_device_mesh("cpu", (world,))
+def _sharded() -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2,))
     found = {}
     for kind in pk.kinds():
         model = _model(kind)
@@ -372,8 +367,7 @@ def _sharded(rank: int, world: int, store: str) -> None:
         record = monitor.measure()
         assert monitor.measure() == record
         found[kind] = (record.per_module, record.norms, record.ratios)
-    torch.save(found, f"{store}.{rank}")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 def _model(kind: str) -> nn.Sequential:
@@ -387,12 +381,7 @@ def _model(kind: str) -> nn.Sequential:
 
 def test_sharded_weights_are_summed_across_processes(tmp_path: Path) -> None:
     """FSDP2 over two processes: the same numbers on both, and those of the whole model."""
-    store = tmp_path / "store"
-    running = torch.multiprocessing.spawn(_sharded, (2, str(store)), nprocs=2, join=False)
-    deadline = time.monotonic() + 240
-    while not running.join(timeout=1):
-        assert time.monotonic() < deadline, [process.kill() for process in running.processes]
-    found = [torch.load(f"{store}.{rank}") for rank in range(2)]
+    found = distributed(_sharded, folder=tmp_path)
     assert found[0] == found[1]
     for kind, (cosines, norms, ratios) in found[0].items():
         agree(Record(0, cosines, norms, ratios), CSMonitor(_model(kind)).measure(), 1e-10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftkit as pk
+from tests.processes import distributed
 from tests.zoo import train
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -124,19 +126,25 @@ def test_activation_checkpointing(kind: str, reentrant: bool) -> None:
         torch.testing.assert_close(a, b.grad, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_ddp(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, x = cell(kind, "linear")
-    expected = torch.autograd.grad(module(x).square().sum(), pk.adapter_parameters(module))
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+def _in_parallel() -> dict[str, list[Tensor]]:
+    """The gradients of a batch of which every process sees its share."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    found = {}
+    for kind in KINDS:
+        module, x = cell(kind, "linear")
         parallel = nn.parallel.DistributedDataParallel(module)
-        parallel(x).square().sum().backward()
-        for a, b in zip(expected, pk.adapter_parameters(module), strict=True):
-            torch.testing.assert_close(a, b.grad)
-    finally:
-        torch.distributed.destroy_process_group()
+        parallel(x[rank::world]).square().mean().backward()
+        found[kind] = [parameter.grad for parameter in pk.adapter_parameters(module)]
+    return found
+
+
+def test_ddp(tmp_path: Path) -> None:
+    found = distributed(_in_parallel, folder=tmp_path)
+    for kind in KINDS:
+        module, x = cell(kind, "linear")
+        expected = torch.autograd.grad(module(x).square().mean(), pk.adapter_parameters(module))
+        for gradients in found:
+            torch.testing.assert_close(gradients[kind], list(expected))
 
 
 @pytest.mark.parametrize("kind", KINDS)

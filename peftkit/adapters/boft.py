@@ -12,6 +12,7 @@ from peftkit.adapters.oft import bound_on_norm, cayley, skew_blocks, upper_trian
 from peftkit.delta import Butterfly
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
+from peftkit.memo import Memo
 from peftkit.registry import register
 
 
@@ -66,9 +67,10 @@ class BOFT(Adapter):
         self.skew = nn.Parameter(torch.zeros(count, blocks, b * (b - 1) // 2, **new))
         self.rescale = nn.Parameter(torch.ones(shape.rows, **new)) if rescale else None
         self.register_buffer("upper", upper_triangle(b, weight.device), persistent=False)
+        self._memo: Memo[Tensor] = Memo()
 
     def delta(self, weight: Tensor) -> Butterfly:
-        K = cayley(self.generator())
+        K = self._memo(lambda: cayley(self.generator()), self.skew)
         rescale = None if self.rescale is None else self.rescale.to(K.dtype)
         return Butterfly(K, weight, rescale)
 

@@ -15,6 +15,7 @@ from peftkit.blocks import row_sqnorms
 from peftkit.delta import Decomposed, Delta
 from peftkit.delta.base import recomputed
 from peftkit.geometry import Shape
+from peftkit.memo import Memo
 
 
 @registry.register("dora")
@@ -57,14 +58,23 @@ class DoRA(Adapter):
         self.options = {"inner": self.inner.kind, **self.inner.options}
         self.input_dropout = self.inner.input_dropout
         self._known: _Known | None = None
+        self._memo: Memo[Decomposed] = Memo()
         self.columns, self.detach_norm, self.positions = axis == "in", detach_norm, shape.positions
         norm = self._per_scale(self._base_sqnorms(weight)).sqrt()
         self.magnitude = nn.Parameter(norm.clone())
         self.register_buffer("base_norm", norm)
 
     def delta(self, weight: Tensor) -> Decomposed:
-        V = self.inner.delta(weight)
         own = self._base_sqnorms(weight)
+        if self.inner.stochastic and self.inner.training:  # V is another at every call
+            return self._decomposed(weight, own)
+        held = (*self.inner._parameters.values(), *self.inner._buffers.values(), self.magnitude, self.base_norm)
+        inputs = [tensor for tensor in held if tensor is not None]
+        return self._memo(lambda: self._decomposed(weight, own), *inputs, of=own)
+
+    def _decomposed(self, weight: Tensor, own: Tensor) -> Decomposed:
+        """ΔW. own: ‖W_i‖² per row, or column."""
+        V = self.inner.delta(weight)
         if self.detach_norm:
             with torch.no_grad():
                 cross, squares = V.column_moments(weight) if self.columns else V.moments(weight)

@@ -11,6 +11,7 @@ from peftkit.adapter import Adapter, factory, rank_scale, require, require_kerne
 from peftkit.adapters.lora import tucker_down
 from peftkit.delta import Hadamard
 from peftkit.geometry import Shape
+from peftkit.memo import Memo
 from peftkit.registry import register
 
 
@@ -51,6 +52,7 @@ class LoHa(Adapter):
         self.up1, self.up2 = (nn.Parameter(torch.empty(shape.rows, rank, **new)) for _ in range(2))
         self.down1, self.down2 = (nn.Parameter(torch.empty(rank, inputs, **new)) for _ in range(2))
         cores = [torch.empty(rank, rank, shape.positions, **new) for _ in range(2 if tucker else 0)]
+        self._memo: Memo[Hadamard] = Memo()
         self.core1 = nn.Parameter(cores[0]) if tucker else None
         self.core2 = nn.Parameter(cores[1]) if tucker else None
         if init == "lycoris":
@@ -72,6 +74,10 @@ class LoHa(Adapter):
 
     def delta(self, weight: Tensor) -> Hadamard:
         del weight
+        held = self.up1, self.down1, self.up2, self.down2, self.core1, self.core2
+        return self._memo(self._hadamard, *(tensor for tensor in held if tensor is not None))
+
+    def _hadamard(self) -> Hadamard:
         down1 = self.down1 if self.core1 is None else tucker_down(self.core1, self.down1)
         down2 = self.down2 if self.core2 is None else tucker_down(self.core2, self.down2)
         return Hadamard(times(self.scale, self.up1), down1, self.up2, down2)

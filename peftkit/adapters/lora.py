@@ -58,6 +58,7 @@ class LoRA(Adapter):
             require_probability("lora", name, value)
         self.scale = rank_scale("lora", rank, alpha, rslora)
         self.input_dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
+        self.stochastic = rank_dropout > 0 or module_dropout > 0
         new = factory(weight)
         self.up = nn.Parameter(torch.zeros(shape.rows, rank, **new))
         if tucker:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from peftkit import products
 from peftkit.adapter import Adapter, factory, require
-from peftkit.delta import Rotation
+from peftkit.delta import Delta, Rotation
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
+from peftkit.memo import Memo
 from peftkit.registry import register
 
 
@@ -97,21 +98,25 @@ class OFT(Adapter):
         self.skew = nn.Parameter(torch.zeros(size // b, b * (b - 1) // 2, **new))
         self.rescale = nn.Parameter(torch.ones(size, **new)) if rescale else None
         self.register_buffer("upper", upper_triangle(b, weight.device), persistent=False)
+        self._memo: Memo[Tensor] = Memo()
 
     def delta(self, weight: Tensor) -> Rotation:
-        return self._rotation(weight, self.generator())
+        return self._rotation(weight, self._memo(lambda: self._turn(self.generator()), self.skew))
 
-    def at(self, weight: Tensor, strength: float | Tensor) -> Rotation:
+    def at(self, weight: Tensor, strength: float | Tensor) -> Delta:
         if not self.geodesic:
-            return self.delta(weight).scaled(strength)
-        return self._rotation(weight, strength * self.generator(), strength)
+            return super().at(weight, strength)
+        return self._rotation(weight, self._turn(strength * self.generator()), strength)
 
     def generator(self) -> Tensor:
         """Q (k, b, b), skew-symmetric, inside the constraint."""
         return skew_blocks(self.skew, self.upper, self.size, self.bound)
 
-    def _rotation(self, weight: Tensor, Q: Tensor, strength: float | Tensor = 1.0) -> Rotation:
-        K = cayley(Q) if self.terms is None else _series(Q, self.terms)
+    def _turn(self, Q: Tensor) -> Tensor:
+        """R − I of a generator."""
+        return cayley(Q) if self.terms is None else _series(Q, self.terms)
+
+    def _rotation(self, weight: Tensor, K: Tensor, strength: float | Tensor = 1.0) -> Rotation:
         if self.rescale is not None:
             factor = (strength * (self.rescale.to(K.dtype) - 1)).unflatten(0, (-1, self.size))
             K = K + factor[:, :, None] * (K + torch.eye(self.size, dtype=K.dtype, device=K.device))

@@ -92,6 +92,14 @@ class Delta(ABC):
         del space
         out.copy_(self.rows(block))
 
+    def add_rows_(self, block: slice, W: Tensor, space: Workspace) -> None:
+        """W += `rows`, in place. W: the rows `block`, few or many, of a weight: perhaps of the base that ΔW reads."""
+        for part in row_blocks(W.shape[0], W.shape[1], self.row_multiple):
+            here = W[part]
+            out = space("delta", (here.shape[0], here.shape[1]), here, self.dtype)
+            self.rows_(slice(block.start + part.start, block.start + part.stop), out, space)
+            here.add_(out)
+
     def filled(self) -> Tensor:
         """`dense` from its rows, block by block: nothing of its size is made beside it. For no gradients."""
         out, space = torch.empty(self.shape, dtype=self.dtype, device=self.device), Workspace()
@@ -135,9 +143,15 @@ class Delta(ABC):
         """‖ΔW‖_F², a scalar."""
         return self.dense().square().sum()
 
-    def bound(self) -> Tensor:
-        """A number that ‖ΔW‖_F does not exceed, a scalar: the norm itself, where that is cheap."""
-        return self.sqnorm().clamp(min=0).sqrt()
+    def quick_sqnorm(self) -> Tensor | None:
+        """‖ΔW‖_F², a scalar, where it takes far less than building ΔW; None elsewhere."""
+        return None
+
+    def largest(self, most: Tensor) -> Tensor:
+        """A number that no |ΔW_ij| exceeds, a scalar. most: the largest |W_ij| of the weight that ΔW is of."""
+        del most
+        square = self.quick_sqnorm()
+        return (self.sqnorm() if square is None else square).clamp(min=0).sqrt()
 
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
         """<ΔW, W>_F and ‖ΔW‖_F², scalars. W (m, n): the weight that ΔW is of; known: what is kept of it."""

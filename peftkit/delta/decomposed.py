@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from peftkit import products
-from peftkit.blocks import Workspace
+from peftkit.blocks import Workspace, row_blocks
 from peftkit.delta.base import Delta, Known
 from peftkit.delta.hadamard import Hadamard
 from peftkit.delta.lowrank import LowRank
 from peftkit.geometry import Geometry
+from peftkit.memo import kept
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -75,6 +76,21 @@ class Decomposed(Delta):
             W = space("decomposed", (out.shape[0], out.shape[1]), out).copy_(W)
         out.addcmul_(W, self._along(self.e, block))
 
+    def add_rows_(self, block: slice, W: Tensor, space: Workspace) -> None:
+        if self.columns or not isinstance(self.V, (LowRank, Hadamard)) or W.dtype != self.dtype:
+            return super().add_rows_(block, W, space)
+        V = self._scaled_inner
+        for part in row_blocks(W.shape[0], W.shape[1]):
+            rows = slice(block.start + part.start, block.start + part.stop)
+            W[part].addcmul_(self.W[rows].to(W.dtype), self.e[rows, None])
+            V.add_rows_(rows, W[part], space)  # which does not read the base, changed by now
+        return None
+
+    @kept
+    def _scaled_inner(self) -> Delta:
+        """diag(f)·V, of a V that can be rescaled."""
+        return cast("LowRank | Hadamard", self.V).rescaled(self.f)
+
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         if not self.columns:
             assert wx is not None
@@ -89,7 +105,7 @@ class Decomposed(Delta):
         if self.columns or out is not y or not isinstance(self.V, (LowRank, Hadamard)):
             return None
         # The magnitudes of V go into its factors: what has the size of the output is written once
-        return self.V.rescaled(self.f).onto(products.rescaled(y, self.e, bias, g.spatial), x, y, bias, g)
+        return self._scaled_inner.onto(products.rescaled(y, self.e, bias, g.spatial), x, y, bias, g)
 
     def inner(self, M: Tensor) -> Tensor:
         along = self.V.column_moments if self.columns else self.V.moments
@@ -99,6 +115,12 @@ class Decomposed(Delta):
         own, cross, squares = self._moments()
         # ‖e·w + f·v‖² = e²w² + 2ef<w, v> + f²v², row by row
         return (self.e.square() * own + 2 * self.e * self.f * cross + self.f.square() * squares).sum()
+
+    def quick_sqnorm(self) -> Tensor | None:
+        return None if self.known is None else self.sqnorm()
+
+    def largest(self, most: Tensor) -> Tensor:
+        return self.e.abs().max() * most + self.f.abs().max() * self.V.largest(most)
 
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
         del W, known
@@ -118,8 +140,7 @@ class Decomposed(Delta):
 
     def _dots(self, M: Tensor, N: Tensor) -> Tensor:
         """<M_i, N_i> per row (or column), accumulated in the dtype of the factors."""
-        spec = "ij,ij->j" if self.columns else "ij,ij->i"
-        return torch.einsum(spec, M.to(self.dtype), N.to(self.dtype))
+        return (M.to(self.dtype) * N.to(self.dtype)).sum(0 if self.columns else 1)
 
     def apply_flops(self, outputs: int) -> int:
         m, n = self.shape

@@ -63,7 +63,7 @@ def norm(delta: Delta) -> float:
 
 def _low_rank(delta: Delta) -> LowRank | None:
     """The factors in float64, None where there are none or too many."""
-    low = delta.khatri_rao() if isinstance(delta, Hadamard) and delta.rank**2 <= _RANKS else delta
+    low = delta.khatri_rao if isinstance(delta, Hadamard) and delta.rank**2 <= _RANKS else delta
     return LowRank(low.B.double(), low.A.double()) if isinstance(low, LowRank) and low.rank <= _RANKS else None
 
 

@@ -13,6 +13,7 @@ from peftkit.delta.base import Delta, Known
 from peftkit.delta.lowrank import LowRank
 from peftkit.geometry import Geometry
 from peftkit.kernels import ops
+from peftkit.memo import kept
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -48,6 +49,7 @@ class Hadamard(Delta):
     def scaled(self, strength: float | Tensor) -> Hadamard:
         return Hadamard(self.B1 * strength, self.A1, self.B2, self.A2)
 
+    @kept
     def khatri_rao(self) -> LowRank:
         """The same ΔW as one product of rank r²: row i of B is B1_i ⊗ B2_i, column j of A is A1_j ⊗ A2_j."""
         B = (self.B1[:, :, None] * self.B2[:, None, :]).flatten(1)
@@ -67,10 +69,10 @@ class Hadamard(Delta):
         out.mul_(torch.mm(self.B2[block], self.A2, out=other))
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
-        return self.khatri_rao().apply(x, wx, g)
+        return self.khatri_rao.apply(x, wx, g)
 
     def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
-        return self.khatri_rao().onto(out, x, y, bias, g)
+        return self.khatri_rao.onto(out, x, y, bias, g)
 
     def rescaled(self, f: Tensor) -> Hadamard:
         """diag(f)·ΔW, f (m,)."""
@@ -82,8 +84,11 @@ class Hadamard(Delta):
     def sqnorm(self) -> Tensor:
         # ‖ΔW‖² = Σ (FᵀF) ⊙ (HHᵀ) over the Khatri–Rao factors: r⁴ numbers, cheaper than mn·r for small ranks
         if self.rank**3 <= max(self.shape):
-            return self.khatri_rao().sqnorm()
+            return self.khatri_rao.sqnorm()
         return self.moments(self.A1.new_zeros(1, 1).expand(self.shape))[1].sum()
+
+    def largest(self, most: Tensor) -> Tensor:
+        return LowRank(self.B1, self.A1).largest(most) * LowRank(self.B2, self.A2).largest(most)
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         if not self._on_gpu():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,13 +62,25 @@ class Kron(Delta):
         return (self.C[i // b][:, :, None] * self.D[i % b][:, None, :]).flatten(1)
 
     def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
+        for tiles, row, D in self._copies(block, out, space):
+            torch.mul(row, D, out=tiles)
+
+    def add_rows_(self, block: slice, W: Tensor, space: Workspace) -> None:
+        if W.dtype == self.dtype:
+            for tiles, row, D in self._copies(block, W, space):
+                tiles.addcmul_(row, D)
+        else:
+            super().add_rows_(block, W, space)
+
+    def _copies(self, block: slice, out: Tensor, space: Workspace) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The parts of out (rows of the block, n) that one row of C scales: (rows, c, d), (c, 1), (rows, 1, d) of D."""
         (b, d), start = self.block, block.start
         D = self.right if self.left is None else torch.mm(self.left, self.right, out=space("kron", (b, d), self.right))
-        while start < block.stop:  # one copy of D after the other
+        while start < block.stop:
             band = start // b
             stop = min(block.stop, (band + 1) * b)
-            target = out[start - block.start : stop - block.start].unflatten(1, (-1, d))
-            torch.mul(self.C[band, :, None], D[start - band * b : stop - band * b, None, :], out=target)
+            tiles = out[start - block.start : stop - block.start].unflatten(1, (-1, d))
+            yield tiles, self.C[band, :, None], D[start - band * b : stop - band * b, None, :]
             start = stop
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
@@ -113,6 +126,13 @@ class Kron(Delta):
 
     def sqnorm(self) -> Tensor:
         return self.C.square().sum() * self.D.square().sum()
+
+    def quick_sqnorm(self) -> Tensor:
+        return self.sqnorm()
+
+    def largest(self, most: Tensor) -> Tensor:
+        del most
+        return self.C.abs().max() * self.D.abs().max()
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         D, (a, c), (b, d) = self.D, self.C.shape, self.block

@@ -52,6 +52,12 @@ class LowRank(Delta):
     def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
         torch.mm(self.B[block], self.A, out=out)
 
+    def add_rows_(self, block: slice, W: Tensor, space: Workspace) -> None:
+        if W.dtype == self.dtype:
+            W.addmm_(self.B[block], self.A)
+        else:
+            super().add_rows_(block, W, space)
+
     def tile(self, rows: slice, columns: slice) -> Tensor:
         return self.B[rows] @ self.A[:, columns]
 
@@ -74,6 +80,15 @@ class LowRank(Delta):
     def sqnorm(self) -> Tensor:
         return ((self.B.mT @ self.B) * (self.A @ self.A.mT)).sum()
 
+    def quick_sqnorm(self) -> Tensor:
+        # Ranks may cancel: the Gram matrices are small, and take float64 where there is any
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        return LowRank(self.B.to(wide), self.A.to(wide)).sqnorm()
+
+    def largest(self, most: Tensor) -> Tensor:
+        del most  # |b·a| ≤ ‖b‖·‖a‖
+        return torch.linalg.vector_norm(self.B, dim=1).max() * torch.linalg.vector_norm(self.A, dim=0).max()
+
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         return (self._projected(M) * self.B).sum(1), ((self.B @ (self.A @ self.A.mT)) * self.B).sum(1)
 
@@ -82,9 +97,7 @@ class LowRank(Delta):
 
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
         del known
-        # Ranks may cancel: the Gram matrices are small, and take float64 where there is any
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        return self.inner(W), LowRank(self.B.to(wide), self.A.to(wide)).sqnorm()
+        return self.inner(W), self.quick_sqnorm()
 
     def _projected(self, M: Tensor) -> Tensor:
         """M·Aᵀ (m, r), without a copy of M in another dtype. M (m, n)."""

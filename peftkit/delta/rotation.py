@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftkit import products
-from peftkit.blocks import Workspace, row_blocks, row_sqnorms
+from peftkit.blocks import Workspace, row_blocks
 from peftkit.delta.base import Delta, Known, total
 from peftkit.geometry import Geometry
 
@@ -103,8 +103,8 @@ class Rotation(Delta):
         blocks = (self.rows(block).reshape(-1) for block in row_blocks(*self.shape, self.row_multiple))
         return total([torch.dot(block, block) for block in blocks])
 
-    def bound(self) -> Tensor:
-        return torch.linalg.matrix_norm(self.K).max() * row_sqnorms(self.W).sum().sqrt()
+    def largest(self, most: Tensor) -> Tensor:
+        return self.K.abs().sum(-1).max() * most
 
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
         if 4 * self.size > self.shape[1 if self.side == "out" else 0]:  # the Gram matrices would be no smaller than W

@@ -72,6 +72,9 @@ class Scaled(Delta):
         squares = row_sqnorms(self.W.mT if self.columns else self.W)
         return (self.e.square() * squares.to(self.dtype)).sum()
 
+    def largest(self, most: Tensor) -> Tensor:
+        return self.e.abs().max() * most
+
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
         squares = known(f"columns {self.columns}", lambda: row_sqnorms(W.mT if self.columns else W).to(self.dtype))
         return (self.e * squares).sum(), (self.e.square() * squares).sum()
@@ -86,7 +89,7 @@ class Scaled(Delta):
 
     def _dots(self, M: Tensor) -> Tensor:
         """<W_i, M_i> per row (or column), accumulated in the dtype of e."""
-        return torch.einsum("ij,ij->j" if self.columns else "ij,ij->i", self.W.to(self.dtype), M.to(self.dtype))
+        return (self.W.to(self.dtype) * M.to(self.dtype)).sum(0 if self.columns else 1)
 
     def apply_flops(self, outputs: int) -> int:
         return outputs * (2 * self.shape[0] * self.shape[1] if self.columns else self.shape[0])

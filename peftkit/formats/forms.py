@@ -90,7 +90,7 @@ def low_rank(delta: Delta) -> LowRank:
     """The same ΔW as one product B·A: by its structure, or as ΔW times the identity where that is smaller."""
     m, n = delta.shape
     if isinstance(delta, Hadamard) and delta.rank**2 < min(m, n):
-        return delta.khatri_rao()
+        return delta.khatri_rao
     if isinstance(delta, Kron):
         found = _kron_low_rank(delta)
         if found.rank < min(m, n):

@@ -95,7 +95,7 @@ def singular_values(deltas: Sequence[Delta]) -> Tensor:
         D = _values(kron.left, kron.right) if kron.left is not None else torch.linalg.svdvals(kron.right.double())
         return torch.outer(torch.linalg.svdvals(kron.C.double()), D).flatten()
     least = min(deltas[0].shape)
-    low = [delta.khatri_rao() if isinstance(delta, Hadamard) else delta for delta in deltas]
+    low = [delta.khatri_rao if isinstance(delta, Hadamard) else delta for delta in deltas]
     factors = [delta for delta in low if isinstance(delta, LowRank)]
     if len(factors) == len(deltas) and sum(delta.rank for delta in factors) <= least:
         return _values(torch.cat([f.B for f in factors], 1), torch.cat([f.A for f in factors]))

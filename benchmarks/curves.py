@@ -1,0 +1,151 @@
+"""Cost against size, one axis at a time: output width m, input width n, rank, tokens, layers; and the slope expected.
+
+    python benchmarks/curves.py [--save]
+
+Slopes are those of a straight line through the last points in log–log: 1 is a cost in proportion. What is not in
+proportion is expected to be below: a call costs some microseconds whatever it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+import peftkit as pk
+from peftkit.bench.cases import LayerShape
+from peftkit.bench.peers import KINDS, randomize
+from peftkit.bench.rows import environment
+from peftkit.bench.timing import contest
+from peftkit.terminal import OUT
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "curves.json", ROOT / "docs" / "curves.png"
+
+#: axis -> its sizes
+AXES: dict[str, Sequence[int]] = {
+    "m": (256, 512, 1024, 2048, 4096),
+    "n": (256, 512, 1024, 2048, 4096),
+    "rank": (8, 16, 32, 64, 128),
+    "tokens": (128, 256, 512, 1024, 2048),
+    "layers": (4, 8, 16, 32, 64),
+}
+#: the option that is a kind's rank
+RANKED = {"lora": "rank", "loha": "rank", "dora": "rank", "oft": "block_size"}
+
+#: (operation, axis) -> the largest exponent that the algebra allows
+EXPECTED: dict[tuple[str, str], float] = {
+    ("apply", "m"): 1,
+    ("apply", "n"): 1,
+    ("apply", "rank"): 1,
+    ("apply", "tokens"): 1,
+    ("apply", "layers"): 1,
+    ("merge", "m"): 1,
+    ("merge", "n"): 1,
+    ("merge", "rank"): 1,
+    ("merge", "layers"): 1,
+}
+#: LoHa of rank r is applied as the LoRA of rank r² that it is
+HIGHER = {("loha", "apply", "rank"): 2}
+#: what caches and noise may add to an exponent
+SLACK = 0.25
+
+
+def cost(kind: str, operation: str, axis: str, size: int) -> float:
+    """Milliseconds of ΔW·x beside the frozen layers, or of merging for good."""
+    sizes = {"m": 1024, "n": 1024, "tokens": 512, "layers": 1, axis: size}
+    options = dict(KINDS[kind][0])
+    if axis == "rank":
+        options[RANKED[kind]] = size if kind != "loha" else size // 4
+    shape = LayerShape(sizes["m"], sizes["n"], tokens=sizes["tokens"])
+    bare = [shape.layer() for _ in range(sizes["layers"])]
+    model = nn.ModuleList(copy.deepcopy(bare))
+
+    def wrap() -> None:
+        pk.wrap(model, kind, route="factored", **options)
+        randomize(model)
+
+    if operation == "merge":
+        seconds = contest({"merge": lambda: pk.merge(model, backup=None)}, rounds=5, prepare={"merge": wrap})
+        return 1e3 * statistics.median(seconds["merge"])
+    wrap()
+    x = shape.input()
+
+    @torch.no_grad()
+    def run(layers: Iterable[nn.Module]) -> None:
+        for layer in layers:
+            layer(x)
+
+    seconds = contest({"adapted": lambda: run(model), "bare": lambda: run(bare)}, rounds=7)
+    return 1e3 * statistics.median(a - b for a, b in zip(seconds["adapted"], seconds["bare"], strict=True))
+
+
+def slope(sizes: Sequence[int], values: Sequence[float]) -> float:
+    """Of the last three points."""
+    points = [(math.log(s), math.log(max(v, 1e-6))) for s, v in list(zip(sizes, values, strict=True))[-3:]]
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
+
+
+def draw(rows: Sequence[dict[str, object]]) -> None:
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    axes = figure.subplots(2, len(AXES))
+    for i, operation in enumerate(("apply", "merge")):
+        for axis, own in zip(AXES, axes[i], strict=True):
+            own.set(xscale="log", yscale="log", title=f"{operation}, {axis}", ylabel="ms")
+            for row in rows:
+                if (row["operation"], row["axis"]) == (operation, axis):
+                    own.plot(AXES[axis], row["ms"], marker=".", label=str(row["kind"]))
+            if not own.lines:
+                own.set_visible(False)
+    axes[0, 0].legend()
+    figure.savefig(PICTURE, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results and docs")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    cells = [(k, o, a) for (o, a) in EXPECTED for k in KINDS if a != "rank" or k in RANKED]
+    rows: list[dict[str, object]] = []
+    shown = Table("operation", "axis", "kind", "slope", "at most")
+    steep = []
+    for kind, operation, axis in track(cells, description="measuring"):
+        most = HIGHER.get((kind, operation, axis), EXPECTED[operation, axis])
+        values = [cost(kind, operation, axis, size) for size in AXES[axis]]
+        found = slope(AXES[axis], values)
+        rows.append(
+            {
+                "kind": kind,
+                "operation": operation,
+                "axis": axis,
+                "ms": [float(f"{v:.3g}") for v in values],
+                "slope": round(found, 2),
+                "expected": most,
+            }
+        )
+        shown.add_row(operation, axis, kind, f"{found:.2f}", str(most))
+        if found > most + SLACK:
+            steep.append(f"{kind}, {operation} over {axis}: {found:.2f} where {most} was expected")
+    OUT.print(shown)
+    if arguments.save:
+        sizes = {axis: list(values) for axis, values in AXES.items()}
+        RESULTS.write_text(json.dumps({**environment("cpu"), "sizes": sizes, "rows": rows}, indent=1) + "\n")
+        draw(rows)
+    if steep:
+        raise SystemExit("\n".join(steep))
+
+
+if __name__ == "__main__":
+    main()

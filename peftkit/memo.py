@@ -1,0 +1,61 @@
+"""What was made of some tensors, kept for as long as they are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftkit import products
+
+T = TypeVar("T")
+
+
+class Memo(Generic[T]):
+    """The last result of a function of small tensors, while they are bit for bit what they were.
+
+    Comparing them reads them once, far less than solving or projecting with them, and sees every write there is: also
+    one through `.data`, which no version counts. Only on the CPU, where a comparison waits for nothing, and without
+    gradients, since a graph serves one backward.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[object, tuple[Tensor, ...], T] | None = None
+
+    def __call__(self, make: Callable[[], T], *inputs: Tensor, of: object = None) -> T:
+        """make(), or what it gave when the inputs were these and `of` this very object."""
+        if torch.is_grad_enabled() or not products.eager() or not all(map(_plain, inputs)):
+            return make()
+        if self._kept is None or self._kept[0] is not of or not all(map(_same, inputs, self._kept[1])):
+            self._kept = of, tuple(t.detach().clone() for t in inputs), make()
+        return self._kept[2]
+
+    def __deepcopy__(self, memo: object) -> Memo[T]:
+        return Memo()
+
+    def __reduce__(self) -> tuple[type[Memo[Any]], tuple[()]]:
+        return Memo, ()
+
+
+def kept(method: Callable[[Any], T]) -> T:
+    """A property of an immutable object that is computed once where no gradients are asked for, else at every use."""
+    name = f"_kept_{method.__name__}"
+
+    def get(self: Any) -> T:
+        if torch.is_grad_enabled():
+            return method(self)
+        if name not in self.__dict__:
+            self.__dict__[name] = method(self)
+        return self.__dict__[name]
+
+    return cast(T, property(get, doc=method.__doc__))
+
+
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and cast(bool, torch.equal(a, b))
