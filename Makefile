@@ -41,8 +41,12 @@ bench: $(VENV)/ready-dev
 	$(BIN)/python scripts/fetch_assets.py
 	$(BIN)/python benchmarks/checkpoint.py --save
 	$(BIN)/python benchmarks/monitor.py --save
+	$(BIN)/python benchmarks/shortcuts.py --save
+	$(BIN)/python benchmarks/unet.py --save
+	$(BIN)/python benchmarks/routes.py --save
+	$(BIN)/python benchmarks/curves.py --save
 	$(BIN)/peftkit bench step --shapes $(STEPS) --dtype fp32,bf16 --peers lycoris,peft --rounds 5 --json $(RESULTS)/step.json
-	$(BIN)/peftkit bench merge --shapes sd15 --peers lycoris,peft --rounds 5 --json $(RESULTS)/merge.json
+	$(BIN)/peftkit bench merge --shapes sd15-unet --peers lycoris,peft --rounds 3 --json $(RESULTS)/merge.json
 	$(BIN)/peftkit bench ops --shapes 4096x4096@512 --operations dense,add --dtype fp32,bf16 \
 		--peers lycoris,peft --rounds 5 --json $(RESULTS)/ops.json
 

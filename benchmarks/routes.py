@@ -43,6 +43,8 @@ def cell(shape: LayerShape, kind: str, options: dict[str, Any], training: bool, 
     """One call, or one training step, on both routes."""
     torch.manual_seed(0)
     layer, x = shape.layer(), shape.input()
+    with torch.no_grad():
+        g = torch.randn_like(layer(x))
     model = Host(layer)
     pk.wrap(model, kind, **options)
     randomize(model)
@@ -53,10 +55,7 @@ def cell(shape: LayerShape, kind: str, options: dict[str, Any], training: bool, 
         call()
 
     if training:
-        x.requires_grad_()
-        with torch.no_grad():
-            g = torch.randn_like(layer(x))
-        call = step(model, x, g)
+        call = step(model, x.requires_grad_(), g)
     else:
         call = torch.no_grad()(lambda: model(x))
     on("auto", call)

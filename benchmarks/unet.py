@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import logging
 import shlex
 import sys
 import warnings
@@ -152,6 +153,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")  # of peers, about how they are used
+    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
     frozen = base(arguments.latents)
     rows: list[Row] = []
     for kind in track(arguments.kinds.split(","), description="measuring"):

@@ -242,6 +242,34 @@ def ops_table(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def unet_table(found: list[Row]) -> str:
+    """A training step of the whole U-Net, and the MB it keeps for backward beyond the frozen one."""
+    ways = ("ours", "lycoris", "lycoris bypass", "peft")
+    lines = ["| adapter | " + " | ".join(ways) + " |", "| --- |" + " ---: |" * len(ways)]
+    for row in found:
+        cells = [f"{row.ratio[way].median:.2f} ({row.memory[way]:.0f})" if way in row.ratio else "" for way in ways]
+        lines.append(f"| `{row.kind}` | " + " | ".join([f"**{cells[0]}**", *cells[1:]]) + " |")
+    frozen = found[0]
+    lines += ["", f"{frozen.case}, batch 1; the frozen model keeps {frozen.memory['frozen']:.0f} MB."]
+    return "\n".join(lines)
+
+
+def routes_line(found: dict[str, Any]) -> str:
+    rows = found["rows"]
+    worst = max(rows, key=lambda row: row["over the other"])
+    return (
+        f'`route="auto"` counts operations and bytes. In {found["cells"] - found["wrong"]} of {found["cells"]} cells '
+        "(kinds and ranks × layers × tokens × training or not) it takes the faster route or one within 10 % of it; at "
+        f"worst {worst['over the other']:.2f} times the other ({worst['kind']}, {worst['layer']}, "
+        f"{'training' if worst['training'] else 'inference'}; `python benchmarks/routes.py`)."
+    )
+
+
+def shortcuts_table(found: dict[str, Any]) -> str:
+    lines = ["| shortcut | |", "| --- | ---: |"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in found["shortcuts"].items())])
+
+
 def measured(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
@@ -254,6 +282,9 @@ def main() -> None:
     text = replaced(text, "stopping", stopping(measured("early_stopping")))
     text = replaced(text, "watching", watching_table(measured("monitor")))
     text = replaced(text, "step", step_table(read(RESULTS / "step.json")))
+    text = replaced(text, "unet", unet_table(read(RESULTS / "unet.json")))
+    text = replaced(text, "routes", routes_line(measured("routes")))
+    text = replaced(text, "shortcuts", shortcuts_table(measured("shortcuts")))
     text = replaced(text, "merge", merge_table(read(RESULTS / "merge.json")))
     text = replaced(text, "ops", ops_table(read(RESULTS / "ops.json")))
     if (DEMO / "table.json").exists():

@@ -46,7 +46,7 @@ class Rotation(Delta):
         return self.K.shape[-1]
 
     def dense(self) -> Tensor:
-        return self.rows(slice(0, self.shape[0]))
+        return self.rows(slice(0, self.shape[0])) if torch.is_grad_enabled() else self.filled()
 
     def scaled(self, strength: float | Tensor) -> Rotation:
         return replace(self, K=self.K * strength)
