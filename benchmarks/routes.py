@@ -54,10 +54,7 @@ def cell(shape: LayerShape, kind: str, options: dict[str, Any], training: bool, 
         host.adaptation.route = route
         call()
 
-    if training:
-        call = step(model, x.requires_grad_(), g)
-    else:
-        call = torch.no_grad()(lambda: model(x))
+    call = step(model, x.requires_grad_(), g) if training else torch.no_grad()(lambda: model(x))
     on("auto", call)
     (chosen,) = host.adaptation.chosen.values()
     seconds = contest({route: lambda r=route: on(r, call) for route in ("factored", "dense")}, rounds=rounds)

@@ -60,7 +60,7 @@ def add_(
     own = weight.untyped_storage().data_ptr()
     # One ΔW whose norm is known goes straight into the rows that are not measured
     straight = len(deltas) == 1 and weight.dtype == acc and width == columns and not dry
-    known = deltas[0].quick_sqnorm() if straight else None
+    known = deltas[0].quick_sqnorm if straight else None
     # What rounding loses is looked at in a part of a long weight; what could overflow, everywhere
     if dry or rows * columns <= 2 * size or torch.finfo(weight.dtype).max < _WIDE_RANGE:
         blocks = ((block, True) for block in row_blocks(rows, columns, multiple, size))

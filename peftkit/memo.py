@@ -18,19 +18,25 @@ class Memo(Generic[T]):
 
     Comparing them reads them once, far less than solving or projecting with them, and sees every write there is: also
     one through `.data`, which no version counts. Only on the CPU, where a comparison waits for nothing, and without
-    gradients, since a graph serves one backward.
+    gradients, since a graph serves one backward. Nothing is kept of the first call, which may be the only one.
     """
 
     def __init__(self) -> None:
+        self._called = False
         self._kept: tuple[object, tuple[Tensor, ...], T] | None = None
 
     def __call__(self, make: Callable[[], T], *inputs: Tensor, of: object = None) -> T:
         """make(), or what it gave when the inputs were these and `of` this very object."""
         if torch.is_grad_enabled() or not products.eager() or not all(map(_plain, inputs)):
+            self._called, self._kept = False, None
             return make()
-        if self._kept is None or self._kept[0] is not of or not all(map(_same, inputs, self._kept[1])):
-            self._kept = of, tuple(t.detach().clone() for t in inputs), make()
-        return self._kept[2]
+        if not self._called:
+            self._called = True
+            return make()
+        kept = self._kept  # threads may call at once
+        if kept is None or kept[0] is not of or not all(map(_same, inputs, kept[1])):
+            self._kept = kept = of, tuple(t.detach().clone() for t in inputs), make()
+        return kept[2]
 
     def __deepcopy__(self, memo: object) -> Memo[T]:
         return Memo()

@@ -212,7 +212,7 @@ def algebra_is_dense(adapter: str, layer: str, dtype: torch.dtype = torch.float6
             delta.add_rows_(block, added, Workspace())
         close(written, dense[block], dtype, "rows_", dense)
         close(added, W[block] + dense[block], dtype, "add_rows_", W)
-    quick, largest = delta.quick_sqnorm(), delta.largest(W.abs().max())
+    quick, largest = delta.quick_sqnorm, delta.largest(W.abs().max())
     assert largest >= dense.abs().max() * (1 - BOUND[dtype]), "an element of ΔW is larger than the bound on them"
     if quick is not None:
         close(quick, Delta.sqnorm(delta), dtype, "quick_sqnorm")

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from peftkit import products
 from peftkit.blocks import BLOCK, Workspace, accumulation_dtype, row_blocks, tiles
 from peftkit.geometry import Geometry
+from peftkit.memo import kept
 
 _SMALL = 1 << 14  # elements that nobody minds: 64 KiB of fp32
 
@@ -143,6 +144,7 @@ class Delta(ABC):
         """‖ΔW‖_F², a scalar."""
         return self.dense().square().sum()
 
+    @kept
     def quick_sqnorm(self) -> Tensor | None:
         """‖ΔW‖_F², a scalar, where it takes far less than building ΔW; None elsewhere."""
         return None
@@ -150,7 +152,7 @@ class Delta(ABC):
     def largest(self, most: Tensor) -> Tensor:
         """A number that no |ΔW_ij| exceeds, a scalar. most: the largest |W_ij| of the weight that ΔW is of."""
         del most
-        square = self.quick_sqnorm()
+        square = self.quick_sqnorm
         return (self.sqnorm() if square is None else square).clamp(min=0).sqrt()
 
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:

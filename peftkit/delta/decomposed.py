@@ -116,6 +116,7 @@ class Decomposed(Delta):
         # ‖e·w + f·v‖² = e²w² + 2ef<w, v> + f²v², row by row
         return (self.e.square() * own + 2 * self.e * self.f * cross + self.f.square() * squares).sum()
 
+    @kept
     def quick_sqnorm(self) -> Tensor | None:
         return None if self.known is None else self.sqnorm()
 

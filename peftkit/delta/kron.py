@@ -12,6 +12,7 @@ from peftkit import products
 from peftkit.blocks import Workspace, row_blocks
 from peftkit.delta.base import Delta, Known
 from peftkit.geometry import Geometry
+from peftkit.memo import kept
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -127,6 +128,7 @@ class Kron(Delta):
     def sqnorm(self) -> Tensor:
         return self.C.square().sum() * self.D.square().sum()
 
+    @kept
     def quick_sqnorm(self) -> Tensor:
         return self.sqnorm()
 

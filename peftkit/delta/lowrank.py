@@ -11,6 +11,7 @@ from peftkit import products
 from peftkit.blocks import Workspace, row_blocks
 from peftkit.delta.base import Delta, Known
 from peftkit.geometry import Geometry
+from peftkit.memo import kept
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -80,14 +81,11 @@ class LowRank(Delta):
     def sqnorm(self) -> Tensor:
         return ((self.B.mT @ self.B) * (self.A @ self.A.mT)).sum()
 
+    @kept
     def quick_sqnorm(self) -> Tensor:
         # Ranks may cancel: the Gram matrices are small, and take float64 where there is any
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         return LowRank(self.B.to(wide), self.A.to(wide)).sqnorm()
-
-    def largest(self, most: Tensor) -> Tensor:
-        del most  # |b·a| ≤ ‖b‖·‖a‖
-        return torch.linalg.vector_norm(self.B, dim=1).max() * torch.linalg.vector_norm(self.A, dim=0).max()
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         return (self._projected(M) * self.B).sum(1), ((self.B @ (self.A @ self.A.mT)) * self.B).sum(1)
@@ -97,7 +95,7 @@ class LowRank(Delta):
 
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
         del known
-        return self.inner(W), self.quick_sqnorm()
+        return self.inner(W), self.quick_sqnorm
 
     def _projected(self, M: Tensor) -> Tensor:
         """M·Aᵀ (m, r), without a copy of M in another dtype. M (m, n)."""
