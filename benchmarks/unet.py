@@ -15,6 +15,8 @@ import logging
 import shlex
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -22,8 +24,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from rich.progress import track
 from torch import Tensor, nn
 
-import peftkit as pk
-from peftkit.bench.peers import KINDS, LYCORIS_MODULES, randomize, ways
+from peftkit.bench.peers import KINDS, LYCORIS_MODULES, randomize, ways, wrap
 from peftkit.bench.rows import Row, dump, table
 from peftkit.bench.timing import Call, Spread, contest, ratios
 from peftkit.terminal import OUT
@@ -59,10 +60,10 @@ def shared(model: Denoiser) -> Denoiser:
 
 def adapted(way: str, kind: str, model: Denoiser) -> Denoiser:
     """The model with adapters on all its Linear and Conv2d layers."""
-    options, of_lycoris, of_peft = KINDS[kind]
+    _, of_lycoris, of_peft = KINDS[kind]
     layers = {name: m for name, m in model.unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     if way == "ours":
-        pk.wrap(model.unet, kind, targets="full", **options)
+        wrap(model.unet, kind)
     elif way.startswith("lycoris"):
         assert of_lycoris is not None
         module = getattr(importlib.import_module(LYCORIS_MODULES[of_lycoris[0]]), of_lycoris[0])
@@ -104,7 +105,12 @@ def kept(model: Denoiser) -> float:
     return sum(found.values()) / 1e6
 
 
-def measure(frozen: Denoiser, kind: str, rounds: int) -> Row:
+def measure(kind: str, rounds: int, latents: int) -> Row:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")  # of peers, about how they are used
+    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+    frozen = base(latents)
     calls: dict[str, Call] = {"frozen": step(frozen)}
     memory = {"frozen": kept(frozen)}
     for way in ways(PEERS, kind):
@@ -130,7 +136,7 @@ def measure(frozen: Denoiser, kind: str, rounds: int) -> Row:
     return Row(
         question="unet",
         kind=kind,
-        case=f"SD 1.5 U-Net, 282 layers, latents of {frozen.inputs[0].shape[-1]}²",
+        case=f"SD 1.5 U-Net, 282 layers, latents of {latents}²",
         dtype="float32",
         reference="frozen U-Net",
         reference_ms=1e3 * Spread.of(seconds["frozen"]).median,
@@ -150,14 +156,11 @@ def main() -> None:
     parser.add_argument("--kinds", default="lora,loha,lokr,dora,oft,loldu")
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    warnings.simplefilter("ignore")  # of peers, about how they are used
-    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
-    frozen = base(arguments.latents)
     rows: list[Row] = []
     for kind in track(arguments.kinds.split(","), description="measuring"):
-        rows.append(measure(frozen, kind, arguments.rounds))
+        # A process of its own: what the peers' steps leave of the heap of one kind does not weigh on the next
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            rows.append(process.submit(measure, kind, arguments.rounds, arguments.latents).result())
         OUT.print(table(rows[-1:]))
         if arguments.save:
             RESULTS.write_text(dump(rows, "cpu", shlex.join(["python", *sys.argv])))

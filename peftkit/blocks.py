@@ -38,6 +38,11 @@ def row_sqnorms(M: Tensor) -> Tensor:
     return torch.cat([torch.linalg.vector_norm(block, dim=1).square() for block in blocks])
 
 
+def row_dots(M: Tensor, N: Tensor, dtype: torch.dtype) -> Tensor:
+    """<M_i, N_i> per row, (m,), in that dtype. M, N (m, n)."""
+    return torch.cat([(M[rows].to(dtype) * N[rows].to(dtype)).sum(1) for rows in row_blocks(*M.shape)])
+
+
 class Workspace:
     """Buffers that are used again and again: fresh memory costs many times what is done in it."""
 

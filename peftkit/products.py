@@ -64,7 +64,7 @@ class _AddPointwise(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (h, B), spatial = grads, ctx.saved_tensors, ctx.spatial
         (v, r), (_, for_h, for_B, _) = B.shape, ctx.needs_input_grad
-        if _innermost(g, spatial):
+        if _rowwise(g, spatial):
             rows = _tokens(g, v, spatial)
             gh = _from_tokens(rows @ B, h.shape, spatial) if for_h else None
             return g, gh, rows.mT @ _tokens(h, r, spatial) if for_B else None, None
@@ -87,7 +87,7 @@ class _Rotated(torch.autograd.Function):
         gy = _plus_blocks(g, K.mT, None, spatial) if for_y else None
         gK = gbias = None
         if for_K:
-            if _innermost(g, spatial):
+            if _rowwise(g, spatial):
                 gK = torch.bmm(_blocks(g, K, spatial).mT, _blocks(y, K, spatial))
             else:
                 pair = _planes(g, K.shape[-1], spatial), _planes(y, K.shape[-1], spatial)
@@ -156,8 +156,11 @@ def _rescaled(y: Tensor, e: Tensor, bias: Tensor | None, spatial: int) -> Tensor
 
 def _plus_blocks(y: Tensor, K: Tensor, start: Tensor | None, spatial: int) -> Tensor:
     """y − start + K·y, of the shape of y."""
-    out = y.contiguous() if not _innermost(y, spatial) and not y.is_contiguous() else y
-    out = out.clone() if start is None else out - _beside(start, spatial)
+    out = y if start is None else y - _beside(start, spatial)
+    if not _innermost(out, spatial):
+        out = out.contiguous()
+    if out is y:
+        out = y.clone()
     if _innermost(out, spatial):
         _blocks(out, K, spatial).baddbmm_(_blocks(y, K, spatial), K.mT)
     else:
@@ -172,6 +175,11 @@ def _plus_blocks(y: Tensor, K: Tensor, start: Tensor | None, spatial: int) -> Te
 def _innermost(x: Tensor, spatial: int) -> bool:
     """Whether the channels of one position are neighbours in memory, and everything is dense."""
     return (x.movedim(-1 - spatial, -1) if spatial else x).is_contiguous()
+
+
+def _rowwise(x: Tensor, spatial: int) -> bool:
+    """Whether x is best read as tokens, which without spatial dimensions it is however it lies in memory."""
+    return not spatial or _innermost(x, spatial)
 
 
 def _tokens(x: Tensor, run: int, spatial: int) -> Tensor:
@@ -205,7 +213,7 @@ def _beside(v: Tensor, spatial: int) -> Tensor:
 def _over_channels(g: Tensor, spatial: int, y: Tensor | None = None) -> Tensor:
     """Σ g, or Σ g∘y, over all but the channels, (c,), in at least fp32 and without another activation."""
     dtype = accumulation_dtype(g.dtype)
-    if _innermost(g, spatial):
+    if _rowwise(g, spatial):
         c = g.shape[-1 - spatial]
         rows, others = _tokens(g, c, spatial), None if y is None else _tokens(y, c, spatial)
         if others is None:

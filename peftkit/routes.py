@@ -16,14 +16,11 @@ from torch import Tensor
 
 from peftkit.blocks import accumulation_dtype
 from peftkit.delta import Delta
-from peftkit.delta.base import recomputed
+from peftkit.delta.base import ELEMENT, recomputed
 from peftkit.geometry import Geometry, Shape
 from peftkit.products import eager
 
 ROUTES = ("auto", "factored", "dense")
-
-# What touching one element of a fresh (m, n) matrix costs, in multiply-adds: memory, against a matrix product
-_ELEMENT = 40
 
 
 def choose(deltas: Sequence[Delta], shape: Shape, outputs: int, training: bool, narrow: bool) -> str:
@@ -32,7 +29,7 @@ def choose(deltas: Sequence[Delta], shape: Shape, outputs: int, training: bool, 
     outputs: output positions of this call. training: the call is differentiated. narrow: it computes in 16 bits.
     """
     layer = 2 * outputs * shape.rows * shape.columns
-    build = sum(d.dense_flops() for d in deltas) + _ELEMENT * shape.rows * shape.columns
+    build = sum(d.dense_flops() for d in deltas) + ELEMENT * shape.rows * shape.columns
     factored = sum(d.apply_flops(outputs) for d in deltas)
     if training:
         # backward: the input's and the factors' gradients, each about as much as the product itself

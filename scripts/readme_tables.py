@@ -285,7 +285,7 @@ def main() -> None:
     text = replaced(text, "unet", unet_table(read(RESULTS / "unet.json")))
     text = replaced(text, "routes", routes_line(measured("routes")))
     text = replaced(text, "shortcuts", shortcuts_table(measured("shortcuts")))
-    text = replaced(text, "merge", merge_table(read(RESULTS / "merge.json")))
+    text = replaced(text, "merge", merge_table([*read(RESULTS / "merge.json"), *read(RESULTS / "merge-oft.json")]))
     text = replaced(text, "ops", ops_table(read(RESULTS / "ops.json")))
     if (DEMO / "table.json").exists():
         text = replaced(text, "digits", digits_table(json.loads((DEMO / "table.json").read_text())))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.adapted import placed
 from peftkit.bench.cases import LayerShape
-from peftkit.bench.peers import KINDS, LYCORIS_MODULES, randomize
+from peftkit.bench.peers import KINDS, LYCORIS_MODULES, randomize, wrap
 from peftkit.bench.rows import Row
 from peftkit.bench.step import step
 from peftkit.bench.timing import Call, Spread, contest, peak_bytes, ratios
@@ -69,11 +69,11 @@ def merge(
 
 def _merging(way: str, kind: str, model: nn.Module) -> tuple[Call, Call]:
     """What puts adapters on the model, and what merges them into it."""
-    options, of_lycoris, of_peft = KINDS[kind]
+    _, of_lycoris, of_peft = KINDS[kind]
     held: list[Any] = []
 
     def wrap_ours() -> None:
-        pk.wrap(model, kind, **options)
+        wrap(model, kind)
         randomize(model)
 
     def make_lycoris() -> None:
@@ -106,7 +106,7 @@ def _merging(way: str, kind: str, model: nn.Module) -> tuple[Call, Call]:
 def _merge_error(shape: LayerShape, kind: str, dtype: torch.dtype, device: str) -> float:
     """Of one merged weight against W + ΔW in float64, relative to it; no more than its rounding."""
     layer = shape.layer(dtype, device)
-    pk.wrap(layer, kind, **KINDS[kind][0])
+    wrap(layer, kind)
     randomize(layer)
     adapter, W = cast(Any, layer.adapters)["default"], cast(Tensor, layer.weight).detach()
     W = W.flatten(1).double()
@@ -119,7 +119,7 @@ def _merge_error(shape: LayerShape, kind: str, dtype: torch.dtype, device: str) 
 def monitor(shapes: Sequence[LayerShape], case: str, kind: str, dtype: torch.dtype, *, device: str, rounds: int) -> Row:
     """Measuring CS once on these layers, over a training step of each."""
     model = _model(shapes, dtype, device)
-    pk.wrap(model, kind, **KINDS[kind][0])
+    wrap(model, kind)
     randomize(model)
     steps = []
     for layer, shape in zip(model.children(), shapes, strict=True):
@@ -170,7 +170,7 @@ def checkpoint(shapes: Sequence[LayerShape], case: str, kind: str, dtype: torch.
             Path(folder) / f"{name}.safetensors" for name in ("base", "adapter", "out", "copy")
         )
         save_file({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, base)
-        pk.wrap(model, kind, **KINDS[kind][0])
+        wrap(model, kind)
         randomize(model)
         pk.save(model, adapter, portable=kind == "loldu")
         merging: Callable[[], Any] = lambda: pk.merge_checkpoint(base, {adapter: 0.8}, out)  # noqa: E731

@@ -59,6 +59,15 @@ def ways(peers: list[str], kind: str) -> list[str]:
     return found
 
 
+def wrap(model: nn.Module, kind: str, **ours: Any) -> None:
+    """Our adapters on every layer; LoLDU's of no more pivots than the layer has. ours: other arguments of `pk.wrap`."""
+    options = KINDS[kind][0]
+    weights = {name: m.weight for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    pivots = {name: min(W.flatten(1).shape) for name, W in weights.items() if kind == "loldu"}
+    narrow = [pk.Rule(name, kind, rank=most) for name, most in pivots.items() if most < options["rank"]]
+    pk.wrap(model, rules=[*narrow, pk.Rule("full", kind, **options)], **ours)
+
+
 class Host(nn.Module):
     """A model of one layer, whose call is that of the layer."""
 
@@ -76,9 +85,9 @@ def adapted(way: str, kind: str, layer: nn.Module, **ours: Any) -> nn.Module:
     way: one of `ways`. ours: keyword arguments of `peftkit.wrap` that are not options of the adapter.
     """
     host = Host(copy.deepcopy(layer))
-    options, of_lycoris, of_peft = KINDS[kind]
+    _, of_lycoris, of_peft = KINDS[kind]
     if way == "ours":
-        pk.wrap(host, kind, **options, **ours)
+        wrap(host, kind, **ours)
     elif way.startswith("lycoris"):
         assert of_lycoris is not None
         name, theirs = of_lycoris

@@ -20,6 +20,8 @@ from peftkit.blocks import BLOCK, Workspace, accumulation_dtype, row_blocks, til
 from peftkit.geometry import Geometry
 from peftkit.memo import kept
 
+#: what touching one element of a fresh matrix costs, in floating point operations of a matrix product
+ELEMENT = 40
 _SMALL = 1 << 14  # elements that nobody minds: 64 KiB of fp32
 
 

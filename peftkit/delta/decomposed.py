@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkit import products
-from peftkit.blocks import Workspace, row_blocks
+from peftkit.blocks import Workspace, row_blocks, row_dots
 from peftkit.delta.base import Delta, Known
 from peftkit.delta.hadamard import Hadamard
 from peftkit.delta.lowrank import LowRank
@@ -141,7 +141,7 @@ class Decomposed(Delta):
 
     def _dots(self, M: Tensor, N: Tensor) -> Tensor:
         """<M_i, N_i> per row (or column), accumulated in the dtype of the factors."""
-        return (M.to(self.dtype) * N.to(self.dtype)).sum(0 if self.columns else 1)
+        return row_dots(M.mT, N.mT, self.dtype) if self.columns else row_dots(M, N, self.dtype)
 
     def apply_flops(self, outputs: int) -> int:
         m, n = self.shape

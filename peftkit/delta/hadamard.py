@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peftkit import products
 from peftkit.blocks import BLOCK, Workspace
-from peftkit.delta.base import Delta, Known
+from peftkit.delta.base import ELEMENT, Delta, Known
 from peftkit.delta.lowrank import LowRank
 from peftkit.geometry import Geometry
 from peftkit.kernels import ops
@@ -122,7 +122,7 @@ class Hadamard(Delta):
         return "Hadamard", [self.B1, self.A1, self.B2, self.A2]
 
     def apply_flops(self, outputs: int) -> int:
-        return (2 * outputs + 1) * self.rank**2 * sum(self.shape)
+        return (2 * outputs + ELEMENT) * self.rank**2 * sum(self.shape)  # the Khatri–Rao factors are made first
 
     def dense_flops(self) -> int:
         return (4 * self.rank + 1) * self.shape[0] * self.shape[1]

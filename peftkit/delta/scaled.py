@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftkit import products
-from peftkit.blocks import Workspace, row_sqnorms
+from peftkit.blocks import Workspace, row_dots, row_sqnorms
 from peftkit.delta.base import Delta, Known
 from peftkit.geometry import Geometry
 
@@ -89,7 +89,8 @@ class Scaled(Delta):
 
     def _dots(self, M: Tensor) -> Tensor:
         """<W_i, M_i> per row (or column), accumulated in the dtype of e."""
-        return (self.W.to(self.dtype) * M.to(self.dtype)).sum(0 if self.columns else 1)
+        pair = (self.W.mT, M.mT) if self.columns else (self.W, M)
+        return row_dots(*pair, self.dtype)
 
     def apply_flops(self, outputs: int) -> int:
         return outputs * (2 * self.shape[0] * self.shape[1] if self.columns else self.shape[0])
