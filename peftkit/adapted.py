@@ -138,8 +138,10 @@ class AdaptedCall(Adapted):
         y = super().forward(x, *args, **kwargs)
         bias = cast("Tensor | None", self.bias)
         out = y
-        # Those that read y come first: the others may write over it
-        for delta, p in sorted(zip(deltas, drops, strict=True), key=lambda pair: not pair[0].reads_output):
+        pairs = list(zip(deltas, drops, strict=True))
+        if len(pairs) > 1:  # those that read y come first: the others may write over it
+            pairs.sort(key=lambda pair: not pair[0].reads_output)
+        for delta, p in pairs:
             out = delta.onto(out, F.dropout(x, p) if p else x, y, bias, g)
         return out.unflatten(0, input.shape[:-1]) if rows else out
 

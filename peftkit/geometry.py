@@ -213,9 +213,13 @@ class Geometry:
 
         K (k, i, j); y (…, k·j·width, *s) -> (…, k·i·width, *s).
         """
+        K = K if K.dtype == y.dtype else K.to(y.dtype)
+        if y.numel() == K.shape[0] * K.shape[2] * width:  # one position: a token that is generated
+            mixed = torch.bmm(K, y.reshape(K.shape[0], K.shape[2], width))
+            return mixed.view(*y.shape[: y.dim() - self.spatial - 1], -1, *(1,) * self.spatial)
         lead, size = y.shape[: y.dim() - self.spatial - 1], y.shape[y.dim() - self.spatial :]
         blocks = y.reshape(*lead, K.shape[0], K.shape[2], width * size.numel())
-        mixed = torch.einsum("kij,...kjz->...kiz", K.to(y.dtype), blocks)
+        mixed = torch.einsum("kij,...kjz->...kiz", K, blocks)
         return mixed.reshape(*lead, K.shape[0] * K.shape[1] * width, *size)
 
     def sized_for(self, layer: nn.Module, x: Tensor, output_size: list[int] | None = None) -> Geometry:

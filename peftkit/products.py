@@ -24,7 +24,7 @@ _SMALL = 1 << 13
 
 def eager() -> bool:
     """Whether operations run as they are written: to a tracer or a transform, these are opaque or in its way."""
-    return not torch.compiler.is_compiling() and not transformed()
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def transformed() -> bool:
@@ -142,6 +142,11 @@ def _add_pointwise_(out: Tensor, h: Tensor, B: Tensor, spatial: int) -> Tensor:
 
 
 def _rotated(y: Tensor, K: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
+    if y.numel() == K.shape[0] * K.shape[1]:  # one position: a token that is generated
+        out = y.clone(memory_format=torch.contiguous_format)
+        turned = y if bias is None else y - _beside(_like(bias, y), spatial)
+        out.view(len(K), -1, 1).baddbmm_(K, turned.reshape(len(K), -1, 1))
+        return out
     start = None if bias is None else (K @ bias.to(K.dtype).view(len(K), -1, 1)).flatten()
     return _plus_blocks(y, K, start, spatial)
 

@@ -122,7 +122,9 @@ class Hadamard(Delta):
         return "Hadamard", [self.B1, self.A1, self.B2, self.A2]
 
     def apply_flops(self, outputs: int) -> int:
-        return (2 * outputs + ELEMENT) * self.rank**2 * sum(self.shape)  # the Khatri–Rao factors are made first
+        # The Khatri–Rao factors are made first; where no gradients are asked for they are kept, and only read
+        touched = ELEMENT if torch.is_grad_enabled() else ELEMENT // 4
+        return (2 * outputs + touched) * self.rank**2 * sum(self.shape)
 
     def dense_flops(self) -> int:
         return (4 * self.rank + 1) * self.shape[0] * self.shape[1]
