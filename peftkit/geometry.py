@@ -186,6 +186,11 @@ class Geometry:
         runs = x.shape[-self.spatial - 1] // folded.shape[1]
         return h.reshape(*lead, runs * h.shape[1], *h.shape[2:])
 
+    def contraction_gradients(self, gh: Tensor, x: Tensor, A: Tensor, for_x: bool) -> tuple[Tensor | None, Tensor]:
+        """Those of x, if wanted, and of A in contract(x, A), of a `direct` layer, neither grouped nor transposed."""
+        gx, gA = self.gradients(gh, x, self._kernel(A, 1), for_x)
+        return gx, gA.flatten(1)
+
     def expand(self, h: Tensor, B: Tensor) -> Tensor:
         """B (m, r), pointwise, on h (…, groups·r, *s') -> (…, m, *s')."""
         B = B.to(h.dtype)

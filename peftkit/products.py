@@ -10,13 +10,14 @@ and in channels_last: `tokens` (T, c); or each is a plane: `planes` (batch, c, S
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from peftkit.blocks import accumulation_dtype, row_blocks
+from peftkit.geometry import Geometry
 
 #: elements of an activation below which an operation costs more than what it does
 _SMALL = 1 << 13
@@ -38,6 +39,21 @@ def add_pointwise_(out: Tensor, h: Tensor, B: Tensor, spatial: int) -> Tensor:
     if not torch.is_grad_enabled():
         return _add_pointwise_(out, h, B, spatial)
     return _apply(_AddPointwise, out, h, B, spatial)
+
+
+def khatri_rao(F: Tensor, G: Tensor, dim: int) -> Tensor:
+    """Every pair of runs along a dimension: F (m, r), G (m, r) -> (m, r²) for 1; (r, n), (r, n) -> (r², n) for 0."""
+    return (F.unsqueeze(dim + 1) * G.unsqueeze(dim)).flatten(dim, dim + 1)
+
+
+def contracted_by_pairs(x: Tensor, F: Tensor, G: Tensor, g: Geometry) -> Tensor:
+    """g.contract(x, A) with A = khatri_rao(F, G, 0), which does not wait for backward. F, G (r, c·K); g ungrouped."""
+    return _apply(_ContractedByPairs, x, F, G, g)
+
+
+def add_pairs_(out: Tensor, h: Tensor, F: Tensor, G: Tensor, spatial: int) -> Tensor:
+    """`add_pointwise_` with B = khatri_rao(F, G, 1), which does not wait for backward. F, G (m, r); h (…, r², *s)."""
+    return _apply(_AddPairs, out, _like(h, out), F, G, spatial)
 
 
 def rotated(y: Tensor, K: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
@@ -62,15 +78,40 @@ class _AddPointwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (h, B), spatial = grads, ctx.saved_tensors, ctx.spatial
-        (v, r), (_, for_h, for_B, _) = B.shape, ctx.needs_input_grad
-        if _rowwise(g, spatial):
-            rows = _tokens(g, v, spatial)
-            gh = _from_tokens(rows @ B, h.shape, spatial) if for_h else None
-            return g, gh, rows.mT @ _tokens(h, r, spatial) if for_B else None, None
-        planes = _planes(g, v, spatial)
-        gh = torch.bmm(B.mT.expand(len(planes), -1, -1), planes).view(h.shape) if for_h else None
-        return g, gh, torch.bmm(planes, _planes(h, r, spatial).mT).sum(0) if for_B else None, None
+        (g,), (h, B), (_, for_h, for_B, _) = grads, ctx.saved_tensors, ctx.needs_input_grad
+        return g, *_pointwise_gradients(g, h, B, ctx.spatial, for_h, for_B), None
+
+
+class _ContractedByPairs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, F: Tensor, G: Tensor, g: Geometry) -> Tensor:
+        ctx.save_for_backward(x, F, G)
+        ctx.geometry = g
+        return g.contract(x, khatri_rao(F, G, 0))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gh,), (x, F, G), (for_x, *for_pairs, _) = grads, ctx.saved_tensors, ctx.needs_input_grad
+        A = _like(khatri_rao(F, G, 0), gh)
+        gx, gA = ctx.geometry.contraction_gradients(gh, x, A, for_x)
+        return gx, *_pair_gradients(gA, F, G, 0, for_pairs), None
+
+
+class _AddPairs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, h: Tensor, F: Tensor, G: Tensor, spatial: int) -> Tensor:
+        ctx.mark_dirty(out)
+        ctx.save_for_backward(h, F, G)
+        ctx.spatial = spatial
+        return _add_pointwise_(out, h, _like(khatri_rao(F, G, 1), out), spatial)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (h, F, G), (_, for_h, *for_pairs, _) = grads, ctx.saved_tensors, ctx.needs_input_grad
+        B = _like(khatri_rao(F, G, 1), g)
+        gh, gB = _pointwise_gradients(g, h, B, ctx.spatial, for_h, any(for_pairs))
+        pair = (None, None) if gB is None else _pair_gradients(gB, F, G, 1, for_pairs)
+        return g, gh, *pair, None
 
 
 class _Rotated(torch.autograd.Function):
@@ -139,6 +180,29 @@ def _add_pointwise_(out: Tensor, h: Tensor, B: Tensor, spatial: int) -> Tensor:
     else:
         out.add_(_from_tokens(_tokens(h, r, spatial) @ B.mT, out.shape, spatial))
     return out
+
+
+def _pointwise_gradients(
+    g: Tensor, h: Tensor, B: Tensor, spatial: int, for_h: bool, for_B: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of h and B in `add_pointwise_`, where they are wanted, from that of its result."""
+    v, r = B.shape
+    if _rowwise(g, spatial):
+        rows = _tokens(g, v, spatial)
+        gh = _from_tokens(rows @ B, h.shape, spatial) if for_h else None
+        return gh, rows.mT @ _tokens(h, r, spatial) if for_B else None
+    planes = _planes(g, v, spatial)
+    gh = torch.bmm(B.mT.expand(len(planes), -1, -1), planes).view(h.shape) if for_h else None
+    return gh, torch.bmm(planes, _planes(h, r, spatial).mT).sum(0) if for_B else None
+
+
+def _pair_gradients(
+    gradient: Tensor, F: Tensor, G: Tensor, dim: int, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of F and G, where they are wanted, from that of khatri_rao(F, G, dim)."""
+    pairs = gradient.to(F.dtype).unflatten(dim, (F.shape[dim], G.shape[dim]))
+    gF = (pairs * G.unsqueeze(dim)).sum(dim + 1) if wanted[0] else None
+    return gF, (pairs * F.unsqueeze(dim + 1)).sum(dim) if wanted[1] else None
 
 
 def _rotated(y: Tensor, K: Tensor, bias: Tensor | None, spatial: int) -> Tensor:

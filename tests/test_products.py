@@ -20,6 +20,7 @@ ACTIVATIONS: dict[str, tuple[tuple[int, ...], int, Callable[[Tensor], Tensor]]] 
     "rows": ((5, 12), 0, lambda t: t),
     "a vector": ((12,), 0, lambda t: t),
     "tokens": ((2, 3, 12), 0, lambda t: t),
+    "columns": ((5, 12), 0, lambda t: t.mT.contiguous().mT),
     "planes": ((2, 12, 3, 2), 2, lambda t: t),
     "one plane": ((12, 4), 1, lambda t: t),
     "channels last": ((2, 12, 3, 2), 2, lambda t: t.contiguous(memory_format=torch.channels_last)),
@@ -60,6 +61,60 @@ def test_add_pointwise(name: str, runs: int) -> None:
         return out + mixed.reshape(out.shape)
 
     agree(lambda out, h, B: products.add_pointwise_(out.clone(), h, B, spatial), plain, [out, h, B])
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_add_pairs(name: str) -> None:
+    (out, spatial), (h, _) = drawn(name), drawn(name, 4)
+
+    def plain(out: Tensor, h: Tensor, F: Tensor, G: Tensor) -> Tensor:
+        return products.add_pointwise_(out * 1, h, products.khatri_rao(F, G, 1), spatial)
+
+    def fused(out: Tensor, h: Tensor, F: Tensor, G: Tensor) -> Tensor:
+        return products.add_pairs_(out * 1, h, F, G, spatial)
+
+    agree(fused, plain, [out, h, parameter(12, 2), parameter(12, 2)])
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Linear(4, 6), (2, 3, 4)),
+        (nn.Conv2d(3, 4, 3, stride=2, padding=1), (2, 3, 5, 4)),
+        (nn.Conv2d(3, 4, 3, dilation=2, padding=2), (3, 5, 4)),
+        (nn.Conv1d(3, 4, 1), (2, 3, 5)),
+    ],
+)
+def test_contracted_by_pairs(layer: nn.Module, size: tuple[int, ...]) -> None:
+    g = pk.geometry.of(layer)
+    x, columns = torch.randn(size, dtype=torch.float64, requires_grad=True), g.shape.columns
+
+    def plain(x: Tensor, F: Tensor, G: Tensor) -> Tensor:
+        return g.contract(x, products.khatri_rao(F, G, 0))
+
+    def fused(x: Tensor, F: Tensor, G: Tensor) -> Tensor:
+        return products.contracted_by_pairs(x, F, G, g)
+
+    agree(fused, plain, [x, parameter(2, columns), parameter(2, columns)])
+
+
+@pytest.mark.parametrize("module", [nn.Linear(64, 96), nn.Conv2d(64, 96, 3, padding=1)])
+def test_pairs_do_not_wait_for_backward(module: nn.Module) -> None:
+    pk.wrap(module, "loha", rank=4, route="factored")
+    x = torch.randn((2, 64) if isinstance(module, nn.Linear) else (1, 64, 2, 2))
+    held = {p.untyped_storage().data_ptr() for p in (*module.parameters(), x)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(x).sum()
+    positions = x.numel() // 64
+    assert sum(kept.values()) == 4 * 16 * positions, "more than the 16 channels between the factors is kept, in fp32"
 
 
 @pytest.mark.parametrize("bias", [True, False])

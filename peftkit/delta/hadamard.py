@@ -52,9 +52,7 @@ class Hadamard(Delta):
     @kept
     def khatri_rao(self) -> LowRank:
         """The same ΔW as one product of rank r²: row i of B is B1_i ⊗ B2_i, column j of A is A1_j ⊗ A2_j."""
-        B = (self.B1[:, :, None] * self.B2[:, None, :]).flatten(1)
-        A = (self.A1[:, None, :] * self.A2[None, :, :]).flatten(0, 1)
-        return LowRank(B, A)
+        return LowRank(products.khatri_rao(self.B1, self.B2, 1), products.khatri_rao(self.A1, self.A2, 0))
 
     @property
     def row_multiple(self) -> int:
@@ -72,7 +70,11 @@ class Hadamard(Delta):
         return self.khatri_rao.apply(x, wx, g)
 
     def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
-        return self.khatri_rao.onto(out, x, y, bias, g)
+        if not torch.is_grad_enabled() or g.groups > 1 or g.transposed or not g.direct:
+            return self.khatri_rao.onto(out, x, y, bias, g)
+        # For backward the pairs are made again: of a narrow layer they are as large as its weight
+        h = products.contracted_by_pairs(x, self.A1, self.A2, g)
+        return products.add_pairs_(out, h, self.B1, self.B2, g.spatial)
 
     def rescaled(self, f: Tensor) -> Hadamard:
         """diag(f)·ΔW, f (m,)."""
