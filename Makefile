@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RESULTS := benchmarks/results
-STEPS := 320x320@64,1280x1280@64,1280x1280@512,1280x1280@2048,4096x4096@512,320x320k3@64,1280x1280k3@16
+STEPS := 320x320@64,320x320@512,320x320@2048,1280x1280@64,1280x1280@512,1280x1280@2048,4096x4096@64,4096x4096@512,4096x4096@2048,320x320k1@64,320x320k3@64,1280x1280k1@16,1280x1280k3@16
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -42,10 +42,11 @@ bench: $(VENV)/ready-dev
 	$(BIN)/python benchmarks/checkpoint.py --save
 	$(BIN)/python benchmarks/monitor.py --save
 	$(BIN)/python benchmarks/shortcuts.py --save
+	$(BIN)/python benchmarks/overhead.py --save
 	$(BIN)/python benchmarks/unet.py --save
 	$(BIN)/python benchmarks/routes.py --save
 	$(BIN)/python benchmarks/curves.py --save
-	$(BIN)/peftkit bench step --shapes $(STEPS) --dtype fp32,bf16 --peers lycoris,peft --rounds 5 --json $(RESULTS)/step.json
+	$(BIN)/peftkit bench step --shapes $(STEPS) --dtype fp32,bf16 --peers lycoris,peft --rounds 3 --json $(RESULTS)/step.json
 	$(BIN)/peftkit bench merge --kinds lora,loha,lokr,dora,loldu --shapes sd15-unet --peers lycoris,peft --rounds 2 \
 		--json $(RESULTS)/merge.json
 	$(BIN)/peftkit bench merge --kinds oft --shapes sd15-unet --peers lycoris --rounds 3 --json $(RESULTS)/merge-oft.json

@@ -254,6 +254,15 @@ def unet_table(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def overhead_table(found: dict[str, Any]) -> str:
+    """µs beyond the frozen layer of one call that computes next to nothing."""
+    ways = ("ours", "lycoris", "lycoris bypass", "peft")
+    lines = ["| adapter | " + " | ".join(ways) + " |", "| --- |" + " ---: |" * len(ways)]
+    for kind, row in found["microseconds"].items():
+        lines.append(f"| `{kind}` | " + " | ".join(f"{row[way]:.0f}" if way in row else "" for way in ways) + " |")
+    return "\n".join(lines)
+
+
 def routes_line(found: dict[str, Any]) -> str:
     rows = found["rows"]
     worst = max(rows, key=lambda row: row["over the other"])
@@ -283,6 +292,7 @@ def main() -> None:
     text = replaced(text, "watching", watching_table(measured("monitor")))
     text = replaced(text, "step", step_table(read(RESULTS / "step.json")))
     text = replaced(text, "unet", unet_table(read(RESULTS / "unet.json")))
+    text = replaced(text, "overhead", overhead_table(measured("overhead")))
     text = replaced(text, "routes", routes_line(measured("routes")))
     text = replaced(text, "shortcuts", shortcuts_table(measured("shortcuts")))
     text = replaced(text, "merge", merge_table([*read(RESULTS / "merge.json"), *read(RESULTS / "merge-oft.json")]))
