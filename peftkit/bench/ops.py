@@ -53,9 +53,13 @@ def measure(
         calls = {"ours": _ours(operation, here.adapter, layer, kind)}
         calls |= {way: call for way, model in models.items() if (call := _theirs(operation, way, kind, model))}
         flops = 0 if operation in ("make", "watch") else delta.dense_flops()
-        a = torch.randn(_PRODUCT, _PRODUCT, dtype=dtype, device=device)
-        weight = here.base
-        timed: dict[str, Call] = {"write": lambda: torch.empty_like(weight).fill_(1.0), "product": lambda: a @ a}
+        # What is solved for, as in OFT, is kept in more bits than the parameters, and so is the ΔW that it gives
+        result = delta.dtype if operation == "dense" else dtype
+        a = torch.randn(_PRODUCT, _PRODUCT, dtype=result, device=device)
+        timed: dict[str, Call] = {
+            "write": lambda: torch.empty_like(here.base, dtype=result).fill_(1.0),
+            "product": lambda: a @ a,
+        }
         seconds = contest({**timed, **calls}, rounds=rounds)
         write, product = seconds.pop("write"), seconds.pop("product")
         floor = [w + flops * p / (2 * _PRODUCT**3) for w, p in zip(write, product, strict=True)]
