@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
+import gc
 import importlib
 import logging
 import shlex
@@ -117,12 +119,13 @@ def measure(kind: str, rounds: int, latents: int) -> Row:
         try:
             model = adapted(way, kind, shared(frozen))
             memory[way] = kept(model)
+            trim()
         except (RuntimeError, ValueError) as error:  # not every peer takes every layer
             OUT.print(f"{way} {kind}: {error}", markup=False)
             continue
         calls[way] = step(model)
     once = {name: call for name, call in calls.items() if name not in ("frozen", "ours")}
-    first = contest({"frozen": calls["frozen"], **once}, rounds=1, prepare=dict.fromkeys(("frozen", *once), _nothing))
+    first = contest({"frozen": calls["frozen"], **once}, rounds=1, prepare=dict.fromkeys(("frozen", *once), trim))
     slow = {name for name in once if first[name][0] > 2 * first["frozen"][0]}
     seconds = contest(
         {name: call for name, call in calls.items() if name not in slow},
@@ -143,6 +146,13 @@ def measure(kind: str, rounds: int, latents: int) -> Row:
         ratio={way: found[way] for way in calls if way != "frozen"},
         memory={way: memory[way] for way in ("frozen", *found)},
     )
+
+
+def trim() -> None:
+    """Give freed memory back: the heap of glibc grows without end between the gigabytes that some peers keep."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _nothing() -> None:
