@@ -250,7 +250,11 @@ def unet_table(found: list[Row]) -> str:
         cells = [f"{row.ratio[way].median:.2f} ({row.memory[way]:.0f})" if way in row.ratio else "" for way in ways]
         lines.append(f"| `{row.kind}` | " + " | ".join([f"**{cells[0]}**", *cells[1:]]) + " |")
     frozen = found[0]
-    lines += ["", f"{frozen.case}, batch 1; the frozen model keeps {frozen.memory['frozen']:.0f} MB."]
+    lines += [
+        "",
+        f"{frozen.case}, batch 1; the frozen model keeps {frozen.memory['frozen']:.0f} MB. Ways that build ΔW of every "
+        "layer in every step (lycoris but for its bypass, peft's LoHa and LoKr) are measured for LoRA only.",
+    ]
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import peftkit as pk
+from peftkit.sites import sites
 
 #: kind -> our options, what lycoris calls it and its options, what peft calls it and its options
 KINDS: dict[str, tuple[dict[str, Any], tuple[str, dict[str, Any]] | None, tuple[str, dict[str, Any]] | None]] = {
@@ -62,8 +63,7 @@ def ways(peers: list[str], kind: str) -> list[str]:
 def wrap(model: nn.Module, kind: str, **ours: Any) -> None:
     """Our adapters on every layer; LoLDU's of no more pivots than the layer has. ours: other arguments of `pk.wrap`."""
     options = KINDS[kind][0]
-    weights = {name: m.weight for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    pivots = {name: min(W.flatten(1).shape) for name, W in weights.items() if kind == "loldu"}
+    pivots = {name: min(site.matrix.shape) for name, site in sites(model).items() if kind == "loldu"}
     narrow = [pk.Rule(name, kind, rank=most) for name, most in pivots.items() if most < options["rank"]]
     pk.wrap(model, rules=[*narrow, pk.Rule("full", kind, **options)], **ours)
 
