@@ -107,8 +107,10 @@ class Geometry:
         return weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The layer's weight as a matrix (m, n); a view where its memory allows."""
-        return self.bands(weight).reshape(self.shape.rows, self.shape.columns)
+        """The layer's weight as a matrix (m, n); itself if it is one, else a view where its memory allows."""
+        if self.transposed:
+            return self.bands(weight).reshape(self.shape.rows, self.shape.columns)
+        return weight if weight.dim() == 2 else weight.reshape(self.shape.rows, self.shape.columns)
 
     def weight(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`: (m, n) -> the shape of the layer's weight."""
@@ -140,6 +142,14 @@ class Geometry:
     def direct(self) -> bool:
         """Whether `gradients` knows this layer: whether it pads with zeros, by numbers."""
         return not self.spatial or (self.pad_mode == "zeros" and not isinstance(self.padding, str))
+
+    @property
+    def by_position(self) -> bool:
+        """Whether an output reads one position of the input, its own: a Linear, or a kernel of one without strides."""
+        if not self.spatial:
+            return True
+        in_step = {*self.stride} == {1} and self.padding in ((0,) * self.spatial, "same", "valid")
+        return self.shape.positions == 1 and in_step and not self.transposed
 
     def gradients(self, gy: Tensor, x: Tensor, weight: Tensor, for_x: bool) -> tuple[Tensor | None, Tensor]:
         """Those of x, if wanted, and of the weight, in its own shape, from that of the layer's output."""
@@ -178,18 +188,25 @@ class Geometry:
         if not self.spatial:
             runs = x.shape[-1] // A.shape[1]
             return F.linear(x, A) if runs == 1 else F.linear(x.unflatten(-1, (runs, -1)), A).flatten(-2)
-        lead, size = x.shape[: -self.spatial - 1], x.shape[-self.spatial :]
-        # Every run becomes an item of the batch: one small convolution serves all of them.
         channels = A.shape[1] // self.shape.positions
-        folded = x.reshape(x.numel() // (channels * size.numel() or 1), channels, *size)
-        h = self._convolve(folded, self._kernel(A, 1), None, 1)
-        runs = x.shape[-self.spatial - 1] // folded.shape[1]
-        return h.reshape(*lead, runs * h.shape[1], *h.shape[2:])
+        h = self._convolve(self._folded(x, channels), self._kernel(A, 1), None, 1)
+        runs = x.shape[-self.spatial - 1] // channels
+        return h.reshape(*x.shape[: -self.spatial - 1], runs * h.shape[1], *h.shape[2:])
 
     def contraction_gradients(self, gh: Tensor, x: Tensor, A: Tensor, for_x: bool) -> tuple[Tensor | None, Tensor]:
         """Those of x, if wanted, and of A in contract(x, A), of a `direct` layer, neither grouped nor transposed."""
-        gx, gA = self.gradients(gh, x, self._kernel(A, 1), for_x)
-        return gx, gA.flatten(1)
+        if self.spatial:
+            channels = A.shape[1] // self.shape.positions
+            own, kernel = (self._folded(gh, len(A)), self._folded(x, channels)), self._kernel(A, 1)
+        else:
+            own, kernel = (gh.unflatten(-1, (-1, len(A))), x.unflatten(-1, (-1, A.shape[1]))), A
+        gx, gA = self.gradients(*own, kernel, for_x)
+        return gx if gx is None else gx.reshape(x.shape), gA.flatten(1)
+
+    def _folded(self, x: Tensor, channels: int) -> Tensor:
+        """(…, a·channels, *s) -> (b·a, channels, *s): every run an item of the batch, one small convolution for all."""
+        size = x.shape[-self.spatial :]
+        return x.reshape(x.numel() // (channels * size.numel() or 1), channels, *size)
 
     def expand(self, h: Tensor, B: Tensor) -> Tensor:
         """B (m, r), pointwise, on h (…, groups·r, *s') -> (…, m, *s')."""
@@ -247,7 +264,7 @@ class Geometry:
 
     def per_channel(self, v: Tensor) -> Tensor:
         """A vector over channels (c,), shaped to broadcast against an activation."""
-        return v[(...,) + (None,) * self.spatial]
+        return v[(...,) + (None,) * self.spatial] if self.spatial else v
 
     def outputs(self, x: Tensor) -> int:
         """How many output positions the layer computes for x: tokens, or pixels of the whole batch."""

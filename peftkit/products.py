@@ -46,9 +46,16 @@ def khatri_rao(F: Tensor, G: Tensor, dim: int) -> Tensor:
     return (F.unsqueeze(dim + 1) * G.unsqueeze(dim)).flatten(dim, dim + 1)
 
 
-def contracted_by_pairs(x: Tensor, F: Tensor, G: Tensor, g: Geometry) -> Tensor:
-    """g.contract(x, A) with A = khatri_rao(F, G, 0), which does not wait for backward. F, G (r, c·K); g ungrouped."""
-    return _apply(_ContractedByPairs, x, F, G, g)
+def contracted(x: Tensor, F: Tensor, G: Tensor | None, g: Geometry) -> tuple[Tensor, Tensor]:
+    """x for the layer itself, and g.contract(x, A) with A = F, or khatri_rao(F, G, 0), which waits for no backward.
+
+    The gradient that comes back to the x that is returned is added to in place, so that backward makes no second one
+    of its size: whoever reads it must make that gradient anew, as products do. F, G (r, c·K); g ungrouped.
+    """
+    if not torch.is_grad_enabled() or g.transposed or not g.direct or (G is None and not x.requires_grad):
+        return x, g.contract(x, F if G is None else khatri_rao(F, G, 0))
+    passed, h = cast("Callable[..., tuple[Tensor, Tensor]]", _Contracted.apply)(x, F, G, g)
+    return passed if x.requires_grad else x, h
 
 
 def add_pairs_(out: Tensor, h: Tensor, F: Tensor, G: Tensor, spatial: int) -> Tensor:
@@ -82,19 +89,23 @@ class _AddPointwise(torch.autograd.Function):
         return g, *_pointwise_gradients(g, h, B, ctx.spatial, for_h, for_B), None
 
 
-class _ContractedByPairs(torch.autograd.Function):
+class _Contracted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, F: Tensor, G: Tensor, g: Geometry) -> Tensor:
+    def forward(ctx: Any, x: Tensor, F: Tensor, G: Tensor | None, g: Geometry) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, F, G)
+        ctx.set_materialize_grads(False)
         ctx.geometry = g
-        return g.contract(x, khatri_rao(F, G, 0))
+        return x.view_as(x), g.contract(x, F if G is None else khatri_rao(F, G, 0))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (gh,), (x, F, G), (for_x, *for_pairs, _) = grads, ctx.saved_tensors, ctx.needs_input_grad
-        A = _like(khatri_rao(F, G, 0), gh)
-        gx, gA = ctx.geometry.contraction_gradients(gh, x, A, for_x)
-        return gx, *_pair_gradients(gA, F, G, 0, for_pairs), None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (gx, gh), (x, F, G), (for_x, *for_pair, _) = grads, ctx.saved_tensors, ctx.needs_input_grad
+        if gh is None:
+            return gx, None, None, None
+        A = _like(F if G is None else khatri_rao(F, G, 0), gh)
+        gx, gA = _contraction_gradients(gx, gh, x, A, ctx.geometry, for_x, any(for_pair))
+        pair = (gA, None) if G is None or gA is None else _pair_gradients(gA, F, G, 0, for_pair)
+        return gx, *pair, None
 
 
 class _AddPairs(torch.autograd.Function):
@@ -172,7 +183,9 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
 
 def _add_pointwise_(out: Tensor, h: Tensor, B: Tensor, spatial: int) -> Tensor:
     v, r = B.shape
-    if _innermost(out, spatial):
+    if out.dim() == h.dim() == 2 and not spatial and out.shape[1] == v:  # rows as they are
+        out.addmm_(h, B.mT)
+    elif _innermost(out, spatial):
         _tokens(out, v, spatial).addmm_(_tokens(h, r, spatial), B.mT)
     elif out.is_contiguous():
         planes = _planes(out, v, spatial)
@@ -194,6 +207,24 @@ def _pointwise_gradients(
     planes = _planes(g, v, spatial)
     gh = torch.bmm(B.mT.expand(len(planes), -1, -1), planes).view(h.shape) if for_h else None
     return gh, torch.bmm(planes, _planes(h, r, spatial).mT).sum(0) if for_B else None
+
+
+def _contraction_gradients(
+    gx: Tensor | None, gh: Tensor, x: Tensor, A: Tensor, g: Geometry, for_x: bool, for_A: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of x and A, where they are wanted, from that of h = g.contract(x, A). gx: the rest of x's, written over."""
+    alone = not torch.is_grad_enabled() and eager()  # nobody differentiates this, or runs it for a batch of gradients
+    if not (alone and g.by_position and gx is not None and gx.dtype == gh.dtype):
+        more, gA = g.contraction_gradients(gh, x, A, for_x)
+        if gx is None or more is None:
+            return more, gA
+        return gx.add_(more) if alone else gx + more, gA
+    x, (r, n), gA = _like(x, gh), A.shape, None
+    if for_A and _rowwise(x, g.spatial):
+        gA = _tokens(gh, r, g.spatial).mT @ _tokens(x, n, g.spatial)
+    elif for_A:
+        gA = torch.bmm(_planes(gh, r, g.spatial), _planes(x, n, g.spatial).mT).sum(0)
+    return _add_pointwise_(gx, gh, A.mT, g.spatial), gA
 
 
 def _pair_gradients(
@@ -276,7 +307,7 @@ def _blocks(x: Tensor, K: Tensor, spatial: int) -> Tensor:
 
 def _beside(v: Tensor, spatial: int) -> Tensor:
     """A vector over channels, shaped to broadcast against an activation."""
-    return v[(...,) + (None,) * spatial]
+    return v[(...,) + (None,) * spatial] if spatial else v
 
 
 def _over_channels(g: Tensor, spatial: int, y: Tensor | None = None) -> Tensor:

@@ -79,23 +79,71 @@ def test_add_pairs(name: str) -> None:
 @pytest.mark.parametrize(
     ("layer", "size"),
     [
+        (nn.Linear(4, 6), (4,)),
         (nn.Linear(4, 6), (2, 3, 4)),
-        (nn.Conv2d(3, 4, 3, stride=2, padding=1), (2, 3, 5, 4)),
-        (nn.Conv2d(3, 4, 3, dilation=2, padding=2), (3, 5, 4)),
-        (nn.Conv1d(3, 4, 1), (2, 3, 5)),
+        (nn.Conv2d(4, 5, 3, stride=2, padding=1), (2, 4, 5, 4)),
+        (nn.Conv2d(4, 5, 3, dilation=2, padding=2), (4, 5, 4)),
+        (nn.Conv2d(4, 5, 3, padding="same"), (2, 4, 3, 3)),
+        (nn.Conv2d(4, 5, 1), (2, 4, 3, 2)),
+        (nn.Conv2d(4, 5, 1, padding=1), (2, 4, 3, 2)),
+        (nn.Conv2d(4, 5, 1).to(memory_format=torch.channels_last), (2, 4, 3, 2)),
+        (nn.Conv1d(4, 5, 1), (4, 5)),
+        (nn.ConvTranspose2d(4, 5, 2, stride=2), (2, 4, 2, 3)),
     ],
 )
-def test_contracted_by_pairs(layer: nn.Module, size: tuple[int, ...]) -> None:
-    g = pk.geometry.of(layer)
-    x, columns = torch.randn(size, dtype=torch.float64, requires_grad=True), g.shape.columns
+@pytest.mark.parametrize("runs", [1, 2])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_contracted(layer: nn.Module, size: tuple[int, ...], runs: int, pairs: bool) -> None:
+    layer, g = layer.double().requires_grad_(False), pk.geometry.of(layer)
+    x, columns = torch.randn(size, dtype=torch.float64, requires_grad=True), g.shape.columns // runs
+    factors = [parameter(3, columns), parameter(3, columns)][: 1 + pairs]
 
-    def plain(x: Tensor, F: Tensor, G: Tensor) -> Tensor:
-        return g.contract(x, products.khatri_rao(F, G, 0))
+    def after(x: Tensor, h: Tensor) -> Tensor:
+        return layer(x) * h.mean(-1 - g.spatial, keepdim=True)
 
-    def fused(x: Tensor, F: Tensor, G: Tensor) -> Tensor:
-        return products.contracted_by_pairs(x, F, G, g)
+    def plain(x: Tensor, F: Tensor, *G: Tensor) -> Tensor:
+        return after(x, g.contract(x, products.khatri_rao(F, *G, 0) if pairs else F))
 
-    agree(fused, plain, [x, parameter(2, columns), parameter(2, columns)])
+    def fused(x: Tensor, F: Tensor, *G: Tensor) -> Tensor:
+        return after(*products.contracted(x, F, G[0] if pairs else None, g))
+
+    agree(fused, plain, [x, *factors])
+    for some in ([x], factors):  # what is asked for alone
+        ours, theirs = (torch.autograd.grad(f(x, *factors).square().sum(), some) for f in (fused, plain))
+        torch.testing.assert_close(ours, theirs)
+    ours, theirs = (f(x.detach(), *factors).square().sum() for f in (fused, plain))
+    torch.testing.assert_close(*(torch.autograd.grad(y, factors) for y in (ours, theirs)))
+
+
+def test_contracted_alone() -> None:
+    """Where the layer's own output is not used, the contraction's gradient is all there is."""
+    g, x, A = pk.geometry.of(nn.Linear(4, 6)), torch.randn(3, 4, requires_grad=True), torch.randn(2, 4)
+    _, h = products.contracted(x, A, None, g)
+    (ours,) = torch.autograd.grad(h.sum(), x)
+    torch.testing.assert_close(ours, A.sum(0).expand(3, 4))
+
+
+def test_the_gradient_of_an_adapted_layers_input_is_nobody_elses() -> None:
+    """Backward writes over the gradient that the layer hands to its input, and over no other."""
+    layer = nn.Linear(4, 4)
+    pk.wrap(layer, "lora", rank=2)
+    train(layer)
+    seen: list[Tensor] = []
+    layer.register_full_backward_hook(lambda module, gx, gy: seen.extend((gx[0], gy[0])))
+    x = torch.randn(3, 4, requires_grad=True)
+    between = x * 1
+    between.register_hook(seen.append)
+    y = layer(between)
+    y.register_hook(seen.append)
+    g = torch.randn(3, 4)
+    (gx,) = torch.autograd.grad(y + 0 * between, x, g)
+    W = layer.weight + layer.adapters["default"].delta(layer.weight).dense()
+    torch.testing.assert_close(gx, g @ W)
+    by_y, of_module, by_module, total = seen
+    torch.testing.assert_close(by_y, g)
+    torch.testing.assert_close(by_module, g)
+    torch.testing.assert_close(of_module, g @ W)
+    torch.testing.assert_close(total, g @ W)
 
 
 @pytest.mark.parametrize("module", [nn.Linear(64, 96), nn.Conv2d(64, 96, 3, padding=1)])
@@ -171,7 +219,10 @@ def test_the_fused_route_is_the_plain_one(adapter: str, layer: str, monkeypatch:
         close(ours, plain, torch.float64, "a fused product")
 
 
-def _plainly(self: Delta, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: pk.geometry.Geometry) -> Tensor:
+def _plainly(
+    self: Delta, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: pk.geometry.Geometry, h: Tensor | None
+) -> Tensor:
+    del h
     wx = None if not self.reads_output else y if bias is None else y - g.per_channel(bias)
     return out + self.apply(x, wx, g)
 

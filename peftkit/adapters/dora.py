@@ -66,9 +66,10 @@ class DoRA(Adapter):
 
     def delta(self, weight: Tensor) -> Decomposed:
         own = self._base_sqnorms(weight)
-        if self.inner.stochastic and self.inner.training:  # V is another at every call
+        inner = self.inner
+        if inner.training and inner.stochastic:  # V is another at every call
             return self._decomposed(weight, own)
-        held = (*self.inner._parameters.values(), *self.inner._buffers.values(), self.magnitude, self.base_norm)
+        held = (*inner._parameters.values(), *inner._buffers.values(), self.magnitude, self.base_norm)
         inputs = [tensor for tensor in held if tensor is not None]
         return self._memo(lambda: self._decomposed(weight, own), *inputs, of=own)
 
@@ -101,7 +102,12 @@ class DoRA(Adapter):
     @torch.no_grad()
     def _base_sqnorms(self, weight: Tensor) -> Tensor:
         """‖W_i‖² per row (m,), or per column (n,); of a frozen W, kept until it is written or replaced."""
-        if not products.eager() or weight.requires_grad or weight.is_inference() or type(weight) is not Tensor:
+        if (
+            not products.eager()
+            or weight.requires_grad
+            or weight.is_inference()
+            or type(weight) not in (Tensor, nn.Parameter)
+        ):
             return row_sqnorms(weight.mT if self.columns else weight)
         state = weight.data_ptr(), weight._version, weight.dtype, weight.stride()
         parameter = weight if weight._base is None else weight._base

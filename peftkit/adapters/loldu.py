@@ -85,7 +85,8 @@ class LoLDU(Adapter):
 
     def pivot_change(self) -> Tensor:
         """δ = σ·z − σ0·z0 = σ·(z − z0) + (σ − σ0)·z0, (r,)."""
-        return (self.start_scale + self.scale_shift) * self.shift + self.scale_shift * self.start
+        scale_shift = self.scale_shift
+        return torch.addcmul((self.start_scale + scale_shift) * self.shift, scale_shift, self.start)
 
     def delta(self, weight: Tensor) -> Pivoted:
         del weight

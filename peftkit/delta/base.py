@@ -121,12 +121,19 @@ class Delta(ABC):
         del wx
         return recomputed(lambda x: g.run(x, self.dense()), x)
 
-    def onto(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
-        """out + ΔW·x, as `apply`, in the dtype of out. y: the layer's output, with its bias (m,).
+    def ahead(self, x: Tensor, g: Geometry) -> tuple[Tensor, Tensor | None]:
+        """The x that the layer itself must be called with, and what `_fused` needs of x, made before that call."""
+        del g
+        return x, None
+
+    def onto(
+        self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry, h: Tensor | None = None
+    ) -> Tensor:
+        """out + ΔW·x, as `apply`, in the dtype of out. y: the layer's output, with its bias (m,); h: from `ahead`.
 
         Without `reads_output`, out may be overwritten; with it, out is y or what others have added to it.
         """
-        fused = self._fused(out, x, y, bias, g) if products.eager() else None
+        fused = self._fused(out, h, y, bias, g) if products.eager() else None
         if fused is not None:
             return fused
         wx = None
@@ -134,7 +141,7 @@ class Delta(ABC):
             wx = y if bias is None else y - g.per_channel(bias.to(y.dtype))
         return out + self.apply(x, wx, g).to(out.dtype)
 
-    def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
         """`onto` in fewer passes over memory; None where there is no such way."""
         return None
 

@@ -101,11 +101,17 @@ class Decomposed(Delta):
         inner = self.V.apply(g.per_channel(f) * x, wx, g)
         return g.run(g.per_channel(e) * x, self.W) + inner
 
-    def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
-        if self.columns or out is not y or not isinstance(self.V, (LowRank, Hadamard)):
+    def ahead(self, x: Tensor, g: Geometry) -> tuple[Tensor, Tensor | None]:
+        if self.columns or not isinstance(self.V, (LowRank, Hadamard)):
+            return x, None
+        # The magnitudes come after what is made here; without gradients, the scaled factors are made and kept anyway
+        return (self.V if torch.is_grad_enabled() else self._scaled_inner).ahead(x, g)
+
+    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+        if h is None or out is not y:
             return None
         # The magnitudes of V go into its factors: what has the size of the output is written once
-        return self._scaled_inner.onto(products.rescaled(y, self.e, bias, g.spatial), x, y, bias, g)
+        return self._scaled_inner._fused(products.rescaled(y, self.e, bias, g.spatial), h, y, bias, g)
 
     def inner(self, M: Tensor) -> Tensor:
         along = self.V.column_moments if self.columns else self.V.moments

@@ -69,11 +69,15 @@ class Hadamard(Delta):
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         return self.khatri_rao.apply(x, wx, g)
 
-    def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
-        if not torch.is_grad_enabled() or g.groups > 1 or g.transposed or not g.direct:
-            return self.khatri_rao.onto(out, x, y, bias, g)
+    def ahead(self, x: Tensor, g: Geometry) -> tuple[Tensor, Tensor | None]:
+        if not torch.is_grad_enabled() or g.groups > 1:
+            return self.khatri_rao.ahead(x, g)
         # For backward the pairs are made again: of a narrow layer they are as large as its weight
-        h = products.contracted_by_pairs(x, self.A1, self.A2, g)
+        return products.contracted(x, self.A1, self.A2, g)
+
+    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+        if not torch.is_grad_enabled() or h is None:
+            return self.khatri_rao._fused(out, h, y, bias, g)
         return products.add_pairs_(out, h, self.B1, self.B2, g.spatial)
 
     def rescaled(self, f: Tensor) -> Hadamard:

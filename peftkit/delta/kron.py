@@ -95,17 +95,27 @@ class Kron(Delta):
         h = g.mix(g.contract(x, self.right), C, width=self.right.shape[0])
         return h if self.left is None else g.pointwise(h, self.left)
 
-    def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
-        if g.groups > 1 or self.left is None:
+    def ahead(self, x: Tensor, g: Geometry) -> tuple[Tensor, Tensor | None]:
+        if g.groups > 1:
+            return x, None
+        if self.left is not None:
+            return products.contracted(x, self.right, None, g)
+        first = g.by_position and self._mixes_first()
+        return x, g.mix(x, self.C.unsqueeze(0), width=self.block[1]) if first else None
+
+    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+        if h is None:
             return None
-        h = g.mix(g.contract(x, self.right), self.C[None], width=self.right.shape[0])
-        return products.add_pointwise_(out, h, self.left, g.spatial)
+        if self.left is None:
+            return products.add_pointwise_(out, h, self.right, g.spatial)
+        mixed = g.mix(h, self.C.unsqueeze(0), width=self.right.shape[0])
+        return products.add_pointwise_(out, mixed, self.left, g.spatial)
 
     def _mixes_first(self) -> bool:
         """Whether C goes before a full D: the cheaper order. With a low-rank D, C acts at the bottleneck."""
         a, c = self.C.shape
         b, d = self.block
-        return self.left is None and a * (c * d + b * d) < c * b * (d + a)
+        return self.left is None and a * (c * d + b * d) <= c * b * (d + a)
 
     def inner(self, M: Tensor) -> Tensor:
         return (self._contracted(M) * self.D).sum()

@@ -66,10 +66,11 @@ class LowRank(Delta):
         del wx
         return g.expand(g.contract(x, self.A), self.B)
 
-    def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
-        if g.groups > 1:
-            return None
-        return products.add_pointwise_(out, g.contract(x, self.A), self.B, g.spatial)
+    def ahead(self, x: Tensor, g: Geometry) -> tuple[Tensor, Tensor | None]:
+        return (x, None) if g.groups > 1 else products.contracted(x, self.A, None, g)
+
+    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+        return None if h is None else products.add_pointwise_(out, h, self.B, g.spatial)
 
     def rescaled(self, f: Tensor) -> LowRank:
         """diag(f)·ΔW, f (m,)."""

@@ -20,11 +20,11 @@ class Pivoted(LowRank):
     L: Tensor
     change: Tensor
 
-    def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
-        if g.groups > 1:
+    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+        if h is None:
             return None
-        h = g.contract(x, self.A)  # δ acts here, so that no gradient of the size of L is made for it
-        return products.add_pointwise_(out, h * g.per_channel(self.change.to(h.dtype)), self.L, g.spatial)
+        # δ acts here, so that no gradient of the size of L is made for it
+        return products.add_pointwise_(out, h * g.per_channel(self.change).to(h.dtype), self.L, g.spatial)
 
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
         # c_k = l_kᵀ·W·u_k and G = (LᵀL) ⊙ (UUᵀ): <ΔW, W> = δᵀc and ‖ΔW‖² = δᵀGδ, whatever m and n are

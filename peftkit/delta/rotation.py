@@ -87,7 +87,7 @@ class Rotation(Delta):
             return super().apply(x, wx, g)
         return g.run(g.mix(x, self.K.mT.repeat(g.groups, 1, 1)), self.W)
 
-    def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
         if self.side == "in" or out is not y or self._spans_groups(g):
             return None
         return products.rotated(y, self.K, bias, g.spatial)

@@ -60,7 +60,7 @@ class Scaled(Delta):
         e = self.e[:: g.shape.positions].repeat(g.groups).to(x.dtype)
         return g.run(g.per_channel(e) * x, self.W)
 
-    def _fused(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
         if self.columns or out is not y:
             return None
         return products.rescaled(y, self.e, bias, g.spatial)
