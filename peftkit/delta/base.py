@@ -106,7 +106,8 @@ class Delta(ABC):
     def filled(self) -> Tensor:
         """`dense` from its rows, block by block: nothing of its size is made beside it. For no gradients."""
         out, space = torch.empty(self.shape, dtype=self.dtype, device=self.device), Workspace()
-        for block in row_blocks(*self.shape, self.row_multiple):
+        size = 4 * BLOCK // out.itemsize  # a block is of so many bytes
+        for block in row_blocks(*self.shape, self.row_multiple, size):
             self.rows_(block, out[block], space)
         return out
 

@@ -69,15 +69,19 @@ class Decomposed(Delta):
         return torch.addcmul(scaled, self.W[block].to(scaled.dtype), self._along(self.e, block))
 
     def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
-        self.V.rows_(block, out, space)
-        out.mul_(self._along(self.f, block))
+        e = self._along(self.e, block).to(out.dtype)  # operands of several dtypes would be copied
         W = self.W[block]
         if W.dtype != out.dtype:
             W = space("decomposed", (out.shape[0], out.shape[1]), out).copy_(W)
-        out.addcmul_(W, self._along(self.e, block))
+        if out.itemsize < 4 and self._scalable() and isinstance(self.V, LowRank):  # spares a pass, and a rounding
+            torch.mul(W, e, out=out)
+            self._scaled_inner.add_rows_(block, out, space)
+            return
+        self.V.rows_(block, out, space)
+        out.mul_(self._along(self.f, block)).addcmul_(W, e)
 
     def add_rows_(self, block: slice, W: Tensor, space: Workspace) -> None:
-        if self.columns or not isinstance(self.V, (LowRank, Hadamard)) or W.dtype != self.dtype:
+        if not self._scalable() or W.dtype != self.dtype:
             return super().add_rows_(block, W, space)
         V = self._scaled_inner
         for part in row_blocks(W.shape[0], W.shape[1]):
@@ -86,9 +90,13 @@ class Decomposed(Delta):
             V.add_rows_(rows, W[part], space)  # which does not read the base, changed by now
         return None
 
+    def _scalable(self) -> bool:
+        """Whether f can be put into the factors of V."""
+        return not self.columns and isinstance(self.V, (LowRank, Hadamard))
+
     @kept
     def _scaled_inner(self) -> Delta:
-        """diag(f)·V, of a V that can be rescaled."""
+        """diag(f)·V, where it is `_scalable`."""
         return cast("LowRank | Hadamard", self.V).rescaled(self.f)
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
@@ -102,7 +110,7 @@ class Decomposed(Delta):
         return g.run(g.per_channel(e) * x, self.W) + inner
 
     def ahead(self, x: Tensor, g: Geometry) -> tuple[Tensor, Tensor | None]:
-        if self.columns or not isinstance(self.V, (LowRank, Hadamard)):
+        if not self._scalable():
             return x, None
         # The magnitudes come after what is made here; without gradients, the scaled factors are made and kept anyway
         return (self.V if torch.is_grad_enabled() else self._scaled_inner).ahead(x, g)

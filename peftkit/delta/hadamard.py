@@ -81,8 +81,8 @@ class Hadamard(Delta):
         return products.add_pairs_(out, h, self.B1, self.B2, g.spatial)
 
     def rescaled(self, f: Tensor) -> Hadamard:
-        """diag(f)·ΔW, f (m,)."""
-        return Hadamard(self.B1 * f[:, None], self.A1, self.B2, self.A2)
+        """diag(f)·ΔW, f (m,), in the dtype of ΔW."""
+        return Hadamard((self.B1 * f[:, None]).to(self.dtype), self.A1, self.B2, self.A2)
 
     def inner(self, M: Tensor) -> Tensor:
         return self.moments(M)[0].sum()

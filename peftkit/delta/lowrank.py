@@ -73,8 +73,8 @@ class LowRank(Delta):
         return None if h is None else products.add_pointwise_(out, h, self.B, g.spatial)
 
     def rescaled(self, f: Tensor) -> LowRank:
-        """diag(f)·ΔW, f (m,)."""
-        return LowRank(self.B * f[:, None], self.A)
+        """diag(f)·ΔW, f (m,), in the dtype of ΔW."""
+        return LowRank((self.B * f[:, None]).to(self.dtype), self.A)
 
     def inner(self, M: Tensor) -> Tensor:
         return (self._projected(M) * self.B).sum()
