@@ -52,7 +52,8 @@ def contracted(x: Tensor, F: Tensor, G: Tensor | None, g: Geometry) -> tuple[Ten
     The gradient that comes back to the x that is returned is added to in place, so that backward makes no second one
     of its size: whoever reads it must make that gradient anew, as products do. F, G (r, c·K); g ungrouped.
     """
-    if not torch.is_grad_enabled() or g.transposed or not g.direct or (G is None and not x.requires_grad):
+    plain = G is None and not (x.requires_grad and F.requires_grad)  # and a constant F needs no x in backward
+    if plain or not torch.is_grad_enabled() or g.transposed or not g.direct:
         return x, g.contract(x, F if G is None else khatri_rao(F, G, 0))
     passed, h = cast("Callable[..., tuple[Tensor, Tensor]]", _Contracted.apply)(x, F, G, g)
     return passed if x.requires_grad else x, h

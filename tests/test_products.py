@@ -165,6 +165,17 @@ def test_pairs_do_not_wait_for_backward(module: nn.Module) -> None:
     assert sum(kept.values()) == 4 * 16 * positions, "more than the 16 channels between the factors is kept, in fp32"
 
 
+def test_constant_factors_keep_no_input() -> None:
+    """Backward of a frozen Linear does not read its input, nor does that of LoLDU's constant factors."""
+    layer = nn.Linear(8, 6).requires_grad_(False)
+    pk.wrap(layer, "loldu", rank=4, route="factored")
+    x = torch.randn(5, 8, requires_grad=True)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage().data_ptr()), lambda _: x):
+        layer(x).sum()
+    assert kept and x.untyped_storage().data_ptr() not in kept
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_rotated(name: str, bias: bool) -> None:
