@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftkit import products
 
 T = TypeVar("T")
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class Memo(Generic[T]):
@@ -34,7 +35,7 @@ class Memo(Generic[T]):
             self._called = True
             return make()
         kept = self._kept  # threads may call at once
-        if kept is None or kept[0] is not of or not all(map(_same, inputs, kept[1])):
+        if kept is None or kept[0] is not of or not _same(inputs, kept[1]):
             self._kept = kept = of, tuple(t.detach().clone() for t in inputs), make()
         return kept[2]
 
@@ -60,8 +61,11 @@ def kept(method: Callable[[Any], T]) -> T:
 
 
 def _plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+    return type(tensor) in _PLAIN and tensor.is_cpu
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and cast(bool, torch.equal(a, b))
+def _same(inputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> bool:
+    for now, then in zip(inputs, kept, strict=True):
+        if now.dtype != then.dtype or not torch.equal(now, then):
+            return False
+    return True

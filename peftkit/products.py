@@ -19,18 +19,21 @@ from torch import Tensor
 from peftkit.blocks import accumulation_dtype, row_blocks
 from peftkit.geometry import Geometry
 
+#: asked at every call of a layer, where looking them up would cost as much as asking
+_compiling, _transforming = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
+
 #: elements of an activation below which an operation costs more than what it does
 _SMALL = 1 << 13
 
 
 def eager() -> bool:
     """Whether operations run as they are written: to a tracer or a transform, these are opaque or in its way."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    return not (_compiling() or _transforming())
 
 
 def transformed() -> bool:
     """Whether a transform of torch.func is at work, which knows nothing of functions with their own backward."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return not _compiling() and _transforming()
 
 
 def add_pointwise_(out: Tensor, h: Tensor, B: Tensor, spatial: int) -> Tensor:
@@ -251,7 +254,7 @@ def _rescaled(y: Tensor, e: Tensor, bias: Tensor | None, spatial: int) -> Tensor
     if bias is None:
         return torch.addcmul(y, y, _beside(e, spatial))
     if y.dtype.itemsize < 4 or y.numel() < _SMALL:  # round once; of a few numbers, one operation less is faster
-        return torch.addcmul(y, y - _beside(bias.to(y.dtype), spatial), _beside(e, spatial))
+        return torch.addcmul(y, y - _beside(_like(bias, y), spatial), _beside(e, spatial))
     return torch.addcmul(y, y, _beside(e, spatial)).sub_(_beside(e * bias.to(e.dtype), spatial))
 
 

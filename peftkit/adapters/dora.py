@@ -67,10 +67,10 @@ class DoRA(Adapter):
     def delta(self, weight: Tensor) -> Decomposed:
         own = self._base_sqnorms(weight)
         inner = self.inner
-        if inner.training and inner.stochastic:  # V is another at every call
+        if inner.stochastic and inner.training:  # V is another at every call
             return self._decomposed(weight, own)
         held = (*inner._parameters.values(), *inner._buffers.values(), self.magnitude, self.base_norm)
-        inputs = [tensor for tensor in held if tensor is not None]
+        inputs = (tensor for tensor in held if tensor is not None)
         return self._memo(lambda: self._decomposed(weight, own), *inputs, of=own)
 
     def _decomposed(self, weight: Tensor, own: Tensor) -> Decomposed:
@@ -99,7 +99,6 @@ class DoRA(Adapter):
     def derived(self) -> dict[str, Tensor]:
         return {f"inner.{key}": tensor for key, tensor in self.inner.derived().items()}
 
-    @torch.no_grad()
     def _base_sqnorms(self, weight: Tensor) -> Tensor:
         """‖W_i‖² per row (m,), or per column (n,); of a frozen W, kept until it is written or replaced."""
         if (
@@ -108,13 +107,17 @@ class DoRA(Adapter):
             or weight.is_inference()
             or type(weight) not in (Tensor, nn.Parameter)
         ):
-            return row_sqnorms(weight.mT if self.columns else weight)
+            return self._sqnorms(weight)
         state = weight.data_ptr(), weight._version, weight.dtype, weight.stride()
         parameter = weight if weight._base is None else weight._base
-        if self._known is None or self._known.parameter() is not parameter or self._known.state != state:
-            squares = row_sqnorms(weight.mT if self.columns else weight)
-            self._known = _Known(weakref.ref(parameter), state, squares)
-        return self._known.squares
+        known = self._known
+        if known is None or known.parameter() is not parameter or known.state != state:
+            self._known = known = _Known(weakref.ref(parameter), state, self._sqnorms(weight))
+        return known.squares
+
+    @torch.no_grad()
+    def _sqnorms(self, weight: Tensor) -> Tensor:
+        return row_sqnorms(weight.mT if self.columns else weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._known = None  # memory that moves may come back at an address that was seen before

@@ -134,7 +134,7 @@ class Delta(ABC):
 
         Without `reads_output`, out may be overwritten; with it, out is y or what others have added to it.
         """
-        fused = self._fused(out, h, y, bias, g) if products.eager() else None
+        fused = self._fused(out, h, y, bias, g) if h is not None or products.eager() else None
         if fused is not None:
             return fused
         wx = None

@@ -24,7 +24,8 @@ class Pivoted(LowRank):
         if h is None:
             return None
         # δ acts here, so that no gradient of the size of L is made for it
-        return products.add_pointwise_(out, h * g.per_channel(self.change).to(h.dtype), self.L, g.spatial)
+        change = self.change if self.change.dtype == h.dtype else self.change.to(h.dtype)
+        return products.add_pointwise_(out, h * g.per_channel(change), self.L, g.spatial)
 
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
         # c_k = l_kᵀ·W·u_k and G = (LᵀL) ⊙ (UUᵀ): <ΔW, W> = δᵀc and ‖ΔW‖² = δᵀGδ, whatever m and n are
