@@ -1,10 +1,13 @@
 """Merging a rank-16 LoCon into an 860M-parameter fp16 checkpoint, file to file: time over copying the file, and memory.
 
-    python benchmarks/checkpoint.py [--folder DIR] [--pairs 5] [--kind lora]
+    python benchmarks/checkpoint.py [--folder DIR] [--pairs 5] [--kind lora] [--lycoris]
 
 The checkpoint has the shapes of Stable Diffusion 1.5's U-Net and random weights. Merges and copies alternate in one run
 and their ratio is of medians; both flush to disk. Memory is the merging process's anonymous memory beyond that of the
 interpreter with torch and peftkit imported, at its highest, sampled every 5 ms.
+
+--lycoris: also lycoris-lora's own merge, which works on a model: its process reads the same weights under diffusers'
+names straight into a model without any, merges, and writes the result. It takes its turn once.
 """
 
 from __future__ import annotations
@@ -27,12 +30,12 @@ from peftkit.formats.names import FAMILIES, Module
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
 
-_MERGE = """
+#: what a merging process does around the merge itself
+_MEASURED = """
 import json, sys, threading, time
 import torch
-import peftkit as pk
+{imports}
 torch.set_num_threads(1)
-pk.merge_checkpoint  # imported before memory is looked at
 def anonymous():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
@@ -43,12 +46,35 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 start = time.perf_counter()
-report = pk.merge_checkpoint(sys.argv[1], {sys.argv[2]: 0.8}, sys.argv[3])
+{merge}
 seconds = time.perf_counter() - start
 done.set()
 watcher.join()
-print(json.dumps({"seconds": seconds, "memory": peak[0] - before, "weights": len(report.weights)}))
+print(json.dumps({{"seconds": seconds, "memory": peak[0] - before}}))
 """
+
+_OURS = _MEASURED.format(
+    imports="import peftkit as pk; pk.merge_checkpoint  # imported before memory is looked at",
+    merge="pk.merge_checkpoint(sys.argv[1], {sys.argv[2]: 0.8}, sys.argv[3])",
+)
+
+_LYCORIS = _MEASURED.format(
+    imports="""
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from lycoris import modules
+from lycoris.utils import merge
+from safetensors.torch import load_file, save_file
+""",
+    merge="""
+with torch.device("meta"):
+    unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+unet.load_state_dict(load_file(sys.argv[1]), assign=True)
+sys.stdout, printed = sys.stderr, sys.stdout
+merge([], unet, load_file(sys.argv[2]), 0.8)
+sys.stdout = printed
+save_file(unet.state_dict(), sys.argv[3])
+""",
+)
 
 
 def modules() -> list[Module]:
@@ -56,13 +82,14 @@ def modules() -> list[Module]:
     return [m for m in FAMILIES["sd15"].modules.values() if m.name.startswith("unet.")]
 
 
-def make_checkpoint(path: Path) -> int:
-    """Random fp16 weights under the names of the published file; returns the number of parameters."""
+def make_checkpoint(path: Path, diffusers: bool = False) -> int:
+    """Random fp16 weights under the names of the published file, or diffusers'; returns the number of parameters."""
     tensors: dict[str, tuple[int, ...]] = {}
     for module in modules():
-        tensors[module.original] = module.shape
+        own = module.name.removeprefix("unet.")
+        tensors[f"{own}.weight" if diffusers else module.original] = module.shape
         if module.original_bias is not None:
-            tensors[module.original_bias] = module.shape[:1]
+            tensors[f"{own}.bias" if diffusers else module.original_bias] = module.shape[:1]
     sizes = {key: ("F16", shape, 2 * torch.Size(shape).numel()) for key, shape in sorted(tensors.items())}
     generator = torch.Generator().manual_seed(0)
     with container.atomic(path) as file:
@@ -97,10 +124,10 @@ def make_adapter(path: Path, rank: int, kind: str) -> int:
     return len(adapted)
 
 
-def merge(base: Path, adapter: Path, out: Path) -> dict[str, float]:
+def merge(base: Path, adapter: Path, out: Path, code: str = _OURS) -> dict[str, float]:
     """One merge in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-c", _MERGE, base, adapter, out],
+        [sys.executable, "-c", code, base, adapter, out],
         capture_output=True,
         text=True,
         check=True,
@@ -124,6 +151,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--kind", choices=("lora", "loha"), default="lora")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--lycoris", action="store_true", help="measure lycoris-lora's merge too")
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -145,6 +173,13 @@ def main() -> None:
             "memory MB": round(max(m["memory"] for m in merges) / 1e6),
             "bound MB": round((3 * largest + 100e6) / 1e6),
         }
+        if arguments.lycoris:
+            for file in (base, out):
+                file.unlink()
+            make_checkpoint(base, diffusers=True)
+            theirs, ours = merge(base, adapter, out, _LYCORIS), merge(base, adapter, out)
+            result["lycoris / merge"] = round(theirs["seconds"] / ours["seconds"], 1)
+            result["lycoris memory MB"] = round(theirs["memory"] / 1e6)
     print(json.dumps(result, indent=2))
     if arguments.save:
         known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}

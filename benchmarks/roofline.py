@@ -6,13 +6,16 @@ The model: memory at 85 % of its peak or tensor cores at 60 % of theirs, whichev
 16-bit numbers moved to and from DRAM by every PyTorch call, factors free and no cache. The floor is what a kernel
 moves: each matrix once, but the upstream gradient twice, for the row and the column factors.
 
-Measured, per operator: microseconds of the kernel, of eager PyTorch and of torch.compile with the cache emptied in
-between, the error against float64, and whether a second run gives the same bits.
+Measured, per operator: microseconds of the kernel, of eager PyTorch, of torch.compile and, where lycoris-lora is
+installed and has a kernel for it, of lycoris, with the cache emptied in between; the error against float64, and whether
+a second run gives the same bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import re
 import statistics
@@ -50,6 +53,7 @@ class Operator:
     products: tuple[int, int]
     kernel: Callable[[Tensor, str, list[Tensor]], Any]
     eager: Callable[[Tensor, Tensors], Any]
+    lycoris: Callable[[Tensor, Tensors], Any] | None = None
 
 
 def _hadamard(f: Tensors) -> Tensor:
@@ -72,6 +76,25 @@ def _kron(W: Tensor, f: Tensors) -> Tensor:
     return torch.addcmul(W.view(a, b, c, d), f[0][:, None, :, None], f[1][None, :, None, :], value=0.5).view_as(W)
 
 
+def _lycoris_hadamard(f: Tensors) -> Tensor:
+    """What their LoHa calls for its ΔW, which picks the backend."""
+    loha = importlib.import_module("lycoris.functional.loha")
+    return loha.diff_weight(f[1], f[0], f[3], f[2], None, None)
+
+
+def _lycoris_backward(G: Tensor, f: Tensors) -> list[Tensor]:
+    """The gradients of `_lycoris_hadamard`; their forward is run once for all."""
+    if not _lycoris_graph or _lycoris_graph[0] is not f:
+        leaves = [factor.detach().requires_grad_() for factor in f]
+        _lycoris_graph[:] = [f, leaves, _lycoris_hadamard(leaves)]
+    _, leaves, delta = _lycoris_graph
+    return list(torch.autograd.grad(delta, leaves, G, retain_graph=True))
+
+
+#: the factors, their leaves and the ΔW of the last call
+_lycoris_graph: list[Any] = []
+
+
 OPERATORS = [
     Operator(
         "LoHa ΔW",
@@ -80,6 +103,7 @@ OPERATORS = [
         (2, 2),
         lambda W, s, f: ops.delta(None, s, f, 1.0, None),
         lambda W, f: _hadamard(f),
+        lambda W, f: _lycoris_hadamard(f),
     ),
     Operator(
         "LoHa W + λΔW",
@@ -88,9 +112,18 @@ OPERATORS = [
         (2, 2),
         lambda W, s, f: ops.delta(W, s, f, 0.5, None),
         lambda W, f: torch.add(W, _hadamard(f), alpha=0.5),
+        lambda W, f: torch.add(W, _lycoris_hadamard(f), alpha=0.5),
     ),
     Operator("LoHa moments", "Hadamard", (1, 12), (2, 2), lambda W, s, f: ops.moments(W, s, f), _moments),
-    Operator("LoHa backward", "Hadamard", (2, 12), (8, 6), lambda G, s, f: ops.hadamard_backward(G, f, 1.0), _backward),
+    Operator(
+        "LoHa backward",
+        "Hadamard",
+        (2, 12),
+        (8, 6),
+        lambda G, s, f: ops.hadamard_backward(G, f, 1.0),
+        _backward,
+        _lycoris_backward,
+    ),
     Operator(  # addmm copies W first, which is not counted: in place, as merges are, it does not
         "LoRA W + λΔW",
         "LowRank",
@@ -150,6 +183,9 @@ def measured(operator: Operator, m: int, n: int, r: int) -> dict[str, Any]:
         "eager": lambda: operator.eager(W, factors),
         "compiled": lambda: compiled(W, factors),
     }
+    peer = operator.lycoris
+    if peer is not None and importlib.util.find_spec("lycoris"):
+        calls["lycoris"] = lambda: peer(W, factors)
     with kernels.use("triton"):
         exact = _flat(operator.eager(W.double(), [factor.double() for factor in factors]))
         errors = {
@@ -180,7 +216,9 @@ def _microseconds(call: Callable[[], object], rounds: int = 30) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table(title="microseconds: floor / eager, modelled; with a GPU: kernel / eager / compiled, measured")
+    shown = Table(
+        title="microseconds: floor / eager, modelled; with a GPU: kernel / eager / compiled / lycoris, measured"
+    )
     for column in ("operator", "m×n, r", *GPUS, "measured", "error", "repeats"):
         shown.add_column(column)
     for row in rows:
@@ -188,7 +226,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
         own = row.get("measured")
         here = ["", "", ""]
         if own:
-            times = " / ".join(str(own[f"{name} us"]) for name in ("kernel", "eager", "compiled"))
+            ways = ("kernel", "eager", "compiled", "lycoris")
+            times = " / ".join(str(own[f"{way} us"]) for way in ways if f"{way} us" in own)
             here = [times, f"{own['kernel error']:.1e} / {own['eager error']:.1e}", str(own["repeats"])]
         shown.add_row(row["operator"], "{}×{}, {}".format(*row["shape"]), *model, *here)
     return shown

@@ -146,10 +146,13 @@ class AdaptedCall(Adapted):
         y = super().forward(x, *args, **kwargs)
         bias = self._parameters["bias"] if "bias" in self._parameters else cast("Tensor | None", self.bias)
         out = y
+        weight = None
         if len(started) > 1:  # those that read y come first: the others may write over it
             started.sort(key=lambda each: not each[0].reads_output)
+        elif plain and torch.is_grad_enabled():
+            weight = self.weight_of(state.slots[""])
         for delta, own, h in started:
-            out = delta.onto(out, own, y, bias, g, h)
+            out = delta.onto(out, own, y, bias, g, h, weight)
         return out.unflatten(0, input.shape[:-1]) if rows else out
 
     def _drop(self, name: str) -> float:

@@ -3,27 +3,47 @@
 Activations are the largest things a training step writes, and a write into fresh memory costs more than the arithmetic.
 So the last product of a route adds into what is there, and backward makes one new activation at most. Each function can
 be differentiated twice: what its backward reads are its inputs.
-
-The channels of an activation (…, c, *s) stand before `spatial` dimensions. In memory they are innermost, as in a Linear
-and in channels_last: `tokens` (T, c); or each is a plane: `planes` (batch, c, S).
+Activations are (…, c, *s), with `spatial` dimensions after their channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from peftkit.blocks import accumulation_dtype, row_blocks
+from peftkit.activations import (
+    as_blocks,
+    as_planes,
+    as_tokens,
+    beside,
+    few,
+    from_tokens,
+    innermost,
+    over_channels,
+    rowwise,
+    widened,
+)
 from peftkit.geometry import Geometry
+from peftkit.held import Held
 
 #: asked at every call of a layer, where looking them up would cost as much as asking
 _compiling, _transforming = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
 
+#: x and the weight of a layer, in its own shape
+Inputs: TypeAlias = "tuple[Tensor, Tensor]"
+
+#: the least |1 + e| that W·x is recovered through: by then two of its bits are lost
+_LEAST = 0.25
+
 #: elements of an activation below which an operation costs more than what it does
 _SMALL = 1 << 13
+
+#: elements of a layer's output that may as well be kept
+_LITTLE = 1 << 16
 
 
 def eager() -> bool:
@@ -38,8 +58,11 @@ def transformed() -> bool:
 
 def add_pointwise_(out: Tensor, h: Tensor, B: Tensor, spatial: int) -> Tensor:
     """out += B on every run of r channels of h. out (…, a·v, *s); h (…, a·r, *s); B (v, r)."""
+    little = few(out, spatial)
+    if little and (h.itemsize > out.itemsize or out.shape[1] != B.shape[0]):
+        return out.add_(_like(as_tokens(h, B.shape[1], 0) @ _like(B, h).mT, out).view(out.shape))
     h, B = _like(h, out), _like(B, out)
-    if not torch.is_grad_enabled():
+    if little or not torch.is_grad_enabled():
         return _add_pointwise_(out, h, B, spatial)
     return _apply(_AddPointwise, out, h, B, spatial)
 
@@ -55,9 +78,10 @@ def contracted(x: Tensor, F: Tensor, G: Tensor | None, g: Geometry) -> tuple[Ten
     The gradient that comes back to the x that is returned is added to in place, so that backward makes no second one
     of its size: whoever reads it must make that gradient anew, as products do. F, G (r, c·K); g ungrouped.
     """
-    plain = G is None and not (x.requires_grad and F.requires_grad)  # and a constant F needs no x in backward
+    # A constant factor needs no x in backward, nor few numbers a function of their own
+    plain = G is None and (few(x, g.spatial) or not (x.requires_grad and F.requires_grad))
     if plain or not torch.is_grad_enabled() or g.transposed or not g.direct:
-        return x, g.contract(x, F if G is None else khatri_rao(F, G, 0))
+        return x, g.contract(widened(x, g.spatial), F if G is None else khatri_rao(F, G, 0))
     passed, h = cast("Callable[..., tuple[Tensor, Tensor]]", _Contracted.apply)(x, F, G, g)
     return passed if x.requires_grad else x, h
 
@@ -67,16 +91,47 @@ def add_pairs_(out: Tensor, h: Tensor, F: Tensor, G: Tensor, spatial: int) -> Te
     return _apply(_AddPairs, out, _like(h, out), F, G, spatial)
 
 
-def rotated(y: Tensor, K: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
-    """y + K·(y − bias) with K (k, b, b) block-diagonal over the channels of y (…, k·b, *s); bias (k·b,)."""
+def rotated(y: Tensor, K: Tensor, bias: Tensor | None, g: Geometry, inputs: Inputs | None = None) -> Tensor:
+    """y + K·(y − bias) with K (k, b, b) block-diagonal over the channels of y (…, k·b, *s); bias (k·b,).
+
+    inputs: those of which layer g made y; they are given only if every I + K_i is orthogonal, and spare keeping y.
+    """
     K = _like(K, y)
-    return _apply(_Rotated, y, K, bias, spatial) if torch.is_grad_enabled() else _rotated(y, K, bias, spatial)
+    if not torch.is_grad_enabled():
+        return _rotated(y, K, bias, g.spatial)
+    x, weight = (None, None) if inputs is None or y.numel() <= _LITTLE else inputs
+    out = _apply(_Rotated, y, K, bias, x, weight, g)
+    return out if x is None else _holding(out)
 
 
 def rescaled(y: Tensor, e: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
     """y + e∘(y − bias) with e (c,) and bias (c,) over the channels of y (…, c, *s)."""
     e = _like(e, y)
     return _apply(_Rescaled, y, e, bias, spatial) if torch.is_grad_enabled() else _rescaled(y, e, bias, spatial)
+
+
+def decomposed_(
+    y: Tensor,
+    h: Tensor,
+    e: Tensor,
+    factors: tuple[Tensor, Tensor | None],
+    bias: Tensor | None,
+    g: Geometry,
+    inputs: Inputs,
+) -> Tensor:
+    """y + e∘(y − bias) + B·h over y, which is not kept: backward finds it in the result, if there is one by 1 + e.
+
+    y (…, m, *s), made by layer g of `inputs`; h (…, r, *s); e (m,); factors: B (m, r), or F and G of
+    B = khatri_rao(F, G, 1); bias (m,).
+    """
+    return _holding(_apply(_Decomposed, y, _like(h, y), _like(e, y), *factors, bias, *inputs, g))
+
+
+def recoverable(y: Tensor, e: Tensor) -> bool:
+    """Whether `decomposed_` of y is possible and worth it, and known without waiting for a GPU. y must be no view."""
+    if y.numel() <= _LITTLE or not y.is_cpu or y._base is not None:
+        return False
+    return bool((e.detach() + 1).abs().min() >= _LEAST)
 
 
 class _AddPointwise(torch.autograd.Function):
@@ -129,31 +184,93 @@ class _AddPairs(torch.autograd.Function):
         return g, gh, *pair, None
 
 
-class _Rotated(torch.autograd.Function):
+class _Decomposed(torch.autograd.Function):
+    """y − bias = (out − bias − B·h)/(1 + e), and Σ g·(B·h) = B∘(Σ g·hᵀ), which B's own gradient is made of."""
+
     @staticmethod
-    def forward(ctx: Any, y: Tensor, K: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
-        ctx.save_for_backward(y, K, bias)
-        ctx.spatial = spatial
-        return _rotated(y, K, bias, spatial)
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        h: Tensor,
+        e: Tensor,
+        F: Tensor,
+        G: Tensor | None,
+        bias: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        g: Geometry,
+    ) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(h, e, F, G, bias, x, weight)
+        B = _like(F if G is None else khatri_rao(F, G, 1), y)
+        y.addcmul_(y, beside(e, g.spatial))
+        if bias is not None:  # one more channel of ones: −e∘bias comes with the product
+            h = pad(h, (0, 0) * g.spatial + (0, 1), value=1.0)
+            B = torch.cat([B, -(e * _like(bias, e))[:, None]], 1)
+        out = _add_pointwise_(y, h, B, g.spatial)
+        ctx.geometry = g
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (y, K, bias), spatial = grads, ctx.saved_tensors, ctx.spatial
-        for_y, for_K, for_bias, _ = ctx.needs_input_grad
+        (g,), (h, e, F, G, bias, x, weight), spatial = grads, ctx.saved_tensors, ctx.geometry.spatial
+        for_y, for_h, for_e, *for_factors, for_bias = ctx.needs_input_grad[:6]
+        B = _like(F if G is None else khatri_rao(F, G, 1), g)
+        gh, gB = _pointwise_gradients(g, h, B, spatial, for_h, for_e or any(for_factors))
+        gy = torch.addcmul(g, g, beside(e, spatial)) if for_y else None
+        total = over_channels(g, spatial) if bias is not None and (for_e or for_bias) else None
+        ge = None
+        if for_e:
+            out = _output(ctx.held)
+            sums: Tensor = over_channels(g, spatial, _called(ctx.geometry, x, weight, bias, g) if out is None else out)
+            if bias is not None and total is not None:
+                sums = sums - total * bias.to(sums.dtype)
+            if out is not None:
+                assert gB is not None
+                sums = (sums - (gB * B).sum(1, dtype=sums.dtype)) / (1 + e.to(sums.dtype))
+            ge = sums.to(e.dtype)
+        pair = (gB if for_factors[0] else None, None)
+        if G is not None:
+            pair = (None, None) if gB is None else _pair_gradients(gB, F, G, 1, for_factors)
+        gbias = None if bias is None or total is None or not for_bias else (-e * total).to(bias.dtype)
+        return gy, gh, ge, *pair, gbias, None, None, None
+
+
+class _Rotated(torch.autograd.Function):
+    """y − bias = R⁻¹·(out − bias), R = I + K: with an orthogonal R, Σ g·(y − bias)ᵀ = Σ g·(out − bias)ᵀ·R."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, K: Tensor, bias: Tensor | None, x: Tensor | None, weight: Tensor | None, g: Geometry
+    ) -> Tensor:
+        out = _rotated(y, K, bias, g.spatial)
+        ctx.geometry = g
+        ctx.save_for_backward(y if x is None else None, K, bias, x, weight)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (y, K, bias, x, weight), spatial = grads, ctx.saved_tensors, ctx.geometry.spatial
+        for_y, for_K, for_bias, *_ = ctx.needs_input_grad
         gy = _plus_blocks(g, K.mT, None, spatial) if for_y else None
-        gK = gbias = None
+        gK = gbias = out = None
         if for_K:
-            if _rowwise(g, spatial):
-                gK = torch.bmm(_blocks(g, K, spatial).mT, _blocks(y, K, spatial))
+            if y is None:
+                out = _output(ctx.held)
+                y = _called(ctx.geometry, x, weight, bias, g) if out is None else out
+            if rowwise(g, spatial):
+                gK = torch.bmm(as_blocks(g, K, spatial).mT, as_blocks(y, K, spatial))
             else:
-                pair = _planes(g, K.shape[-1], spatial), _planes(y, K.shape[-1], spatial)
+                pair = as_planes(g, K.shape[-1], spatial), as_planes(y, K.shape[-1], spatial)
                 gK = torch.bmm(pair[0], pair[1].mT).unflatten(0, (-1, len(K))).sum(0)
         if bias is not None and (for_K or for_bias):
-            total = _over_channels(g, spatial).view(len(K), -1, 1).to(K.dtype)
+            total = over_channels(g, spatial).view(len(K), -1, 1).to(K.dtype)
             if gK is not None:
                 gK = gK - total * bias.to(K.dtype).view(len(K), 1, -1)
             gbias = -(K.mT @ total).flatten().to(bias.dtype) if for_bias else None
-        return gy, gK, gbias, None
+        if gK is not None and out is not None:
+            gK = torch.baddbmm(gK, gK, K)
+        return gy, gK, gbias, None, None, None
 
 
 class _Rescaled(torch.autograd.Function):
@@ -167,14 +284,32 @@ class _Rescaled(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (y, e, bias), spatial = grads, ctx.saved_tensors, ctx.spatial
         for_y, for_e, for_bias, _ = ctx.needs_input_grad
-        gy = torch.addcmul(g, g, _beside(e, spatial)) if for_y else None
-        ge = _over_channels(g, spatial, y) if for_e else None
+        gy = torch.addcmul(g, g, beside(e, spatial)) if for_y else None
+        ge = over_channels(g, spatial, y) if for_e else None
         gbias = None
         if bias is not None and (for_e or for_bias):
-            total = _over_channels(g, spatial)
+            total = over_channels(g, spatial)
             ge = None if ge is None else ge - total * bias.to(total.dtype)
             gbias = (-e * total).to(bias.dtype) if for_bias else None
         return gy, None if ge is None else ge.to(e.dtype), gbias, None
+
+
+def _holding(out: Tensor) -> Tensor:
+    """out, which the function that made it finds again in backward."""
+    if out.grad_fn is not None:
+        cast(Any, out.grad_fn).held = Held(out)
+    return out
+
+
+def _output(held: Held) -> Tensor | None:
+    """What is held, for gradients that nobody differentiates: it leads back to no graph."""
+    return None if torch.is_grad_enabled() else held.value()
+
+
+def _called(g: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
+    """The layer's output once more, in another's dtype."""
+    bias = None if bias is None else bias.to(like.dtype)
+    return g.call(x.to(like.dtype), weight.to(like.dtype), bias)
 
 
 def _like(operand: Tensor, activation: Tensor) -> Tensor:
@@ -189,13 +324,13 @@ def _add_pointwise_(out: Tensor, h: Tensor, B: Tensor, spatial: int) -> Tensor:
     v, r = B.shape
     if out.dim() == h.dim() == 2 and not spatial and out.shape[1] == v:  # rows as they are
         out.addmm_(h, B.mT)
-    elif _innermost(out, spatial):
-        _tokens(out, v, spatial).addmm_(_tokens(h, r, spatial), B.mT)
+    elif innermost(out, spatial):
+        as_tokens(out, v, spatial).addmm_(as_tokens(h, r, spatial), B.mT)
     elif out.is_contiguous():
-        planes = _planes(out, v, spatial)
-        planes.baddbmm_(B.expand(len(planes), -1, -1), _planes(h, r, spatial))
+        planes = as_planes(out, v, spatial)
+        planes.baddbmm_(B.expand(len(planes), -1, -1), as_planes(h, r, spatial))
     else:
-        out.add_(_from_tokens(_tokens(h, r, spatial) @ B.mT, out.shape, spatial))
+        out.add_(from_tokens(as_tokens(h, r, spatial) @ B.mT, out.shape, spatial))
     return out
 
 
@@ -204,13 +339,13 @@ def _pointwise_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Those of h and B in `add_pointwise_`, where they are wanted, from that of its result."""
     v, r = B.shape
-    if _rowwise(g, spatial):
-        rows = _tokens(g, v, spatial)
-        gh = _from_tokens(rows @ B, h.shape, spatial) if for_h else None
-        return gh, rows.mT @ _tokens(h, r, spatial) if for_B else None
-    planes = _planes(g, v, spatial)
+    if rowwise(g, spatial):
+        rows = as_tokens(g, v, spatial)
+        gh = from_tokens(rows @ B, h.shape, spatial) if for_h else None
+        return gh, rows.mT @ as_tokens(h, r, spatial) if for_B else None
+    planes = as_planes(g, v, spatial)
     gh = torch.bmm(B.mT.expand(len(planes), -1, -1), planes).view(h.shape) if for_h else None
-    return gh, torch.bmm(planes, _planes(h, r, spatial).mT).sum(0) if for_B else None
+    return gh, torch.bmm(planes, as_planes(h, r, spatial).mT).sum(0) if for_B else None
 
 
 def _contraction_gradients(
@@ -224,10 +359,10 @@ def _contraction_gradients(
             return more, gA
         return gx.add_(more) if alone else gx + more, gA
     x, (r, n), gA = _like(x, gh), A.shape, None
-    if for_A and _rowwise(x, g.spatial):
-        gA = _tokens(gh, r, g.spatial).mT @ _tokens(x, n, g.spatial)
+    if for_A and rowwise(x, g.spatial):
+        gA = as_tokens(gh, r, g.spatial).mT @ as_tokens(x, n, g.spatial)
     elif for_A:
-        gA = torch.bmm(_planes(gh, r, g.spatial), _planes(x, n, g.spatial).mT).sum(0)
+        gA = torch.bmm(as_planes(gh, r, g.spatial), as_planes(x, n, g.spatial).mT).sum(0)
     return _add_pointwise_(gx, gh, A.mT, g.spatial), gA
 
 
@@ -243,7 +378,7 @@ def _pair_gradients(
 def _rotated(y: Tensor, K: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
     if y.numel() == K.shape[0] * K.shape[1]:  # one position: a token that is generated
         out = y.clone(memory_format=torch.contiguous_format)
-        turned = y if bias is None else y - _beside(_like(bias, y), spatial)
+        turned = y if bias is None else y - beside(_like(bias, y), spatial)
         out.view(len(K), -1, 1).baddbmm_(K, turned.reshape(len(K), -1, 1))
         return out
     start = None if bias is None else (K @ bias.to(K.dtype).view(len(K), -1, 1)).flatten()
@@ -252,82 +387,22 @@ def _rotated(y: Tensor, K: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
 
 def _rescaled(y: Tensor, e: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
     if bias is None:
-        return torch.addcmul(y, y, _beside(e, spatial))
+        return torch.addcmul(y, y, beside(e, spatial))
     if y.dtype.itemsize < 4 or y.numel() < _SMALL:  # round once; of a few numbers, one operation less is faster
-        return torch.addcmul(y, y - _beside(_like(bias, y), spatial), _beside(e, spatial))
-    return torch.addcmul(y, y, _beside(e, spatial)).sub_(_beside(e * bias.to(e.dtype), spatial))
+        return torch.addcmul(y, y - beside(_like(bias, y), spatial), beside(e, spatial))
+    return torch.addcmul(y, y, beside(e, spatial)).sub_(beside(e * bias.to(e.dtype), spatial))
 
 
 def _plus_blocks(y: Tensor, K: Tensor, start: Tensor | None, spatial: int) -> Tensor:
     """y − start + K·y, of the shape of y."""
-    out = y if start is None else y - _beside(start, spatial)
-    if not _innermost(out, spatial):
+    out = y if start is None else y - beside(start, spatial)
+    if not innermost(out, spatial):
         out = out.contiguous()
     if out is y:
         out = y.clone()
-    if _innermost(out, spatial):
-        _blocks(out, K, spatial).baddbmm_(_blocks(y, K, spatial), K.mT)
+    if innermost(out, spatial):
+        as_blocks(out, K, spatial).baddbmm_(as_blocks(y, K, spatial), K.mT)
     else:
-        planes = _planes(out, K.shape[-1], spatial)
-        planes.baddbmm_(K.repeat(len(planes) // len(K), 1, 1), _planes(y, K.shape[-1], spatial))
+        planes = as_planes(out, K.shape[-1], spatial)
+        planes.baddbmm_(K.repeat(len(planes) // len(K), 1, 1), as_planes(y, K.shape[-1], spatial))
     return out
-
-
-# -- an activation as matrices --------------------------------------------------------------------------------------
-
-
-def _innermost(x: Tensor, spatial: int) -> bool:
-    """Whether the channels of one position are neighbours in memory, and everything is dense."""
-    return (x.movedim(-1 - spatial, -1) if spatial else x).is_contiguous()
-
-
-def _rowwise(x: Tensor, spatial: int) -> bool:
-    """Whether x is best read as tokens, which without spatial dimensions it is however it lies in memory."""
-    return not spatial or _innermost(x, spatial)
-
-
-def _tokens(x: Tensor, run: int, spatial: int) -> Tensor:
-    """(…, a·run, *s) -> (T·a, run)."""
-    return (x.movedim(-1 - spatial, -1) if spatial else x).reshape(-1, run)
-
-
-def _from_tokens(rows: Tensor, shape: torch.Size, spatial: int) -> Tensor:
-    """The inverse of `_tokens`: (T·a, run) -> shape."""
-    if not spatial:
-        return rows.view(shape)
-    channel = len(shape) - 1 - spatial
-    return rows.view(*shape[:channel], *shape[channel + 1 :], shape[channel]).movedim(-1, channel)
-
-
-def _planes(x: Tensor, run: int, spatial: int) -> Tensor:
-    """(…, a·run, *s) -> (batch·a, run, S)."""
-    return x.reshape(-1, run, x.shape[-spatial:].numel() if spatial else 1)
-
-
-def _blocks(x: Tensor, K: Tensor, spatial: int) -> Tensor:
-    """(…, k·b, *s) -> (k, T, b), of innermost channels a view."""
-    return _tokens(x, K.shape[0] * K.shape[-1], spatial).unflatten(1, (K.shape[0], -1)).transpose(0, 1)
-
-
-def _beside(v: Tensor, spatial: int) -> Tensor:
-    """A vector over channels, shaped to broadcast against an activation."""
-    return v[(...,) + (None,) * spatial] if spatial else v
-
-
-def _over_channels(g: Tensor, spatial: int, y: Tensor | None = None) -> Tensor:
-    """Σ g, or Σ g∘y, over all but the channels, (c,), in at least fp32 and without another activation."""
-    dtype = accumulation_dtype(g.dtype)
-    if _rowwise(g, spatial):
-        c = g.shape[-1 - spatial]
-        rows, others = _tokens(g, c, spatial), None if y is None else _tokens(y, c, spatial)
-        if others is None:
-            return rows.sum(0, dtype=dtype)
-        parts = [(rows[b].to(dtype) * others[b].to(dtype)).sum(0) for b in row_blocks(*rows.shape)]
-        return torch.stack(parts).sum(0) if parts else rows.new_zeros(c, dtype=dtype)
-    planes = _planes(g, g.shape[-1 - spatial], spatial)
-    if y is None:
-        return planes.sum((0, 2), dtype=dtype)
-    others = _planes(y, g.shape[-1 - spatial], spatial)
-    width = planes.shape[0] * planes.shape[2]
-    parts = [(planes[:, b].to(dtype) * others[:, b].to(dtype)).sum((0, 2)) for b in row_blocks(planes.shape[1], width)]
-    return torch.cat(parts)

@@ -202,6 +202,14 @@ def test_the_roofline_counts_what_eager_does(operator: roofline.Operator) -> Non
         assert rows["floor us"] <= rows["eager us"]
 
 
+@pytest.mark.parametrize("operator", [o for o in roofline.OPERATORS if o.lycoris], ids=lambda operator: operator.name)
+def test_the_roofline_asks_lycoris_for_the_same(operator: roofline.Operator) -> None:
+    W, factors = roofline.inputs(operator.structure, 12, 8, 4, "cpu", torch.float32)
+    assert operator.lycoris is not None
+    for _ in range(2):
+        torch.testing.assert_close(operator.lycoris(W, factors), operator.eager(W, factors))
+
+
 def test_the_roofline_is_printed() -> None:
     command = [sys.executable, "benchmarks/roofline.py", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)

@@ -36,9 +36,11 @@ def test_scaling_twice_when_merging_is_caught(monkeypatch: pytest.MonkeyPatch) -
 def test_rotating_the_bias_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = products.rotated
 
-    def with_bias(y: Tensor, K: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
+    def with_bias(
+        y: Tensor, K: Tensor, bias: Tensor | None, g: Geometry, inputs: products.Inputs | None = None
+    ) -> Tensor:
         del bias
-        return original(y, K, None, spatial)  # R·(Wx + b)
+        return original(y, K, None, g, inputs)  # R·(Wx + b)
 
     monkeypatch.setattr(products, "rotated", with_bias)
     for law in (laws.routes_agree, laws.forward_is_merged):

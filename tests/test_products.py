@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import peftkit as pk
-from peftkit import products, routes
+from peftkit import activations, products, routes
 from peftkit.delta.base import Delta
 from tests.laws import close
 from tests.zoo import ADAPTERS, LAYERS, make, smallest_kernel, train
@@ -28,6 +30,16 @@ ACTIVATIONS: dict[str, tuple[tuple[int, ...], int, Callable[[Tensor], Tensor]]] 
 }
 
 
+@pytest.fixture(params=["few numbers", "many numbers"], autouse=True)
+def numbers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Few numbers go through torch's own graph; what is done of many, on few."""
+    if request.param == "many numbers":
+        monkeypatch.setattr(activations, "_FEW", 0)
+        monkeypatch.setattr(activations, "_FEWER", 0)
+        monkeypatch.setattr(products, "_LITTLE", 0)
+    return request.param
+
+
 def drawn(name: str, channels: int = 12) -> tuple[Tensor, int]:
     shape, spatial, layout = ACTIVATIONS[name]
     shape = tuple(channels if size == 12 else size for size in shape)
@@ -40,6 +52,11 @@ def parameter(*shape: int) -> Tensor:
 
 def channels(v: Tensor, spatial: int) -> Tensor:
     return v[(...,) + (None,) * spatial]
+
+
+def pointwise_layer(spatial: int) -> nn.Module:
+    """A layer of 12 channels whose activations have so many spatial dimensions."""
+    return (nn.Linear(12, 12), nn.Conv1d(12, 12, 1), nn.Conv2d(12, 12, 1))[spatial].double().requires_grad_(False)
 
 
 def agree(fused: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor]) -> None:
@@ -148,6 +165,7 @@ def test_the_gradient_of_an_adapted_layers_input_is_nobody_elses() -> None:
 
 @pytest.mark.parametrize("module", [nn.Linear(64, 96), nn.Conv2d(64, 96, 3, padding=1)])
 def test_pairs_do_not_wait_for_backward(module: nn.Module) -> None:
+    module = copy.deepcopy(module)
     pk.wrap(module, "loha", rank=4, route="factored")
     x = torch.randn((2, 64) if isinstance(module, nn.Linear) else (1, 64, 2, 2))
     held = {p.untyped_storage().data_ptr() for p in (*module.parameters(), x)}
@@ -180,14 +198,14 @@ def test_constant_factors_keep_no_input() -> None:
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_rotated(name: str, bias: bool) -> None:
     y, spatial = drawn(name)
-    K = parameter(3, 4, 4)
+    K, g = parameter(3, 4, 4), pk.geometry.of(pointwise_layer(spatial))
 
     def plain(y: Tensor, K: Tensor, *b: Tensor) -> Tensor:
         wx = y - channels(b[0], spatial) if b else y
         rows = wx.movedim(-1 - spatial, -1) @ torch.block_diag(*K).mT
         return y + rows.movedim(-1, -1 - spatial)
 
-    fused: Callable[..., Tensor] = lambda y, K, *b: products.rotated(y, K, b[0] if b else None, spatial)  # noqa: E731
+    fused: Callable[..., Tensor] = lambda y, K, *b: products.rotated(y, K, b[0] if b else None, g)  # noqa: E731
     agree(fused, plain, [y, K, parameter(12)] if bias else [y, K])
 
 
@@ -201,6 +219,112 @@ def test_rescaled(name: str, bias: bool) -> None:
 
     fused: Callable[..., Tensor] = lambda y, e, *b: products.rescaled(y, e, b[0] if b else None, spatial)  # noqa: E731
     agree(fused, plain, [y, parameter(12), parameter(12)] if bias else [y, parameter(12)])
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Linear(4, 6), (3, 4)),
+        (nn.Linear(4, 6, bias=False), (2, 3, 4)),
+        (nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 5, 4)),
+        (nn.Conv2d(4, 6, 1).to(memory_format=torch.channels_last), (2, 4, 3, 2)),
+        (nn.Conv1d(4, 6, 1), (2, 4, 5)),
+    ],
+)
+@pytest.mark.parametrize("pairs", [False, True])
+def test_decomposed(layer: nn.Linear, size: tuple[int, ...], pairs: bool) -> None:
+    layer, g = copy.deepcopy(layer).double(), pk.geometry.of(layer)
+    weight = layer.weight.detach().clone().requires_grad_()
+    x, e, A, *factors = (
+        torch.randn(size, dtype=torch.float64, requires_grad=True),
+        parameter(6),
+        parameter(4, g.shape.columns),
+        *(parameter(6, 2 if pairs else 4) for _ in range(1 + pairs)),
+    )
+    bias = [] if layer.bias is None else [layer.bias.detach().clone().requires_grad_()]
+
+    def plain(x: Tensor, weight: Tensor, e: Tensor, A: Tensor, *rest: Tensor) -> Tensor:
+        B = products.khatri_rao(*rest[:2], 1) if pairs else rest[0]
+        y, own = g.call(x, weight, *bias), channels(bias[0], g.spatial) if bias else 0
+        return y + channels(e, g.spatial) * (y - own) + g.expand(g.contract(x, A), B)
+
+    def fused(x: Tensor, weight: Tensor, e: Tensor, A: Tensor, *rest: Tensor) -> Tensor:
+        pair = (rest[0], rest[1] if pairs else None)
+        y, h = g.call(x, weight, *bias), g.contract(x, A)
+        return products.decomposed_(y, h, e, pair, bias[0] if bias else None, g, (x, weight))
+
+    agree(fused, plain, [x, weight, e, A, *factors, *bias])
+
+
+#: what comes after a layer and writes over its output
+WRITERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu_": F.relu_,
+    "+=": lambda y: y.add_(1.0).square(),
+    "nobody": lambda y: y.sigmoid(),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("around", ["alone", "checkpointed", "offloaded"])
+@pytest.mark.parametrize("kind", ["dora", "oft"])
+@pytest.mark.parametrize("size", [(3, 8), (2, 8, 4, 4), (8, 4, 4)])
+def test_an_output_that_is_written_over_is_made_again(
+    kind: str, writer: str, around: str, size: tuple[int, ...]
+) -> None:
+    layer = nn.Linear(8, 12) if len(size) == 2 else nn.Conv2d(8, 12, 3, padding=1)
+    pk.wrap(layer.double(), kind, route="factored")
+    train(layer)
+    x = torch.randn(size, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *pk.adapter_parameters(layer)]
+
+    def after(x: Tensor) -> Tensor:
+        return WRITERS[writer](layer(x))
+
+    expected = torch.autograd.grad(WRITERS[writer](layer(x) * 1).square().sum(), wanted)
+    if around == "checkpointed":
+        y = checkpoint(after, x, use_reentrant=False)
+    elif around == "offloaded":
+        with torch.autograd.graph.save_on_cpu():
+            y = after(x)
+    else:
+        y = after(x)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), wanted, retain_graph=True), expected)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), wanted), expected)
+
+
+@pytest.mark.parametrize("kind", ["dora", "oft"])
+def test_the_output_is_kept_once(kind: str, numbers: str) -> None:
+    """Where the next operation keeps its input, DoRA and OFT add no activation of the output's size."""
+    layer = nn.Linear(64, 96)
+    pk.wrap(layer, kind, rank=4) if kind == "dora" else pk.wrap(layer, kind)
+    x = torch.randn(128, 64, requires_grad=True)
+    held = {p.untyped_storage().data_ptr() for p in (*layer.parameters(), *layer.buffers(), x)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = F.gelu(layer(x))
+    outputs = sum(size >= 4 * 128 * 96 for size in kept.values())
+    assert out.requires_grad and outputs == (1 if numbers == "many numbers" else 2)
+
+
+def test_a_magnitude_of_zero_has_a_gradient() -> None:
+    """W·x cannot be found again in an output that t = 0 has erased: it is kept."""
+    layer = nn.Linear(8, 12).double()
+    pk.wrap(layer, "dora", rank=2, route="factored")
+    train(layer)
+    magnitude = layer.adapters["default"].magnitude
+    x = torch.randn(5, 8, dtype=torch.float64)
+    expected = torch.autograd.grad(layer(x).sum(), magnitude)
+    with torch.no_grad():
+        magnitude[3] = 0.0
+    # the output is linear in every magnitude, so the gradient of none depends on it
+    torch.testing.assert_close(torch.autograd.grad(layer(x).sum(), magnitude), expected)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -231,9 +355,16 @@ def test_the_fused_route_is_the_plain_one(adapter: str, layer: str, monkeypatch:
 
 
 def _plainly(
-    self: Delta, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: pk.geometry.Geometry, h: Tensor | None
+    self: Delta,
+    out: Tensor,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    g: pk.geometry.Geometry,
+    h: Tensor | None,
+    weight: Tensor | None,
 ) -> Tensor:
-    del h
+    del h, weight
     wx = None if not self.reads_output else y if bias is None else y - g.per_channel(bias)
     return out + self.apply(x, wx, g)
 

@@ -120,7 +120,8 @@ class OFT(Adapter):
         if self.rescale is not None:
             factor = (strength * (self.rescale.to(K.dtype) - 1)).unflatten(0, (-1, self.size))
             K = K + factor[:, :, None] * (K + torch.eye(self.size, dtype=K.dtype, device=K.device))
-        return Rotation(K, weight, self.side)
+        # The series is not quite orthogonal, and a rescaled rotation is none
+        return Rotation(K, weight, self.side, orthogonal=self.rescale is None and self.terms is None)
 
 
 def upper_triangle(size: int, device: torch.device) -> Tensor:

@@ -128,12 +128,24 @@ class Delta(ABC):
         return x, None
 
     def onto(
-        self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry, h: Tensor | None = None
+        self,
+        out: Tensor,
+        x: Tensor,
+        y: Tensor,
+        bias: Tensor | None,
+        g: Geometry,
+        h: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """out + ΔW·x, as `apply`, in the dtype of out. y: the layer's output, with its bias (m,); h: from `ahead`.
 
-        Without `reads_output`, out may be overwritten; with it, out is y or what others have added to it.
+        Without `reads_output`, out may be overwritten; with it, out is y or what others have added to it. weight: the
+        layer's, in its own shape, where this is its only ΔW: out is y, nobody else's, and may be overwritten anyway.
         """
+        if weight is not None:
+            alone = self._alone(x, h, y, bias, weight, g)
+            if alone is not None:
+                return alone
         fused = self._fused(out, h, y, bias, g) if h is not None or products.eager() else None
         if fused is not None:
             return fused
@@ -144,6 +156,12 @@ class Delta(ABC):
 
     def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
         """`onto` in fewer passes over memory; None where there is no such way."""
+        return None
+
+    def _alone(
+        self, x: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, weight: Tensor, g: Geometry
+    ) -> Tensor | None:
+        """`onto` y, which is then not kept for backward; None where there is no such way."""
         return None
 
     def inner(self, M: Tensor) -> Tensor:

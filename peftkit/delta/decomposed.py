@@ -121,6 +121,15 @@ class Decomposed(Delta):
         # The magnitudes of V go into its factors: what has the size of the output is written once
         return self._scaled_inner._fused(products.rescaled(y, self.e, bias, g.spatial), h, y, bias, g)
 
+    def _alone(
+        self, x: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, weight: Tensor, g: Geometry
+    ) -> Tensor | None:
+        if h is None or not products.recoverable(y, self.e):
+            return None
+        V = self._scaled_inner
+        factors = (V.B1, V.B2) if isinstance(V, Hadamard) else (cast(LowRank, V).B, None)
+        return products.decomposed_(y, h, self.e, factors, bias, g, (x, weight))
+
     def inner(self, M: Tensor) -> Tensor:
         along = self.V.column_moments if self.columns else self.V.moments
         return (self.e * self._dots(self.W, M)).sum() + (self.f * along(M)[0]).sum()
