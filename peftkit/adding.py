@@ -14,8 +14,8 @@ from peftkit.delta import Delta
 from peftkit.errors import MergeError
 from peftkit.geometry import Geometry
 
-#: of so many blocks of a long weight, as much as one is measured
-_SAMPLED = 16
+#: a long weight is looked at in runs of so many blocks, of each the first of so many parts
+_RUN, _PARTS = 16, 64
 #: dtypes that reach further than this do not overflow where weights are finite
 _WIDE_RANGE = 1e30
 
@@ -43,7 +43,7 @@ def add_(
     """weight += Σ ΔW in place, row block by row block; ‖ΔW‖, ‖W' − W‖ and the share lost.
 
     weight: in its layer's shape, which `geometry` reads as a matrix. dry: write nothing, and go only as far as the
-    first rows that would change. Of a weight of many blocks, what moved and what was lost are those of a sixteenth.
+    first rows that would change. Of a long weight, what moved and what was lost are those of a sixty-fourth.
     safe: the sum is known to be finite. space: buffers to use, for those who add to many weights.
     """
     if not deltas:
@@ -62,14 +62,14 @@ def add_(
     straight = len(deltas) == 1 and weight.dtype == acc and width == columns and not dry
     known = deltas[0].quick_sqnorm if straight else None
     # What rounding loses is looked at in a part of a long weight; what could overflow, everywhere
-    if dry or rows * columns <= 2 * size or torch.finfo(weight.dtype).max < _WIDE_RANGE:
-        blocks = ((block, True) for block in row_blocks(rows, columns, multiple, size))
+    in_place = known is not None and _rows(bands, slice(0, 1)).flatten(1).untyped_storage().data_ptr() == own
+    if dry or 2 * rows * columns <= size or torch.finfo(weight.dtype).max < _WIDE_RANGE:
+        blocks = ((block, True, not dry) for block in row_blocks(rows, columns, multiple, size))
     else:
-        in_place = known is not None and _rows(bands, slice(0, 1)).flatten(1).untyped_storage().data_ptr() == own
-        blocks = _sampled(rows, columns, multiple, size, lambda: in_place and bool(seen[1] > 0))
+        blocks = _sampled(rows, columns, multiple, size, in_place, lambda: bool(seen[1] > 0))
     norm, finite = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=acc, device=weight.device)
     seen = torch.zeros(3, dtype=torch.float64)
-    for block, wanted in blocks:
+    for block, wanted, written in blocks:
         values = _rows(bands, block).flatten(1)
         copied = values.untyped_storage().data_ptr() != own
         measured = wanted or not seen[1] > 0
@@ -92,12 +92,14 @@ def add_(
             norm += square.cpu()
             if here.dtype == acc and not measured:
                 here.add_(delta)
-                finite += here.sum()
+                if not safe:
+                    finite += here.sum()
                 continue
             old = here if here.dtype == acc else space("old", (here.shape[0], here.shape[1]), here, acc).copy_(here)
             if not measured:
                 old.add_(delta)
-                finite += old.sum()
+                if not safe:
+                    finite += old.sum()
                 here.copy_(old)
                 continue
             wide = torch.add(old, delta, out=space("wide", (here.shape[0], here.shape[1]), here, acc))
@@ -106,11 +108,11 @@ def add_(
             new = space("new", (here.shape[0], here.shape[1]), here).copy_(wide)
             moved = wide.copy_(new).sub_(old)
             seen += torch.stack([square, _square(moved), _square(moved.sub_(delta))]).cpu()
-            if not dry:
+            if written:
                 here.copy_(new)
         if dry and seen[1] > 0:
             break
-        if copied and not dry:
+        if copied and written:
             _write(bands, block, values)
     norm = norm if known is None else known.double().cpu().clamp(min=0)
     if not finite.isfinite():
@@ -120,14 +122,20 @@ def add_(
 
 
 def _sampled(
-    rows: int, columns: int, multiple: int, size: int, whole: Callable[[], bool]
-) -> Iterator[tuple[slice, bool]]:
-    """Blocks of rows, and whether they are to be measured; what is not is one block, if it may be whole by then."""
-    for run in row_blocks(rows, columns, multiple, _SAMPLED * size):
-        first = min(run.stop, run.start + -(-(run.stop - run.start) // _SAMPLED // multiple) * multiple)
-        yield slice(run.start, first), True
-        for block in row_blocks(run.stop - first, columns, multiple, _SAMPLED * size if whole() else size):
-            yield slice(first + block.start, first + block.stop), False
+    rows: int, columns: int, multiple: int, size: int, in_place: bool, moved: Callable[[], bool]
+) -> Iterator[tuple[slice, bool, bool]]:
+    """Blocks of rows, whether they are to be measured, and to be written: a product in place takes all rows at once."""
+    for run in row_blocks(rows, columns, multiple, _RUN * size):
+        first = min(run.stop, run.start + -(-(run.stop - run.start) // _PARTS // multiple) * multiple)
+        yield slice(run.start, first), True, not in_place
+        if not in_place:
+            for block in row_blocks(run.stop - first, columns, multiple, size):
+                yield slice(first + block.start, first + block.stop), False, True
+    if in_place and moved():
+        yield slice(0, rows), False, True
+    elif in_place:
+        for block in row_blocks(rows, columns, multiple, size):
+            yield block, True, True
 
 
 def _fill(delta: Delta, rows: slice, start: int, out: Tensor, columns: int, space: Workspace) -> None:
@@ -191,6 +199,10 @@ def rounded_to(dtype: torch.dtype, before: Tensor, after: Tensor) -> tuple[Tenso
 
 def refuse_overflow(site: str, names: Sequence[str], deltas: Sequence[Delta], weight: Tensor) -> None:
     """Raise MergeError unless W + Σ ΔW is surely finite."""
+    # The norm bounds every element and is the faster to read; it decides where it is finite and far from the limits
+    norm = torch.linalg.vector_norm(weight, dtype=accumulation_dtype(weight.dtype))
+    if 2 * norm + sum(delta.largest(2 * norm) for delta in deltas) <= torch.finfo(weight.dtype).max:
+        return
     most = torch.stack(weight.aminmax()).abs().max()
     bound = sum(float(delta.largest(most)) for delta in deltas)
     if not math.isfinite(bound):

@@ -42,7 +42,8 @@ _LEAST = 0.25
 #: elements of an activation below which an operation costs more than what it does
 _SMALL = 1 << 13
 
-#: elements of a layer's output that may as well be kept
+#: elements of a layer's output that may as well be kept, and turned by torch's own graph: a rotation of 64×320 takes
+#: 0.12 in place of 0.18 ms, one of 256×320 0.47 in place of 0.37
 _LITTLE = 1 << 16
 
 
@@ -96,6 +97,10 @@ def rotated(y: Tensor, K: Tensor, bias: Tensor | None, g: Geometry, inputs: Inpu
 
     inputs: those of which layer g made y; they are given only if every I + K_i is orthogonal, and spare keeping y.
     """
+    if torch.is_grad_enabled() and few(y, g.spatial) and y.numel() <= _LITTLE:
+        turned = widened(y, 0) if bias is None else widened(y, 0) - bias
+        mixed = torch.bmm(as_blocks(turned, K, 0), _like(K, turned).mT)
+        return y + _like(mixed.transpose(0, 1).reshape(y.shape), y)
     K = _like(K, y)
     if not torch.is_grad_enabled():
         return _rotated(y, K, bias, g.spatial)
@@ -107,7 +112,9 @@ def rotated(y: Tensor, K: Tensor, bias: Tensor | None, g: Geometry, inputs: Inpu
 def rescaled(y: Tensor, e: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
     """y + e∘(y − bias) with e (c,) and bias (c,) over the channels of y (…, c, *s)."""
     e = _like(e, y)
-    return _apply(_Rescaled, y, e, bias, spatial) if torch.is_grad_enabled() else _rescaled(y, e, bias, spatial)
+    if few(y, spatial) or not torch.is_grad_enabled():
+        return _rescaled(y, e, bias, spatial)
+    return _apply(_Rescaled, y, e, bias, spatial)
 
 
 def decomposed_(

@@ -15,6 +15,7 @@ from peftkit import registry
 from peftkit.adapter import factory
 from peftkit.adapters import OFT, LoLDU
 from peftkit.adapters.loldu import INITS
+from peftkit.adapters.oft import cayley, skew_blocks, upper_triangle
 from peftkit.delta import Delta
 from peftkit.geometry import Shape
 from peftkit.ldu import factor, pivot
@@ -176,6 +177,16 @@ class TestOFT:
         assert R.dtype == torch.float32
         assert (R.mT @ R - torch.eye(adapter.size)).abs().max() <= 1e-5
         assert (R - torch.eye(adapter.size)).abs().max() > 1e-2
+
+    @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
+    def test_the_cayley_map_is_its_definition_twice_differentiated(self, shape: tuple[int, ...]) -> None:
+        *stages, size = shape
+        skew = torch.randn(*stages, size * (size - 1) // 2, dtype=torch.float64, requires_grad=True)
+        upper, eye = upper_triangle(size, skew.device), torch.eye(size, dtype=torch.float64)
+        Q = skew_blocks(skew, upper, size)
+        torch.testing.assert_close(cayley(skew, upper, size), (eye + Q) @ torch.linalg.inv(eye - Q) - eye)
+        assert torch.autograd.gradcheck(lambda skew: cayley(skew, upper, size), skew)
+        assert torch.autograd.gradgradcheck(lambda skew: cayley(skew, upper, size), skew)
 
     def test_the_constraint_bounds_the_generator(self) -> None:
         layer = nn.Linear(32, 48)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapter import Adapter, factory, require
-from peftkit.adapters.oft import bound_on_norm, cayley, skew_blocks, upper_triangle
+from peftkit.adapters.oft import bound_on_norm, bounded, cayley, skew_blocks, upper_triangle
 from peftkit.delta import Butterfly
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
@@ -70,10 +70,10 @@ class BOFT(Adapter):
         self._memo: Memo[Tensor] = Memo()
 
     def delta(self, weight: Tensor) -> Butterfly:
-        K = self._memo(lambda: cayley(self.generator()), self.skew)
+        K = self._memo(lambda: cayley(bounded(self.skew, self.bound), self.upper, self.size), self.skew)
         rescale = None if self.rescale is None else self.rescale.to(K.dtype)
         return Butterfly(K, weight, rescale)
 
     def generator(self) -> Tensor:
         """Q (t, k, b, b), skew-symmetric, inside the constraint."""
-        return skew_blocks(self.skew, self.upper, self.size, self.bound)
+        return skew_blocks(bounded(self.skew, self.bound), self.upper, self.size)

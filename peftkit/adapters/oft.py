@@ -101,20 +101,22 @@ class OFT(Adapter):
         self._memo: Memo[Tensor] = Memo()
 
     def delta(self, weight: Tensor) -> Rotation:
-        return self._rotation(weight, self._memo(lambda: self._turn(self.generator()), self.skew))
+        return self._rotation(weight, self._memo(lambda: self._turn(bounded(self.skew, self.bound)), self.skew))
 
     def at(self, weight: Tensor, strength: float | Tensor) -> Delta:
         if not self.geodesic:
             return super().at(weight, strength)
-        return self._rotation(weight, self._turn(strength * self.generator()), strength)
+        return self._rotation(weight, self._turn(strength * bounded(self.skew, self.bound)), strength)
 
     def generator(self) -> Tensor:
         """Q (k, b, b), skew-symmetric, inside the constraint."""
-        return skew_blocks(self.skew, self.upper, self.size, self.bound)
+        return skew_blocks(bounded(self.skew, self.bound), self.upper, self.size)
 
-    def _turn(self, Q: Tensor) -> Tensor:
-        """R − I of a generator."""
-        return cayley(Q) if self.terms is None else _series(Q, self.terms)
+    def _turn(self, skew: Tensor) -> Tensor:
+        """R − I of the upper triangles of a generator."""
+        if self.terms is None:
+            return cayley(skew, self.upper, self.size)
+        return _series(skew_blocks(skew, self.upper, self.size), self.terms)
 
     def _rotation(self, weight: Tensor, K: Tensor, strength: float | Tensor = 1.0) -> Rotation:
         if self.rescale is not None:
@@ -130,27 +132,30 @@ def upper_triangle(size: int, device: torch.device) -> Tensor:
     return row * size + column
 
 
-def skew_blocks(skew: Tensor, upper: Tensor, size: int, bound: float | None) -> Tensor:
-    """Q (…, b, b) from its upper triangles (…, b(b−1)/2), in at least fp32 and with ‖Q‖_F at most the bound.
+def bounded(skew: Tensor, bound: float | None) -> Tensor:
+    """The triangles of Q in at least fp32, scaled so that ‖Q‖_F, √2 times their norm, is at most the bound."""
+    skew = skew.to(torch.promote_types(skew.dtype, torch.float32))
+    if bound is None:
+        return skew
+    norm = math.sqrt(2) * torch.linalg.vector_norm(skew)
+    return skew * torch.where(norm > bound, bound / norm.clamp(min=bound), torch.ones_like(norm))
+
+
+def skew_blocks(skew: Tensor, upper: Tensor, size: int) -> Tensor:
+    """Q (…, b, b) from its upper triangles (…, b(b−1)/2).
 
     upper: (b(b−1)/2,), where in a block the entries of a triangle are.
     """
-    flat = skew.to(torch.promote_types(skew.dtype, torch.float32)).flatten(0, -2)
+    flat = skew.flatten(0, -2)
     half = flat.new_zeros(len(flat), size * size).index_copy(1, upper, flat).unflatten(1, (size, size))
-    Q = (half - half.mT).reshape(*skew.shape[:-1], size, size)
-    if bound is None:
-        return Q
-    norm = torch.linalg.vector_norm(Q)
-    return Q * torch.where(norm > bound, bound / norm.clamp(min=bound), torch.ones_like(norm))
+    return (half - half.mT).reshape(*skew.shape[:-1], size, size)
 
 
-def cayley(Q: Tensor) -> Tensor:
-    """R − I = 2·(I − Q)⁻¹·Q for skew Q (…, b, b): 0 where Q is, and no digits lost to I near it."""
-    return (
-        cast("Callable[[Tensor], Tensor]", _Cayley.apply)(Q)
-        if torch.is_grad_enabled() and products.eager()
-        else _solved(Q)
-    )
+def cayley(skew: Tensor, upper: Tensor, size: int) -> Tensor:
+    """R − I = 2·(I − Q)⁻¹·Q of Q = skew_blocks(…), (…, b, b): 0 where Q is, and no digits lost to I near it."""
+    if torch.is_grad_enabled() and products.eager():
+        return cast("Callable[[Tensor, Tensor, int], Tensor]", _Cayley.apply)(skew, upper, size)
+    return _solved(skew_blocks(skew, upper, size))
 
 
 def _solved(Q: Tensor) -> Tensor:
@@ -162,16 +167,18 @@ class _Cayley(torch.autograd.Function):
     """dK = 2·(I − Q)⁻¹·dQ·(I − Q)⁻¹, and (I − Q)⁻¹ = I + K/2 is known: backward solves nothing."""
 
     @staticmethod
-    def forward(ctx: Any, Q: Tensor) -> Tensor:
-        K = _solved(Q)
-        ctx.save_for_backward(K)
+    def forward(ctx: Any, skew: Tensor, upper: Tensor, size: int) -> Tensor:
+        K = _solved(skew_blocks(skew, upper, size))
+        ctx.save_for_backward(K, upper)
         return K
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (K,) = ctx.saved_tensors
-        inverse = K.mT / 2 + torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-        return 2 * inverse @ grads[0] @ inverse
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        K, upper = ctx.saved_tensors
+        g, KT = grads[0].flatten(0, -3), K.mT.flatten(0, -3)
+        left = torch.baddbmm(g, KT, g, alpha=0.5)  # (I + K/2)ᵀ·g
+        gQ = torch.baddbmm(left, left, KT, beta=2.0)
+        return (gQ - gQ.mT).flatten(1).index_select(1, upper).unflatten(0, K.shape[:-2]), None, None
 
 
 def _series(Q: Tensor, terms: int) -> Tensor:
