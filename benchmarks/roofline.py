@@ -79,7 +79,8 @@ def _kron(W: Tensor, f: Tensors) -> Tensor:
 def _lycoris_hadamard(f: Tensors) -> Tensor:
     """What their LoHa calls for its ΔW, which picks the backend."""
     loha = importlib.import_module("lycoris.functional.loha")
-    return loha.diff_weight(f[1], f[0], f[3], f[2], None, None)
+    scale = 1.0 if f[0].is_cuda else torch.ones(())  # without a kernel, their backward takes no number
+    return loha.diff_weight(f[1], f[0], f[3], f[2], None, None, gamma=scale)
 
 
 def _lycoris_backward(G: Tensor, f: Tensors) -> list[Tensor]:

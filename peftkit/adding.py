@@ -16,8 +16,6 @@ from peftkit.geometry import Geometry
 
 #: a long weight is looked at in runs of so many blocks, of each the first of so many parts
 _RUN, _PARTS = 16, 64
-#: dtypes that reach further than this do not overflow where weights are finite
-_WIDE_RANGE = 1e30
 
 
 @dataclass(frozen=True)
@@ -58,25 +56,26 @@ def add_(
     size = block_size(weight.device) // (16 if dry else 1)
     width = columns if multiple * columns <= 4 * BLOCK else max(1, BLOCK // multiple)
     own = weight.untyped_storage().data_ptr()
-    # One ΔW whose norm is known goes straight into the rows that are not measured
-    straight = len(deltas) == 1 and weight.dtype == acc and width == columns and not dry
-    known = deltas[0].quick_sqnorm if straight else None
-    # What rounding loses is looked at in a part of a long weight; what could overflow, everywhere
-    in_place = known is not None and _rows(bands, slice(0, 1)).flatten(1).untyped_storage().data_ptr() == own
-    if dry or 2 * rows * columns <= size or torch.finfo(weight.dtype).max < _WIDE_RANGE:
+    # One ΔW whose norm is known goes straight into rows that are not measured, unless they must be rounded afterwards
+    known = deltas[0].quick_sqnorm if len(deltas) == 1 and width == columns and not dry else None
+    straight = known is not None and weight.dtype == acc
+    in_place = straight and _rows(bands, slice(0, 1)).flatten(1).untyped_storage().data_ptr() == own
+    # What rounding loses is looked at in a part of a long weight; what becomes infinite, everywhere
+    if dry or 2 * rows * columns <= size or weight.itemsize < 2:
         blocks = ((block, True, not dry) for block in row_blocks(rows, columns, multiple, size))
     else:
         blocks = _sampled(rows, columns, multiple, size, in_place, lambda: bool(seen[1] > 0))
-    norm, finite = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=acc, device=weight.device)
-    seen = torch.zeros(3, dtype=torch.float64)
+    squares: list[Tensor] = []
+    most = torch.zeros((), dtype=acc, device=weight.device)  # of the norms of what was not measured, squared
+    seen, count = torch.zeros(3, dtype=torch.float64), 0  # ‖ΔW‖², ‖moved‖² and ‖lost‖² of as many numbers
     for block, wanted, written in blocks:
         values = _rows(bands, block).flatten(1)
         copied = values.untyped_storage().data_ptr() != own
         measured = wanted or not seen[1] > 0
-        if known is not None and not measured:
+        if straight and not measured:
             deltas[0].add_rows_(block, values, space)
             if not safe:
-                finite += values.sum()
+                most = torch.maximum(most, _square(values))
             if copied:
                 _write(bands, block, values)
             continue
@@ -88,37 +87,38 @@ def add_(
                 more = space("more", (here.shape[0], here.shape[1]), here, acc)
                 _fill(other, block, start, more, columns, space)
                 delta.add_(more)
-            square = _square(delta)
-            norm += square.cpu()
-            if here.dtype == acc and not measured:
-                here.add_(delta)
-                if not safe:
-                    finite += here.sum()
-                continue
             old = here if here.dtype == acc else space("old", (here.shape[0], here.shape[1]), here, acc).copy_(here)
+            if known is None or measured:
+                squares.append(_square(delta))
             if not measured:
                 old.add_(delta)
+                if old is not here:
+                    here.copy_(old)
                 if not safe:
-                    finite += old.sum()
-                here.copy_(old)
+                    most = torch.maximum(most, _square(old))
                 continue
             wide = torch.add(old, delta, out=space("wide", (here.shape[0], here.shape[1]), here, acc))
             if weight.itemsize < 2 and overflows(wide, weight.dtype):  # these saturate where others become infinite
-                return float(square.sqrt()), math.inf, 0.0
+                return float(squares[-1].sqrt()), math.inf, 0.0
             new = space("new", (here.shape[0], here.shape[1]), here).copy_(wide)
             moved = wide.copy_(new).sub_(old)
-            seen += torch.stack([square, _square(moved), _square(moved.sub_(delta))]).cpu()
+            seen += torch.stack([squares[-1], _square(moved), _square(moved.sub_(delta))]).cpu().double()
+            count += here.numel()
             if written:
                 here.copy_(new)
         if dry and seen[1] > 0:
             break
         if copied and written:
             _write(bands, block, values)
-    norm = norm if known is None else known.double().cpu().clamp(min=0)
-    if not finite.isfinite():
+    norm = (torch.stack(squares) if known is None else known.clamp(min=0)).cpu().double().sum()
+    # A norm bounds every element: only where it is large, or is no number, they are looked at one by one
+    if not most <= min(torch.finfo(weight.dtype).max / 2, 1e18) ** 2 and not _finite(weight):
         return float(norm.sqrt()), math.inf, 0.0
-    share = (seen[1:] / seen[0]).sqrt().tolist() if seen[0] > 0 else [0.0, 0.0]
-    return float(norm.sqrt()), float(norm.sqrt()) * share[0], share[1]
+    if not (seen[0] > 0 and norm > 0):
+        return float(norm.sqrt()), 0.0, 0.0
+    # What moves goes with ΔW; what is lost does not, and is about as much wherever it is looked for
+    change, missed = norm * seen[1] / seen[0], seen[2] * (1 if dry else rows * columns / count)
+    return float(norm.sqrt()), float(change.sqrt()), float((missed / norm).sqrt())
 
 
 def _sampled(
@@ -147,9 +147,14 @@ def _fill(delta: Delta, rows: slice, start: int, out: Tensor, columns: int, spac
         out.copy_(delta.rows(rows) if whole else delta.tile(rows, slice(start, start + out.shape[1])))
 
 
+def _finite(weight: Tensor) -> bool:
+    flat = weight.reshape(-1)
+    return all(bool(flat[block].isfinite().all()) for block in row_blocks(len(flat), 1))
+
+
 def _square(block: Tensor) -> Tensor:
     flat = block.reshape(-1)
-    return torch.dot(flat, flat).double()
+    return torch.dot(flat, flat)
 
 
 def _rows(bands: Tensor, block: slice) -> Tensor:
@@ -191,7 +196,7 @@ def rounded_to(dtype: torch.dtype, before: Tensor, after: Tensor) -> tuple[Tenso
         wide, own = new[block], old[block].to(new.dtype)
         cast = wide.to(dtype)
         moved = cast.to(new.dtype) - old[block].to(dtype).to(new.dtype)
-        sums += torch.stack([_square(moved), _square(wide - own - moved)]).cpu()
+        sums += torch.stack([_square(moved), _square(wide - own - moved)]).cpu().double()
         rounded[block] = cast
     change, missed = sums.sqrt().tolist()
     return rounded.view(after.shape), change, missed

@@ -322,6 +322,45 @@ class TestForGood:
         assert counting.largest <= layer.weight.numel() // 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["lora", "oft"])
+@pytest.mark.parametrize("backup", ["copy", None])
+def test_a_long_weight_is_summed_wide_and_rounded_once(kind: str, dtype: torch.dtype, backup: str | None) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(700, 512).to(dtype)
+    pk.wrap(layer, kind)
+    train(layer, size=0.02)
+    W = layer.weight.detach().clone()
+    delta = layer.adapters["default"].eval()(W, 1.0).widened().dense().detach()
+    (merged,) = pk.merge(layer, backup=backup).weights
+    rounded = (W.float() + delta).to(dtype)
+    # A product of some rows may differ from that of all in its last bit, and then, rarely, in the rounding
+    assert (layer.weight != rounded).float().mean() < 1e-3
+    assert torch.allclose(layer.weight.float(), rounded.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    moved = rounded.float() - W.float()
+    assert merged.norm == pytest.approx(float(delta.norm()), rel=1e-5)
+    assert merged.lost == pytest.approx(float((moved - delta).norm() / delta.norm()), rel=0.05)
+
+
+@pytest.mark.parametrize("value", [65000.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_becomes_infinite_anywhere_in_a_long_weight_is_found(dtype: torch.dtype, value: float) -> None:
+    value = value if dtype == torch.float16 or value != 65000.0 else 3.4e38
+    layer = nn.Linear(700, 512).to(dtype)
+    pk.wrap(layer, "lora")
+    train(layer)
+    with torch.no_grad():
+        layer.weight[-3, -2] = value
+        layer.adapters["default"].down.mul_(1e4 if value < 1e30 else 1e37)
+        delta = layer.adapters["default"].delta(layer.weight).dense()
+        layer.weight[-3, -2].copysign_(delta[-3, -2])
+    before = layer.weight.detach().clone()
+    for backup in ("copy", None):
+        with pytest.raises(MergeError, match="overflow"):
+            pk.merge(layer, backup=backup)
+        assert bits(layer.weight) == bits(before)
+
+
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "loldu", "dora", "oft"])
 def test_no_dense_temporary_beside_the_backup(kind: str) -> None:
     layer = nn.Linear(2048, 2048).to(torch.bfloat16)

