@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from peftkit import products
+from peftkit import outputs
 from peftkit.blocks import Workspace
 from peftkit.delta import Hadamard
 from peftkit.geometry import Geometry
@@ -34,15 +34,15 @@ def test_scaling_twice_when_merging_is_caught(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_rotating_the_bias_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = products.rotated
+    original = outputs.rotated
 
     def with_bias(
-        y: Tensor, K: Tensor, bias: Tensor | None, g: Geometry, inputs: products.Inputs | None = None
+        y: Tensor, K: Tensor, bias: Tensor | None, g: Geometry, inputs: outputs.Inputs | None = None
     ) -> Tensor:
         del bias
         return original(y, K, None, g, inputs)  # R·(Wx + b)
 
-    monkeypatch.setattr(products, "rotated", with_bias)
+    monkeypatch.setattr(outputs, "rotated", with_bias)
     for law in (laws.routes_agree, laws.forward_is_merged):
         with pytest.raises(AssertionError):
             law("oft", "linear")

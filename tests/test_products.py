@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftkit as pk
-from peftkit import activations, products, routes
+from peftkit import activations, outputs, products, routes
 from peftkit.adapters import oft
 from peftkit.delta.base import Delta
 from tests.laws import close
@@ -37,7 +37,7 @@ def numbers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "many numbers":
         monkeypatch.setattr(activations, "_FEW", 0)
         monkeypatch.setattr(activations, "_FEWER", 0)
-        monkeypatch.setattr(products, "_LITTLE", 0)
+        monkeypatch.setattr(outputs, "_LITTLE", 0)
     return request.param
 
 
@@ -206,7 +206,7 @@ def test_rotated(name: str, bias: bool) -> None:
         rows = wx.movedim(-1 - spatial, -1) @ torch.block_diag(*K).mT
         return y + rows.movedim(-1, -1 - spatial)
 
-    fused: Callable[..., Tensor] = lambda y, K, *b: products.rotated(y, K, b[0] if b else None, g)  # noqa: E731
+    fused: Callable[..., Tensor] = lambda y, K, *b: outputs.rotated(y, K, b[0] if b else None, g)  # noqa: E731
     agree(fused, plain, [y, K, parameter(12)] if bias else [y, K])
 
 
@@ -218,7 +218,7 @@ def test_rescaled(name: str, bias: bool) -> None:
     def plain(y: Tensor, e: Tensor, *b: Tensor) -> Tensor:
         return y + channels(e, spatial) * (y - channels(b[0], spatial) if b else y)
 
-    fused: Callable[..., Tensor] = lambda y, e, *b: products.rescaled(y, e, b[0] if b else None, spatial)  # noqa: E731
+    fused: Callable[..., Tensor] = lambda y, e, *b: outputs.rescaled(y, e, b[0] if b else None, spatial)  # noqa: E731
     agree(fused, plain, [y, parameter(12), parameter(12)] if bias else [y, parameter(12)])
 
 
@@ -252,7 +252,7 @@ def test_decomposed(layer: nn.Linear, size: tuple[int, ...], pairs: bool) -> Non
     def fused(x: Tensor, weight: Tensor, e: Tensor, A: Tensor, *rest: Tensor) -> Tensor:
         pair = (rest[0], rest[1] if pairs else None)
         y, h = g.call(x, weight, *bias), g.contract(x, A)
-        return products.decomposed_(y, h, e, pair, bias[0] if bias else None, g, (x, weight))
+        return outputs.decomposed_(y, h, e, pair, bias[0] if bias else None, g, (x, weight))
 
     agree(fused, plain, [x, weight, e, A, *factors, *bias])
 

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from peftkit import products
+from peftkit import outputs
 from peftkit.blocks import Workspace, row_blocks, row_dots
 from peftkit.delta.base import Delta, Known
 from peftkit.delta.hadamard import Hadamard
@@ -119,16 +119,16 @@ class Decomposed(Delta):
         if h is None or out is not y:
             return None
         # The magnitudes of V go into its factors: what has the size of the output is written once
-        return self._scaled_inner._fused(products.rescaled(y, self.e, bias, g.spatial), h, y, bias, g)
+        return self._scaled_inner._fused(outputs.rescaled(y, self.e, bias, g.spatial), h, y, bias, g)
 
     def _alone(
         self, x: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, weight: Tensor, g: Geometry
     ) -> Tensor | None:
-        if h is None or not products.recoverable(y, self.e):
+        if h is None or not outputs.recoverable(y, self.e):
             return None
         V = self._scaled_inner
         factors = (V.B1, V.B2) if isinstance(V, Hadamard) else (cast(LowRank, V).B, None)
-        return products.decomposed_(y, h, self.e, factors, bias, g, (x, weight))
+        return outputs.decomposed_(y, h, self.e, factors, bias, g, (x, weight))
 
     def inner(self, M: Tensor) -> Tensor:
         along = self.V.column_moments if self.columns else self.V.moments

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkit import products
+from peftkit import outputs
 from peftkit.blocks import Workspace, row_blocks
 from peftkit.delta.base import Delta, Known, total
 from peftkit.geometry import Geometry
@@ -91,14 +91,14 @@ class Rotation(Delta):
     def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
         if self.side == "in" or out is not y or self._spans_groups(g):
             return None
-        return products.rotated(y, self.K, bias, g)
+        return outputs.rotated(y, self.K, bias, g)
 
     def _alone(
         self, x: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, weight: Tensor, g: Geometry
     ) -> Tensor | None:
         if self.side == "in" or not self.orthogonal or self._spans_groups(g):
             return None
-        return products.rotated(y, self.K, bias, g, (x, weight))
+        return outputs.rotated(y, self.K, bias, g, (x, weight))
 
     def _spans_groups(self, g: Geometry) -> bool:
         """Whether a block mixes rows of several groups, which read different inputs."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkit import products
+from peftkit import outputs
 from peftkit.blocks import Workspace, row_dots, row_sqnorms
 from peftkit.delta.base import Delta, Known
 from peftkit.geometry import Geometry
@@ -63,7 +63,7 @@ class Scaled(Delta):
     def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
         if self.columns or out is not y:
             return None
-        return products.rescaled(y, self.e, bias, g.spatial)
+        return outputs.rescaled(y, self.e, bias, g.spatial)
 
     def inner(self, M: Tensor) -> Tensor:
         return (self.e * self._dots(M)).sum()
