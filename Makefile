@@ -39,7 +39,7 @@ laws: $(VENV)/ready-dev
 
 bench: $(VENV)/ready-dev
 	$(BIN)/python scripts/fetch_assets.py
-	$(BIN)/python benchmarks/checkpoint.py --save
+	$(BIN)/python benchmarks/checkpoint.py --lycoris --save
 	$(BIN)/python benchmarks/monitor.py --save
 	$(BIN)/python benchmarks/shortcuts.py --save
 	$(BIN)/python benchmarks/overhead.py --save
@@ -47,7 +47,7 @@ bench: $(VENV)/ready-dev
 	$(BIN)/python benchmarks/routes.py --save
 	$(BIN)/python benchmarks/curves.py --save
 	$(BIN)/peftkit bench step --shapes $(STEPS) --dtype fp32,bf16 --peers lycoris,peft --rounds 3 --json $(RESULTS)/step.json
-	$(BIN)/peftkit bench merge --kinds lora,loha,lokr,dora,loldu --shapes sd15-unet --peers lycoris,peft --rounds 2 \
+	$(BIN)/peftkit bench merge --kinds lora,loha,lokr,dora,loldu --shapes sd15-unet --peers lycoris,peft --rounds 3 \
 		--json $(RESULTS)/merge.json
 	$(BIN)/peftkit bench merge --kinds oft --shapes sd15-unet --peers lycoris --rounds 3 --json $(RESULTS)/merge-oft.json
 	$(BIN)/peftkit bench ops --shapes 4096x4096@512 --operations dense,add --dtype fp32,bf16 \

@@ -117,7 +117,7 @@ class _Decomposed(torch.autograd.Function):
         total = over_channels(g, spatial) if bias is not None and (for_e or for_bias) else None
         ge = None
         if for_e:
-            out = _output(ctx.held)
+            out = _output(ctx)
             sums: Tensor = over_channels(
                 g, spatial, _called(ctx.geometry, x, weight, bias, g.dtype) if out is None else out
             )
@@ -154,7 +154,7 @@ class _Rotated(torch.autograd.Function):
         gK = gbias = out = None
         if for_K:
             if y is None:
-                out = _output(ctx.held)
+                out = _output(ctx)
                 y = _called(ctx.geometry, x, weight, bias, g.dtype) if out is None else out
             if rowwise(g, spatial):
                 gK = torch.bmm(as_blocks(g, K, spatial).mT, as_blocks(y, K, spatial))
@@ -199,9 +199,16 @@ def _holding(out: Tensor) -> Tensor:
     return out
 
 
-def _output(held: Held) -> Tensor | None:
-    """What is held, for gradients that nobody differentiates: it leads back to no graph."""
-    return None if torch.is_grad_enabled() else held.value()
+def _output(ctx: Any) -> Tensor | None:
+    """What is held, for gradients that nobody differentiates: it leads back to no graph. Once, then it is let go.
+
+    Whoever keeps the graph for a second backward pays a call of the layer; nobody else keeps an output until the next
+    step, as they would in a loop that holds its last loss.
+    """
+    if torch.is_grad_enabled() or ctx.held is None:
+        return None
+    held, ctx.held = ctx.held, None
+    return held.value()
 
 
 def _called(g: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -312,6 +313,20 @@ def test_the_output_is_kept_once(kind: str, numbers: str) -> None:
         out = F.gelu(layer(x))
     outputs = sum(size >= 4 * 128 * 96 for size in kept.values())
     assert out.requires_grad and outputs == (1 if numbers == "many numbers" else 2)
+
+
+@pytest.mark.parametrize("kind", ["dora", "oft"])
+def test_no_output_outlives_its_backward(kind: str) -> None:
+    """Also where the graph does, as in a loop that holds its last loss."""
+    layer = nn.Linear(64, 96)
+    pk.wrap(layer, kind)
+    out = layer(torch.randn(8, 64, requires_grad=True))
+    alive, loss = weakref.ref(out), out.sum()
+    del out
+    loss.backward()
+    assert alive() is None
+    node = loss.grad_fn.next_functions[0][0]
+    assert getattr(node, "held", None) is None
 
 
 def test_a_magnitude_of_zero_has_a_gradient() -> None:
