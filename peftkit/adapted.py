@@ -149,7 +149,7 @@ class AdaptedCall(Adapted):
         weight = None
         if len(started) > 1:  # those that read y come first: the others may write over it
             started.sort(key=lambda each: not each[0].reads_output)
-        elif plain and torch.is_grad_enabled():
+        elif plain and torch.is_grad_enabled() and not drops[0]:
             weight = self.weight_of(state.slots[""])
         for delta, own, h in started:
             out = delta.onto(out, own, y, bias, g, h, weight)

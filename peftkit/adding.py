@@ -14,8 +14,8 @@ from peftkit.delta import Delta
 from peftkit.errors import MergeError
 from peftkit.geometry import Geometry
 
-#: a long weight is looked at in runs of so many blocks, of each the first of so many parts
-_RUN, _PARTS = 16, 64
+#: of a long weight, one of so many rows is measured, but at least so many, or in so many places
+_SHARE, _LEAST, _PLACES = 64, 32, 4
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def add_(
     """weight += Σ ΔW in place, row block by row block; ‖ΔW‖, ‖W' − W‖ and the share lost.
 
     weight: in its layer's shape, which `geometry` reads as a matrix. dry: write nothing, and go only as far as the
-    first rows that would change. Of a long weight, what moved and what was lost are those of a sixty-fourth.
+    first rows that would change. Of a long weight, what moved and what was lost are those of rows spread over it.
     safe: the sum is known to be finite. space: buffers to use, for those who add to many weights.
     """
     if not deltas:
@@ -61,17 +61,16 @@ def add_(
     straight = known is not None and weight.dtype == acc
     in_place = straight and _rows(bands, slice(0, 1)).flatten(1).untyped_storage().data_ptr() == own
     # What rounding loses is looked at in a part of a long weight; what becomes infinite, everywhere
-    if dry or 2 * rows * columns <= size or weight.itemsize < 2:
+    if dry or rows * columns <= 2 * size or rows <= multiple * _PLACES or weight.itemsize < 2:
         blocks = ((block, True, not dry) for block in row_blocks(rows, columns, multiple, size))
     else:
         blocks = _sampled(rows, columns, multiple, size, in_place, lambda: bool(seen[1] > 0))
     squares: list[Tensor] = []
     most = torch.zeros((), dtype=acc, device=weight.device)  # of the norms of what was not measured, squared
-    seen, count = torch.zeros(3, dtype=torch.float64), 0  # ‖ΔW‖², ‖moved‖² and ‖lost‖² of as many numbers
-    for block, wanted, written in blocks:
+    seen = torch.zeros(3, dtype=torch.float64)  # ‖ΔW‖², ‖moved‖² and ‖lost‖² of what was measured
+    for block, measured, written in blocks:
         values = _rows(bands, block).flatten(1)
         copied = values.untyped_storage().data_ptr() != own
-        measured = wanted or not seen[1] > 0
         if straight and not measured:
             deltas[0].add_rows_(block, values, space)
             if not safe:
@@ -88,7 +87,7 @@ def add_(
                 _fill(other, block, start, more, columns, space)
                 delta.add_(more)
             old = here if here.dtype == acc else space("old", (here.shape[0], here.shape[1]), here, acc).copy_(here)
-            if known is None or measured:
+            if known is None and (written or dry):
                 squares.append(_square(delta))
             if not measured:
                 old.add_(delta)
@@ -99,11 +98,11 @@ def add_(
                 continue
             wide = torch.add(old, delta, out=space("wide", (here.shape[0], here.shape[1]), here, acc))
             if weight.itemsize < 2 and overflows(wide, weight.dtype):  # these saturate where others become infinite
-                return float(squares[-1].sqrt()), math.inf, 0.0
+                return float(_square(delta).sqrt()), math.inf, 0.0
             new = space("new", (here.shape[0], here.shape[1]), here).copy_(wide)
             moved = wide.copy_(new).sub_(old)
-            seen += torch.stack([squares[-1], _square(moved), _square(moved.sub_(delta))]).cpu().double()
-            count += here.numel()
+            sums = [_square(delta), _square(moved), _square(moved.sub_(delta))]
+            seen += torch.stack(sums).cpu().double()
             if written:
                 here.copy_(new)
         if dry and seen[1] > 0:
@@ -116,31 +115,33 @@ def add_(
         return float(norm.sqrt()), math.inf, 0.0
     if not (seen[0] > 0 and norm > 0):
         return float(norm.sqrt()), 0.0, 0.0
-    # What moves goes with ΔW; what is lost does not, and is about as much wherever it is looked for
-    change, missed = norm * seen[1] / seen[0], seen[2] * (1 if dry else rows * columns / count)
-    return float(norm.sqrt()), float(change.sqrt()), float((missed / norm).sqrt())
+    change, missed = (norm * seen[1:] / seen[0]).sqrt().tolist()
+    return float(norm.sqrt()), change, missed / float(norm.sqrt())
 
 
 def _sampled(
     rows: int, columns: int, multiple: int, size: int, in_place: bool, moved: Callable[[], bool]
 ) -> Iterator[tuple[slice, bool, bool]]:
-    """Blocks of rows, whether they are to be measured, and to be written: a product in place takes all rows at once."""
-    for run in row_blocks(rows, columns, multiple, _RUN * size):
-        first = min(run.stop, run.start + -(-(run.stop - run.start) // _PARTS // multiple) * multiple)
-        yield slice(run.start, first), True, not in_place
-        if not in_place:
-            for block in row_blocks(run.stop - first, columns, multiple, size):
-                yield slice(first + block.start, first + block.stop), False, True
-    if in_place and moved():
+    """Rows, whether they are to be measured, and to be written: some to measure, then all, at once if in place."""
+    if multiple == 1:
+        step = max(1, min(_SHARE, rows // _LEAST))
+        yield slice(step // 2, rows, step), True, False
+    else:
+        units = rows // multiple
+        step = max(1, min(_SHARE, units // _PLACES))
+        for unit in range(step // 2, units, step):
+            yield slice(unit * multiple, (unit + 1) * multiple), True, False
+    seen = moved()
+    if in_place and seen:
         yield slice(0, rows), False, True
-    elif in_place:
-        for block in row_blocks(rows, columns, multiple, size):
-            yield block, True, True
+        return
+    for block in row_blocks(rows, columns, multiple, size):
+        yield block, not seen, True
 
 
 def _fill(delta: Delta, rows: slice, start: int, out: Tensor, columns: int, space: Workspace) -> None:
     """ΔW of these rows, and of as many columns as out has, into out."""
-    if out.shape[1] == columns and out.dtype == delta.dtype:
+    if out.shape[1] == columns and out.dtype == delta.dtype and rows.step is None:
         delta.rows_(rows, out, space)
     else:
         whole = out.shape[1] == columns

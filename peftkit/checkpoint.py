@@ -145,6 +145,8 @@ class _Window(Delta):
 
     def rows(self, block: slice) -> Tensor:
         start, stop, unit = self.first + block.start, self.first + block.stop, self.of.row_multiple
+        if unit == 1:
+            return self.of.rows(slice(start, stop, block.step))
         outer = slice(start // unit * unit, min(-(-stop // unit) * unit, self.of.shape[0]))
         return self.of.rows(outer)[start - outer.start : stop - outer.start]
 

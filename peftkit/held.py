@@ -14,7 +14,7 @@ class Held:
 
     A function of autograd's that saves its own output fails in backward where a later operation wrote into it
     (`x += 1`, `ReLU(inplace=True)`). This is a node of its own beside it: saved as everything for backward is, so that
-    checkpointing and offloading see it, and asked rather than relied on.
+    checkpointing and offloading see it, and asked rather than relied on. Writes through `.data` are seen by nobody.
     """
 
     def __init__(self, tensor: Tensor) -> None:

@@ -1,7 +1,7 @@
 """What a ΔW that reads a layer's output makes of it: DoRA, (IA)³ and OFT, in few passes over memory.
 
-Each writes the layer's output anew, and its gradient needs W·x. Where the result leads back to that, it is kept in
-place of what the layer gave, which costs nothing: the next operation keeps it anyway.
+Each writes the layer's output anew, and its gradient needs W·x. DoRA's output leads back to that, and to keep it costs
+nothing where the next operation keeps it anyway.
 """
 
 from __future__ import annotations
@@ -31,21 +31,14 @@ _SMALL = 1 << 13
 _LITTLE = 1 << 16
 
 
-def rotated(y: Tensor, K: Tensor, bias: Tensor | None, g: Geometry, inputs: Inputs | None = None) -> Tensor:
-    """y + K·(y − bias) with K (k, b, b) block-diagonal over the channels of y (…, k·b, *s); bias (k·b,).
-
-    inputs: those of which layer g made y; they are given only if every I + K_i is orthogonal, and spare keeping y.
-    """
-    if torch.is_grad_enabled() and few(y, g.spatial) and y.numel() <= _LITTLE:
+def rotated(y: Tensor, K: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
+    """y + K·(y − bias) with K (k, b, b) block-diagonal over the channels of y (…, k·b, *s); bias (k·b,)."""
+    if torch.is_grad_enabled() and few(y, spatial) and y.numel() <= _LITTLE:
         turned = widened(y, 0) if bias is None else widened(y, 0) - bias
         mixed = torch.bmm(as_blocks(turned, K, 0), like(K, turned).mT)
         return y + like(mixed.transpose(0, 1).reshape(y.shape), y)
     K = like(K, y)
-    if not torch.is_grad_enabled():
-        return _rotated(y, K, bias, g.spatial)
-    x, weight = (None, None) if inputs is None or y.numel() <= _LITTLE else inputs
-    out = apply(_Rotated, y, K, bias, x, weight, g)
-    return out if x is None else _holding(out)
+    return apply(_Rotated, y, K, bias, spatial) if torch.is_grad_enabled() else _rotated(y, K, bias, spatial)
 
 
 def rescaled(y: Tensor, e: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
@@ -70,7 +63,10 @@ def decomposed_(
     y (…, m, *s), made by layer g of `inputs`; h (…, r, *s); e (m,); factors: B (m, r), or F and G of
     B = khatri_rao(F, G, 1); bias (m,).
     """
-    return _holding(apply(_Decomposed, y, like(h, y), like(e, y), *factors, bias, *inputs, g))
+    out = apply(_Decomposed, y, like(h, y), like(e, y), *factors, bias, *inputs, g)
+    if e.requires_grad and out.grad_fn is not None:
+        cast(Any, out.grad_fn).held = Held(out)  # the very function that made it, found by it in backward
+    return out
 
 
 def recoverable(y: Tensor, e: Tensor) -> bool:
@@ -125,7 +121,7 @@ class _Decomposed(torch.autograd.Function):
                 sums = sums - total * bias.to(sums.dtype)
             if out is not None:
                 assert gB is not None
-                sums = (sums - (gB * B).sum(1, dtype=sums.dtype)) / (1 + e.to(sums.dtype))
+                sums = (sums - (gB.to(sums.dtype) * B.to(sums.dtype)).sum(1)) / (1 + e.to(sums.dtype))
             ge = sums.to(e.dtype)
         pair = (gB if for_factors[0] else None, None)
         if G is not None:
@@ -135,27 +131,21 @@ class _Decomposed(torch.autograd.Function):
 
 
 class _Rotated(torch.autograd.Function):
-    """y − bias = R⁻¹·(out − bias), R = I + K: with an orthogonal R, Σ g·(y − bias)ᵀ = Σ g·(out − bias)ᵀ·R."""
+    """Keeps y: out leads back to it too, but where that was written over it takes x, which nobody else may keep."""
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, K: Tensor, bias: Tensor | None, x: Tensor | None, weight: Tensor | None, g: Geometry
-    ) -> Tensor:
-        out = _rotated(y, K, bias, g.spatial)
-        ctx.geometry = g
-        ctx.save_for_backward(y if x is None else None, K, bias, x, weight)
-        return out
+    def forward(ctx: Any, y: Tensor, K: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
+        ctx.save_for_backward(y, K, bias)
+        ctx.spatial = spatial
+        return _rotated(y, K, bias, spatial)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (y, K, bias, x, weight), spatial = grads, ctx.saved_tensors, ctx.geometry.spatial
-        for_y, for_K, for_bias, *_ = ctx.needs_input_grad
+        (g,), (y, K, bias), spatial = grads, ctx.saved_tensors, ctx.spatial
+        for_y, for_K, for_bias, _ = ctx.needs_input_grad
         gy = _plus_blocks(g, K.mT, None, spatial) if for_y else None
-        gK = gbias = out = None
+        gK = gbias = None
         if for_K:
-            if y is None:
-                out = _output(ctx)
-                y = _called(ctx.geometry, x, weight, bias, g.dtype) if out is None else out
             if rowwise(g, spatial):
                 gK = torch.bmm(as_blocks(g, K, spatial).mT, as_blocks(y, K, spatial))
             else:
@@ -166,9 +156,7 @@ class _Rotated(torch.autograd.Function):
             if gK is not None:
                 gK = gK - total * bias.to(K.dtype).view(len(K), 1, -1)
             gbias = -(K.mT @ total).flatten().to(bias.dtype) if for_bias else None
-        if gK is not None and out is not None:
-            gK = torch.baddbmm(gK, gK, K)
-        return gy, gK, gbias, None, None, None
+        return gy, gK, gbias, None
 
 
 class _Rescaled(torch.autograd.Function):
@@ -190,13 +178,6 @@ class _Rescaled(torch.autograd.Function):
             ge = None if ge is None else ge - total * bias.to(total.dtype)
             gbias = (-e * total).to(bias.dtype) if for_bias else None
         return gy, None if ge is None else ge.to(e.dtype), gbias, None
-
-
-def _holding(out: Tensor) -> Tensor:
-    """out, which the function that made it finds again in backward."""
-    if out.grad_fn is not None:
-        cast(Any, out.grad_fn).held = Held(out)
-    return out
 
 
 def _output(ctx: Any) -> Tensor | None:

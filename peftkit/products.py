@@ -27,11 +27,12 @@ from peftkit.geometry import Geometry
 
 #: asked at every call of a layer, where looking them up would cost as much as asking
 _compiling, _transforming = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
+_observers = torch._C._len_torch_dispatch_stack
 
 
 def eager() -> bool:
     """Whether operations run as they are written: to a tracer or a transform, these are opaque or in its way."""
-    return not (_compiling() or _transforming())
+    return not (_compiling() or _transforming() or _observers())
 
 
 def transformed() -> bool:

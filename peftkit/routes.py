@@ -60,7 +60,11 @@ def dense(x: Tensor, g: Geometry, weight: Tensor | None, bias: Tensor | None, de
 
     for delta in deltas:
         delta.mapped(collect)
-    return cast("Callable[..., Tensor]", _Dense.apply)(x, g, weight, bias, deltas, *factors)
+    # What torch makes of a batch is a tensor of its own, of anything else a view, which nobody could write into
+    lead, item = x.shape[: x.dim() - 1 - g.spatial], x.shape[x.dim() - 1 - g.spatial :]
+    batch = x if len(lead) == 1 else x.reshape(lead.numel(), *item)
+    y = cast("Callable[..., Tensor]", _Dense.apply)(batch, g, weight, bias, deltas, *factors)
+    return y if batch is x else y.reshape(*lead, *y.shape[1:])
 
 
 class _Dense(torch.autograd.Function):
@@ -86,9 +90,12 @@ class _Dense(torch.autograd.Function):
         g, needed = ctx.geometry, ctx.needs_input_grad
         wanted = [i for i, need in enumerate(needed[5:]) if need]
         twice = torch.is_grad_enabled()
-        if not twice:
-            factors = [f.detach().requires_grad_(need) for f, need in zip(factors, needed[5:], strict=True)]
         with torch.enable_grad():
+            # A gradient is of one factor alone, though some may be made of others: each gets a name of its own
+            factors = [
+                factor.view_as(factor) if twice else factor.detach().requires_grad_(need)
+                for factor, need in zip(factors, needed[5:], strict=True)
+            ]
             own = iter(factors)
             deltas = [delta.mapped(lambda name, factor: next(own)) for delta in ctx.deltas]
             if twice:  # somebody differentiates this: every step of it must be one that can be

@@ -342,6 +342,35 @@ def test_a_long_weight_is_summed_wide_and_rounded_once(kind: str, dtype: torch.d
     assert merged.lost == pytest.approx(float((moved - delta).norm() / delta.norm()), rel=0.05)
 
 
+@pytest.mark.parametrize("part", ["first rows", "last third", "all"])
+@pytest.mark.parametrize("base", ["even", "uneven"])
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "dora", "ia3", "oft"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_part_of_a_long_weight_speaks_for_all(dtype: torch.dtype, kind: str, base: str, part: str) -> None:
+    """What moved and what was lost, of weights and of changes that differ from row to row."""
+    torch.manual_seed(0)
+    layer = nn.Linear(1024, 768)
+    with torch.no_grad():
+        layer.weight[:10] *= 1e-3 if base == "uneven" else 1.0
+        layer.weight[400:] *= 4 if base == "uneven" else 1.0
+    pk.wrap(layer.to(dtype), kind)
+    train(layer, size=0.01)
+    rows = {"first rows": slice(12, None), "last third": slice(0, 512), "all": slice(0, 0)}[part]
+    adapter = layer.adapters["default"].eval()
+    if kind in ("lora", "loha"):
+        with torch.no_grad():
+            (adapter.up if kind == "lora" else adapter.up2)[rows] = 0
+    W = layer.weight.detach().clone()
+    delta = adapter(W, 1.0).widened().dense().detach().double()
+    (merged,) = pk.merge(layer).weights
+    moved = layer.weight.detach().double() - W.double()
+    assert merged.norm == pytest.approx(float(delta.norm()), rel=1e-4)
+    assert merged.change == pytest.approx(float(moved.norm()), rel=0.1)
+    # in fp32 the sum is formed where it is stored, in steps that round too
+    near = 0.25 if dtype == torch.bfloat16 else 0.5
+    assert merged.lost == pytest.approx(float((moved - delta).norm() / delta.norm()), rel=near)
+
+
 @pytest.mark.parametrize("value", [65000.0, float("inf"), float("nan")])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_what_becomes_infinite_anywhere_in_a_long_weight_is_found(dtype: torch.dtype, value: float) -> None:

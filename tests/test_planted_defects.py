@@ -36,11 +36,9 @@ def test_scaling_twice_when_merging_is_caught(monkeypatch: pytest.MonkeyPatch) -
 def test_rotating_the_bias_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = outputs.rotated
 
-    def with_bias(
-        y: Tensor, K: Tensor, bias: Tensor | None, g: Geometry, inputs: outputs.Inputs | None = None
-    ) -> Tensor:
+    def with_bias(y: Tensor, K: Tensor, bias: Tensor | None, spatial: int) -> Tensor:
         del bias
-        return original(y, K, None, g, inputs)  # R·(Wx + b)
+        return original(y, K, None, spatial)  # R·(Wx + b)
 
     monkeypatch.setattr(outputs, "rotated", with_bias)
     for law in (laws.routes_agree, laws.forward_is_merged):

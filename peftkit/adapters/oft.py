@@ -122,8 +122,7 @@ class OFT(Adapter):
         if self.rescale is not None:
             factor = (strength * (self.rescale.to(K.dtype) - 1)).unflatten(0, (-1, self.size))
             K = K + factor[:, :, None] * (K + torch.eye(self.size, dtype=K.dtype, device=K.device))
-        # The series is not quite orthogonal, and a rescaled rotation is none
-        return Rotation(K, weight, self.side, orthogonal=self.rescale is None and self.terms is None)
+        return Rotation(K, weight, self.side)
 
 
 def upper_triangle(size: int, device: torch.device) -> Tensor:

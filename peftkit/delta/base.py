@@ -87,7 +87,7 @@ class Delta(ABC):
         return self.shape[0]
 
     def rows(self, block: slice) -> Tensor:
-        """dense()[block], without building the rest."""
+        """dense()[block], without building the rest. block: with a step too, where `row_multiple` is 1."""
         return self.dense()[block]
 
     def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:

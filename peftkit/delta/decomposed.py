@@ -124,10 +124,16 @@ class Decomposed(Delta):
     def _alone(
         self, x: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, weight: Tensor, g: Geometry
     ) -> Tensor | None:
-        if h is None or not outputs.recoverable(y, self.e):
+        if h is None:
             return None
         V = self._scaled_inner
-        factors = (V.B1, V.B2) if isinstance(V, Hadamard) else (cast(LowRank, V).B, None)
+        if isinstance(V, Hadamard):
+            factors, trained = (V.B1, V.B2), V.A1.requires_grad or V.A2.requires_grad
+        else:
+            factors, trained = (cast(LowRank, V).B, None), cast(LowRank, V).A.requires_grad
+        # x is there for the factors' gradient: whoever needs none of that keeps y
+        if not trained or not outputs.recoverable(y, self.e):
+            return None
         return outputs.decomposed_(y, h, self.e, factors, bias, g, (x, weight))
 
     def inner(self, M: Tensor) -> Tensor:

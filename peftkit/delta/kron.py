@@ -58,7 +58,7 @@ class Kron(Delta):
         return 1
 
     def rows(self, block: slice) -> Tensor:
-        i = torch.arange(block.start, block.stop, device=self.C.device)
+        i = torch.arange(block.start, block.stop, block.step or 1, device=self.C.device)
         b = self.block[0]
         return (self.C[i // b][:, :, None] * self.D[i % b][:, None, :]).flatten(1)
 

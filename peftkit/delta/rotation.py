@@ -17,13 +17,12 @@ from peftkit.geometry import Geometry
 class Rotation(Delta):
     """ΔW = K·W (side "out") or W·Kᵀ (side "in") with K = R − I = diag(K_1, …, K_k), blocks (k, b, b).
 
-    K is held, not R: near the identity R − I has digits that R has lost. orthogonal: whether R is known to be.
+    K is held, not R: near the identity R − I has digits that R has lost.
     """
 
     K: Tensor
     W: Tensor
     side: str = "out"
-    orthogonal: bool = False
 
     @property
     def reads_output(self) -> bool:  # type: ignore[override]
@@ -50,7 +49,7 @@ class Rotation(Delta):
         return self.rows(slice(0, self.shape[0])) if torch.is_grad_enabled() else self.filled()
 
     def scaled(self, strength: float | Tensor) -> Rotation:
-        return replace(self, K=self.K * strength, orthogonal=False)
+        return replace(self, K=self.K * strength)
 
     @property
     def row_multiple(self) -> int:
@@ -91,14 +90,7 @@ class Rotation(Delta):
     def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
         if self.side == "in" or out is not y or self._spans_groups(g):
             return None
-        return outputs.rotated(y, self.K, bias, g)
-
-    def _alone(
-        self, x: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, weight: Tensor, g: Geometry
-    ) -> Tensor | None:
-        if self.side == "in" or not self.orthogonal or self._spans_groups(g):
-            return None
-        return outputs.rotated(y, self.K, bias, g, (x, weight))
+        return outputs.rotated(y, self.K, bias, g.spatial)
 
     def _spans_groups(self, g: Geometry) -> bool:
         """Whether a block mixes rows of several groups, which read different inputs."""
