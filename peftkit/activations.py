@@ -71,21 +71,17 @@ def over_channels(g: Tensor, spatial: int, y: Tensor | None = None) -> Tensor:
     dtype, c = accumulation_dtype(g.dtype), g.shape[-1 - spatial]
     if rowwise(g, spatial):
         rows = as_tokens(g, c, spatial)
-        if y is None:
-            return rows.sum(0, dtype=dtype)
-        parts = [block.sum(0) for block in _products(rows, as_tokens(y, c, spatial), dtype)]
+        parts = [block.sum(0) for block in _products(rows, None if y is None else as_tokens(y, c, spatial), dtype)]
         return torch.stack(parts).sum(0) if parts else rows.new_zeros(c, dtype=dtype)
     channels = as_planes(g, c, spatial).transpose(0, 1)
-    if y is None:
-        return channels.sum((1, 2), dtype=dtype)
-    others = as_planes(y, c, spatial).transpose(0, 1)
+    others = None if y is None else as_planes(y, c, spatial).transpose(0, 1)
     return torch.cat([block.sum((1, 2)) for block in _products(channels, others, dtype)])
 
 
-def _products(x: Tensor, y: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """x∘y, some entries of the first dimension at a time."""
-    blocks = row_blocks(len(x), x[:1].numel(), size=_BLOCK)
-    return (x[block].to(dtype) * y[block].to(dtype) for block in blocks)
+def _products(x: Tensor, y: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
+    """x∘y, or x, some entries of the first dimension at a time: a sum of 16-bit numbers would widen them all first."""
+    blocks = row_blocks(len(x), x[:1].numel(), size=_BLOCK if y is not None or x.dtype != dtype else max(1, x.numel()))
+    return (x[block].to(dtype) if y is None else x[block].to(dtype) * y[block].to(dtype) for block in blocks)
 
 
 def few(x: Tensor, spatial: int) -> bool:
