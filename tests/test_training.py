@@ -68,6 +68,33 @@ def test_nothing_of_the_size_of_the_weight_waits_for_backward(kind: str, layer: 
         pk.unwrap(module)
 
 
+#: channels of activations that wait for backward beside the layer's input: those between factors, and one output at most
+BETWEEN = {"lora": 4, "loha": 16, "lokr": 2 * 4 * 8, "loldu": 2 * 4, "dora": 4 + 256, "oft": 256, "ia3": 256}
+
+
+@pytest.mark.parametrize("tokens", [64, 2048])
+@pytest.mark.parametrize("kind", BETWEEN)
+def test_activations_wait_for_backward_once(kind: str, tokens: int) -> None:
+    """On both sides of the sizes at which torch's own graph takes over."""
+    module, x = nn.Linear(256, 256), torch.randn(tokens, 256, requires_grad=True)
+    options = {"oft": {"block_size": 32}, "ia3": {}, "lokr": {"rank": 4, "factor": 8}}.get(kind, {"rank": 4})
+    pk.wrap(module, kind, route="factored", **options)
+    own = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers(), x)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x)
+    factors = sum(p.nbytes for p in pk.adapter_parameters(module))
+    assert y.requires_grad
+    assert sum(kept.values()) <= 4 * tokens * BETWEEN[kind] + 3 * factors + 8192
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("route", ["factored", "dense"])
 @pytest.mark.parametrize("kind", KINDS)
