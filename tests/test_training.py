@@ -68,7 +68,7 @@ def test_nothing_of_the_size_of_the_weight_waits_for_backward(kind: str, layer: 
         pk.unwrap(module)
 
 
-#: channels of activations that wait for backward beside the layer's input: those between factors, and one output at most
+#: channels of activations that wait for backward beside the layer's input: those between factors, one output at most
 BETWEEN = {"lora": 4, "loha": 16, "lokr": 2 * 4 * 8, "loldu": 2 * 4, "dora": 4 + 256, "oft": 256, "ia3": 256}
 
 
