@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import peftkit as pk
 from peftkit import activations, outputs, products, routes
 from peftkit.adapters import oft
+from peftkit.bench.step import kept
 from peftkit.delta.base import Delta
 from tests.laws import close
 from tests.zoo import ADAPTERS, LAYERS, make, smallest_kernel, train
@@ -298,19 +299,8 @@ def test_the_output_is_kept_once(numbers: str) -> None:
     layer = nn.Linear(64, 96)
     pk.wrap(layer, "dora", rank=4)
     x = torch.randn(128, 64, requires_grad=True)
-    held = {p.untyped_storage().data_ptr() for p in (*layer.parameters(), *layer.buffers(), x)}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = F.gelu(layer(x))
-    outputs = sum(size >= 4 * 128 * 96 for size in kept.values())
-    assert out.requires_grad and outputs == (1 if numbers == "many numbers" else 2)
+    outputs = kept(nn.Sequential(layer, nn.GELU()), x) / (4 * 128 * 96)
+    assert 1 <= outputs < 1.5 if numbers == "many numbers" else 2 <= outputs < 2.5
 
 
 @pytest.mark.parametrize("frozen", ["nothing", "magnitude", "down", "everything"])
