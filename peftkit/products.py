@@ -3,6 +3,7 @@
 Activations are the largest things a training step writes, and a write into fresh memory costs more than the arithmetic.
 So the last product of a route adds into what is there, and backward makes one new activation at most. Each function can
 be differentiated twice: what its backward reads are its inputs.
+
 Activations are (…, c, *s), with `spatial` dimensions after their channels.
 """
 
@@ -14,15 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from peftkit.activations import (
-    as_planes,
-    as_tokens,
-    few,
-    from_tokens,
-    innermost,
-    rowwise,
-    widened,
-)
+from peftkit.activations import as_planes, as_tokens, few, from_tokens, innermost, rowwise, widened
 from peftkit.geometry import Geometry
 
 #: asked at every call of a layer, where looking them up would cost as much as asking
