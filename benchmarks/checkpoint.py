@@ -25,8 +25,8 @@ from pathlib import Path
 
 import torch
 
-from peftkit.formats import container
-from peftkit.formats.names import FAMILIES, Module
+from peftkit.files.families.names import FAMILIES, Module
+from peftkit.files.formats import container
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
 

@@ -27,7 +27,7 @@ from peftkit.bench.cases import LayerShape
 from peftkit.bench.peers import KINDS, randomize
 from peftkit.bench.rows import environment
 from peftkit.bench.timing import contest
-from peftkit.terminal import OUT
+from peftkit.cli.terminal import OUT
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "curves.json", ROOT / "docs" / "curves.png"

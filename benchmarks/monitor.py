@@ -25,8 +25,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import peftkit as pk
-from peftkit.adapted import placed
 from peftkit.monitor import CSMonitor
+from peftkit.wrapping.layer import placed
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples" / "digits"), str(ROOT / "examples")]

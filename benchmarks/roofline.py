@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from peftkit import kernels
-from peftkit.kernels import ops
+from peftkit.kernels import operators
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -102,7 +102,7 @@ OPERATORS = [
         "Hadamard",
         (1, 5),
         (2, 2),
-        lambda W, s, f: ops.delta(None, s, f, 1.0, None),
+        lambda W, s, f: operators.delta(None, s, f, 1.0, None),
         lambda W, f: _hadamard(f),
         lambda W, f: _lycoris_hadamard(f),
     ),
@@ -111,17 +111,17 @@ OPERATORS = [
         "Hadamard",
         (2, 8),
         (2, 2),
-        lambda W, s, f: ops.delta(W, s, f, 0.5, None),
+        lambda W, s, f: operators.delta(W, s, f, 0.5, None),
         lambda W, f: torch.add(W, _hadamard(f), alpha=0.5),
         lambda W, f: torch.add(W, _lycoris_hadamard(f), alpha=0.5),
     ),
-    Operator("LoHa moments", "Hadamard", (1, 12), (2, 2), lambda W, s, f: ops.moments(W, s, f), _moments),
+    Operator("LoHa moments", "Hadamard", (1, 12), (2, 2), lambda W, s, f: operators.moments(W, s, f), _moments),
     Operator(
         "LoHa backward",
         "Hadamard",
         (2, 12),
         (8, 6),
-        lambda G, s, f: ops.hadamard_backward(G, f, 1.0),
+        lambda G, s, f: operators.hadamard_backward(G, f, 1.0),
         _backward,
         _lycoris_backward,
     ),
@@ -130,16 +130,16 @@ OPERATORS = [
         "LowRank",
         (2, 2),
         (1, 1),
-        lambda W, s, f: ops.delta(W, s, f, 0.5, None),
+        lambda W, s, f: operators.delta(W, s, f, 0.5, None),
         lambda W, f: torch.addmm(W, f[0], f[1], alpha=0.5),
     ),
-    Operator("LoKr W + λΔW", "Kron", (2, 2), (0, 0), lambda W, s, f: ops.delta(W, s, f, 0.5, None), _kron),
+    Operator("LoKr W + λΔW", "Kron", (2, 2), (0, 0), lambda W, s, f: operators.delta(W, s, f, 0.5, None), _kron),
     Operator(
         "OFT ΔW",
         "Rotation",
         (2, 2),
         (1, 1),
-        lambda W, s, f: ops.delta(None, s, f, 1.0, None),
+        lambda W, s, f: operators.delta(None, s, f, 1.0, None),
         lambda W, f: torch.bmm(f[0], f[1].unflatten(0, (-1, f[0].shape[-1]))).flatten(0, 1),
     ),
 ]

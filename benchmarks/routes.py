@@ -19,13 +19,13 @@ from rich.progress import track
 from rich.table import Table
 
 import peftkit as pk
-from peftkit.adapted import hosts
 from peftkit.bench.cases import LayerShape
 from peftkit.bench.peers import KINDS, Host, randomize
 from peftkit.bench.rows import environment
 from peftkit.bench.step import step
 from peftkit.bench.timing import Call, Spread, contest, ratios
-from peftkit.terminal import OUT
+from peftkit.cli.terminal import OUT
+from peftkit.wrapping.layer import hosts
 
 RESULTS = Path(__file__).parent / "results" / "routes.json"
 LAYERS = (

@@ -17,8 +17,8 @@ from peftkit.bench.cases import MODELS
 from peftkit.bench.rows import environment
 from peftkit.bench.timing import Spread, contest, ratios
 from peftkit.delta import LowRank
-from peftkit.ldu import factor, pivot
-from peftkit.svd import Keep, truncate
+from peftkit.delta.truncation import Keep, truncate
+from peftkit.kernels.ldu import factor, pivot
 
 RESULTS = Path(__file__).parent / "results" / "shortcuts.json"
 

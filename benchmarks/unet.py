@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from peftkit.bench.peers import KINDS, LYCORIS_MODULES, randomize, ways, wrap
 from peftkit.bench.rows import Row, dump, table
 from peftkit.bench.timing import Call, Spread, contest, ratios
-from peftkit.terminal import OUT
+from peftkit.cli.terminal import OUT
 
 RESULTS = Path(__file__).parent / "results" / "unet.json"
 PEERS = ["lycoris", "peft"]

@@ -10,62 +10,62 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit import adapters as adapters
 from peftkit._version import __version__ as __version__
-from peftkit.adapter import Adapter as Adapter
-from peftkit.check import CheckReport as CheckReport
-from peftkit.check import check as check
+from peftkit.adapters.base import Adapter as Adapter
+from peftkit.adapters.registry import kinds as kinds
+from peftkit.adapters.registry import register as register
 from peftkit.delta import Delta as Delta
-from peftkit.merge import MergeReport as MergeReport
-from peftkit.merge import merge as merge
-from peftkit.merge import restore as restore
-from peftkit.plan import Plan as Plan
-from peftkit.plan import Rule as Rule
-from peftkit.plan import plan as plan
-from peftkit.registry import kinds as kinds
-from peftkit.registry import register as register
-from peftkit.wrap import adapter_parameters as adapter_parameters
-from peftkit.wrap import adapter_state_dict as adapter_state_dict
-from peftkit.wrap import disabled as disabled
-from peftkit.wrap import enabled as enabled
-from peftkit.wrap import project_ as project_
-from peftkit.wrap import set_strength as set_strength
-from peftkit.wrap import unwrap as unwrap
-from peftkit.wrap import wrap as wrap
+from peftkit.wrapping.check import CheckReport as CheckReport
+from peftkit.wrapping.check import check as check
+from peftkit.wrapping.merge import MergeReport as MergeReport
+from peftkit.wrapping.merge import merge as merge
+from peftkit.wrapping.merge import restore as restore
+from peftkit.wrapping.plan import Plan as Plan
+from peftkit.wrapping.plan import Rule as Rule
+from peftkit.wrapping.plan import plan as plan
+from peftkit.wrapping.wrap import adapter_parameters as adapter_parameters
+from peftkit.wrapping.wrap import adapter_state_dict as adapter_state_dict
+from peftkit.wrapping.wrap import disabled as disabled
+from peftkit.wrapping.wrap import enabled as enabled
+from peftkit.wrapping.wrap import project_ as project_
+from peftkit.wrapping.wrap import set_strength as set_strength
+from peftkit.wrapping.wrap import unwrap as unwrap
+from peftkit.wrapping.wrap import wrap as wrap
 
 if TYPE_CHECKING:
     from peftkit import monitor as monitor
-    from peftkit.checkpoint import merge_checkpoint as merge_checkpoint
-    from peftkit.combining import combine as combine
-    from peftkit.converting import ConvertReport as ConvertReport
-    from peftkit.converting import convert as convert
-    from peftkit.converting import resize as resize
-    from peftkit.exporting import ExportReport as ExportReport
-    from peftkit.exporting import export as export
-    from peftkit.extracting import ExtractReport as ExtractReport
-    from peftkit.extracting import extract as extract
-    from peftkit.inspection import Inspection as Inspection
-    from peftkit.inspection import diff as diff
-    from peftkit.inspection import doctor as doctor
-    from peftkit.inspection import inspect as inspect
-    from peftkit.loading import LoadReport as LoadReport
-    from peftkit.loading import load as load
-    from peftkit.merge_plan import MergePlan as MergePlan
-    from peftkit.merge_plan import plan_merge as plan_merge
-    from peftkit.reading import read as read
-    from peftkit.rescaling import rescale as rescale
-    from peftkit.saving import save as save
+    from peftkit.files.combine import combine as combine
+    from peftkit.files.convert import ConvertReport as ConvertReport
+    from peftkit.files.convert import convert as convert
+    from peftkit.files.convert import resize as resize
+    from peftkit.files.export.export import ExportReport as ExportReport
+    from peftkit.files.export.export import export as export
+    from peftkit.files.extract import ExtractReport as ExtractReport
+    from peftkit.files.extract import extract as extract
+    from peftkit.files.inspect import Inspection as Inspection
+    from peftkit.files.inspect import diff as diff
+    from peftkit.files.inspect import doctor as doctor
+    from peftkit.files.inspect import inspect as inspect
+    from peftkit.files.load import LoadReport as LoadReport
+    from peftkit.files.load import load as load
+    from peftkit.files.merge import merge_checkpoint as merge_checkpoint
+    from peftkit.files.merge_plan import MergePlan as MergePlan
+    from peftkit.files.merge_plan import plan_merge as plan_merge
+    from peftkit.files.read import read as read
+    from peftkit.files.rescale import rescale as rescale
+    from peftkit.files.save import save as save
 
 _ON_FILES = {
-    "peftkit.checkpoint": ("merge_checkpoint",),
-    "peftkit.combining": ("combine",),
-    "peftkit.converting": ("ConvertReport", "convert", "resize"),
-    "peftkit.exporting": ("ExportReport", "export"),
-    "peftkit.extracting": ("ExtractReport", "extract"),
-    "peftkit.inspection": ("Inspection", "diff", "doctor", "inspect"),
-    "peftkit.loading": ("LoadReport", "load"),
-    "peftkit.merge_plan": ("MergePlan", "plan_merge"),
-    "peftkit.reading": ("read",),
-    "peftkit.rescaling": ("rescale",),
-    "peftkit.saving": ("save",),
+    "peftkit.files.merge": ("merge_checkpoint",),
+    "peftkit.files.combine": ("combine",),
+    "peftkit.files.convert": ("ConvertReport", "convert", "resize"),
+    "peftkit.files.export.export": ("ExportReport", "export"),
+    "peftkit.files.extract": ("ExtractReport", "extract"),
+    "peftkit.files.inspect": ("Inspection", "diff", "doctor", "inspect"),
+    "peftkit.files.load": ("LoadReport", "load"),
+    "peftkit.files.merge_plan": ("MergePlan", "plan_merge"),
+    "peftkit.files.read": ("read",),
+    "peftkit.files.rescale": ("rescale",),
+    "peftkit.files.save": ("save",),
 }
 _MODULES = {name: module for module, names in _ON_FILES.items() for name in names}
 

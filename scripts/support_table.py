@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peftkit.formats.targets import TARGETS
+from peftkit.files.export.programs import TARGETS
 from tests.files import ALL_LAYERS, LAYERS, Outcome, cell, exists
 from tests.zoo import ADAPTERS
 

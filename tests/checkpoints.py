@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit.errors import OptionError, UnsupportedLayerError
-from peftkit.formats import names
-from peftkit.formats.encoders import clip, open_clip
-from peftkit.formats.families import Component, Module, flux, sd3, unet
-from peftkit.formats.names import FAMILIES, Family
-from peftkit.sites import sites
+from peftkit.files.families import names
+from peftkit.files.families.denoisers import Component, Module, flux, sd3, unet
+from peftkit.files.families.encoders import clip, open_clip
+from peftkit.files.families.names import FAMILIES, Family
+from peftkit.wrapping.sites import sites
 from tests.zoo import ADAPTERS, train
 
 State = dict[str, Tensor]

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 import peftkit as pk
+from peftkit.adapters import registry
 from peftkit.errors import PeftkitError
-from peftkit.formats import container as files
+from peftkit.files.formats import container as files
 
 #: a tensor, or what a header says of one: its dtype, its shape and its bytes
 Entry = Tensor | tuple[str, list[int], bytes]
@@ -534,7 +535,7 @@ _UP: dict[str, Entry] = {"a.up": ones(12, 2), "a.down": ones(2, 8)}
 def group(kind: Any = "lora", options: Any = None, weights: Any = None) -> dict[str, Any]:
     """A group of a native header; weights: {name: [rows, channels, kernel, groups]}."""
     known = isinstance(kind, str) and kind in pk.kinds()
-    convention = pk.registry.get(kind).convention if known else "1"
+    convention = registry.get(kind).convention if known else "1"
     return {
         "kind": kind,
         "convention": convention,

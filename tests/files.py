@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import peftkit as pk
-from peftkit.adapted import placed
 from peftkit.errors import ExportError, OptionError, UnsupportedLayerError
-from peftkit.exporting import ExportReport
+from peftkit.files.export.export import ExportReport
+from peftkit.wrapping.layer import placed
 from tests.readers import READERS, Read
 from tests.zoo import ADAPTERS, train
 

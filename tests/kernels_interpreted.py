@@ -21,7 +21,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from peftkit import kernels
 from peftkit.delta import Delta, Hadamard, Kron, LowRank, Rotation
 from peftkit.errors import OptionError
-from peftkit.kernels import ops
+from peftkit.kernels import operators
 from peftkit.kernels.triton import launch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -131,11 +131,11 @@ def test_delta_and_moments(case: str, dtype: torch.dtype) -> None:
     declared, full = delta.tiled(), exact(delta)
     assert declared is not None
     base, row = drawn(dtype, *delta.shape, seed=9), drawn(torch.float32, delta.shape[0], seed=9)
-    close(ops.delta(None, *declared, 1.0, None), full, SUMS + ROUNDING[dtype])
-    merged = ops.delta(base, *declared, -0.3, row)
+    close(operators.delta(None, *declared, 1.0, None), full, SUMS + ROUNDING[dtype])
+    merged = operators.delta(base, *declared, -0.3, row)
     close(merged, (base.double() - 0.3 * full) * row.double()[:, None], SUMS + ROUNDING[dtype])
     assert merged.dtype == dtype
-    inner, square = ops.moments(base, *declared)
+    inner, square = operators.moments(base, *declared)
     close(square, full.square().sum(1), SUMS)
     assert ((inner - (full * base).sum(1)).norm() <= SUMS * full.norm() * base.double().norm()).item()
 
@@ -148,7 +148,7 @@ def test_forward_and_backward_of_hadamard(shape: tuple[int, int, int], dtype: to
     base, upstream = drawn(dtype, *shape[:2], seed=8).requires_grad_(), drawn(dtype, *shape[:2], seed=9)
     wide = [tensor.detach().double().requires_grad_() for tensor in (base, *factors)]
     expected = wide[0] + 0.7 * (wide[1] @ wide[2]) * (wide[3] @ wide[4])
-    out = ops.hadamard(base, factors, 0.7)
+    out = operators.hadamard(base, factors, 0.7)
     close(out, expected, SUMS + ROUNDING[dtype])
     for value, gradient in zip(
         torch.autograd.grad(out, (base, *factors), upstream),
@@ -164,9 +164,9 @@ def test_every_bit_repeats() -> None:
     base = drawn(torch.bfloat16, 70, 200)
     runs = [
         [
-            ops.delta(base, *delta.tiled(), 0.3, None),
-            ops.moments(base, *delta.tiled()),
-            *ops.hadamard_backward(base, delta.tiled()[1], 0.3),
+            operators.delta(base, *delta.tiled(), 0.3, None),
+            operators.moments(base, *delta.tiled()),
+            *operators.hadamard_backward(base, delta.tiled()[1], 0.3),
         ]
         for _ in range(2)
     ]
@@ -181,9 +181,9 @@ def test_offsets_beyond_two_to_the_31() -> None:
     assert (m - 1) * stride > 1 << 31
     delta = hadamard(torch.bfloat16, m, n, 4)
     near = base.clone(memory_format=torch.contiguous_format)
-    for operator, others in ((ops.delta, (0.3, None)), (ops.moments, ())):
+    for operator, others in ((operators.delta, (0.3, None)), (operators.moments, ())):
         assert torch.equal(operator(base, *delta.tiled(), *others), operator(near, *delta.tiled(), *others))
-    far, close_by = (ops.hadamard_backward(M, delta.tiled()[1], 0.3) for M in (base, near))
+    far, close_by = (operators.hadamard_backward(M, delta.tiled()[1], 0.3) for M in (base, near))
     assert all(torch.equal(one, other) for one, other in zip(far, close_by, strict=True))
 
 
@@ -191,12 +191,12 @@ def test_operators_keep_the_rules_of_operators() -> None:
     delta = hadamard(torch.bfloat16, 7, 5, 3)
     name, factors = delta.tiled()
     base, row = drawn(torch.float32, 7, 5), drawn(torch.float32, 7)
-    torch.library.opcheck(ops.delta, (base, name, factors, 0.3, row))
-    torch.library.opcheck(ops.delta, (None, name, factors, 1.0, None))
-    torch.library.opcheck(ops.moments, (base, name, factors))
+    torch.library.opcheck(operators.delta, (base, name, factors, 0.3, row))
+    torch.library.opcheck(operators.delta, (None, name, factors, 1.0, None))
+    torch.library.opcheck(operators.moments, (base, name, factors))
     B1, A1, B2, A2 = (factor.contiguous() for factor in factors)
-    torch.library.opcheck(ops.hadamard_backward, (base, [B1, A1, B2, A2], 0.3))
-    torch.library.opcheck(ops.hadamard_backward, (base.mT, [A1.mT, B1.mT, A2.mT, B2.mT], 0.3))
+    torch.library.opcheck(operators.hadamard_backward, (base, [B1, A1, B2, A2], 0.3))
+    torch.library.opcheck(operators.hadamard_backward, (base.mT, [A1.mT, B1.mT, A2.mT, B2.mT], 0.3))
 
 
 # what torch.compile itself does to trace an autograd function
@@ -205,7 +205,7 @@ def test_a_compiled_graph_runs_the_kernels(launches: list[str]) -> None:
     factors = [factor.requires_grad_() for factor in hadamard(torch.float32, 7, 5, 3).tiled()[1]]
 
     def twice(*factors: Tensor) -> Tensor:
-        return 2 * ops.hadamard(None, factors, 0.3)
+        return 2 * operators.hadamard(None, factors, 0.3)
 
     results = []
     for function in (twice, torch.compile(twice, fullgraph=True, backend="aot_eager")):
@@ -229,13 +229,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_torch_pins_and_blocks_nest(launches: list[str]) -> None:
     delta = hadamard(torch.float32, 7, 5, 3)
     with kernels.use("torch"):
-        pinned = ops.delta(None, *delta.tiled(), 1.0, None)
+        pinned = operators.delta(None, *delta.tiled(), 1.0, None)
         with kernels.use("auto"):
-            ops.delta(None, *delta.tiled(), 1.0, None)
+            operators.delta(None, *delta.tiled(), 1.0, None)
         assert launches == ["delta"]
         with pytest.raises(ZeroDivisionError), kernels.use("auto"):
             raise ZeroDivisionError
-        ops.delta(None, *delta.tiled(), 1.0, None)
+        operators.delta(None, *delta.tiled(), 1.0, None)
         assert launches == ["delta"]
     close(pinned, exact(delta), SUMS)
 
@@ -249,12 +249,12 @@ def test_what_fails_falls_back_once(monkeypatch: pytest.MonkeyPatch, caplog: pyt
         tries.append(arguments)
         raise RuntimeError("no such instruction\nptxas said more")
 
-    monkeypatch.setattr(ops, "_failed", {})
+    monkeypatch.setattr(operators, "_failed", {})
     monkeypatch.setattr(launch, "delta", broken)
     with kernels.use("triton"), pytest.raises(RuntimeError, match="no such instruction"):
-        ops.delta(None, *delta.tiled(), 1.0, None)
+        operators.delta(None, *delta.tiled(), 1.0, None)
     with caplog.at_level(logging.WARNING, logger="peftkit.kernels"):
-        results = [ops.delta(None, *delta.tiled(), 1.0, None) for _ in range(2)]
+        results = [operators.delta(None, *delta.tiled(), 1.0, None) for _ in range(2)]
     assert [record.getMessage() for record in caplog.records] == [
         "delta runs in plain PyTorch from now on: its kernel failed before: RuntimeError: no such instruction"
     ]
@@ -262,17 +262,17 @@ def test_what_fails_falls_back_once(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     for result in results:
         close(result, exact(delta), SUMS)
     with kernels.use("triton"), pytest.raises(OptionError, match="its kernel failed before"):
-        ops.delta(None, *delta.tiled(), 1.0, None)
+        operators.delta(None, *delta.tiled(), 1.0, None)
 
 
 REFUSED: dict[str, Callable[[], Any]] = {
-    "float64": lambda: ops.delta(None, *hadamard(torch.float64, 3, 4, 2).tiled(), 1.0, None),
-    "rank 129": lambda: ops.delta(None, *hadamard(torch.float32, 3, 4, 129).tiled(), 1.0, None),
-    "rank 33": lambda: ops.hadamard_backward(torch.ones(3, 4), hadamard(torch.float32, 3, 4, 33).tiled()[1], 1.0),
-    "different dtypes": lambda: ops.delta(
+    "float64": lambda: operators.delta(None, *hadamard(torch.float64, 3, 4, 2).tiled(), 1.0, None),
+    "rank 129": lambda: operators.delta(None, *hadamard(torch.float32, 3, 4, 129).tiled(), 1.0, None),
+    "rank 33": lambda: operators.hadamard_backward(torch.ones(3, 4), hadamard(torch.float32, 3, 4, 33).tiled()[1], 1.0),
+    "different dtypes": lambda: operators.delta(
         None, "LowRank", [drawn(torch.float16, 3, 2), drawn(torch.float32, 2, 4)], 1.0, None
     ),
-    "a stride of 2²⁴": lambda: ops.moments(
+    "a stride of 2²⁴": lambda: operators.moments(
         torch.ones(1 << 24).as_strided((1, 4), (1 << 24, 1)), *hadamard(torch.float32, 1, 4, 2).tiled()
     ),
 }

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 import peftkit as pk
-from peftkit.adapted import Adapted
 from peftkit.adapters import DoRA
-from peftkit.blocks import Workspace
 from peftkit.delta import Decomposed, Delta
 from peftkit.delta.base import Known
 from peftkit.errors import OptionError, UnsupportedLayerError
+from peftkit.kernels.blocks import Workspace
+from peftkit.wrapping.layer import Adapted
 from tests.zoo import ADAPTERS, make, train
 
 #: what a cell that has no meaning raises, at wrap

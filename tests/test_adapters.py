@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import peftkit as pk
-from peftkit import registry
-from peftkit.adapter import factory
-from peftkit.adapters import OFT, LoLDU
+from peftkit.adapters import OFT, LoLDU, registry
+from peftkit.adapters.base import factory
 from peftkit.adapters.loldu import INITS
 from peftkit.adapters.oft import cayley, skew_blocks, upper_triangle
 from peftkit.delta import Delta
 from peftkit.geometry import Shape
-from peftkit.ldu import factor, pivot
+from peftkit.kernels.ldu import factor, pivot
 from tests.zoo import train
 
 

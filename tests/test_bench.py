@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from peftkit import products
 from peftkit.bench import ops, rows, step
 from peftkit.bench.cases import MODELS, LayerShape
-from peftkit.bench.commands import app
 from peftkit.bench.peers import KINDS
 from peftkit.bench.rows import Row
 from peftkit.bench.timing import Spread, contest, peak_bytes, ratios
+from peftkit.cli.bench import app
 from peftkit.errors import BenchError, FileError, OptionError
+from peftkit.kernels import fused
 
 SMALL = LayerShape(64, 64, tokens=8)
 
@@ -62,8 +62,8 @@ def test_the_error_of_a_step_is_small_and_seen(kind: str) -> None:
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = products.add_pointwise_
-    monkeypatch.setattr(products, "add_pointwise_", lambda out, h, B, s: original(out, 1.01 * h, B, s))
+    original = fused.add_pointwise_
+    monkeypatch.setattr(fused, "add_pointwise_", lambda out, h, B, s: original(out, 1.01 * h, B, s))
     with pytest.raises(BenchError, match="nothing was timed"):
         step.measure(SMALL, "lora", torch.float32, peers=[], rounds=1)
 

@@ -30,9 +30,9 @@ from peftkit.errors import (
     UnsupportedLayerError,
     WrongBaseError,
 )
-from peftkit.formats import container
-from peftkit.formats.container import Container
-from peftkit.formats.names import FAMILIES, Family
+from peftkit.files.families.names import FAMILIES, Family
+from peftkit.files.formats import container
+from peftkit.files.formats.container import Container
 from tests.checkpoints import (
     FLUX_COLUMNS,
     HANDS,
@@ -1444,7 +1444,7 @@ def attempt(name, prepare, out, **options):
     out.unlink(missing_ok=True)
 
 from peftkit.errors import FileError as pk_error
-from peftkit.formats import container
+from peftkit.files.formats import container
 for out in (folder / "old.safetensors", folder / "new.safetensors"):
     for moment in range(7):
         def progress(done, total, left=[moment]):
@@ -1491,7 +1491,7 @@ import torch, peftkit as pk
 torch.set_num_threads(1)
 pk.merge_checkpoint
 from peftkit.adapters.dora import DoRA
-import peftkit.svd
+import peftkit.delta.truncation
 
 def anonymous():
     with open("/proc/self/status") as status:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import peftkit as pk
-from peftkit import cli
+from peftkit.cli import files
 from tests.checkpoints import (
     Hand,
     State,
@@ -82,7 +82,7 @@ def peftkit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     def call(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["peftkit", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.run()
+            files.run()
         out, err = capsys.readouterr()
         return Ran(int(ended.value.code or 0), out, err)
 

@@ -21,17 +21,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import peftkit as pk
-from peftkit.errors import (
-    ExportError,
-    FileError,
-    LossyError,
-    MismatchError,
-    OptionError,
-    PeftkitError,
-    WrongBaseError,
-)
-from peftkit.formats import native
-from peftkit.svd import Keep, nearest, nearest_kronecker, truncate
+from peftkit.delta.truncation import Keep, nearest, nearest_kronecker, truncate
+from peftkit.errors import ExportError, FileError, LossyError, MismatchError, OptionError, PeftkitError, WrongBaseError
+from peftkit.files.formats import native
 from tests.checkpoints import (
     HANDS,
     Hand,

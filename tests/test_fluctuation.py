@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from peftkit.errors import OptionError
 from peftkit.monitor import Fluctuation, SecondValley
-from peftkit.monitor.null import chance
+from peftkit.monitor.random_walk import chance
 
 
 def trailing(cs: np.ndarray, M: int) -> np.ndarray:

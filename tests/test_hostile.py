@@ -31,9 +31,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import peftkit as pk
-from peftkit import cli
+from peftkit.cli import files as cli
 from peftkit.errors import FileError, PeftkitError, WrongBaseError
-from peftkit.formats import container
+from peftkit.files.formats import container
 from tests import corpus
 from tests.corpus import (
     ADAPTER_VERBS,

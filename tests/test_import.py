@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import peftkit as pk
-from peftkit.adapted import placed
 from peftkit.errors import AmbiguousFileError, ExportError, FileError, MismatchError, OptionError
+from peftkit.wrapping.layer import placed
 from tests.files import (
     LAYERS,
     MIXED,

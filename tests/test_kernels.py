@@ -20,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import peftkit as pk
 from benchmarks import roofline
 from peftkit import kernels
-from peftkit.blocks import BLOCK
 from peftkit.delta import Decomposed, Delta, Hadamard, Kron, LowRank, Rotation
 from peftkit.errors import OptionError
-from peftkit.kernels import ops
+from peftkit.kernels import operators
+from peftkit.kernels.blocks import BLOCK
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,31 +68,33 @@ def test_what_the_operators_mean(structure: str) -> None:
     declared, dense = delta.tiled(), delta.dense()
     assert declared is not None
     base, row = normal((6, 8), (6,))
-    assert torch.allclose(ops.delta(None, *declared, 1.0, None), dense)
-    assert torch.allclose(ops.delta(base, *declared, 0.3, row), (base + 0.3 * dense) * row[:, None])
-    assert torch.allclose(ops.moments(base, *declared), torch.stack([(base * dense).sum(1), dense.square().sum(1)]))
-    torch.library.opcheck(ops.delta, (base, *declared, 0.3, row))
-    torch.library.opcheck(ops.moments, (base, *declared))
+    assert torch.allclose(operators.delta(None, *declared, 1.0, None), dense)
+    assert torch.allclose(operators.delta(base, *declared, 0.3, row), (base + 0.3 * dense) * row[:, None])
+    assert torch.allclose(
+        operators.moments(base, *declared), torch.stack([(base * dense).sum(1), dense.square().sum(1)])
+    )
+    torch.library.opcheck(operators.delta, (base, *declared, 0.3, row))
+    torch.library.opcheck(operators.moments, (base, *declared))
 
 
 def test_narrow_numbers_are_summed_wide_and_rounded_once() -> None:
     delta = Hadamard(*normal((40, 16), (16, 50), (40, 16), (16, 50), dtype=torch.bfloat16))
     wide = Hadamard(*(factor.float() for factor in delta.tiled()[1])).dense()
     (base,) = normal((40, 50), dtype=torch.bfloat16)
-    assert torch.equal(ops.delta(base, *delta.tiled(), 0.3, None), (0.3 * wide + base.float()).bfloat16())
-    assert ops.moments(base, *delta.tiled()).dtype == torch.float32
+    assert torch.equal(operators.delta(base, *delta.tiled(), 0.3, None), (0.3 * wide + base.float()).bfloat16())
+    assert operators.moments(base, *delta.tiled()).dtype == torch.float32
 
 
 def test_gradients_of_hadamard() -> None:
     delta, (base,) = hadamard(5, 7, 3), normal((5, 7))
 
     def f(base: Tensor, *factors: Tensor) -> Tensor:
-        return ops.hadamard(base, factors, 0.3)
+        return operators.hadamard(base, factors, 0.3)
 
     inputs = (base.requires_grad_(), *delta.tiled()[1])
     assert torch.autograd.gradcheck(f, inputs)
     assert torch.autograd.gradgradcheck(f, inputs)
-    torch.library.opcheck(ops.hadamard_backward, (base.detach(), [t.detach() for t in delta.tiled()[1]], 0.3))
+    torch.library.opcheck(operators.hadamard_backward, (base.detach(), [t.detach() for t in delta.tiled()[1]], 0.3))
 
 
 @pytest.mark.parametrize("what", [Hadamard.dense, lambda delta: delta.added_to(torch.ones(delta.shape))])
@@ -143,7 +145,7 @@ def test_autocast_changes_no_bit() -> None:
     results = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = ops.hadamard(None, delta.tiled()[1], 0.3)
+            out = operators.hadamard(None, delta.tiled()[1], 0.3)
             results.append((out, *torch.autograd.grad(out, delta.tiled()[1], torch.ones_like(out))))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import peftkit as pk
+from peftkit.adapters import registry
 from peftkit.adapters.loldu import INITS
 from peftkit.errors import MergeError
 from tests import laws
@@ -25,7 +26,7 @@ every_cell = pytest.mark.parametrize("adapter, layer", ALLOWED, ids=ids)
 
 
 def test_every_registered_kind_is_in_the_zoo() -> None:
-    assert {pk.registry.get(case.kind).kind for case in ADAPTERS.values()} >= set(pk.kinds())
+    assert {registry.get(case.kind).kind for case in ADAPTERS.values()} >= set(pk.kinds())
 
 
 @every_cell
@@ -57,7 +58,7 @@ def test_a_hundred_cycles(adapter: str, layer: str) -> None:
 def test_a_refusal_says_what_to_do(cell: tuple[str, str]) -> None:
     kind = ADAPTERS[cell[0]].kind
     reason = REFUSED[cell]
-    assert pk.registry.get(kind).kind in reason
+    assert registry.get(kind).kind in reason
     assert "expected" in reason or "use" in reason
 
 

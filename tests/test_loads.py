@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import peftkit as pk
-from peftkit.formats.names import FAMILIES
+from peftkit.files.families.names import FAMILIES
 from tests.checkpoints import write
 from tests.readers import READERS, Refused
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit.delta import Hadamard
-from peftkit.memo import Memo
+from peftkit.kernels.cache import Memo
 from tests.laws import refusal, wrapped
 from tests.zoo import ADAPTERS
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit.errors import MergeError, MergeStateError, OptionError
-from peftkit.snapshot import Packed
+from peftkit.wrapping.backup import Packed
 from tests.laws import bits
 from tests.zoo import ADAPTERS, train
 
@@ -330,7 +330,7 @@ def test_no_dense_temporary_beside_the_backup(kind: str) -> None:
     train(layer, size=0.02)
     snapshot = layer.weight.detach().clone()
     with Counting() as counting:
-        from peftkit.adding import add_
+        from peftkit.delta.addition import add_
 
         slot = layer.adaptation.slots[""]
         with torch.no_grad():

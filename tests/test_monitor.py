@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import peftkit as pk
-from peftkit.adapted import placed
 from peftkit.errors import OptionError, UnknownAdapterError
 from peftkit.monitor import CSMonitor, Record
+from peftkit.wrapping.layer import placed
 from tests.laws import refusal
 from tests.processes import distributed
 from tests.zoo import ADAPTERS, LAYERS, make, train

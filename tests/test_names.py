@@ -24,10 +24,10 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from peftkit.errors import OptionError
-from peftkit.formats import layouts
-from peftkit.formats.families import Component, Module, flux
-from peftkit.formats.layouts import of_checkpoint
-from peftkit.formats.names import FAMILIES, Family, guess
+from peftkit.files.families import layouts
+from peftkit.files.families.denoisers import Component, Module, flux
+from peftkit.files.families.layouts import of_checkpoint
+from peftkit.files.families.names import FAMILIES, Family, guess
 
 STYLES = ("kohya", "diffusers", "ldm", "transformer", "lycoris", "peft")
 FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from peftkit import outputs
-from peftkit.blocks import Workspace
 from peftkit.delta import Hadamard
 from peftkit.geometry import Geometry
-from peftkit.snapshot import Copy
+from peftkit.kernels import outputs
+from peftkit.kernels.blocks import Workspace
+from peftkit.wrapping.backup import Copy
 from tests import laws
 
 

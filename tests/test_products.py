@@ -14,10 +14,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import peftkit as pk
-from peftkit import activations, outputs, products, routes
 from peftkit.adapters import oft
 from peftkit.bench.step import kept
 from peftkit.delta.base import Delta
+from peftkit.kernels import activations, fused, outputs
+from peftkit.wrapping import routes
 from tests.laws import close
 from tests.zoo import ADAPTERS, LAYERS, make, smallest_kernel, train
 
@@ -79,7 +80,7 @@ def test_add_pointwise(name: str, runs: int) -> None:
         mixed = torch.einsum("vr,...arz->...avz", B, h.reshape(*h.shape[: h.dim() - 1 - spatial], runs, 2, -1))
         return out + mixed.reshape(out.shape)
 
-    agree(lambda out, h, B: products.add_pointwise_(out.clone(), h, B, spatial), plain, [out, h, B])
+    agree(lambda out, h, B: fused.add_pointwise_(out.clone(), h, B, spatial), plain, [out, h, B])
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -87,12 +88,12 @@ def test_add_pairs(name: str) -> None:
     (out, spatial), (h, _) = drawn(name), drawn(name, 4)
 
     def plain(out: Tensor, h: Tensor, F: Tensor, G: Tensor) -> Tensor:
-        return products.add_pointwise_(out * 1, h, products.khatri_rao(F, G, 1), spatial)
+        return fused.add_pointwise_(out * 1, h, fused.khatri_rao(F, G, 1), spatial)
 
-    def fused(out: Tensor, h: Tensor, F: Tensor, G: Tensor) -> Tensor:
-        return products.add_pairs_(out * 1, h, F, G, spatial)
+    def quick(out: Tensor, h: Tensor, F: Tensor, G: Tensor) -> Tensor:
+        return fused.add_pairs_(out * 1, h, F, G, spatial)
 
-    agree(fused, plain, [out, h, parameter(12, 2), parameter(12, 2)])
+    agree(quick, plain, [out, h, parameter(12, 2), parameter(12, 2)])
 
 
 @pytest.mark.parametrize(
@@ -121,23 +122,23 @@ def test_contracted(layer: nn.Module, size: tuple[int, ...], runs: int, pairs: b
         return layer(x) * h.mean(-1 - g.spatial, keepdim=True)
 
     def plain(x: Tensor, F: Tensor, *G: Tensor) -> Tensor:
-        return after(x, g.contract(x, products.khatri_rao(F, *G, 0) if pairs else F))
+        return after(x, g.contract(x, fused.khatri_rao(F, *G, 0) if pairs else F))
 
-    def fused(x: Tensor, F: Tensor, *G: Tensor) -> Tensor:
-        return after(*products.contracted(x, F, G[0] if pairs else None, g))
+    def quick(x: Tensor, F: Tensor, *G: Tensor) -> Tensor:
+        return after(*fused.contracted(x, F, G[0] if pairs else None, g))
 
-    agree(fused, plain, [x, *factors])
+    agree(quick, plain, [x, *factors])
     for some in ([x], factors):  # what is asked for alone
-        ours, theirs = (torch.autograd.grad(f(x, *factors).square().sum(), some) for f in (fused, plain))
+        ours, theirs = (torch.autograd.grad(f(x, *factors).square().sum(), some) for f in (quick, plain))
         torch.testing.assert_close(ours, theirs)
-    ours, theirs = (f(x.detach(), *factors).square().sum() for f in (fused, plain))
+    ours, theirs = (f(x.detach(), *factors).square().sum() for f in (quick, plain))
     torch.testing.assert_close(*(torch.autograd.grad(y, factors) for y in (ours, theirs)))
 
 
 def test_contracted_alone() -> None:
     """Where the layer's own output is not used, the contraction's gradient is all there is."""
     g, x, A = pk.geometry.of(nn.Linear(4, 6)), torch.randn(3, 4, requires_grad=True), torch.randn(2, 4)
-    _, h = products.contracted(x, A, None, g)
+    _, h = fused.contracted(x, A, None, g)
     (ours,) = torch.autograd.grad(h.sum(), x)
     torch.testing.assert_close(ours, A.sum(0).expand(3, 4))
 
@@ -235,16 +236,16 @@ def test_decomposed(layer: nn.Linear, size: tuple[int, ...], pairs: bool) -> Non
     bias = [] if layer.bias is None else [layer.bias.detach().clone().requires_grad_()]
 
     def plain(x: Tensor, weight: Tensor, e: Tensor, A: Tensor, *rest: Tensor) -> Tensor:
-        B = products.khatri_rao(*rest[:2], 1) if pairs else rest[0]
+        B = fused.khatri_rao(*rest[:2], 1) if pairs else rest[0]
         y, own = g.call(x, weight, *bias), channels(bias[0], g.spatial) if bias else 0
         return y + channels(e, g.spatial) * (y - own) + g.expand(g.contract(x, A), B)
 
-    def fused(x: Tensor, weight: Tensor, e: Tensor, A: Tensor, *rest: Tensor) -> Tensor:
+    def quick(x: Tensor, weight: Tensor, e: Tensor, A: Tensor, *rest: Tensor) -> Tensor:
         pair = (rest[0], rest[1] if pairs else None)
         y, h = g.call(x, weight, *bias), g.contract(x, A)
         return outputs.decomposed_(y, h, e, pair, bias[0] if bias else None, g, (x, weight))
 
-    agree(fused, plain, [x, weight, e, A, *factors, *bias], repeats=1e-12)
+    agree(quick, plain, [x, weight, e, A, *factors, *bias], repeats=1e-12)
 
 
 #: what comes after a layer and writes over its output

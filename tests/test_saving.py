@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftkit as pk
-from peftkit.adapted import hosts
 from peftkit.errors import (
     DuplicateNameError,
     FileError,
@@ -27,6 +26,7 @@ from peftkit.errors import (
     UnknownAdapterError,
     WrongBaseError,
 )
+from peftkit.wrapping.layer import hosts
 from tests.laws import bits
 from tests.zoo import ADAPTERS, smallest_kernel, train
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import peftkit as pk
-from peftkit.adapted import placed
 from peftkit.errors import OptionError
 from peftkit.monitor import CSMonitor, Record, spectra
+from peftkit.wrapping.layer import placed
 from tests.laws import refusal
 from tests.zoo import ADAPTERS, make, train
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import peftkit as pk
-from peftkit.adapted import hosts
+from peftkit.adapters import registry
 from peftkit.errors import (
     DuplicateNameError,
     MergeStateError,
@@ -23,6 +23,7 @@ from peftkit.errors import (
     UnknownAdapterError,
     UnsupportedLayerError,
 )
+from peftkit.wrapping.layer import hosts
 from tests.zoo import ADAPTERS, train
 
 
@@ -156,7 +157,7 @@ def test_rules_give_each_layer_its_own_adapter_and_the_first_wins(net: Net) -> N
 def test_plan_touches_nothing(net: Net) -> None:
     before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
     for kind in pk.kinds():
-        options = {"rank": 2} if "rank" in pk.registry.option_names(pk.registry.get(kind)) else {}
+        options = {"rank": 2} if "rank" in registry.option_names(registry.get(kind)) else {}
         pk.plan(net, kind, targets="Attention", **options)
     assert torch.equal(torch.get_rng_state(), state)
     assert not hosts(net)

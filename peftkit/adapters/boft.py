@@ -7,13 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapter import Adapter, factory, require
+from peftkit.adapters.base import Adapter, factory, require
 from peftkit.adapters.oft import bound_on_norm, bounded, cayley, skew_blocks, upper_triangle
+from peftkit.adapters.registry import register
 from peftkit.delta import Butterfly
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
-from peftkit.memo import Memo
-from peftkit.registry import register
+from peftkit.kernels.cache import Memo
 
 
 def butterfly_block(size: int, bound: int) -> int | None:

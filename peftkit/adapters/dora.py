@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit import products, registry
-from peftkit.adapter import Adapter, require
-from peftkit.blocks import row_sqnorms
+from peftkit.adapters import registry
+from peftkit.adapters.base import Adapter, require
 from peftkit.delta import Decomposed, Delta
 from peftkit.delta.base import recomputed
 from peftkit.geometry import Shape
-from peftkit.memo import Memo
+from peftkit.kernels import fused
+from peftkit.kernels.blocks import row_sqnorms
+from peftkit.kernels.cache import Memo
 
 
 @registry.register("dora")
@@ -102,7 +103,7 @@ class DoRA(Adapter):
     def _base_sqnorms(self, weight: Tensor) -> Tensor:
         """‖W_i‖² per row (m,), or per column (n,); of a frozen W, kept until it is written or replaced."""
         if (
-            not products.eager()
+            not fused.eager()
             or weight.requires_grad
             or weight.is_inference()
             or type(weight) not in (Tensor, nn.Parameter)

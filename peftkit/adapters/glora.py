@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapter import Adapter, factory, rank_scale, require, require_rank, uniform_fan_in_
+from peftkit.adapters.base import Adapter, factory, rank_scale, require, require_rank, uniform_fan_in_
+from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
-from peftkit.registry import register
 
 
 @register("glora")

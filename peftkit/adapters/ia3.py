@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapter import Adapter, factory, require
+from peftkit.adapters.base import Adapter, factory, require
+from peftkit.adapters.registry import register
 from peftkit.delta import Scaled
 from peftkit.geometry import Shape
-from peftkit.registry import register
 
 
 @register("ia3")

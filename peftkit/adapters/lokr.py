@@ -8,11 +8,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapter import Adapter, factory, rank_scale, require, require_kernel, require_rank, times, uniform_fan_in_
+from peftkit.adapters.base import (
+    Adapter,
+    factory,
+    rank_scale,
+    require,
+    require_kernel,
+    require_rank,
+    times,
+    uniform_fan_in_,
+)
 from peftkit.adapters.lora import tucker_down
+from peftkit.adapters.registry import register
 from peftkit.delta import Kron
 from peftkit.geometry import Shape
-from peftkit.registry import register
 
 
 def factorize(size: int, factor: int) -> tuple[int, int]:

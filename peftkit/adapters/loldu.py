@@ -7,12 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapter import Adapter, factory, rank_scale, require, require_rank
+from peftkit.adapters.base import Adapter, factory, rank_scale, require, require_rank
+from peftkit.adapters.registry import register
 from peftkit.delta import LowRank, Pivoted
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
-from peftkit.ldu import Pivoting, factor, pivot
-from peftkit.registry import register
+from peftkit.kernels.ldu import Pivoting, factor, pivot
 
 INITS = ("lu", "uniform", "s_uniform", "normal", "s_normal", "constant", "zeros", "ones")
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapter import (
+from peftkit.adapters.base import (
     Adapter,
     factory,
     rank_scale,
@@ -17,9 +17,9 @@ from peftkit.adapter import (
     times,
     uniform_fan_in_,
 )
+from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
-from peftkit.registry import register
 
 
 @register("lora", "locon")

@@ -9,13 +9,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from peftkit import products
-from peftkit.adapter import Adapter, factory, require
+from peftkit.adapters.base import Adapter, factory, require
+from peftkit.adapters.registry import register
 from peftkit.delta import Delta, Rotation
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
-from peftkit.memo import Memo
-from peftkit.registry import register
+from peftkit.kernels import fused
+from peftkit.kernels.cache import Memo
 
 
 def divisor_at_most(size: int, bound: int) -> int:
@@ -152,7 +152,7 @@ def skew_blocks(skew: Tensor, upper: Tensor, size: int) -> Tensor:
 
 def cayley(skew: Tensor, upper: Tensor, size: int) -> Tensor:
     """R − I = 2·(I − Q)⁻¹·Q of Q = skew_blocks(…), (…, b, b): 0 where Q is, and no digits lost to I near it."""
-    if torch.is_grad_enabled() and products.eager():
+    if torch.is_grad_enabled() and fused.eager():
         return cast("Callable[[Tensor, Tensor, int], Tensor]", _Cayley.apply)(skew, upper, size)
     return _solved(skew_blocks(skew, upper, size))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.errors import OptionError
-from peftkit.formats.names import FAMILIES
+from peftkit.files.families.names import FAMILIES
 
 
 @dataclass(frozen=True)

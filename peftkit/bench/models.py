@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftkit as pk
-from peftkit.adapted import placed
 from peftkit.bench.cases import LayerShape
 from peftkit.bench.peers import KINDS, LYCORIS_MODULES, randomize, wrap
 from peftkit.bench.rows import Row
@@ -23,6 +22,7 @@ from peftkit.bench.step import step
 from peftkit.bench.timing import Call, Spread, contest, peak_bytes, ratios
 from peftkit.errors import BenchError
 from peftkit.monitor import CSMonitor
+from peftkit.wrapping.layer import placed
 
 
 def merge(

@@ -13,18 +13,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftkit import registry
-from peftkit.adapted import placed
-from peftkit.adding import add_
+from peftkit.adapters import registry
 from peftkit.bench.cases import LayerShape
 from peftkit.bench.peers import KINDS, adapted, ways
 from peftkit.bench.rows import Row
 from peftkit.bench.step import TOLERANCE
 from peftkit.bench.timing import Call, Spread, contest, peak_bytes, ratios
-from peftkit.blocks import Workspace
+from peftkit.delta.addition import add_
 from peftkit.delta.base import Known
 from peftkit.errors import BenchError
 from peftkit.geometry import of
+from peftkit.kernels.blocks import Workspace
+from peftkit.wrapping.layer import placed
 
 OPERATIONS = ("dense", "add", "watch", "make")
 _PRODUCT = 768  # the side of the matrices whose product gives the speed of multiplication

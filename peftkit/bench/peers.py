@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import peftkit as pk
-from peftkit.sites import sites
+from peftkit.wrapping.sites import sites
 
 #: kind -> our options, what lycoris calls it and its options, what peft calls it and its options
 KINDS: dict[str, tuple[dict[str, Any], tuple[str, dict[str, Any]] | None, tuple[str, dict[str, Any]] | None]] = {

@@ -7,12 +7,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapted import hosts
 from peftkit.bench.cases import LayerShape
 from peftkit.bench.peers import Host, adapted, ways
 from peftkit.bench.rows import Row
 from peftkit.bench.timing import Call, contest, ratios
 from peftkit.errors import BenchError
+from peftkit.wrapping.layer import hosts
 
 #: relative errors that only a mistake exceeds
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from peftkit import products
-from peftkit.blocks import BLOCK, Workspace, accumulation_dtype, row_blocks, tiles
 from peftkit.geometry import Geometry
-from peftkit.memo import kept
+from peftkit.kernels import fused
+from peftkit.kernels.blocks import BLOCK, Workspace, accumulation_dtype, row_blocks, tiles
+from peftkit.kernels.cache import kept
 
 #: what touching one element of a fresh matrix costs, in floating point operations of a matrix product
 ELEMENT = 40
@@ -146,9 +146,9 @@ class Delta(ABC):
             alone = self._alone(x, h, y, bias, weight, g)
             if alone is not None:
                 return alone
-        fused = self._fused(out, h, y, bias, g) if h is not None or products.eager() else None
-        if fused is not None:
-            return fused
+        done = self._fused(out, h, y, bias, g) if h is not None or fused.eager() else None
+        if done is not None:
+            return done
         wx = None
         if self.reads_output:
             wx = y if bias is None else y - g.per_channel(bias.to(y.dtype))

@@ -8,13 +8,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from peftkit import outputs
-from peftkit.blocks import Workspace, row_blocks, row_dots
 from peftkit.delta.base import Delta, Known
 from peftkit.delta.hadamard import Hadamard
 from peftkit.delta.lowrank import LowRank
 from peftkit.geometry import Geometry
-from peftkit.memo import kept
+from peftkit.kernels import outputs
+from peftkit.kernels.blocks import Workspace, row_blocks, row_dots
+from peftkit.kernels.cache import kept
 
 
 @dataclass(frozen=True, repr=False, eq=False)

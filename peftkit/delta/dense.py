@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkit.blocks import Workspace
 from peftkit.delta.base import Delta, Known
+from peftkit.kernels.blocks import Workspace
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from peftkit.blocks import row_blocks, tiles
 from peftkit.delta.base import Delta
 from peftkit.delta.hadamard import Hadamard
 from peftkit.delta.kron import Kron
 from peftkit.delta.lowrank import LowRank
+from peftkit.kernels.blocks import row_blocks, tiles
 
 #: Gram matrices of factors are cheaper than rows up to about this many ranks side by side
 _RANKS = 256

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkit import products
-from peftkit.blocks import BLOCK, Workspace
 from peftkit.delta.base import ELEMENT, Delta, Known
 from peftkit.delta.lowrank import LowRank
 from peftkit.geometry import Geometry
-from peftkit.kernels import ops
-from peftkit.memo import kept
+from peftkit.kernels import fused, operators
+from peftkit.kernels.blocks import BLOCK, Workspace
+from peftkit.kernels.cache import kept
 
 #: the highest rank at which a 4096² ΔW in bf16 is built faster as one product of rank r²: in 19 ms in place of 41 where
 #: the processor has matrix units, and as fast where it has none
@@ -47,7 +46,7 @@ class Hadamard(Delta):
 
     def dense(self) -> Tensor:
         if not self._plain():
-            return ops.hadamard(None, self.tiled()[1], 1.0)
+            return operators.hadamard(None, self.tiled()[1], 1.0)
         if torch.is_grad_enabled():
             return self.rows(slice(None))
         # One product of 16-bit numbers is less than a pass over two; fp16 is slow to multiply on a processor
@@ -59,7 +58,7 @@ class Hadamard(Delta):
     @kept
     def khatri_rao(self) -> LowRank:
         """The same ΔW as one product of rank r²: row i of B is B1_i ⊗ B2_i, column j of A is A1_j ⊗ A2_j."""
-        return LowRank(products.khatri_rao(self.B1, self.B2, 1), products.khatri_rao(self.A1, self.A2, 0))
+        return LowRank(fused.khatri_rao(self.B1, self.B2, 1), fused.khatri_rao(self.A1, self.A2, 0))
 
     @property
     def row_multiple(self) -> int:
@@ -80,12 +79,12 @@ class Hadamard(Delta):
         if not torch.is_grad_enabled() or g.groups > 1:
             return self.khatri_rao.ahead(x, g)
         # For backward the pairs are made again: of a narrow layer they are as large as its weight
-        return products.contracted(x, self.A1, self.A2, g)
+        return fused.contracted(x, self.A1, self.A2, g)
 
     def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
         if not torch.is_grad_enabled() or h is None:
             return self.khatri_rao._fused(out, h, y, bias, g)
-        return products.add_pairs_(out, h, self.B1, self.B2, g.spatial)
+        return fused.add_pairs_(out, h, self.B1, self.B2, g.spatial)
 
     def rescaled(self, f: Tensor) -> Hadamard:
         """diag(f)·ΔW, f (m,), in the dtype of ΔW."""
@@ -106,7 +105,7 @@ class Hadamard(Delta):
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         if not self._on_gpu():
             return super().moments(M)
-        inner, square = ops.moments(M, *self.tiled())
+        inner, square = operators.moments(M, *self.tiled())
         return inner, square
 
     def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
@@ -119,13 +118,13 @@ class Hadamard(Delta):
         return Hadamard(self.A1.mT, self.B1.mT, self.A2.mT, self.B2.mT).moments(M.mT)
 
     def added_to(self, M: Tensor, strength: float = 1.0) -> Tensor:
-        return super().added_to(M, strength) if self._plain() else ops.hadamard(M, self.tiled()[1], strength)
+        return super().added_to(M, strength) if self._plain() else operators.hadamard(M, self.tiled()[1], strength)
 
     def _plain(self) -> bool:
         """Whether an operator gains nothing, no kernel and no graph that would keep two matrices of note; or cannot."""
         m, n = self.shape
         small = not torch.is_grad_enabled() or m * n <= BLOCK
-        return products.transformed() or (self.device.type == "cpu" and small)
+        return fused.transformed() or (self.device.type == "cpu" and small)
 
     def _on_gpu(self) -> bool:
         """Whether the moments may have a kernel: they have no backward."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkit import products
-from peftkit.blocks import Workspace, row_blocks
 from peftkit.delta.base import Delta, Known
 from peftkit.geometry import Geometry
-from peftkit.memo import kept
+from peftkit.kernels import fused
+from peftkit.kernels.blocks import Workspace, row_blocks
+from peftkit.kernels.cache import kept
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -99,7 +99,7 @@ class Kron(Delta):
         if g.groups > 1:
             return x, None
         if self.left is not None:
-            return products.contracted(x, self.right, None, g)
+            return fused.contracted(x, self.right, None, g)
         first = g.by_position and self._mixes_first()
         return x, g.mix(x, self.C.unsqueeze(0), width=self.block[1]) if first else None
 
@@ -107,9 +107,9 @@ class Kron(Delta):
         if h is None:
             return None
         if self.left is None:
-            return products.add_pointwise_(out, h, self.right, g.spatial)
+            return fused.add_pointwise_(out, h, self.right, g.spatial)
         mixed = g.mix(h, self.C.unsqueeze(0), width=self.right.shape[0])
-        return products.add_pointwise_(out, mixed, self.left, g.spatial)
+        return fused.add_pointwise_(out, mixed, self.left, g.spatial)
 
     def _mixes_first(self) -> bool:
         """Whether C goes before a full D: the cheaper order. With a low-rank D, C acts at the bottleneck."""
@@ -149,10 +149,10 @@ class Kron(Delta):
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         D, (a, c), (b, d) = self.D, self.C.shape, self.block
         tiles = M.reshape(a, b, c, d)  # a band of rows shares one row of C
-        products = [
+        fused = [
             torch.einsum("bcd,bd,c->b", band.to(self.dtype), D, row) for band, row in zip(tiles, self.C, strict=True)
         ]
-        return torch.cat(products), torch.outer(self.C.square().sum(1), D.square().sum(1)).flatten()
+        return torch.cat(fused), torch.outer(self.C.square().sum(1), D.square().sum(1)).flatten()
 
     def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         left = None if self.left is None else self.right.mT

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkit import products
-from peftkit.blocks import Workspace, row_blocks
 from peftkit.delta.base import Delta, Known
 from peftkit.geometry import Geometry
-from peftkit.memo import kept
+from peftkit.kernels import fused
+from peftkit.kernels.blocks import Workspace, row_blocks
+from peftkit.kernels.cache import kept
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -67,10 +67,10 @@ class LowRank(Delta):
         return g.expand(g.contract(x, self.A), self.B)
 
     def ahead(self, x: Tensor, g: Geometry) -> tuple[Tensor, Tensor | None]:
-        return (x, None) if g.groups > 1 else products.contracted(x, self.A, None, g)
+        return (x, None) if g.groups > 1 else fused.contracted(x, self.A, None, g)
 
     def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
-        return None if h is None else products.add_pointwise_(out, h, self.B, g.spatial)
+        return None if h is None else fused.add_pointwise_(out, h, self.B, g.spatial)
 
     def rescaled(self, f: Tensor) -> LowRank:
         """diag(f)·ΔW, f (m,), in the dtype of ΔW."""

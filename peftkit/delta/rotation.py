@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkit import outputs
-from peftkit.blocks import Workspace, row_blocks
 from peftkit.delta.base import Delta, Known, total
 from peftkit.geometry import Geometry
+from peftkit.kernels import outputs
+from peftkit.kernels.blocks import Workspace, row_blocks
 
 
 @dataclass(frozen=True, repr=False, eq=False)

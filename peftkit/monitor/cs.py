@@ -15,15 +15,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapted import Placed, names_of, placed
-from peftkit.adapter import Adapter
-from peftkit.blocks import row_sqnorms
+from peftkit.adapters.base import Adapter
 from peftkit.delta import Delta
 from peftkit.delta.base import Known
 from peftkit.delta.distance import product
 from peftkit.errors import OptionError, UnknownAdapterError
+from peftkit.kernels.blocks import row_sqnorms
 from peftkit.monitor.sharding import alignment, local, sharded, whole
 from peftkit.monitor.spectrum import Spectrum, spectra
+from peftkit.wrapping.layer import Placed, names_of, placed
 
 _LOG = logging.getLogger(__name__)
 

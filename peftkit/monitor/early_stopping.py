@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peftkit._version import __version__
-from peftkit.adapted import hosts
 from peftkit.errors import FileError, MergeStateError, MismatchError, OptionError
-from peftkit.formats import container
+from peftkit.files.formats import container
 from peftkit.monitor.cs import CSMonitor, Record
 from peftkit.monitor.fluctuation import MODES, SecondValley, TurningPoint
 from peftkit.monitor.logs import RESERVED, Log, Row, log_to
-from peftkit.monitor.null import chance
+from peftkit.monitor.random_walk import chance
 from peftkit.monitor.sharding import local
+from peftkit.wrapping.layer import hosts
 
 
 class Criterion(Protocol):

@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from peftkit.adapted import names_of, placed
 from peftkit.monitor.early_stopping import EarlyStopping
 from peftkit.monitor.logs import RESERVED
+from peftkit.wrapping.layer import names_of, placed
 
 
 class CSCallback(pl.Callback):

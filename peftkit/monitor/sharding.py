@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, TypeGuard, cast
 import torch
 from torch import Tensor
 
-from peftkit.adapter import Adapter
-from peftkit.blocks import row_blocks, row_sqnorms
+from peftkit.adapters.base import Adapter
 from peftkit.delta import Delta
 from peftkit.delta.base import Known
+from peftkit.kernels.blocks import row_blocks, row_sqnorms
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapted import Placed, names_of, placed
-from peftkit.blocks import accumulation_dtype, tiles
 from peftkit.delta import Delta, Hadamard, Kron, LowRank
 from peftkit.delta.base import Known
 from peftkit.errors import OptionError
+from peftkit.kernels.blocks import accumulation_dtype, tiles
 from peftkit.monitor.sharding import sharded
+from peftkit.wrapping.layer import Placed, names_of, placed
 
 _OVERSAMPLE = 16
 _ITERATIONS = 60  # of subspace iteration, at most

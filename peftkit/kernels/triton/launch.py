@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from peftkit.kernels.ops import change
+from peftkit.kernels.operators import change
 from peftkit.kernels.triton.kernels import delta_kernel, hadamard_backward_kernel, moments_kernel
 from peftkit.kernels.triton.tiles import BLOCK, STEP, TILES
 

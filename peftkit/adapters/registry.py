@@ -1,0 +1,148 @@
+"""The adapters by name. A duplicate is refused; an unknown name or option lists what exists."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peftkit.adapters.base import Adapter, require
+from peftkit.errors import DuplicateNameError, OptionError, UnknownAdapterError, near
+from peftkit.geometry import Shape
+
+AdapterType = TypeVar("AdapterType", bound=type[Adapter])
+
+_CLASSES: dict[str, type[Adapter]] = {}
+_ALIASES: dict[str, str] = {}
+
+#: what fp32 holds; NaN is not below it, nor is an integer that no float can hold
+_LARGEST = torch.finfo(torch.float32).max
+
+#: options that turn any additive adapter into the inner part of a weight decomposition
+_DECOMPOSITION = ("axis", "detach_norm")
+
+
+def register(kind: str, *aliases: str) -> Callable[[AdapterType], AdapterType]:
+    """Class decorator: make an Adapter available under `kind` and its aliases."""
+
+    def add(cls: AdapterType) -> AdapterType:
+        for name in (kind, *aliases):
+            if name in _CLASSES or name in _ALIASES:
+                taken = _CLASSES[_ALIASES.get(name, name)]
+                raise DuplicateNameError(
+                    f"cannot register {cls.__qualname__} as {name!r}: "
+                    f"that name is {taken.__module__}.{taken.__qualname__}'s"
+                )
+        cls.kind = kind
+        _CLASSES[kind] = cls
+        _ALIASES.update(dict.fromkeys(aliases, kind))
+        return cls
+
+    return add
+
+
+def kinds() -> tuple[str, ...]:
+    """The registered names, aliases left out."""
+    return tuple(_CLASSES)
+
+
+def get(kind: str) -> type[Adapter]:
+    """The class registered under a name or an alias."""
+    if not isinstance(kind, str):
+        raise UnknownAdapterError(f"an adapter is named by a string, not {kind!r}; there are: {', '.join(kinds())}")
+    name = _ALIASES.get(kind, kind)
+    if name not in _CLASSES:
+        known = [*_CLASSES, *_ALIASES]
+        raise UnknownAdapterError(f"no adapter is called {kind!r}; there are: {', '.join(known)}.{near(kind, known)}")
+    return _CLASSES[name]
+
+
+def option_names(cls: type[Adapter]) -> tuple[str, ...]:
+    """The options a class takes by name."""
+    return tuple(p.name for p in _parameters(cls) if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+@functools.cache  # a model has hundreds of layers, and a signature takes longer to read than an adapter to make
+def _parameters(cls: type[Adapter]) -> tuple[inspect.Parameter, ...]:
+    return tuple(inspect.signature(cls.__init__).parameters.values())
+
+
+@functools.cache
+def _hints(cls: type[Adapter]) -> dict[str, Any]:
+    return get_type_hints(cls.__init__)
+
+
+def build(kind: str, shape: Shape, weight: Tensor, dtype: torch.dtype | None = None, /, **options: Any) -> Adapter:
+    """An adapter for one weight matrix.
+
+    weight: (m, n), read for its device, its dtype and, by algorithms that start from it, its values.
+    dtype: of the adapter's parameters; by default at least fp32.
+    Raises OptionError for an option the algorithm does not have or a value it cannot take.
+    """
+    cls = get(kind)
+    decompose = options.pop("decompose", False)
+    require(isinstance(decompose, bool), cls.kind, "decompose", decompose, "True or False")
+    if decompose:
+        if cls.reads_base:
+            raise OptionError(
+                f"{cls.kind}: decompose=True was given, but its ΔW depends on the base; "
+                f"it works with {', '.join(k for k in kinds() if not _CLASSES[k].reads_base)}"
+            )
+        return build("dora", shape, weight, dtype, inner=cls.kind, **options)
+    _refuse_unknown(cls, options)
+    options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
+    _check_types(cls, options)
+    adapter = cls(shape, weight, **options)
+    given = {**options, **adapter.options} if "options" in adapter.__dict__ else options
+    defaults = {
+        p.name: p.default
+        for p in _parameters(cls)
+        if p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is not inspect.Parameter.empty
+    }
+    adapter.options = {**defaults, **given}
+    return adapter if dtype is None else adapter.to(dtype)
+
+
+def _check_types(cls: type[Adapter], options: dict[str, Any]) -> None:
+    """Every option is of the type its signature declares; a bool is no number, and a number is finite."""
+    hints = _hints(cls)
+    for name, value in options.items():
+        declared = hints.get(name, Any)  # DoRA passes the rest on to its inner adapter, where it is checked
+        choices = get_args(declared) if isinstance(declared, UnionType) else (declared,)
+        if declared is not Any and not any(_is_a(value, choice) for choice in choices):
+            expected = str(declared.__name__ if isinstance(declared, type) else declared)
+            require(False, cls.kind, name, value, f"{expected}{', finite' if 'float' in expected else ''}")
+
+
+def _is_a(value: object, declared: Any) -> bool:
+    if declared is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    if declared is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(declared, type) and get_origin(declared) is None:
+        return isinstance(value, declared)
+    if get_origin(declared) is tuple:
+        kinds = get_args(declared)
+        return isinstance(value, (tuple, list)) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
+    return True
+
+
+def _refuse_unknown(cls: type[Adapter], options: dict[str, Any]) -> None:
+    accepts_inner = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _parameters(cls))
+    known = option_names(cls)
+    unknown = [] if accepts_inner else [name for name in options if name not in known]
+    if not unknown:
+        return
+    name = unknown[0]
+    having = [k for k, c in _CLASSES.items() if name in option_names(c)]
+    if name in _DECOMPOSITION and not cls.reads_base:
+        having.append(f"{cls.kind} with decompose=True")
+    elsewhere = f" {name!r} is an option of {', '.join(having)}." if having else near(name, known)
+    extra = () if cls.reads_base else ("decompose",)
+    raise OptionError(f"{cls.kind} has no option {name!r}; it has {', '.join((*known, *extra)) or 'none'}.{elsewhere}")

@@ -1,0 +1,7 @@
+"""The `peftkit` command: a thin layer over the public functions.
+
+May import everything; nothing imports it. Public: `app` (typer) and `run` (the entry point).
+"""
+
+from peftkit.cli.files import app as app
+from peftkit.cli.files import run as run

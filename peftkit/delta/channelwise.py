@@ -1,0 +1,99 @@
+"""Scaled: ΔW = diag(e)·W or W·diag(e), the structure of (IA)³."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from peftkit.delta.base import Delta, Known
+from peftkit.geometry import Geometry
+from peftkit.kernels import outputs
+from peftkit.kernels.blocks import Workspace, row_dots, row_sqnorms
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Scaled(Delta):
+    """ΔW = e·W over rows, e (m,); or over columns, e (n,), equal on the positions of one input channel."""
+
+    e: Tensor
+    W: Tensor
+    columns: bool = False
+
+    @property
+    def reads_output(self) -> bool:  # type: ignore[override]
+        return not self.columns
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.W.shape[0], self.W.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.e.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.e.device
+
+    def dense(self) -> Tensor:
+        return self.rows(slice(0, self.shape[0]))
+
+    def scaled(self, strength: float | Tensor) -> Scaled:
+        return replace(self, e=self.e * strength)
+
+    @property
+    def row_multiple(self) -> int:
+        return 1
+
+    def rows(self, block: slice) -> Tensor:
+        return (self.e if self.columns else self.e[block, None]) * self.W[block].to(self.dtype)
+
+    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
+        out.copy_(self.W[block]).mul_(self.e if self.columns else self.e[block, None])
+
+    def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
+        if not self.columns:
+            assert wx is not None
+            return g.per_channel(self.e.to(wx.dtype)) * wx
+        e = self.e[:: g.shape.positions].repeat(g.groups).to(x.dtype)
+        return g.run(g.per_channel(e) * x, self.W)
+
+    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+        if self.columns or out is not y:
+            return None
+        return outputs.rescaled(y, self.e, bias, g.spatial)
+
+    def inner(self, M: Tensor) -> Tensor:
+        return (self.e * self._dots(M)).sum()
+
+    def sqnorm(self) -> Tensor:
+        squares = row_sqnorms(self.W.mT if self.columns else self.W)
+        return (self.e.square() * squares.to(self.dtype)).sum()
+
+    def largest(self, most: Tensor) -> Tensor:
+        return self.e.abs().max() * most
+
+    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+        squares = known(f"columns {self.columns}", lambda: row_sqnorms(W.mT if self.columns else W).to(self.dtype))
+        return (self.e * squares).sum(), (self.e.square() * squares).sum()
+
+    def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        if self.columns:
+            return super().moments(M)
+        return self.e * self._dots(M), self.e.square() * self._dots(self.W)
+
+    def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        return Scaled(self.e, self.W.mT, not self.columns).moments(M.mT)
+
+    def _dots(self, M: Tensor) -> Tensor:
+        """<W_i, M_i> per row (or column), accumulated in the dtype of e."""
+        pair = (self.W.mT, M.mT) if self.columns else (self.W, M)
+        return row_dots(*pair, self.dtype)
+
+    def apply_flops(self, outputs: int) -> int:
+        return outputs * (2 * self.shape[0] * self.shape[1] if self.columns else self.shape[0])
+
+    def __repr__(self) -> str:
+        return "W·diag(e)" if self.columns else "diag(e)·W"

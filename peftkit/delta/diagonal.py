@@ -1,0 +1,35 @@
+"""Pivoted: ΔW = L·diag(δ)·U with constant L and U, the structure of LoLDU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftkit.delta.base import Known
+from peftkit.delta.lowrank import LowRank
+from peftkit.geometry import Geometry
+from peftkit.kernels import fused
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Pivoted(LowRank):
+    """ΔW = B·A with B = L·diag(δ) (m, r) and A = U (r, n), where L (m, r) and U stay and only δ (r,) is trained."""
+
+    L: Tensor
+    change: Tensor
+
+    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+        if h is None:
+            return None
+        # δ acts here, so that no gradient of the size of L is made for it
+        change = self.change if self.change.dtype == h.dtype else self.change.to(h.dtype)
+        return fused.add_pointwise_(out, h * g.per_channel(change), self.L, g.spatial)
+
+    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+        # c_k = l_kᵀ·W·u_k and G = (LᵀL) ⊙ (UUᵀ): <ΔW, W> = δᵀc and ‖ΔW‖² = δᵀGδ, whatever m and n are
+        constant = LowRank(self.L, self.A)
+        c = known("projections", lambda: (constant._projected(W) * self.L).sum(0))
+        G = known("gram", lambda: (self.L.mT @ self.L) * (self.A @ self.A.mT))
+        return torch.dot(self.change, c), torch.dot(self.change, G @ self.change)

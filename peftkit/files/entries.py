@@ -1,0 +1,212 @@
+"""The adapters of a model or of a file one by one, each on its base where that is at hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapters.base import Adapter
+from peftkit.delta import Delta
+from peftkit.errors import ExportError, MismatchError, about
+from peftkit.files.base import Base, of_model, open_base
+from peftkit.files.bind import bind, is_of_its_base, misfit, needs_base, require_same_base, stand_in, take_rows
+from peftkit.files.families import names
+from peftkit.files.families.names import Family
+from peftkit.files.formats import native
+from peftkit.files.formats.patch import Bundle, Patch
+from peftkit.files.place import resolver_of, samples_of, shape_of, whole
+from peftkit.files.resolve import families_of, plain
+from peftkit.geometry import Shape
+from peftkit.wrapping.layer import one_name, placed
+
+#: in the canonical name of what covers several modules, and of what has its rows in the original network's order
+JOINED, SWAPPED = " + ", " (halves swapped)"
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One adapter to write, by the name it has in its file or model.
+
+    base: W (m, n), None where it is not at hand. path: of its module in the model, where that is known. transposed: a
+    transposed convolution. sliced: rows of a parameter, which is no module of its own. file: where it is from.
+    flipped: of a layer that keeps its weight as (in, out).
+    """
+
+    name: str
+    adapter: Adapter
+    shape: Shape
+    base: Tensor | None
+    path: str = ""
+    transposed: bool = False
+    sliced: bool = False
+    file: str = ""
+    flipped: bool = False
+
+
+def items_of_model(model: nn.Module, name: str | None) -> Iterator[Item]:
+    for at in placed(model, [one_name(model, name)]):
+        geometry = at.slot.geometry
+        yield Item(
+            at.site,
+            copy.deepcopy(at.adapter).eval(),
+            geometry.shape,
+            at.base,
+            at.site,
+            geometry.transposed,
+            at.slot.parameter != "weight",
+        )
+
+
+def items_of_file(
+    path: str | os.PathLike[str],
+    bundle: Bundle,
+    base: nn.Module | str | os.PathLike[str] | None,
+    other_base: bool = False,
+    *,
+    apart: bool = False,
+) -> Iterator[Item]:
+    """The adapters of a file. With a base, under its modules' names where these are whole modules.
+
+    apart: where the file has one adapter for layers that the original network has fused, or their rows in its order,
+    one for each module of diffusers, under its name and in its order.
+    """
+    if bundle.vectors:
+        raise ExportError(
+            f"{path} changes biases or norms ({next(iter(bundle.vectors))}, …), which go with a merge and nowhere else"
+        )
+    with about(path):
+        if base is not None:
+            opened = of_model(base) if isinstance(base, nn.Module) else open_base(base)
+            yield from _on_base(path, bundle, opened, other_base, apart)
+        else:
+            yield from _without_base(path, bundle, apart)
+
+
+def _without_base(path: object, bundle: Bundle, apart: bool) -> Iterator[Item]:
+    families = families_of(bundle)
+    for name, patch in _patches(path, bundle, families if apart else ()):
+        where = f"{path}: {name}"
+        if not patch.shape.rows or not patch.shape.columns:
+            raise ExportError(f"{where}: the file does not say how large its weight is; give the base")
+        found = misfit(patch, patch.shape, torch.float32, portable=bundle.portable, where=where)
+        if found:
+            raise ExportError(f"{where}: {found.first}")
+        adapter = bind(patch, patch.shape, stand_in(patch.shape), where)
+        if adapter.derived() and not bundle.portable:
+            raise ExportError(
+                f"{where}: {patch.kind} is made of its base's factors, which are not in the file; give the base"
+            )
+        shape = _unflattened(name, patch, families)
+        own = name if bundle.format in ("native", "peft") and name in bundle.patches else ""  # theirs are paths
+        yield Item(name, adapter, shape, None, own, patch.transposed, file=str(path), flipped=bundle.flipped)
+
+
+def _unflattened(name: str, patch: Patch, families: Sequence[Family]) -> Shape:
+    """The shape of a patch's weight, with the kernel its family's module has where the file holds it flattened."""
+    shape = patch.shape
+    matches = families[0].find(name) if families else ()
+    if patch.kernel_known or len(matches) != 1:
+        return shape
+    _, *inputs = matches[0].shape
+    fits = inputs and math.prod(inputs) == shape.columns
+    return Shape(shape.rows, inputs[0], tuple(inputs[1:])) if fits else shape
+
+
+def _patches(file: object, bundle: Bundle, families: Sequence[Family]) -> Iterator[tuple[str, Patch]]:
+    """The patches of a file, those of several modules or of rows in another order as one for each module."""
+    for name, patch in bundle.patches.items():
+        modules = families[0].find(name) if families else ()
+        swaps = bool(modules) and families[0].swaps(name)
+        if len(modules) < 2 and not swaps:
+            yield name, patch
+            continue
+        total, start = sum(module.shape[0] for module in modules), 0
+        for module in modules:
+            size, odd = divmod(patch.shape.rows * module.shape[0], total)
+            if odd:
+                raise MismatchError(f"{file}: {name} has {patch.shape.rows} rows, {total} were expected")
+            rows = torch.arange(start, start + size)
+            start += size
+            rows = rows.roll(size // 2) if swaps and module.swapped else rows
+            yield module.name, take_rows(patch, rows, f"{file}: {name}")
+
+
+def _on_base(file: object, bundle: Bundle, base: Base, other_base: bool, apart: bool) -> Iterator[Item]:
+    resolver, families = resolver_of(base)
+    families = families or families_of(bundle)
+    distances: dict[str, float] = {}
+    bound: list[str] = []
+    items: list[Item] = []
+    for name, patch in _patches(file, bundle, families if apart else ()):
+        where = f"{file}: {name}"
+        parts = resolver(name, families)
+        if not parts:
+            raise MismatchError(f"{where}: the base has no such weight.{resolver.hint(name)}")
+        shape, W = shape_of(base, parts, patch), whole(base, parts, patch)
+        found = misfit(patch, shape, W.dtype, portable=bundle.portable, where=where)
+        if found:
+            raise ExportError(f"{where}: {found.first}")
+        first, *others = parts
+        path = "" if others or first.start is not None else first.weight.removesuffix(".weight")
+        if name in bundle.base and not others and needs_base(patch, shape, bundle.portable):
+            distances[name] = native.distance(samples_of(base, first, patch), bundle.base[name])
+            bound += [name] if is_of_its_base(patch, shape) and not bundle.portable else []
+        adapter = bind(patch, shape, W, where)
+        flipped = bundle.flipped
+        items.append(Item(name, adapter, shape, W, path, patch.transposed, file=str(file), flipped=flipped))
+    kinds = {item.name: item.adapter.kind for item in items}
+    require_same_base(file, str(base.path), distances, kinds, bound, other_base)
+    yield from items
+
+
+def delta_of(item: Item) -> Delta:
+    """ΔW of an adapter of a file, on its base where it reads one."""
+    with torch.no_grad():
+        if item.adapter.reads_base and item.base is None:
+            raise ExportError(
+                f"{item.file}: {item.name}: the ΔW of {item.adapter.kind} depends on the base: give base="
+            )
+        return item.adapter(stand_in(item.shape) if item.base is None else item.base, 1.0)
+
+
+def _canonical(items: Sequence[Item]) -> dict[str, Item]:
+    """Items under names that do not depend on who wrote the file: the modules that they are of."""
+    shapes = {item.name: (item.shape.rows, item.shape.columns) for item in items}
+    family = next(iter(names.guess(shapes)), None)
+    found: dict[str, Item] = {}
+    for item in items:
+        modules = () if family is None else family.find(item.name)
+        swapped = family is not None and family.swaps(item.name)
+        name = JOINED.join(module.name for module in modules) + (SWAPPED if swapped else "") or plain(item.name)
+        if name in found:
+            raise MismatchError(f"{item.file}: {item.name} and {found[name].name} are the same module")
+        found[name] = item
+    return found
+
+
+def canonical_items(
+    files: Sequence[tuple[str | os.PathLike[str], Bundle]],
+    base: nn.Module | str | os.PathLike[str] | None,
+    other_base: bool,
+) -> list[dict[str, Item]]:
+    """The items of several files under the same names; apart where one has fused what another has not."""
+    found = [_canonical(list(items_of_file(path, bundle, base, other_base))) for path, bundle in files]
+    if _alike(found):
+        return found
+    return [_canonical(list(items_of_file(path, bundle, base, other_base, apart=True))) for path, bundle in files]
+
+
+def _alike(files: Sequence[dict[str, Item]]) -> bool:
+    """Whether canonical items of several files can stand side by side: no layer is fused, or turned, in one alone."""
+    layers: dict[str, str] = {}
+    for name in (name for items in files for name in items):
+        for module in name.removesuffix(SWAPPED).split(JOINED):
+            if layers.setdefault(module, name) != name:
+                return False
+    return all(name in files[0] for items in files for name in items if JOINED in name or name.endswith(SWAPPED))

@@ -1,0 +1,164 @@
+"""peftkit's own format: a safetensors file whose header says everything a loader needs.
+
+Tensors are keyed "<weight's name>.<parameter>", as `adapter_state_dict` gives them. The header's metadata has one
+entry, "peftkit", a JSON object:
+
+    schema       1
+    version      of the library that wrote the file
+    name         the adapter's name
+    portable     whether factors derived from the base are in the file
+    groups       [{kind, convention, options, weights: {name: [rows, channels, kernel, groups]}}]
+    transposed   [names of the weights that are transposed convolutions'], where there are any
+    base         {name: base64 of float32 samples of the base weight}
+    training     whatever the user passed to `save`
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from peftkit.errors import FileError
+from peftkit.files.formats import container
+from peftkit.geometry import Shape
+
+SCHEMA = 1
+KEY = "peftkit"
+
+#: so many entries no memory can hold, and no index can count
+_UNCOUNTABLE = 2**62
+
+#: A base whose samples differ by more than this, relative to their norm, is another one; bf16 rounding is 0.002
+SAME_BASE = 0.005
+
+
+@dataclass(frozen=True)
+class Record:
+    """One weight's adapter, as the header describes it."""
+
+    kind: str
+    convention: str
+    options: dict[str, Any]
+    shape: Shape
+    transposed: bool = False  # a transposed convolution, whose weight is kept as (in, out)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the metadata of a native file says."""
+
+    name: str
+    records: dict[str, Record]
+    base: dict[str, np.ndarray]  # weight -> float32 samples
+    portable: bool = False
+    training: dict[str, Any] = field(default_factory=dict)
+    version: str = ""
+
+
+def encode(header: Header) -> dict[str, str]:
+    """Header -> safetensors metadata."""
+    groups: dict[str, dict[str, Any]] = {}
+    for weight, record in header.records.items():
+        described = {"kind": record.kind, "convention": record.convention, "options": record.options}
+        group = groups.setdefault(json.dumps(described, sort_keys=True), {**described, "weights": {}})
+        shape = record.shape
+        group["weights"][weight] = [shape.rows, shape.channels, list(shape.kernel), shape.groups]
+    value = {
+        "schema": SCHEMA,
+        "version": header.version,
+        "name": header.name,
+        "portable": header.portable,
+        "groups": list(groups.values()),
+        **(
+            {"transposed": transposed} if (transposed := [w for w, r in header.records.items() if r.transposed]) else {}
+        ),
+        "base": {k: base64.b64encode(v.astype("<f4").tobytes()).decode() for k, v in header.base.items()},
+        "training": header.training,
+    }
+    return {KEY: json.dumps(value, ensure_ascii=False)}
+
+
+def decode(metadata: Mapping[str, str] | None, path: object) -> Header:
+    """safetensors metadata -> Header. path: for the errors."""
+    if not metadata or KEY not in metadata:
+        raise FileError(f"{path} has no {KEY!r} entry in its header: peftkit did not write it")
+    where = f"the {KEY!r} header of {path}"
+    value = container.parse(metadata[KEY], where)
+    if not isinstance(value, dict):
+        raise FileError(f"{where} is damaged: it is no JSON object")
+    if value.get("schema") != SCHEMA:
+        raise FileError(
+            f"{path} has schema {value.get('schema')!r}, this version of peftkit reads {SCHEMA}: update peftkit"
+        )
+
+    def take(holder: dict[str, Any], key: str, kind: type[Any]) -> Any:
+        found = holder.get(key)
+        if not isinstance(found, kind):
+            raise FileError(f"{where} is damaged: {key} is {found!r:.60}, a {kind.__name__} was expected")
+        return found
+
+    transposed = set(map(str, take(value, "transposed", list))) if "transposed" in value else set()
+    records: dict[str, Record] = {}
+    for group in take(value, "groups", list):
+        if not isinstance(group, dict):
+            raise FileError(f"{where} is damaged: {group!r:.60} is no group of weights")
+        kind, convention = take(group, "kind", str), take(group, "convention", str)
+        options = take(group, "options", dict)
+        for weight, described in take(group, "weights", dict).items():
+            if weight in records:
+                raise FileError(f"{where} is damaged: {weight} is in it twice")
+            records[weight] = Record(kind, convention, options, _shape(described, where), weight in transposed)
+    base = {weight: _samples(text, where) for weight, text in take(value, "base", dict).items()}
+    strangers = sorted({*base, *transposed} - set(records))
+    if strangers:
+        raise FileError(f"{where} is damaged: it says something of {strangers[0]}, which has no adapter in it")
+    name, portable, training = take(value, "name", str), take(value, "portable", bool), take(value, "training", dict)
+    return Header(name, records, base, portable, training, take(value, "version", str))
+
+
+def _shape(described: Any, where: str) -> Shape:
+    """[rows, channels, kernel, groups]."""
+    if isinstance(described, list) and len(described) == 4 and isinstance(described[2], list):
+        rows, channels, kernel, groups = described
+        sizes = [rows, channels, groups, *kernel]
+        sound = all(type(size) is int and 0 < size < 2**31 for size in sizes) and len(kernel) <= 3
+        if sound and rows * channels * math.prod(kernel) < _UNCOUNTABLE and rows % groups == 0:
+            return Shape(rows, channels, tuple(kernel), groups)
+    raise FileError(f"{where} is damaged: {described!r:.60} are no [rows, channels, kernel, groups] of a weight")
+
+
+def _samples(text: Any, where: str) -> np.ndarray:
+    try:
+        samples = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+    except (TypeError, ValueError) as error:
+        raise FileError(f"{where} is damaged: a fingerprint is no base64 of float32: {error}") from None
+    if not np.isfinite(samples).all():
+        raise FileError(f"{where} is damaged: a fingerprint is not finite")
+    return samples
+
+
+def sorted_by_weight(keys: Iterable[str], weights: Collection[str]) -> dict[str | None, list[str]]:
+    """The keys of a file by the weight they belong to, the longest name that fits; None for those without one."""
+    found: dict[str | None, list[str]] = {}
+    depth = max((weight.count(".") + 1 for weight in weights), default=0)
+    for key in sorted(keys):
+        parts = key.split(".")
+        owners = (".".join(parts[:end]) for end in range(min(len(parts) - 1, depth), -1, -1))
+        found.setdefault(next((owner for owner in owners if owner in weights), None), []).append(key)
+    return found
+
+
+def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """‖ours − theirs‖ / ‖theirs‖ of two sets of samples; infinite where they cannot be compared."""
+    if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        return float("inf")
+    gap, norm = float(np.linalg.norm(ours - theirs)), float(np.linalg.norm(theirs))
+    if gap == 0:
+        return 0.0
+    return gap / norm if norm else float("inf")

@@ -1,0 +1,266 @@
+"""PEFT's folders: adapter_config.json, which holds the scale, beside adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkit.adapters.lokr import factorize
+from peftkit.errors import FileError
+from peftkit.files.export.forms import Turn
+from peftkit.files.formats import container, kohya
+from peftkit.files.formats.kohya import Modules, Scale
+from peftkit.files.formats.patch import Patch
+from peftkit.geometry import Shape
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_LARGE = 2**62
+#: a longer name or pattern is nobody's, and takes long to match
+_LONGEST = 1000
+
+#: inits that move part of the base into the adapter: what the file adds to is then not the base
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "IA3")
+_KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
+#: the tensors that PEFT writes, by role
+_ROLES = frozenset(
+    {"up", "down", "magnitude", "oft_R", "ia3_l"}
+    | {role for role in kohya.SUFFIXES.values() if role.startswith(("hada_", "lokr_"))}
+)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """adapter_config.json, checked as far as this library depends on it."""
+    config = container.read_json(path)
+    if not isinstance(config, dict):
+        raise FileError(f"{path} is not a configuration of PEFT: it holds a {type(config).__name__}")
+    kind = config.get("peft_type")
+    if kind not in _TYPES:
+        raise FileError(f"{path}: peft_type is {kind!r}; this library reads {', '.join(_TYPES)}")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(_BASE_CHANGING):
+        raise FileError(
+            f"{path}: init_lora_weights={init!r} moved part of the base into the adapter, so that the file does not "
+            "say what it adds to the base; convert it with PEFT's path_initial_model_for_weight_conversion first"
+        )
+    for option in ("use_qalora", "alora_invocation_tokens", "use_bdlora", "layer_replication"):
+        if config.get(option):
+            raise FileError(f"{path}: {option}={config[option]!r} is more than a change of weights, and is not read")
+    return config
+
+
+def scale_of(config: Mapping[str, Any]) -> Scale:
+    """γ from a configuration: lora_alpha (or alpha) / r, per module where a pattern says so."""
+    default_alpha = config.get("lora_alpha", config.get("alpha"))
+    alphas, ranks = (_patterns(config, name) for name in ("alpha_pattern", "rank_pattern"))
+    rslora = _flag(config, "use_rslora")
+
+    def scale(module: str, rank: int | None) -> tuple[dict[str, Any], str]:
+        alpha = _by_pattern(alphas, module, default_alpha)
+        told = _by_pattern(ranks, module, config.get("r"))
+        rank = told if rank is None else rank
+        if told not in (None, rank):
+            raise FileError(f"{module}: {CONFIG} says rank {told!r}, its tensors are of rank {rank}")
+        if type(alpha) not in (int, float) or type(rank) is not int or not abs(alpha) < _LARGE > rank > 0:
+            raise FileError(f"{module}: alpha={alpha!r:.40} and rank={rank!r:.40} in {CONFIG}, numbers were expected")
+        root = "√" if rslora else ""
+        options: dict[str, Any] = {"alpha": alpha} | ({"rslora": True} if rslora else {})
+        return (
+            options | {"rank": rank},
+            f"{alpha / (math.sqrt(rank) if rslora else rank):.4g}: alpha {alpha:g} / {root}{rank} by {CONFIG}",
+        )
+
+    return scale
+
+
+def _by_pattern(patterns: Mapping[re.Pattern[str], Any], module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the module's path, whole names at a time."""
+    if patterns and len(module) > _LONGEST:
+        raise FileError(f"{module:.60}…: a name of {len(module)} letters is not matched with the patterns of {CONFIG}")
+    return next((value for pattern, value in patterns.items() if pattern.match(module)), default)
+
+
+def _patterns(config: Mapping[str, Any], name: str) -> dict[re.Pattern[str], Any]:
+    """An option of regular expressions, compiled once."""
+    given = config.get(name) or {}
+    if not isinstance(given, dict):
+        raise FileError(f"{CONFIG}: {name} is {given!r:.40}, a dictionary was expected")
+    found = {}
+    for pattern, value in given.items():
+        if not _is_quick(pattern):
+            raise FileError(
+                f"{CONFIG}: the pattern {pattern!r:.60} of {name} might be matched for ever; it is not read"
+            )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of sets that may mean something else one day
+                found[re.compile(rf"(.*\.)?({pattern})$")] = value
+        except (re.error, OverflowError, RecursionError) as error:
+            raise FileError(f"{CONFIG}: {pattern!r:.60} of {name} is not a regular expression: {error}") from error
+    return found
+
+
+def _is_quick(pattern: str) -> bool:
+    """Whether a regular expression cannot backtrack for ever: no repeated group, and few ways to match one name."""
+    plain = re.sub(r"\\.", "", pattern.replace("(?:", "("))
+    groups, bars = plain.count("("), plain.count("|")
+    few = len(re.findall(r"[*+?{]", plain)) <= 4 and (groups < 2 or (bars + 1) ** groups < 1e6)
+    return len(pattern) <= _LONGEST and few and not re.search(r"\)[*+{]|\(\?", plain)
+
+
+def _flag(config: Mapping[str, Any], name: str) -> bool:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise FileError(f"{CONFIG}: {name} is {value!r:.40}, true or false was expected")
+    return bool(value)
+
+
+def modules(keys: list[str]) -> tuple[Modules, list[str]]:
+    """Keys -> {path in the model: {role: key}}, and those that are no adapter's of PEFT."""
+    found, unknown = kohya.split(keys)
+    own: Modules = {}
+    for module, roles in found.items():
+        path = module.removeprefix(PREFIX)
+        if path in own:
+            raise FileError(f"{path} is in it twice, with and without {PREFIX!r}")
+        unknown += [key for role, key in roles.items() if role not in _ROLES]
+        own[path] = {role: key for role, key in roles.items() if role in _ROLES}
+    return {path: roles for path, roles in own.items() if roles}, unknown
+
+
+def patch(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any], scale: Scale) -> Patch:
+    """One module's tensors, by role, and the configuration -> its adapter. scale: `scale_of` the configuration."""
+    kind = config["peft_type"]
+    if kind == "OFT":
+        return _oft(module, t, config)
+    if kind == "IA3":
+        return _ia3(module, t)
+    if ("magnitude" in t) != _flag(config, "use_dora"):
+        has = "has" if "magnitude" in t else "has no"
+        raise FileError(f"{module}: it {has} magnitudes, and use_dora={config.get('use_dora')!r} in {CONFIG}")
+    found = kohya.patch(module, t, scale)
+    if found is None or _KINDS[kind] not in (found.kind, found.options.get("inner")):
+        raise FileError(f"{module}: {', '.join(sorted(t))} is not what a {kind} adapter has")
+    if found.kind == "lokr" and found.tensors.get("block") is not None and "outer" in found.tensors:
+        found = _scaled_full_lokr(module, found, scale)
+    return _transposed(module, found) if _flag(config, "fan_in_fan_out") else found
+
+
+def _scaled_full_lokr(module: str, found: Patch, scale: Scale) -> Patch:
+    """PEFT divides alpha by the configured rank even where no factor has one."""
+    options, words = scale(module, None)
+    options |= {"full_scale": "alpha/rank"}
+    return Patch("lokr", found.options | options, found.shape, found.tensors, found.kernel_known, scale=words)
+
+
+def _transposed(module: str, found: Patch) -> Patch:
+    """fan_in_fan_out: the layer keeps its weight as (in, out), and B·A is of the transpose."""
+    if found.kind != "lora" or found.options.get("tucker"):
+        raise FileError(f"{module}: fan_in_fan_out with {found.kind} is not read")
+    tensors = {"up": found.tensors["down"].mT, "down": found.tensors["up"].mT}
+    shape = Shape(found.shape.channels, found.shape.rows)
+    return Patch("lora", found.options, shape, tensors, found.kernel_known, scale=found.scale)
+
+
+def _oft(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Patch:
+    """PEFT's rotation of the input, W·Rᵀ: by its series R(Q), or exactly by the inverse rotation R(−Q)."""
+    if set(t) != {"oft_R"}:
+        raise FileError(f"{module}: {', '.join(sorted(t))} was found, oft_R alone was expected")
+    vectors = t["oft_R"]
+    b = (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2 if vectors.dim() == 2 else 0
+    if vectors.dim() != 2 or b * (b - 1) // 2 != vectors.shape[1]:
+        raise FileError(f"{module}: oft_R of shape {tuple(vectors.shape)} is no upper triangle of blocks")
+    if _flag(config, "block_share"):
+        raise FileError(
+            f"{module}: block_share=True repeats one block over a width the file does not say; it is not read"
+        )
+    if _flag(config, "coft"):
+        eps = config.get("eps", 6e-5)
+        if type(eps) not in (int, float) or not 0 < eps < _LARGE:
+            raise FileError(f"{CONFIG}: eps is {eps!r:.40}, a positive number was expected")
+        vectors = _projected(vectors, float(eps))
+    series = "use_cayley_neumann" not in config or _flag(config, "use_cayley_neumann")
+    options: dict[str, Any] = {"block_size": b, "side": "in"}
+    if series:
+        options["terms"] = config.get("num_cayley_neumann_terms", 5)
+    words = f"1: {'Cayley–Neumann series' if series else 'Cayley transform, of the inverse rotation'}, on the input"
+    skew = vectors if series else -vectors
+    return Patch("oft", options, Shape(0, vectors.shape[0] * b), {"skew": skew}, kernel_known=False, scale=words)
+
+
+def _projected(vectors: Tensor, eps: float) -> Tensor:
+    """Constrained OFT: blocks outside a ball are moved to its surface, as PEFT does at every forward."""
+    bound = eps / math.sqrt(vectors.shape[0])
+    norm = math.sqrt(2) * torch.linalg.vector_norm(vectors.double(), dim=1, keepdim=True)
+    return torch.where(norm > bound, vectors * (bound / norm.clamp(min=bound)), vectors.double()).to(vectors.dtype)
+
+
+def _ia3(module: str, t: Mapping[str, Tensor]) -> Patch:
+    """ia3_l (rows, 1) multiplies the output, bias and all; (1, channels) the input."""
+    if set(t) != {"ia3_l"}:
+        raise FileError(f"{module}: {', '.join(sorted(t))} was found, ia3_l alone was expected")
+    gain = t["ia3_l"]
+    if gain.dim() != 2 or 1 not in gain.shape:
+        raise FileError(f"{module}: ia3_l of shape {tuple(gain.shape)} is not read: (rows, 1) or (1, channels) is")
+    out = gain.shape[0] != 1
+    shape = Shape(gain.numel(), 0) if out else Shape(0, gain.numel())
+    reason = "PEFT's (IA)³ scales it too, and a change of the weight cannot" if out else ""
+    options = {"side": "out" if out else "in"}
+    gate = gain.flatten().float() - 1
+    words, per = "1: IA3 has no alpha", not out
+    return Patch("ia3", options, shape, {"gate": gate}, False, scale=words, bias=reason, per_channel=per)
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def config(kind: str, ranks: Mapping[str, int], options: Mapping[str, Any]) -> dict[str, Any]:
+    """adapter_config.json of modules with these ranks, α = r for each, so that every scale is 1.
+
+    ranks: path of a module -> its rank. options: what else the kind needs.
+    """
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != common}
+    alpha = "lora_alpha" if kind == "LORA" else "alpha"
+    scale = {} if kind == "OFT" else {"r": common, alpha: common, "rank_pattern": pattern, "alpha_pattern": pattern}
+    return {
+        "peft_type": kind,
+        "base_model_name_or_path": None,
+        "task_type": None,
+        "inference_mode": True,
+        # A pattern matches whole paths; a list would match every path that ends so
+        "target_modules": "|".join(re.escape(path) for path in ranks),
+        **scale,
+        **options,
+    }
+
+
+def skew(turn: Turn) -> Tensor:
+    """oft_R of a rotation of the input: the upper triangles of Q, or of −Q for the exact one, which PEFT inverts."""
+    i, j = torch.triu_indices(turn.Q.shape[1], turn.Q.shape[1], 1)
+    upper = turn.Q[:, i, j]
+    return upper if turn.terms is not None else -upper
+
+
+def decompose_factor(shapes: Sequence[tuple[Sequence[int], tuple[int, int]]]) -> int | None:
+    """The one factor from which PEFT makes all these Kronecker factors. shapes: that of C, and (rows, channels)."""
+    candidates = [-1, *dict.fromkeys(u for C, _ in shapes for u in C)]
+    for factor in candidates:
+        if all((_split(rows, factor), _split(channels, factor)) == tuple(C) for C, (rows, channels) in shapes):
+            return factor
+    return None
+
+
+def _split(size: int, factor: int) -> int:
+    """The first factor PEFT splits a size into: a divisor as it is, else the most even split below it."""
+    return factor if factor > 0 and size % factor == 0 else factorize(size, factor)[0]

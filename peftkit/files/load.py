@@ -1,0 +1,223 @@
+"""A file of adapters onto a model: this library's own, or anybody's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from peftkit.errors import MismatchError, OptionError, TiedWeightsError, about, near
+from peftkit.files.bind import Misfit, bind, misfit, require_same_base, samples, take_rows
+from peftkit.files.families.names import Family
+from peftkit.files.formats import native
+from peftkit.files.formats.patch import Bundle, Patch
+from peftkit.files.read import Reading, read
+from peftkit.files.resolve import HINTS, Part, Resolver, common, component_of, families_of
+from peftkit.wrapping.plan import refuse_taken, tied_with
+from peftkit.wrapping.sites import Site, dotted, sites
+from peftkit.wrapping.wrap import check_install, install, require_strength
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a file and a model had to say to each other. str(report) lists it."""
+
+    name: str
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+    non_finite: tuple[str, ...] = ()
+    base_distance: float = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every key of the file went to the model and every parameter came from the file."""
+        return not (self.missing or self.unexpected or self.mismatched or self.non_finite)
+
+    def __str__(self) -> str:
+        lines = [f"adapter {self.name!r}: {len(self.loaded)} weights loaded"]
+        for title in ("missing", "unexpected", "mismatched", "non_finite"):
+            items = getattr(self, title)
+            if items:
+                lines.append(f"{title.replace('_', '-')} ({len(items)}):")
+                lines += [f"  {item}" for item in items[:8]] + (["  …"] if len(items) > 8 else [])
+        return "\n".join(lines)
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    strength: float = 1.0,
+    strict: bool = True,
+    other_base: bool = False,
+    tied: str | None = None,
+    route: str = "auto",
+    component: str | None = None,
+    **reading: Unpack[Reading],
+) -> LoadReport:
+    """Wrap the model as the file says and fill in its tensors.
+
+    path: a file of `save`, of kohya, LyCORIS, diffusers or a WebUI, or a folder of PEFT. name: to give the adapter; by
+    default the one it was saved under. strict: raise unless every key of the file goes to the model and every parameter
+    comes from the file; with strict=False load the weights that fit whole, and read the report. other_base: accept a
+    base that is not the one the file was trained on. tied: as in `wrap`. component: which part of a pipeline the model
+    is ("unet", "text_encoder", …), where the file is of several; the others' keys are then left alone. reading:
+    as in `read`. Nothing is changed if anything raises. Never unpickles, unless as data only with allow_pickle=True.
+
+    Raises FileError, AmbiguousFileError, MismatchError, WrongBaseError.
+    """
+    if tied not in (None, "untie"):
+        raise OptionError(f"tied={tied!r} was given, 'untie' or None was expected")
+    require_strength(strength)
+    bundle = read(path, **reading)
+    name = bundle.name if name is None else name
+    with about(path):
+        fitting, distances, report = _compare(path, name, bundle, sites(model), component)
+        if strict and not report.complete:
+            raise MismatchError(f"{path} does not fit this model\n{report}")
+        if not fitting:
+            raise MismatchError(f"nothing in {path} fits this model\n{report}")
+        targeted = [site for site, _ in fitting]
+        refuse_taken(targeted, name)
+        check_install(targeted, strength, route)
+        shared = tied_with(model, targeted)
+        if shared and tied is None:
+            site_name, other = next(iter(shared.items()))
+            raise TiedWeightsError(
+                f"{site_name} shares its weight with {other}: pass tied='untie' to give it its own copy"
+            )
+        built = [
+            (site, bind(patch, site.slot.geometry.shape, site.matrix.detach(), f"{path}: {site.label}").train())
+            for site, patch in fitting
+        ]
+        kinds = {site.name: adapter.kind for site, adapter in built}
+        bound = [site.name for site, adapter in built if adapter.derived() and not bundle.portable]
+        require_same_base(path, "this model", distances, kinds, bound, other_base)
+        install(model, built, name, strength=strength, route=route, untie=set(shared))
+        return report
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _compare(
+    path: object, name: str, bundle: Bundle, ours: Mapping[str, Site], component: str | None
+) -> tuple[list[tuple[Site, Patch]], dict[str, float], LoadReport]:
+    """The weights whose patches fit whole, how far each is from the file's base, and the report on all of them."""
+    loaded: list[str] = []
+    misfits: list[Misfit] = []
+    distances: dict[str, float] = {}
+    fitting: list[tuple[Site, Patch]] = []
+    targets, families, unresolved = _resolve(bundle, ours, component)
+    for patch_name, hint in unresolved.items():
+        keys = [f"{patch_name}.{key}".strip(".") for key in bundle.patches[patch_name].tensors] or [patch_name]
+        misfits.append(Misfit(unexpected=tuple(f"{k}: the model has no weight {patch_name!r}.{hint}" for k in keys)))
+    used: dict[tuple[str, int | None], str] = {}
+    for patch_name, parts in targets.items():
+        patch = bundle.patches[patch_name]
+        taken = [part.weight for part in parts if (part.weight, part.start) in used]
+        used |= {(part.weight, part.start): patch_name for part in parts}
+        if taken:
+            misfits.append(Misfit(unexpected=(f"{patch_name}: it is the second adapter of {taken[0]} in the file",)))
+            continue
+        for site, part in _pieces(patch, parts, ours, f"{path}: {patch_name}"):
+            where = f"{path}: {site.label}"
+            shape, matrix = site.slot.geometry.shape, site.matrix.detach()
+            found = misfit(part, shape, matrix.dtype, portable=bundle.portable, where=where)
+            if part.bias and site.module._parameters.get("bias") is not None:
+                found = replace(found, mismatched=(*found.mismatched, f"{where} has a bias, and {part.bias}"))
+            if found:
+                misfits.append(_named(found, site.name))
+                continue
+            fitting.append((site, part))
+            loaded.append(site.name)
+            if patch_name in bundle.base:
+                distances[site.name] = native.distance(samples(matrix), bundle.base[patch_name])
+    stray = [f"{key}: no adapter in the header has it." for key in bundle.unclaimed]
+    stray += [
+        f"{key}: a change of a bias or a norm, which no layer holds; merge_checkpoint merges it"
+        for key in bundle.vectors
+        if component in (None, common(families, key) or component_of(key, str(component)))
+    ]
+    merged = Misfit(
+        tuple(key for found in misfits for key in found.missing),
+        (*(key for found in misfits for key in found.unexpected), *stray),
+        tuple(key for found in misfits for key in found.mismatched),
+        tuple(key for found in misfits for key in found.non_finite),
+    )
+    problems = (merged.missing, merged.unexpected, merged.mismatched, merged.non_finite)
+    return fitting, distances, LoadReport(name, tuple(loaded), *problems, max(distances.values(), default=0.0))
+
+
+def _resolve(
+    bundle: Bundle, ours: Mapping[str, Site], component: str | None
+) -> tuple[dict[str, tuple[Part, ...]], tuple[Family, ...], dict[str, str]]:
+    """Patch -> parts of the model, the families it may be of, and the hints for patches that have no part."""
+    if bundle.format == "native":
+        targets = {name: (Part(name),) for name in bundle.patches if name in ours}
+        lost = [name for name in bundle.patches if name not in ours]
+        return targets, (), {name: near(name, ours) if i < HINTS else "" for i, name in enumerate(lost)}
+    families = families_of(bundle)
+
+    def place(canonical: str) -> Part | None:
+        own, _, rest = canonical.partition(".")
+        if canonical in ours:
+            return Part(canonical)
+        if rest not in ours:  # transformers 5 leaves out a level of its text encoders
+            rest = rest.removeprefix("text_model.")
+        clear = component is None and any(own in [part.name for part in family.alone] for family in families)
+        return Part(rest) if rest in ours and (own == component or clear) else None
+
+    paths = {name: Part(name) for name in ours}
+    if component is not None:
+        paths |= {f"{component}.{name}": Part(name) for name in ours}
+    resolver = Resolver(paths, place)
+    targets, unresolved = {}, {}
+    for name in bundle.patches:
+        if component is not None and (common(families, name) or component_of(name, component)) != component:
+            continue
+        parts = resolver(name, families)
+        if parts:
+            targets[name] = parts
+        else:
+            own = common(families, name)
+            unresolved[name] = f" It is of the {own}: load it there." if own else resolver.hint(name)
+    return targets, families, unresolved
+
+
+def _pieces(patch: Patch, parts: Sequence[Part], ours: Mapping[str, Site], where: str) -> list[tuple[Site, Patch]]:
+    """The patch, or its rows where they belong to several layers or come in another order."""
+    if len(parts) == 1 and not parts[0].swapped:
+        return [(ours[parts[0].weight], patch)]
+    pieces, start = [], 0
+    for part in parts:
+        site = ours[part.weight]
+        rows = torch.arange(start, start + site.slot.geometry.shape.rows)
+        start += len(rows)
+        if start > patch.shape.rows:
+            raise MismatchError(f"{where}: a patch of {patch.shape.rows} rows is too short for {part.weight}")
+        pieces.append((site, take_rows(patch, rows.roll(len(rows) // 2) if part.swapped else rows, where)))
+    return pieces
+
+
+def _named(found: Misfit, site_name: str) -> Misfit:
+    """The same with the weight's name before each key."""
+
+    def named(keys: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dotted(site_name, key) for key in keys)
+
+    unexpected = tuple(f"{key}: its adapter has no such parameter here" for key in named(found.unexpected))
+    mismatched = tuple(
+        k if ": " in k and site_name in k.partition(": ")[2] else dotted(site_name, k) for k in found.mismatched
+    )
+    return Misfit(named(found.missing), unexpected, mismatched, named(found.non_finite))

@@ -1,0 +1,315 @@
+"""What a merge will do, found out before anything is written: every tensor of every file has a place, or it raises."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.table import Table
+
+from peftkit.adapters import registry
+from peftkit.delta.distance import distance
+from peftkit.errors import MismatchError, OptionError, about
+from peftkit.files.base import Base, open_base
+from peftkit.files.bind import bind, is_of_its_base, misfit, require_same_base
+from peftkit.files.formats import container, native
+from peftkit.files.formats.patch import Bundle, Patch
+from peftkit.files.place import (
+    FLOATS,
+    Span,
+    require_addable,
+    require_same_keys,
+    resolver_of,
+    samples_of,
+    shape_of,
+    spans,
+    whole,
+)
+from peftkit.files.read import Reading, read_all
+from peftkit.files.resolve import Part, families_of
+from peftkit.geometry import Shape
+from peftkit.kernels.blocks import accumulation_dtype
+from peftkit.wrapping.wrap import require_strength
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+#: strength of a file: one number, or by patterns over its weights, of which the first that matches counts
+Strength = float | Mapping[str, float]
+#: file -> its strength
+Adapters = Mapping[str, Strength] | Mapping[Path, Strength] | Mapping[str | Path, Strength]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One patch and its place in the base. law: "additive" (the same ΔW on any base), "reapply" or "transplant".
+
+    difference: ‖ΔW reapplied − ΔW transplanted‖/‖ΔW transplanted‖ where both bases are at hand; None elsewhere.
+    """
+
+    file: str
+    name: str
+    kind: str
+    parts: tuple[Part, ...]
+    shape: Shape
+    strength: float
+    law: str
+    difference: float | None = None
+
+    @property
+    def weight(self) -> str:
+        """Where it goes, in one line."""
+        return ", ".join(p.weight + ("" if p.start is None else f"[{p.start}:{p.stop}]") for p in self.parts)
+
+
+@dataclass(frozen=True)
+class PlannedVector:
+    """A change of a bias or a norm, and where its entries go."""
+
+    file: str
+    name: str
+    spans: tuple[Span, ...]
+    strength: float
+
+
+@dataclass(frozen=True, eq=False)
+class MergePlan:
+    """What a merge will do. str(plan) is a summary, table() every weight."""
+
+    base: Base
+    patches: tuple[Planned, ...]
+    vectors: tuple[PlannedVector, ...]
+    bundles: Mapping[str, Bundle]
+    origin: Base | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """The base's tensors that will change, in the base's order."""
+        keys = {part.weight for p in self.patches for part in p.parts} | {
+            span.key for v in self.vectors for span in v.spans
+        }
+        return tuple(key for key in self.base.where if key in keys)
+
+    @property
+    def memory(self) -> int:
+        """Bytes the merge may need beside the interpreter: three times the largest tensor it changes, and 100 MB."""
+        return 3 * max((self.base.info(key).size for key in self.touched), default=0) + 100_000_000
+
+    def __str__(self) -> str:
+        total, touched = len(self.base.where), self.touched
+        lines = [
+            f"{self.base.path}: {total} tensors, {self.base.size / 1e9:.2f} GB; {len(touched)} of them change, "
+            f"in at most {self.memory / 1e6:.0f} MB of memory"
+        ]
+        for file in self.bundles:
+            own = [p for p in self.patches if p.file == file]
+            strengths = sorted({p.strength for p in own} | {v.strength for v in self.vectors if v.file == file})
+            shown = ", ".join(f"{s:g}" for s in strengths[:4]) + (", …" if len(strengths) > 4 else "")
+            laws = "".join(f"; {law}" for law in sorted({p.law for p in own} - {"additive"}))
+            apart = max((p.difference for p in own if p.difference is not None), default=None)
+            differ = "" if apart is None else f" (reapplied and transplanted differ by up to {100 * apart:.3g} %)"
+            lines.append(f"{file}: {len(own)} weights at strength {shown}{laws}{differ}")
+        return "\n".join(lines)
+
+    def table(self) -> Table:
+        """Every patch, for rich to print."""
+        table = Table("file", "module", "kind", "tensor", "strength", "law")
+        for p in self.patches:
+            table.add_row(Path(p.file).name, p.name, p.kind, p.weight, f"{p.strength:g}", p.law)
+        return table
+
+
+def plan_merge(
+    base: str | os.PathLike[str],
+    adapters: Adapters,
+    *,
+    dtype: torch.dtype | None = None,
+    rebase: str = "reapply",
+    origin: str | os.PathLike[str] | None = None,
+    other_base: bool = False,
+    **reading: Unpack[Reading],
+) -> MergePlan:
+    """Find a place in the base for every tensor of every adapter file, and check that all of it can be done.
+
+    Reads headers and adapters, not the base's data. See `merge_checkpoint` for the arguments and what raises.
+    """
+    if rebase not in ("reapply", "transplant"):
+        raise OptionError(f"rebase={rebase!r} was given, 'reapply' or 'transplant' was expected")
+    if dtype is not None and container.NAMES.get(dtype) not in FLOATS:
+        raise OptionError(f"dtype={dtype!r} was given, a floating point dtype was expected")
+    if not adapters:
+        raise OptionError("adapters is empty: give at least one file and its strength")
+    pickles = reading.get("allow_pickle", False)
+    opened = open_base(base, allow_pickle=pickles)
+    own = None if origin is None else open_base(origin, allow_pickle=pickles)
+    files = [str(path) for path in adapters]
+    twice = next((file for file in files if files.count(file) > 1), None)
+    if twice is not None:
+        raise OptionError(f"{twice} is among the adapters twice: give it once, with the sum of its strengths")
+    bundles = dict(zip(files, read_all(files, **reading), strict=True))
+    planner = _Planner(opened, own, rebase, other_base)
+    with about(base, *adapters):
+        for path, strength in adapters.items():
+            planner.add(str(path), bundles[str(path)], strength)
+        planner.raise_problems()
+    return MergePlan(opened, tuple(planner.patches), tuple(planner.vectors), bundles, own, dtype)
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------
+
+
+class _Planner:
+    """Collects the places of patches, and all that is wrong before anything is said."""
+
+    def __init__(self, base: Base, origin: Base | None, rebase: str, other_base: bool) -> None:
+        self.base, self.origin, self.rebase, self.other_base = base, origin, rebase, other_base
+        self.resolver, self.families = resolver_of(base)
+        self.patches: list[Planned] = []
+        self.vectors: list[PlannedVector] = []
+        self.unresolved: list[str] = []
+        self.misfits: list[str] = []
+        self.bound: set[str] = set()  # patches whose file needs the very base they were trained on
+
+    def add(self, file: str, bundle: Bundle, strength: Strength) -> None:
+        self.unresolved += [f"{file}: {key}: no adapter in the header has it" for key in bundle.unclaimed]
+        targets = {name: self.resolver(name, self.families) for name in bundle.patches}
+        lost = [name for name, parts in targets.items() if not parts]
+        if lost and not self.families:
+            families = families_of(bundle, lost)
+            targets |= {name: self.resolver(name, families) for name in lost}
+        used: set[str] = set()
+        distances: dict[str, float] = {}
+        taken: defaultdict[str, list[tuple[float, float, str]]] = defaultdict(list)
+        for name, parts in targets.items():
+            for part in parts:
+                start, stop = part.start or 0, math.inf if part.stop is None else part.stop
+                for other in (n for a, b, n in taken[part.weight] if a < stop and start < b):
+                    self.misfits.append(f"{file}: {other} and {name} are both of {part.weight}")
+                taken[part.weight].append((start, stop, name))
+            if not parts:
+                self.unresolved.append(f"{file}: {name}.{self.resolver.hint(name)}")
+                continue
+            factor = _strength(strength, (name, *(part.weight for part in parts)), file, used)
+            if factor:
+                self._patch(file, name, bundle, parts, factor, distances)
+        for key in bundle.vectors:
+            self._vector(file, key, bundle, strength, used)
+        if isinstance(strength, Mapping) and set(strength) - used:
+            raise OptionError(
+                f"{file}: the strength pattern {sorted(set(strength) - used)[0]!r} matches none of its weights"
+            )
+        if not targets and not bundle.vectors:
+            self.unresolved.append(f"{file}: there is no adapter in it")
+        self._check_base(file, bundle, distances)
+
+    def _patch(
+        self,
+        file: str,
+        name: str,
+        bundle: Bundle,
+        parts: tuple[Part, ...],
+        strength: float,
+        distances: dict[str, float],
+    ) -> None:
+        patch, where = bundle.patches[name], f"{file}: {name}"
+        for part in parts:
+            require_addable(self.base, part.weight, where)
+        try:
+            shape = shape_of(self.base, parts, patch)
+        except MismatchError as error:
+            self.misfits.append(f"{where}: {error}")
+            return
+        dtype = container.DTYPES[self.base.info(parts[0].weight).dtype]
+        wide = accumulation_dtype(dtype) if dtype.itemsize < 2 else dtype
+        found = misfit(patch, shape, wide, portable=bundle.portable, where=where)
+        if found:
+            self.misfits.append(found.first if where in found.first else f"{where}: {found.first}")
+            return
+        if patch.bias and any(part.bias in self.base.where for part in parts):
+            self.misfits.append(f"{where}: the base has a bias there, and {patch.bias}")
+            return
+        if self.origin is not None:
+            require_same_keys(self.base, self.origin, parts)
+        if name in bundle.base and len(parts) == 1:
+            trained_on = self.base if self.origin is None else self.origin
+            distances[name] = native.distance(samples_of(trained_on, parts[0], patch), bundle.base[name])
+        law, difference = "additive", None
+        if not bundle.portable and is_of_its_base(patch, shape):
+            self.bound.add(name)
+            law = "additive" if self.origin is None else "transplant"  # its factors are those of the origin
+        elif registry.get(patch.kind).reads_base:
+            law = self.rebase
+            if law == "transplant" and self.origin is None:
+                raise OptionError(
+                    f"{where}: to transplant what {patch.kind} does, give origin=, the base it was trained on"
+                )
+            if self.origin is not None:
+                difference = _difference(patch, parts, shape, self.base, self.origin, where)
+        self.patches.append(Planned(file, name, patch.kind, parts, shape, strength, law, difference))
+
+    def _vector(self, file: str, key: str, bundle: Bundle, strength: Strength, used: set[str]) -> None:
+        module, _, what = key.rpartition(".")
+        parts, vector, where = self.resolver(module, self.families), bundle.vectors[key], f"{file}: {key}"
+        targets = [part.bias if what == "bias" else part.weight for part in parts]
+        if not parts or any(target not in self.base.where for target in targets):
+            self.unresolved.append(f"{where}: the base has no such {what}.{self.resolver.hint(module)}")
+            return
+        for target in targets:
+            require_addable(self.base, str(target), where)
+        places = spans(self.base, parts, bias=what == "bias")
+        size = sum(place.size for place in places)
+        if size != vector.numel() or any(len(self.base.info(str(target)).shape) != 1 for target in targets):
+            self.misfits.append(f"{where}: {vector.numel()} entries in the file, {size} in the base")
+        elif not torch.isfinite(vector.float()).all():
+            self.misfits.append(f"{where}: it is not finite")
+        factor = _strength(strength, (module, key, *map(str, targets)), file, used)
+        if factor:
+            self.vectors.append(PlannedVector(file, key, places, factor))
+
+    def _check_base(self, file: str, bundle: Bundle, distances: Mapping[str, float]) -> None:
+        kinds = {name: bundle.patches[name].kind for name in distances}
+        trained_on = str((self.origin or self.base).path)
+        require_same_base(file, trained_on, distances, kinds, self.bound, self.other_base)
+
+    def raise_problems(self) -> None:
+        problems = [("without a place in the base", self.unresolved), ("that do not fit", self.misfits)]
+        said = [
+            f"{len(lines)} {what}:\n"
+            + "\n".join(f"  {line}" for line in lines[:8])
+            + ("\n  …" if len(lines) > 8 else "")
+            for what, lines in problems
+            if lines
+        ]
+        if said:
+            raise MismatchError(f"{self.base.path}: nothing was merged\n" + "\n".join(said))
+
+
+def _strength(strength: Strength, called: Sequence[str], file: str, used: set[str]) -> float:
+    with about(file):
+        if not isinstance(strength, Mapping):
+            require_strength(strength)
+            return float(strength)
+        for pattern, value in strength.items():
+            if any(fnmatch.fnmatchcase(name, pattern) for name in called):
+                require_strength(value)
+                used.add(pattern)
+                return float(value)
+    raise OptionError(f"{file}: no strength pattern matches {called[0]}; add '*' for the rest")
+
+
+@torch.no_grad()
+def _difference(patch: Patch, parts: Sequence[Part], shape: Shape, base: Base, origin: Base, where: str) -> float:
+    """How far what the adapter does to this base is from what it did to its own, relative to the latter."""
+    transplanted, reapplied = (
+        bind(patch, shape, W, where)(W, 1.0) for W in (whole(b, parts, patch) for b in (origin, base))
+    )
+    gap, norm = distance(transplanted, reapplied)
+    return gap / norm if norm else 0.0

@@ -1,0 +1,167 @@
+"""Where the patches of a file go in a base: the tensors, their rows, and the weight they make together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peftkit.errors import MismatchError, UnsupportedLayerError
+from peftkit.files.base import Base
+from peftkit.files.bind import sample_index
+from peftkit.files.families import layouts, names
+from peftkit.files.formats.patch import Patch
+from peftkit.files.resolve import Part, Resolver
+from peftkit.geometry import Geometry, Shape
+
+#: dtypes by the container's names that ΔW can be added to
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+def resolver_of(base: Base) -> tuple[Resolver, tuple[names.Family, ...]]:
+    layout = layouts.of_checkpoint(base.shapes)
+
+    def place(canonical: str) -> Part | None:
+        found = None if layout is None else layout.locate(canonical)
+        if found is None or found.weight not in base.where:
+            return None
+        return Part(found.weight, found.start, found.stop, found.swapped, found.transposed, found.bias)
+
+    return Resolver(dict(paths_of(base)), place), () if layout is None else (layout.family,)
+
+
+def paths_of(base: Base) -> Iterator[tuple[str, Part]]:
+    """Module path -> its weight, and the projections of an nn.MultiheadAttention."""
+    for key in base.where:
+        path, _, last = key.rpartition(".")
+        if last == "weight":
+            bias = f"{path}.bias"
+            yield path, Part(key, bias=bias if bias in base.where else None)
+        elif last == "in_proj_weight" and len(base.info(key).shape) == 2:
+            rows = base.info(key).shape[0] // 3
+            bias = f"{path}.in_proj_bias".lstrip(".")
+            own = bias if bias in base.where else None
+            for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
+                yield f"{path}.{name}".lstrip("."), Part(key, i * rows, (i + 1) * rows, bias=own)
+        elif last in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            yield key.removesuffix("_weight"), Part(key)
+    if "weight" in base.where:
+        yield "", Part("weight", bias="bias" if "bias" in base.where else None)
+
+
+def require_addable(base: Base, key: str, where: str) -> None:
+    """Refuse weights whose numbers are not what the layer computes with."""
+    info = base.info(key)
+    if info.dtype not in FLOATS:
+        raise UnsupportedLayerError(
+            f"{where}: {key} of {base.path} is {info.dtype}: a quantised base has no ΔW to add to"
+        )
+    if info.dtype.startswith("F8"):
+        path = key.removesuffix(".weight")
+        scales = [f"{path}.{end}" for end in ("scale_weight", "weight_scale", "weight_scale_inv", "scale")]
+        scale = next((s for s in (*scales, "scaled_fp8") if s in base.where), None)
+        if scale is not None:
+            raise UnsupportedLayerError(
+                f"{where}: {key} of {base.path} is {info.dtype} under the scale {scale}: its numbers are not the "
+                "weight; merge into the 16-bit checkpoint it was made from"
+            )
+
+
+def shape_of(base: Base, parts: Sequence[Part], patch: Patch) -> Shape:
+    """The weight that a patch's parts make together. Raises MismatchError for one that no layer has."""
+    for part in parts:
+        sizes = base.info(part.weight).shape
+        if not 2 <= len(sizes) <= 5 or 0 in sizes:
+            raise MismatchError(f"{part.weight} of {base.path} is {sizes}, and {patch.kind} changes matrices")
+    if patch.transposed and base.info(parts[0].weight).shape[0] % patch.shape.groups:
+        raise MismatchError(f"{parts[0].weight} of {base.path} is in no {patch.shape.groups} groups")
+    info, rows = base.info(parts[0].weight), sum(rows_of(base, part) for part in parts)
+    if parts[0].transposed:
+        return Shape(rows, info.shape[0])
+    kernel = info.shape[2:]
+    if patch.transposed and kernel:
+        return Geometry.of_weight(info.shape, patch.shape.groups, transposed=True).shape
+    return Shape(rows, info.shape[1], kernel, patch.shape.groups)
+
+
+def rows_of(base: Base, part: Part) -> int:
+    """How many outputs a part is."""
+    shape = base.info(part.weight).shape
+    if part.start is not None and part.stop is not None:
+        return part.stop - part.start
+    return shape[1] if part.transposed else next(iter(shape), 1)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows [start, start + size) of a tensor, which get rows [first, first + size) of what is added."""
+
+    key: str
+    start: int
+    first: int
+    size: int
+
+
+def spans(base: Base, parts: Sequence[Part], *, bias: bool = False) -> tuple[Span, ...]:
+    """Where the rows of a patch on these parts go; or the entries of a change of their bias."""
+    found: list[Span] = []
+    first = 0
+    for part in parts:
+        size, start = rows_of(base, part), part.start or 0
+        key = part.bias if bias else part.weight
+        assert key is not None
+        if part.swapped:
+            half = size // 2
+            found += [Span(key, start, first + half, half), Span(key, start + half, first, half)]
+        else:
+            found.append(Span(key, start, first, size))
+        first += size
+    return tuple(found)
+
+
+def samples_of(base: Base, part: Part, patch: Patch) -> np.ndarray:
+    """The fingerprint of a weight, read from its file entry by entry."""
+    info, shape = base.info(part.weight), shape_of(base, [part], patch)
+    index = sample_index(shape.rows * shape.columns)
+    row, column = index // shape.columns, index % shape.columns
+    if part.transposed:
+        index = column * shape.rows + row
+    elif patch.transposed and len(info.shape) > 2:  # (in, out of a group, *kernel)
+        outputs = info.shape[1]
+        channel, position = column // shape.positions, column % shape.positions
+        inputs = row // outputs * shape.channels + channel
+        index = (inputs * outputs + row % outputs) * shape.positions + position
+    else:
+        index = index + (part.start or 0) * shape.columns
+    return base.elements(part.weight, index.tolist()).float().numpy()
+
+
+def _matrix(base: Base, part: Part, patch: Patch) -> Tensor:
+    """The rows of a weight that a part means, in the patch's order: (rows, n)."""
+    weight = base.tensor(part.weight)
+    if part.transposed:
+        weight = weight.mT
+    elif patch.transposed and weight.dim() > 2:
+        return Geometry.of_weight(tuple(weight.shape), patch.shape.groups, transposed=True).matrix(weight)
+    rows = weight.flatten(1)[part.start : part.stop]
+    return rows.roll(len(rows) // 2, 0) if part.swapped else rows
+
+
+def whole(base: Base, parts: Sequence[Part], patch: Patch) -> Tensor:
+    """W (m, n) of a patch, with fp8 decoded."""
+    rows = [_matrix(base, part, patch) for part in parts]
+    W = rows[0] if len(rows) == 1 else torch.cat(rows)
+    return W.float() if W.itemsize < 2 else W
+
+
+def require_same_keys(base: Base, origin: Base, parts: Sequence[Part]) -> None:
+    """Raise MismatchError unless the origin has the base's tensors of these parts."""
+    for part in parts:
+        if part.weight not in origin.where:
+            raise MismatchError(f"origin {origin.path} has no {part.weight}: it must have the layout of the base")
+        ours, theirs = base.info(part.weight).shape, origin.info(part.weight).shape
+        if ours != theirs:
+            raise MismatchError(f"{part.weight} is {ours} in {base.path} and {theirs} in the origin {origin.path}")

@@ -1,0 +1,292 @@
+"""Read an adapter file, whoever wrote it, into patches. No model and no base is needed, and nothing is guessed."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from torch import Tensor
+
+from peftkit.errors import AmbiguousFileError, FileError, MismatchError, OptionError, about
+from peftkit.files.formats import container, kohya, native, peft
+from peftkit.files.formats.kohya import Modules, Scale
+from peftkit.files.formats.patch import Bundle, Patch, Patches
+from peftkit.files.formats.pickles import unpickle
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+#: the entry in which diffusers keeps PEFT's configurations, by component
+_DIFFUSERS = "lora_adapter_metadata"
+
+
+class Reading(TypedDict, total=False):
+    """What every function that reads adapter files passes on to `read`."""
+
+    dora_axis: str | None
+    alpha_zero: str | None
+    ignore: str | Sequence[str]
+    allow_pickle: bool
+
+
+def read(
+    path: str | os.PathLike[str],
+    *,
+    dora_axis: str | None = None,
+    alpha_zero: str | None = None,
+    ignore: str | Sequence[str] = (),
+    allow_pickle: bool = False,
+) -> Bundle:
+    """An adapter file of this library, kohya, LyCORIS, diffusers or a WebUI, or a folder of PEFT.
+
+    Every tensor is accounted for, or MismatchError lists those that are not; `ignore`: patterns of keys to leave out.
+    Where a file can mean two things AmbiguousFileError says which option decides: dora_axis ("out" or "in") and
+    alpha_zero ("off" or "rank"). Pickles are refused unless allow_pickle, and then read as data that runs nothing.
+    """
+    (bundle,) = read_all([path], dora_axis=dora_axis, alpha_zero=alpha_zero, ignore=ignore, allow_pickle=allow_pickle)
+    return bundle
+
+
+def read_all(paths: Sequence[str | os.PathLike[str]], **reading: Unpack[Reading]) -> list[Bundle]:
+    """Several files in one way. A pattern of `ignore` has to match in one of them."""
+    given = reading.get("ignore", ())
+    unmatched = set([given] if isinstance(given, str) else given)
+    bundles = []
+    for path in paths:
+        bundle, missed = _read(path, **reading)
+        bundles.append(bundle)
+        unmatched &= missed
+    if unmatched:
+        files = ", ".join(map(str, paths))
+        raise OptionError(f"ignore={sorted(unmatched)[0]!r} matches no tensor of {files}")
+    return bundles
+
+
+def _read(
+    path: str | os.PathLike[str],
+    dora_axis: str | None = None,
+    alpha_zero: str | None = None,
+    ignore: str | Sequence[str] = (),
+    allow_pickle: bool = False,
+) -> tuple[Bundle, set[str]]:
+    """A file, and the patterns of `ignore` that match nothing in it."""
+    for option, value, known in (("dora_axis", dora_axis, ("out", "in")), ("alpha_zero", alpha_zero, ("off", "rank"))):
+        if value not in (None, *known):
+            raise OptionError(f"{option}={value!r} was given, {known[0]!r} or {known[1]!r} was expected")
+    path = Path(path)
+    config = _peft_config(path)
+    if os.path.isdir(path):
+        path = _weights_in(path, allow_pickle)
+    with about(path):
+        source = _Source(path, allow_pickle, [ignore] if isinstance(ignore, str) else list(ignore))
+        if native.KEY in source.metadata:
+            bundle = _native(source)
+        elif config is not None:
+            bundle = _peft(source, config)
+        else:
+            bundle = _foreign(source, dora_axis, alpha_zero)
+    return bundle, source.unmatched
+
+
+class _Source:
+    """The tensors of a file, read one by one, less the ignored ones."""
+
+    def __init__(self, path: Path, allow_pickle: bool, ignore: Sequence[str]) -> None:
+        self.path = path
+        if allow_pickle and path.suffix in (".pt", ".ckpt", ".bin", ".pth"):
+            loaded = unpickle(path)
+            self.metadata: Mapping[str, str] = {}
+            self.size = sum(tensor.nbytes for tensor in loaded.values())
+            names, self._tensor = list(loaded), loaded.__getitem__
+        else:
+            file = container.read(path)
+            self.size = sum(info.size for info in file.infos.values())
+            self.metadata, names, self._tensor = file.metadata, list(file.infos), file.tensor
+        self.keys = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)]
+        self.unmatched = {p for p in ignore if not any(fnmatch.fnmatchcase(name, p) for name in names)}
+        if not self.keys:
+            raise FileError(f"{path} holds no tensors")
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensor(key)
+
+    def factor(self, key: str) -> Tensor:
+        """A tensor of an adapter, which must be of real numbers, and of some."""
+        tensor = self[key]
+        if not tensor.is_floating_point():
+            raise FileError(f"{self.path}: {key} is {tensor.dtype}, floating point was expected")
+        if not tensor.numel():
+            raise FileError(f"{self.path}: {key} of shape {tuple(tensor.shape)} has nothing in it")
+        return tensor
+
+    def number(self, key: str) -> float:
+        """A tensor of one finite number."""
+        tensor = self[key]
+        if tensor.numel() != 1 or not tensor.float().isfinite().all():
+            raise FileError(f"{self.path}: {key} of shape {tuple(tensor.shape)} is not one finite number")
+        return float(tensor.float().item())
+
+
+def _native(source: _Source) -> Bundle:
+    header = native.decode(source.metadata, source.path)
+    owned = native.sorted_by_weight(source.keys, header.records)
+
+    def patch(name: str) -> Patch:
+        record = header.records[name]
+        tensors = {key[len(name) :].removeprefix("."): source[key] for key in owned.get(name, ())}
+        return Patch(
+            record.kind,
+            record.options,
+            record.shape,
+            tensors,
+            True,
+            record.convention,
+            "its header",
+            transposed=record.transposed,
+        )
+
+    return Bundle(
+        "native",
+        Patches(source.path, header.records, patch),
+        header.name,
+        base=header.base,
+        portable=header.portable,
+        unclaimed=tuple(owned.get(None, ())),
+        training=header.training,
+        metadata=source.metadata,
+        size=source.size,
+    )
+
+
+def _peft(source: _Source, config: Mapping[str, Any]) -> Bundle:
+    modules, unknown = peft.modules(source.keys)
+    _refuse_unknown(source.path, unknown)
+    scale = peft.scale_of(config)
+
+    def patch(module: str) -> Patch:
+        return peft.patch(module, {role: source.factor(key) for role, key in modules[module].items()}, config, scale)
+
+    flipped = bool(config.get("fan_in_fan_out"))
+    patches = Patches(source.path, modules, patch)
+    return Bundle("peft", patches, metadata=source.metadata, size=source.size, flipped=flipped)
+
+
+def _foreign(source: _Source, dora_axis: str | None, alpha_zero: str | None) -> Bundle:
+    modules, unknown = kohya.split(source.keys)
+    _refuse_unknown(source.path, unknown)
+    alphas = {module: source.number(roles["alpha"]) for module, roles in modules.items() if "alpha" in roles}
+    configs = _diffusers_configs(source, modules)
+    if configs and alphas:
+        raise AmbiguousFileError(f"{source.path} says its scales twice: in alpha tensors and in {_DIFFUSERS!r}")
+    if not alphas and not configs and any(module.startswith(peft.PREFIX) for module in modules):
+        raise AmbiguousFileError(
+            f"{source.path} is PEFT's, whose scale is in {peft.CONFIG}: put that file beside it and name the folder"
+        )
+    by_alpha = kohya.alpha_scale(alphas, alpha_zero)
+    scales = {component: peft.scale_of(config) for component, config in configs.items()}
+
+    def scale(module: str, rank: int | None) -> tuple[dict[str, Any], str]:
+        component, _, rest = module.partition(".")
+        return scales[component](rest, rank) if component in scales else by_alpha(module, rank)
+
+    def tensors(module: str) -> dict[str, Tensor]:
+        integers = ("alpha", "on_input")
+        return {r: source[k] if r in integers else source.factor(k) for r, k in modules[module].items()}
+
+    def patch(module: str) -> Patch:
+        if "oft_blocks" in modules[module]:
+            bound = _constraint(source.path, module, alphas.get(module))
+            return _require_patch(module, kohya.patch(module, tensors(module), bound, dora_axis))
+        return _require_patch(module, kohya.patch(module, tensors(module), scale, dora_axis))
+
+    vector_roles = {"diff_b", "w_norm", "b_norm"}
+    with_vectors = [m for m, roles in modules.items() if vector_roles & set(roles) or "diff" in roles]
+    vectors = {f"{m}.{what}": v for m in with_vectors for what, v in kohya.vectors(m, tensors(m)).items()}
+    matrices = [
+        module
+        for module, roles in modules.items()
+        if set(roles) - vector_roles - {"alpha"} and not ("diff" in roles and f"{module}.weight" in vectors)
+    ]
+    claimed = {*matrices, *with_vectors}
+    lonely = [module for module in modules if module not in claimed]
+    if lonely:
+        raise FileError(f"{source.path}: {lonely[0]} has an alpha and nothing it is the alpha of")
+    dotted = any("." in module for module in modules)
+    return Bundle(
+        "diffusers" if dotted else "kohya",
+        Patches(source.path, matrices, patch),
+        vectors=vectors,
+        metadata=source.metadata,
+        size=source.size,
+    )
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _constraint(path: Path, module: str, alpha: float | None) -> Scale:
+    """OFT's alpha is the bound on ‖Q‖ as a share of the rows, and no scale."""
+    if alpha is not None and alpha < 0:
+        raise FileError(f"{path}: {module} has the constraint {alpha:g}, a number from 0 was expected")
+
+    def scale(name: str, rank: int | None) -> tuple[dict[str, Any], str]:
+        del name, rank
+        return ({"constraint": alpha}, f"1: constraint {alpha:g}") if alpha else ({}, "1: no constraint")
+
+    return scale
+
+
+def _require_patch(module: str, found: Patch | None) -> Patch:
+    if found is None:
+        raise FileError(f"{module}: there is no matrix in it")
+    return found
+
+
+def _diffusers_configs(source: _Source, modules: Modules) -> dict[str, dict[str, Any]]:
+    """diffusers' metadata -> {component: PEFT's configuration}."""
+    if _DIFFUSERS not in source.metadata:
+        return {}
+    try:
+        entries = json.loads(source.metadata[_DIFFUSERS])
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{source.path}: its {_DIFFUSERS!r} entry is damaged: {error}") from error
+    if not isinstance(entries, dict):
+        raise FileError(f"{source.path}: its {_DIFFUSERS!r} entry is damaged: it is no JSON object")
+    components = {module.partition(".")[0] for module in modules}
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in entries.items():
+        component, _, option = str(key).partition(".")
+        if component in components and option:
+            configs.setdefault(component, {})[option] = value
+    return configs
+
+
+def _refuse_unknown(path: Path, unknown: Sequence[str]) -> None:
+    if unknown:
+        listed = "\n".join(f"  {key}" for key in unknown[:8]) + ("\n  …" if len(unknown) > 8 else "")
+        what = f"{path} holds {len(unknown)} tensors that are no adapter's"
+        raise MismatchError(f"{what}; pass ignore= with patterns to leave them out:\n{listed}")
+
+
+def _peft_config(path: Path) -> dict[str, Any] | None:
+    """The configuration of a folder of PEFT, or of the weights in one."""
+    if os.path.isdir(path):
+        if not os.path.isfile(path / peft.CONFIG):
+            raise FileError(f"{path} is a folder without {peft.CONFIG}: name an adapter file, or a folder PEFT wrote")
+        return peft.read_config(path / peft.CONFIG)
+    beside = path.with_name(peft.CONFIG)
+    return peft.read_config(beside) if path.name == peft.WEIGHTS and os.path.isfile(beside) else None
+
+
+def _weights_in(folder: Path, allow_pickle: bool) -> Path:
+    if os.path.isfile(folder / peft.WEIGHTS):
+        return folder / peft.WEIGHTS
+    pickled = folder / "adapter_model.bin"
+    if os.path.isfile(pickled) and allow_pickle:
+        return pickled
+    also = ", only a pickle, which allow_pickle=True reads as data" if os.path.isfile(pickled) else ""
+    raise FileError(f"{folder} has no {peft.WEIGHTS}{also}")

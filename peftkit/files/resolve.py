@@ -1,0 +1,144 @@
+"""Find the weights that the names in an adapter file mean, among those of a model or of a checkpoint."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from peftkit.errors import AmbiguousFileError, near
+from peftkit.files.families import names
+from peftkit.files.families.names import Family
+from peftkit.files.formats.patch import Bundle
+
+#: what trainers put before a module's path, where the path itself tells the components apart
+_FILE_PREFIXES = (
+    "",
+    "lycoris_",
+    "lora_unet_",
+    "lora_transformer_",
+    "oft_unet_",
+    "base_model.model.",
+    "diffusion_model.",
+    "model.diffusion_model.",
+    "transformer.",
+    "unet.",
+)
+#: how many names are compared with all there are, which takes long
+HINTS = 8
+#: the text encoders of a pipeline by the prefixes of their modules in files
+_TEXT_ENCODERS = {
+    "text_encoder": ("lora_te_", "lora_te1_"),
+    "text_encoder_2": ("lora_te2_",),
+    "text_encoder_3": ("lora_te3_",),
+}
+#: a level of CLIP's modules that transformers 5 leaves out
+_LEVEL = "text_model."
+#: what checkpoints put before it
+_WEIGHT_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where rows of a patch go: a weight, or its rows [start, stop).
+
+    swapped: the two halves of the rows change places. transposed: the weight is kept as (in, out). bias: what goes with
+    the weight, where there is one.
+    """
+
+    weight: str
+    start: int | None = None
+    stop: int | None = None
+    swapped: bool = False
+    transposed: bool = False
+    bias: str | None = None
+
+
+class Resolver:
+    """Names of a file -> the parts of weights they mean, in the order of the patch's rows.
+
+    paths: module path -> its weight. places: canonical name of a family's module -> its weight, None where it is not.
+    """
+
+    def __init__(self, paths: Mapping[str, Part], places: Callable[[str], Part | None]) -> None:
+        self._dotted: defaultdict[str, dict[str, Part]] = defaultdict(dict)
+        for path, part in paths.items():
+            for prefix in _WEIGHT_PREFIXES:
+                if path.startswith(prefix):
+                    self._dotted[path.removeprefix(prefix)][path] = part
+            for spelled in _of_text_encoder(path):
+                self._dotted[spelled][path] = part
+        self._underscored: defaultdict[str, dict[str, Part]] = defaultdict(dict)
+        for spelled, found in self._dotted.items():
+            self._underscored[spelled.replace(".", "_")] |= found
+        self._places = places
+        self._hints = HINTS
+
+    def __call__(self, name: str, families: Sequence[Family] = ()) -> tuple[Part, ...]:
+        """() for a name that means nothing here."""
+        own = self._by_path(name)
+        if own is not None:
+            return (own,)
+        for family in families:
+            parts = tuple(part for m in family.find(name) if (part := self._places(m.name)) is not None)
+            if parts and len(parts) == len(family.find(name)):
+                swaps = family.swaps(name)
+                return tuple(replace(part, swapped=part.swapped != swaps) for part in parts)
+        return ()
+
+    def hint(self, name: str) -> str:
+        """The paths that come near a name, for a message; "" after the first few, which are all that one shows."""
+        self._hints -= 1
+        return near(name, self._dotted) if self._hints >= 0 else ""
+
+    def _by_path(self, name: str) -> Part | None:
+        for table in (self._dotted, self._underscored):
+            for prefix in _FILE_PREFIXES:
+                found = table.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
+                if found is not None and len(set(found.values())) > 1:
+                    raise AmbiguousFileError(f"{name} can be {' or '.join(sorted(found))}: rename it in the file")
+                if found is not None:
+                    return next(iter(found.values()))
+        return None
+
+
+def _of_text_encoder(path: str) -> Iterator[str]:
+    """How files may call a module of a pipeline's text encoder, by its path from the pipeline."""
+    component, _, rest = path.partition(".")
+    rest = rest.removeprefix(_LEVEL)
+    for prefix in (f"{component}.", *_TEXT_ENCODERS.get(component, ())) if component in _TEXT_ENCODERS else ():
+        yield prefix + rest
+        yield prefix + _LEVEL + rest
+
+
+def component_of(name: str, default: str) -> str:
+    """The part of a pipeline that a name's prefix says it is of; the default where it says nothing, or either."""
+    denoiser = default if default in ("unet", "transformer") else "unet"
+    prefixes = {"unet.": "unet", "lora_unet_": denoiser, "lora_transformer_": "transformer"}
+    prefixes |= {p: c for c, ps in _TEXT_ENCODERS.items() for p in (f"{c}.", *ps)}
+    return next((c for p, c in prefixes.items() if name.startswith(p)), default)
+
+
+def plain(name: str) -> str:
+    """A name without what trainers put before it and without dots: the same for all spellings of one path."""
+    return name.removeprefix(prefix_of(name)).replace(".", "_")
+
+
+def prefix_of(name: str) -> str:
+    """What a trainer put before a module's path."""
+    return max((p for p in _FILE_PREFIXES if name.startswith(p)), key=len)
+
+
+def families_of(bundle: Bundle, among: Iterable[str] | None = None) -> tuple[Family, ...]:
+    """The families that have all these modules of a file, told apart by the shapes of its patches; best first."""
+    shapes: dict[str, tuple[int, int] | None] = {}
+    for name in bundle.patches if among is None else among:
+        shape = bundle.patches[name].shape
+        shapes[name] = (shape.rows, shape.columns) if shape.rows and shape.columns else None
+    return names.guess(shapes)
+
+
+def common(families: Sequence[Family], name: str) -> str:
+    """The component that a name means, "" where that is not known."""
+    components = {module.name.partition(".")[0] for family in families for module in family.find(name)}
+    return components.pop() if len(components) == 1 else ""

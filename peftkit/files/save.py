@@ -1,0 +1,127 @@
+"""Adapters of a model into a file, proven alive before it takes its name."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peftkit._version import __version__
+from peftkit.adapters.base import require_dtype
+from peftkit.errors import FileError, OptionError
+from peftkit.files.bind import fill, samples, stored_keys
+from peftkit.files.formats import container, native
+from peftkit.files.formats.native import Header, Record
+from peftkit.wrapping.layer import Placed, one_name, placed
+from peftkit.wrapping.sites import dotted
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    portable: bool = False,
+    training: Mapping[str, Any] | None = None,
+    allow_zero: bool = False,
+) -> Path:
+    """Write one adapter to a safetensors file that `load` needs nothing else to read.
+
+    name: which adapter, where there are several. dtype: of its matrices; vectors and scalars keep theirs.
+    portable: also write what is derived from the base (LoLDU's factors), so that the file fits any base.
+    training: JSON-able facts to keep in the header.
+
+    The file is written under another name, read back, and moved into place only if every tensor is there, finite,
+    and at least one ΔW is not zero after the cast (unless allow_zero). On failure nothing is left behind.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise FileError(f"{path}: a native file is called *.safetensors, {path.suffix or 'no suffix'!r} was given")
+    if not path.parent.is_dir():
+        raise FileError(f"there is no folder {path.parent} to write {path.name} in")
+    require_dtype(dtype)
+    name = one_name(model, name)
+    own = {at.site: at for at in placed(model, [name])}
+    tensors: dict[str, Tensor] = {}
+    for site, at in own.items():
+        for key in stored_keys(at.adapter, portable):
+            full = dotted(site, key)
+            if full in tensors:
+                raise FileError(f"two adapters of {name!r} would be saved under the key {full!r}: give them two names")
+            tensors[full] = _packed(at.adapter.state_dict()[key], dtype)
+    header = Header(
+        name=name,
+        records={
+            site: Record(
+                at.adapter.kind,
+                at.adapter.convention,
+                at.adapter.options,
+                at.slot.geometry.shape,
+                at.slot.geometry.transposed,
+            )
+            for site, at in own.items()
+        },
+        base={site: print_ for site, at in own.items() if np.isfinite(print_ := samples(at.base)).all()},
+        portable=portable,
+        training=dict(training or {}),
+        version=__version__,
+    )
+    try:
+        metadata = native.encode(header)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OptionError(
+            f"training={training!r:.200} was given, facts that JSON can hold were expected: {error}"
+        ) from None
+    with container.atomic(path) as file:
+        container.emit(file, tensors, metadata)
+        file.flush()
+        _prove_alive(Path(file.name), path, tensors, own, allow_zero, portable)
+    return path
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _packed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A contiguous CPU copy, its matrices cast; vectors and scalars are few, and their differences are what counts."""
+    cast_to = dtype if dtype is not None and tensor.is_floating_point() and tensor.dim() >= 2 else tensor.dtype
+    return tensor.detach().to("cpu", cast_to, copy=True).contiguous()
+
+
+def _prove_alive(
+    temporary: Path,
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    own: Mapping[str, Placed],
+    allow_zero: bool,
+    portable: bool,
+) -> None:
+    """Read the file back as a loader would and make sure it holds what was meant."""
+    back = container.read(temporary).tensors()
+    if set(back) != set(tensors) or len(back) != len(tensors):
+        raise FileError(f"{path}: {len(back)} tensors were read back, {len(tensors)} were written")
+    for key, tensor in back.items():
+        if not torch.isfinite(tensor).all():
+            raise FileError(f"{path}: {key} is not finite{_cast_hint(tensors[key])}; nothing was saved")
+    with torch.no_grad():
+        for site, at in own.items():
+            twin, weight = copy.deepcopy(at.adapter).eval(), at.base
+            keys = stored_keys(twin, portable)
+            fill(twin, weight, {key: back[dotted(site, key)].to(weight.device) for key in keys})
+            if allow_zero or twin(weight, 1.0).sqnorm() > 0:
+                return
+    raise FileError(
+        f"{path}: every ΔW is zero in the file, so loading it would do nothing; nothing was saved. "
+        "Train the adapter first, save in a wider dtype, or pass allow_zero=True"
+    )
+
+
+def _cast_hint(tensor: Tensor) -> str:
+    return f" as {tensor.dtype}" if tensor.dtype == torch.float16 else ""

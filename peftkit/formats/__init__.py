@@ -1,1 +1,0 @@
-"""File formats: dicts of tensors and strings in, the same out. Nothing here knows a module."""

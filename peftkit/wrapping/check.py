@@ -1,0 +1,106 @@
+"""One forward and one backward, to find adapters that would never train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.errors import PeftkitError
+from peftkit.wrapping.layer import names_of, placed
+
+
+class CheckError(PeftkitError, RuntimeError):
+    """The model's output has nothing to differentiate."""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Adapters as "weight[name]", sorted out by what happened to them."""
+
+    ran: tuple[str, ...]
+    never_ran: tuple[str, ...]
+    no_gradient: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.never_ran and not self.no_gradient
+
+    def __str__(self) -> str:
+        total = len(self.ran) + len(self.never_ran)
+        lines = [f"{len(self.ran) - len(self.no_gradient)} of {total} adapters ran and got a gradient"]
+        lines += [f"  never ran: {item}" for item in self.never_ran]
+        lines += [f"  ran, but got no gradient: {item}" for item in self.no_gradient]
+        return "\n".join(lines)
+
+
+def check(
+    model: nn.Module, batch: Any, *, loss: Callable[[Any], Tensor] | None = None, name: str | None = None
+) -> CheckReport:
+    """Run the model once forward and backward and list adapters that never ran or got no gradient.
+
+    batch: a tensor, a tuple of positional arguments, or a dict of keyword arguments. loss: of the model's output; by
+    default the sum of squares of all its floating point tensors. Gradients, buffers and random state are put back.
+    """
+    names = names_of(model, name)
+    watched = [(f"{at.site}[{at.name}]", at.adapter) for at in placed(model, names)]
+    ran: set[int] = set()
+    hooks = [a.register_forward_hook(lambda module, *_: ran.add(id(module))) for _, a in watched]
+    gradients = {p: p.grad for p in model.parameters()}
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    for parameter in gradients:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng(), torch.enable_grad():
+            if isinstance(batch, Mapping):
+                output = model(**batch)
+            else:
+                output = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+            value = _squares(output) if loss is None else loss(output)
+            if not value.requires_grad:
+                raise CheckError(
+                    "the loss depends on no trainable parameter: no adapter acts on this output "
+                    "(all disabled, at strength 0, merged, or never called)"
+                )
+            value.backward()
+        got = {id(a) for _, a in watched if any(p.grad is not None and p.grad.any() for p in a.parameters())}
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        with torch.no_grad():
+            for module, buffer_name, buffer, before in buffers:
+                module._buffers[buffer_name] = buffer.copy_(before)
+    return CheckReport(
+        tuple(label for label, a in watched if id(a) in ran),
+        tuple(label for label, a in watched if id(a) not in ran),
+        tuple(label for label, a in watched if id(a) in ran and id(a) not in got),
+    )
+
+
+def _squares(output: Any) -> Tensor:
+    tensors = list(_tensors(output))
+    if not tensors:
+        raise CheckError(f"the model's output, a {type(output).__name__}, holds no floating point tensor: pass loss=")
+    return torch.stack([t.float().square().sum() for t in tensors]).sum()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)

@@ -1,0 +1,284 @@
+"""The adapted layer: what wrapping makes of a module, and how it computes.
+
+A module keeps its identity: its class becomes a subclass made once per class, as torch's own parametrize and FSDP2
+do. Its `weight`, its place in the model, references to it, its hooks and its state_dict keys stay what they were.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftkit.adapters.base import Adapter
+from peftkit.delta import Delta
+from peftkit.errors import MergeStateError, UnknownAdapterError, near
+from peftkit.geometry import Geometry
+from peftkit.kernels.fused import eager
+from peftkit.wrapping.backup import Merged
+from peftkit.wrapping.routes import changed, choose, dense
+from peftkit.wrapping.sites import Slot, dotted
+
+#: how many different calls of a layer have their route remembered
+_CALLS = 64
+
+
+@dataclass(eq=False)
+class Adaptation:
+    """What an adapted module knows besides its parameters: plain data, copied and pickled with the module."""
+
+    slots: dict[str, Slot]
+    reads: tuple[str, ...]
+    route: str = "auto"
+    #: name -> λ as a 0-d float64 CPU tensor: data, not code, to torch.compile
+    strengths: dict[str, Tensor] = field(default_factory=dict)
+    #: name -> the `disabled` and `enabled` blocks that hide it now
+    hidden: dict[str, set[object]] = field(default_factory=dict)
+    #: adapters that are in the weight now, and how to get the weight back
+    merged: Merged | None = None
+    #: parameter name -> the shared parameter that `tied="untie"` replaced by a copy
+    tied: dict[str, nn.Parameter] = field(default_factory=dict)
+    #: the names that act in forward: not hidden, not merged, of a strength other than 0
+    acting: tuple[str, ...] = ()
+    #: their strengths as numbers: cheaper than tensors, but part of the code to torch.compile
+    numbers: dict[str, float] = field(default_factory=dict)
+    #: the route that was chosen for a number of output positions, with and without gradients, in 16 bits or more
+    chosen: dict[tuple[int, bool, bool], str] = field(default_factory=dict)
+
+    def refresh(self) -> None:
+        """Recompute `acting` after anything it depends on has changed."""
+        merged = () if self.merged is None else self.merged.names
+        self.numbers = {
+            name: strength.item()
+            for name, strength in self.strengths.items()
+            if not self.hidden.get(name) and name not in merged and strength.item() != 0
+        }
+        self.acting = tuple(self.numbers)
+        self.chosen = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "hidden": {}}  # a copy is not inside anyone's `disabled` block
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.refresh()
+
+
+class Adapted(nn.Module):
+    """Mixed into the class of an adapted module. `adapters.<name>` is an Adapter, or one per projection."""
+
+    adapters: nn.ModuleDict
+    adaptation: Adaptation
+
+    def weight_of(self, slot: Slot) -> Tensor:
+        """The slot's own part of its parameter, merged or not: a view that writes through."""
+        return slot.of(cast(Tensor, self._parameters[slot.parameter]))
+
+    def base_of(self, slot_name: str) -> Tensor:
+        """The slot's weight without what is merged into it, as a matrix (m, n)."""
+        slot, merged = self.adaptation.slots[slot_name], self.adaptation.merged
+        weight = self.weight_of(slot)
+        return slot.geometry.matrix(weight if merged is None else merged.original(slot_name, weight))
+
+    def adapter(self, name: str, slot_name: str) -> Adapter | None:
+        """The adapter called `name` on one of the module's weights, if there is one."""
+        held = cast(nn.Module, self._modules["adapters"])._modules.get(name)  # as self.adapters does, in half the time
+        if isinstance(held, nn.ModuleDict):
+            return cast("Adapter | None", held._modules.get(slot_name))
+        return None if slot_name else cast("Adapter | None", held)
+
+    def deltas(self, slot_name: str) -> list[Delta]:
+        """λ·ΔW of every acting adapter on one weight."""
+        state = self.adaptation
+        strengths = state.strengths if torch.compiler.is_compiling() else state.numbers
+        acting: list[tuple[Adapter, float | Tensor]] = []
+        reads_base = False
+        for name in state.acting:
+            adapter = self.adapter(name, slot_name)
+            if adapter is not None:
+                acting.append((adapter, strengths[name]))
+                reads_base = reads_base or adapter.reads_base
+        # Where nobody looks at its values, spare the copy that a matrix of a channels_last weight is
+        W = self.base_of(slot_name) if reads_base else self.weight_of(state.slots[slot_name])
+        return [adapter(W, strength) for adapter, strength in acting]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *state = super().__reduce_ex__(max(2, protocol))
+        return _new, (base_class(self), self.adaptation.reads), *state
+
+
+class AdaptedCall(Adapted):
+    """An adapted layer that is called: its output with every acting adapter's."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """input: whatever the layer takes."""
+        state = self.adaptation
+        if not state.acting:
+            return super().forward(input, *args, **kwargs)
+        g = state.slots[""].geometry
+        if args or kwargs:
+            g = g.sized_for(self, input, *args, **kwargs)
+        deltas = self.deltas("")
+        drops = [self._drop(name) for name in state.acting] if self.training else [0.0] * len(deltas)
+        device = input.device.type
+        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        narrow = compute.itemsize < 4
+        if self._route(deltas, drops, g, input, narrow) == "dense":
+            if narrow:
+                return super().forward(input, *args, **kwargs) + dense(input, g, None, None, deltas)
+            return dense(input, g, self.weight_of(state.slots[""]), cast("Tensor | None", self.bias), deltas)
+        # A Linear of tokens is one of rows: what torch makes of it is then a tensor of its own, which can be added to
+        plain = eager() and type(input) is Tensor
+        rows = plain and not g.spatial and input.dim() > 2 and input.is_contiguous()
+        x = input.flatten(0, -2) if rows else input
+        # What factors make of x comes first: backward ends with it, and adds to the gradient that the layer returns
+        started: list[tuple[Delta, Tensor, Tensor | None]] = []
+        for delta, p in zip(deltas, drops, strict=True):
+            own = F.dropout(x, p) if p else x
+            passed, h = delta.ahead(own, g) if plain else (own, None)
+            started.append((delta, own, h))
+            x = x if p else passed
+        y = super().forward(x, *args, **kwargs)
+        bias = self._parameters["bias"] if "bias" in self._parameters else cast("Tensor | None", self.bias)
+        out = y
+        weight = None
+        if len(started) > 1:  # those that read y come first: the others may write over it
+            started.sort(key=lambda each: not each[0].reads_output)
+        elif plain and torch.is_grad_enabled() and not drops[0]:
+            weight = self.weight_of(state.slots[""])
+        for delta, own, h in started:
+            out = delta.onto(out, own, y, bias, g, h, weight)
+        return out.unflatten(0, input.shape[:-1]) if rows else out
+
+    def _drop(self, name: str) -> float:
+        adapter = self.adapter(name, "")
+        return 0.0 if adapter is None else adapter.input_dropout
+
+    def _route(self, deltas: Sequence[Delta], drops: Sequence[float], g: Geometry, x: Tensor, narrow: bool) -> str:
+        state = self.adaptation
+        dropping = any(drops)
+        if state.merged is not None and any(delta.reads_output for delta in deltas):
+            # The layer's output is that of the merged weight, and these need the base's
+            if dropping:
+                raise MergeStateError(
+                    "input dropout cannot act while other adapters are merged into the base that this one reads: "
+                    "restore before training, or call eval()"
+                )
+            return "dense"
+        if dropping:  # an input with holes goes through the factors
+            return "factored"
+        if state.route != "auto":
+            return state.route
+        call = g.outputs(x), torch.is_grad_enabled(), narrow
+        if not eager():
+            return choose(deltas, g.shape, *call)
+        if call not in state.chosen:
+            if len(state.chosen) >= _CALLS:
+                state.chosen.clear()
+            state.chosen[call] = choose(deltas, g.shape, *call)
+        return state.chosen[call]
+
+
+class AdaptedRead(Adapted):
+    """An adapted module whose weights are read, not called: reading one gives W + ΔW."""
+
+    def effective(self, parameter_name: str) -> Tensor:
+        """The parameter with every acting adapter's ΔW, in the parameter's dtype and shape."""
+        parameter = cast(Tensor, self._parameters[parameter_name])
+        slots = {n: s for n, s in self.adaptation.slots.items() if s.parameter == parameter_name}
+        if not self.adaptation.acting:
+            return parameter
+        parts = []
+        for slot_name, slot in slots.items():
+            weight, deltas = slot.of(parameter), self.deltas(slot_name)
+            parts.append(changed(weight, deltas, slot.geometry) if deltas else weight)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@functools.cache
+def adapted_class(base: type[nn.Module], reads: tuple[str, ...] = ()) -> type[Adapted]:
+    """The subclass of `base` whose instances are adapted; `reads` names parameters to adapt where they are read."""
+    if not reads:
+        return type(f"Adapted{base.__name__}", (AdaptedCall, base), {"__module__": __name__})
+    properties = {name: property(lambda self, name=name: self.effective(name)) for name in reads}
+    return type(f"Adapted{base.__name__}", (AdaptedRead, base), {**properties, "__module__": __name__})
+
+
+def base_class(module: Adapted) -> type[nn.Module]:
+    """The class the module had before it was adapted."""
+    mro = type(module).__mro__
+    return mro[mro.index(Adapted) + 1]
+
+
+def _new(base: type[nn.Module], reads: tuple[str, ...]) -> Adapted:
+    cls = adapted_class(base, reads)
+    return cls.__new__(cls)
+
+
+# -- the adapters of a model ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """An adapter where it is."""
+
+    site: str
+    name: str
+    adapter: Adapter
+    host: Adapted
+    slot_name: str
+
+    @property
+    def slot(self) -> Slot:
+        return self.host.adaptation.slots[self.slot_name]
+
+    @property
+    def strength(self) -> float:
+        """λ, whether or not the adapter acts now."""
+        return self.host.adaptation.strengths[self.name].item()
+
+    @property
+    def base(self) -> Tensor:
+        """W (m, n), without what is merged into it."""
+        return self.host.base_of(self.slot_name).detach()
+
+
+def hosts(model: nn.Module) -> dict[str, Adapted]:
+    """Every adapted module of the model, by its name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+
+
+def placed(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[Placed]:
+    """The adapters of these names, or all, weight by weight."""
+    for host_name, host in hosts(model).items():
+        for slot_name in host.adaptation.slots:
+            for name in host.adapters:
+                adapter = host.adapter(name, slot_name)
+                if adapter is not None and (names is None or name in names):
+                    yield Placed(dotted(host_name, slot_name), name, adapter, host, slot_name)
+
+
+def names_of(model: nn.Module, name: str | None = None) -> tuple[str, ...]:
+    """The adapters on the model: all, or just `name` after making sure it is there."""
+    known = list(dict.fromkeys(own for host in hosts(model).values() for own in host.adapters))
+    if not known:
+        raise UnknownAdapterError("there is no adapter on this model: call wrap or load first")
+    if name is None:
+        return tuple(known)
+    if name not in known:
+        hint = near(name, known) if isinstance(name, str) else ""
+        raise UnknownAdapterError(f"no adapter on this model is called {name!r}; there is {', '.join(known)}.{hint}")
+    return (name,)
+
+
+def one_name(model: nn.Module, name: str | None = None) -> str:
+    """`name`, or that of the only adapter on the model."""
+    names = names_of(model, name)
+    if len(names) > 1:
+        raise UnknownAdapterError(f"this model has the adapters {', '.join(names)}: say which by name=")
+    return next(iter(names))

@@ -1,0 +1,211 @@
+"""Merge adapters into the weights they sit on, and give every bit back.
+
+The merged weight is W + Σ λᵢ·ΔWᵢ(W), summed in at least fp32 and rounded once, written in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from peftkit.delta import Delta
+from peftkit.delta.addition import MergedWeight, add_, refuse_inert, refuse_overflow
+from peftkit.errors import MergeError, MergeStateError, OptionError
+from peftkit.geometry import Geometry
+from peftkit.kernels.blocks import Workspace
+from peftkit.wrapping.backup import BACKUPS, Copy, Merged, Snapshot, checksum
+from peftkit.wrapping.layer import Adapted, hosts, names_of
+from peftkit.wrapping.sites import dotted
+from peftkit.wrapping.wrap import unwrap
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did, weight by weight. str(report) is a table."""
+
+    weights: tuple[MergedWeight, ...]
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The weights that moved."""
+        return tuple(w.site for w in self.weights if w.change > 0)
+
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖ over all weights."""
+        return math.sqrt(sum(w.norm**2 for w in self.weights))
+
+    @property
+    def lost(self) -> float:
+        """The share of ΔW lost to rounding, over all weights."""
+        total = sum(w.norm**2 for w in self.weights)
+        return math.sqrt(sum((w.lost * w.norm) ** 2 for w in self.weights) / total) if total else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"merged into {len(self.weights)} weights, {len(self.changed)} changed; "
+            f"‖ΔW‖ = {self.norm:.4g}, {100 * self.lost:.2g} % of it lost to the dtype"
+        )
+
+    def table(self) -> Table:
+        """Every weight, for rich to print."""
+        table = Table("weight", "adapters", "‖ΔW‖", "lost to the dtype")
+        for w in self.weights:
+            table.add_row(w.site, ", ".join(w.adapters), f"{w.norm:.4g}", f"{100 * w.lost:.2g} %")
+        return table
+
+
+def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup: str | None = "copy") -> MergeReport:
+    """Write W + Σ λᵢ·ΔWᵢ into the weights, of all adapters or those named; the others go on acting on top.
+
+    backup: how to keep what `restore` needs: "copy" holds every weight in main memory, "packed" the compressed
+    difference of the bits, slower: where ‖ΔW‖ is 3 % of ‖W‖, 0.42 of a copy in bf16, 0.61 in fp16 and 0.71 in fp32.
+    None keeps nothing and takes the adapters off the model: for good, in the memory of a few blocks of rows.
+    All or nothing: raises MergeStateError where something is merged already, MergeError if a ΔW is not finite or
+    would be lost whole to the dtype of its weight; the weights are then what they were.
+    """
+    if backup is not None and backup not in BACKUPS:
+        raise OptionError(f"backup={backup!r} was given, one of {', '.join(map(repr, BACKUPS))} or None was expected")
+    wanted = [names] if isinstance(names, str) else list(names_of(model) if names is None else names)
+    if not wanted:
+        raise OptionError("names is empty: name an adapter, or leave it out to merge them all")
+    for name in wanted:
+        names_of(model, name)
+    affected = {
+        host_name: (host, tuple(n for n in host.adapters if n in wanted)) for host_name, host in hosts(model).items()
+    }
+    affected = {name: (host, own) for name, (host, own) in affected.items() if own}
+    for host_name, (host, own) in affected.items():
+        _check_state(host_name, host, own)
+    if backup is None:
+        return _bake(model, affected)
+    done: list[Adapted] = []
+    space = Workspace()
+    weights: list[MergedWeight] = []
+    try:
+        for host_name, (host, own) in affected.items():
+            weights += _merge_host(host_name, host, own, backup, done, space)
+        refuse_inert(weights)
+    except BaseException:
+        for host in done:
+            _restore_host(host)
+        raise
+    return MergeReport(tuple(weights))
+
+
+def restore(model: nn.Module) -> tuple[str, ...]:
+    """Give merged weights back bit for bit and let their adapters act again; returns the modules restored."""
+    merged = {name: host for name, host in hosts(model).items() if host.adaptation.merged is not None}
+    if not merged:
+        raise MergeStateError("nothing is merged into this model: restore follows merge")
+    for name, host in merged.items():
+        state = host.adaptation
+        assert state.merged is not None
+        for slot_name, was in state.merged.checksums.items():
+            if checksum(host.weight_of(state.slots[slot_name])) != was:
+                raise MergeStateError(
+                    f"the weight of {name or 'the model'} has changed since the merge (trained, cast or overwritten): "
+                    "restoring would not give the base back. unwrap(model, keep_merged=True) keeps it as it is"
+                )
+    for host in merged.values():
+        _restore_host(host)
+    return tuple(merged)
+
+
+def _check_state(host_name: str, host: Adapted, own: tuple[str, ...]) -> None:
+    state = host.adaptation
+    where = host_name or "the model"
+    if state.merged is not None:
+        raise MergeStateError(f"{', '.join(state.merged.names)} is merged into {where} already: restore(model) first")
+    hidden = [name for name in own if state.hidden.get(name)]
+    if hidden:
+        raise MergeStateError(f"{hidden[0]} is disabled on {where}: merge outside the `disabled` or `enabled` block")
+    for slot in state.slots.values():
+        weight = host.weight_of(slot)
+        if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
+            raise MergeError(
+                f"{where}: several elements of its weight share memory (it was expanded), so none can change"
+            )
+
+
+@torch.no_grad()
+def _merge_host(
+    host_name: str, host: Adapted, own: tuple[str, ...], mode: str, done: list[Adapted], space: Workspace
+) -> Iterator[MergedWeight]:
+    state = host.adaptation
+    jobs = {slot_name: _deltas(host, slot_name, own) for slot_name in state.slots}
+    snapshots: dict[str, Snapshot] = {}
+    merged = state.merged = Merged(own, snapshots, {})
+    done.append(host)
+    results = []
+    for slot_name, (names, deltas) in jobs.items():
+        if not names:
+            continue
+        slot = state.slots[slot_name]
+        site = dotted(host_name, slot_name) or "the model"
+        weight = host.weight_of(slot).detach()
+        before = weight.clone()
+        snapshots[slot_name] = Copy(before)  # until the merge of this weight is complete
+        norm, change, lost = add_(deltas, weight, slot.geometry, space=space)
+        if not math.isfinite(norm):
+            raise MergeError(f"{site}: the ΔW of {', '.join(names)} is not finite; nothing was merged")
+        if not math.isfinite(change):
+            raise MergeError(f"{site}: W + ΔW overflows {weight.dtype}, or was not finite before; nothing was merged")
+        snapshots[slot_name] = BACKUPS[mode].of(before, weight)
+        merged.checksums[slot_name] = checksum(weight)
+        results.append(MergedWeight(site, names, norm, change, lost))
+    state.refresh()
+    return iter(results)
+
+
+@torch.no_grad()
+def _bake(model: nn.Module, affected: Mapping[str, tuple[Adapted, tuple[str, ...]]]) -> MergeReport:
+    """Merge for good. With nothing to go back to, whatever could fail is found before the first weight is written."""
+
+    jobs: list[tuple[str, tuple[str, ...], list[Delta], Tensor, Geometry]] = []
+    inert, weights, space = [], [], Workspace()
+    for host_name, (host, own) in affected.items():
+        for slot_name, slot in host.adaptation.slots.items():
+            names, deltas = _deltas(host, slot_name, own)
+            if not names:
+                continue
+            site, weight = dotted(host_name, slot_name) or "the model", host.weight_of(slot).detach()
+            refuse_overflow(site, names, deltas, weight)
+            inert.append(MergedWeight(site, names, *add_(deltas, weight, slot.geometry, dry=True, space=space)))
+            jobs.append((site, names, deltas, weight, slot.geometry))
+    refuse_inert(inert)
+    for site, names, deltas, weight, geometry in jobs:
+        weights.append(MergedWeight(site, names, *add_(deltas, weight, geometry, safe=True, space=space)))
+    for name in dict.fromkeys(name for _, own in affected.values() for name in own):
+        unwrap(model, name)
+    return MergeReport(tuple(weights))
+
+
+def _deltas(host: Adapted, slot_name: str, own: Sequence[str]) -> tuple[tuple[str, ...], list[Delta]]:
+    """The adapters among `own` on one weight, and λ·ΔW of those with a strength, as in eval mode."""
+    present = {name: a for name in own if (a := host.adapter(name, slot_name)) is not None}
+    W, strengths = host.base_of(slot_name).detach(), host.adaptation.strengths
+    training = [a for a in present.values() if a.training]
+    try:
+        for adapter in training:
+            adapter.eval()
+        return tuple(present), [a(W, strengths[name]) for name, a in present.items() if strengths[name].item() != 0]
+    finally:
+        for adapter in training:
+            adapter.train()
+
+
+@torch.no_grad()
+def _restore_host(host: Adapted) -> None:
+    state = host.adaptation
+    assert state.merged is not None
+    for slot_name, snapshot in state.merged.snapshots.items():
+        weight = host.weight_of(state.slots[slot_name])
+        weight.copy_(snapshot.original(weight))
+    state.merged = None
+    state.refresh()

@@ -1,0 +1,264 @@
+"""The verbs on a wrapped model: wrap, unwrap, strength, enable and disable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapters import registry
+from peftkit.adapters.base import Adapter
+from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError
+from peftkit.wrapping.layer import Adaptation, Adapted, adapted_class, base_class, hosts, names_of, one_name, placed
+from peftkit.wrapping.plan import Plan, Rule, plan
+from peftkit.wrapping.routes import ROUTES
+from peftkit.wrapping.sites import Site, dotted, slots
+
+# The parameters that required gradients before the first wrap, kept on the model until its last unwrap
+_TRAINABLE = "_peftkit_trainable"
+
+
+def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
+    """The trainable parameters of all adapters, or of one: what an optimiser takes."""
+    found = (p for at in placed(model, names_of(model, name)) for p in at.adapter.parameters() if p.requires_grad)
+    return list(dict.fromkeys(found))
+
+
+def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """{weight.parameter: tensor} of one adapter; `name` may be left out where there is only one."""
+    return {
+        dotted(at.site, key): tensor
+        for at in placed(model, [one_name(model, name)])
+        for key, tensor in at.adapter.state_dict().items()
+    }
+
+
+def wrap(
+    model: nn.Module,
+    kind: str | None = None,
+    *,
+    targets: str | Sequence[str] = "full",
+    exclude: str | Sequence[str] = (),
+    rules: Sequence[Rule] | None = None,
+    name: str = "default",
+    route: str = "auto",
+    tied: str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Plan:
+    """Put an adapter on every targeted layer and freeze the rest. See `plan` for targets and what raises.
+
+    The model computes what it computed before, bit for bit, until the adapters are trained. Nothing is changed if
+    anything raises. The first wrap freezes the whole model; make a new head trainable after it.
+    route: "auto" chooses per call between the factored and the dense route; naming one pins it.
+    """
+    planned = plan(
+        model, kind, targets=targets, exclude=exclude, rules=rules, name=name, tied=tied, dtype=dtype, **options
+    )
+    check_install([entry.site for entry in planned.entries], 1.0, route)
+    built: list[tuple[Site, Adapter]] = []
+    for entry in planned.entries:
+        matrix, shape = entry.site.matrix.detach(), entry.site.slot.geometry.shape
+        built.append((entry.site, registry.build(entry.kind, shape, matrix, dtype, **entry.options)))
+    install(model, built, name, route=route, untie=planned.untie)
+    return planned
+
+
+def install(
+    model: nn.Module,
+    built: Sequence[tuple[Site, Adapter]],
+    name: str,
+    *,
+    strength: float = 1.0,
+    route: str = "auto",
+    untie: Collection[str] = (),
+) -> None:
+    """Put adapters that are built and checked on their sites, and freeze the model if it has none yet."""
+    check_install([site for site, _ in built], strength, route)
+    dropping = [site.name for site, adapter in built if route == "dense" and adapter.input_dropout]
+    if dropping:
+        raise OptionError(f"{dropping[0]}: dropout acts on the factored route only, and route='dense' was given")
+    if _TRAINABLE not in model.__dict__:
+        nested = [p for module in model.modules() for p in module.__dict__.pop(_TRAINABLE, ())]
+        own = {id(p) for host in hosts(model).values() for p in host.adapters.parameters()}
+        trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+        model.__dict__[_TRAINABLE] = [*nested, *trainable]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+    for site, adapter in built:
+        _attach(site, adapter, name, strength, route, site.name in untie)
+
+
+def check_install(sites: Sequence[Site], strength: float, route: str) -> None:
+    """Raise if adapters cannot be installed on these sites now, in this way."""
+    require_strength(strength)
+    if route not in ROUTES:
+        raise OptionError(f"route={route!r} was given, one of {', '.join(map(repr, ROUTES))} was expected")
+    if torch.is_inference_mode_enabled():
+        raise OptionError("adapters made inside torch.inference_mode() cannot train: wrap or load outside it")
+    for site in sites:
+        if isinstance(site.module, Adapted) and site.module.adaptation.merged is not None:
+            raise MergeStateError(f"{site.label} has merged adapters in its weight: restore before adding one")
+
+
+def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str, untie: bool) -> None:
+    module = site.module
+    if not isinstance(module, Adapted):
+        own = slots(module)
+        reads = tuple(dict.fromkeys(slot.parameter for slot in own.values())) if site.read else ()
+        base = type(module)
+        module.__class__ = adapted_class(base, reads)
+        assert isinstance(module, Adapted)
+        module.adapters = nn.ModuleDict()
+        module.adaptation = Adaptation(own, reads)
+    host = module
+    state = host.adaptation
+    state.route = route
+    if untie and site.slot.parameter not in state.tied:
+        shared = cast(nn.Parameter, host._parameters[site.slot.parameter])
+        state.tied[site.slot.parameter] = shared
+        host._parameters[site.slot.parameter] = nn.Parameter(shared.detach().clone(), requires_grad=False)
+    adapter.train(host.training)
+    if site.slot_name:
+        if name not in host.adapters:
+            host.adapters[name] = nn.ModuleDict()
+        cast(nn.ModuleDict, host.adapters[name])[site.slot_name] = adapter
+    else:
+        host.adapters[name] = adapter
+    state.strengths[name] = torch.tensor(float(strength), dtype=torch.float64)
+    state.refresh()
+
+
+def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = False) -> tuple[str, ...]:
+    """Take one adapter, or all, off the model; returns the names of the layers it was on.
+
+    The last to go gives back the very modules there were, with the gradient flags they had. keep_merged: leave
+    merged weights as they are instead of raising, which bakes the adapters in.
+    """
+    names = names_of(model, name)
+    affected = {n: host for n, host in hosts(model).items() if set(names) & set(host.adapters)}
+    for host_name, host in affected.items():
+        _check_removal(host_name or "the model", host, names, keep_merged)
+    if keep_merged and not any(host.adaptation.merged for host in affected.values()):
+        raise MergeStateError("keep_merged=True was given, but nothing is merged: merge(model) first")
+    for host in affected.values():
+        state = host.adaptation
+        for own in [own for own in names if own in host.adapters]:
+            del host.adapters[own], state.strengths[own]
+            state.hidden.pop(own, None)
+        baked = state.merged is not None and not set(state.merged.names) & set(host.adapters)
+        if baked:
+            state.merged = None
+        state.refresh()
+        if not len(host.adapters):
+            _detach(host, baked)
+    if not hosts(model):
+        for module in model.modules():
+            for parameter in module.__dict__.pop(_TRAINABLE, ()):
+                parameter.requires_grad_(True)
+    return tuple(affected)
+
+
+def _check_removal(where: str, host: Adapted, names: Sequence[str], keep_merged: bool) -> None:
+    expected = adapted_class(base_class(host), host.adaptation.reads)
+    if type(host) is not expected:
+        raise UnsupportedLayerError(
+            f"{where} was made a {type(host).__name__} after it was wrapped (by FSDP, parametrize or the like): "
+            "undo that before unwrapping it"
+        )
+    merged = host.adaptation.merged
+    if merged is None or not set(merged.names) & set(names):
+        return
+    if not keep_merged:
+        raise MergeStateError(
+            f"{', '.join(merged.names)} is merged into {where}: restore(model) first, "
+            "or pass keep_merged=True to leave it in the weights"
+        )
+    if set(merged.names) - set(names):
+        raise MergeStateError(
+            f"{', '.join(merged.names)} are merged together into {where}: unwrap them together, or restore first"
+        )
+
+
+def _detach(host: Adapted, baked: bool) -> None:
+    state = host.adaptation
+    if not baked:  # a merged copy stays untied: the shared weight never had the adapter in it
+        host._parameters.update(state.tied)
+    del host.adapters, host.adaptation
+    cast(nn.Module, host).__class__ = base_class(host)
+
+
+def require_strength(strength: float) -> None:
+    """Raise OptionError unless it is a finite number."""
+    try:
+        finite = not isinstance(strength, bool) and isinstance(strength, (int, float)) and math.isfinite(strength)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise OptionError(f"strength={strength!r:.100} was given, a finite number was expected")
+
+
+def set_strength(model: nn.Module, strength: float, name: str | None = None) -> None:
+    """λ of one adapter, or of all: the layer's weight is W + λ·ΔW. Any finite number; 0 is the base itself."""
+    require_strength(strength)
+    names = names_of(model, name)
+    for host_name, host in hosts(model).items():
+        merged = host.adaptation.merged
+        stuck = [own for own in names if merged is not None and own in merged.names]
+        if stuck:
+            where = host_name or "the model"
+            raise MergeStateError(f"{stuck[0]} is merged into {where}: restore before changing its strength")
+    for host in hosts(model).values():
+        for own in names:
+            if own in host.adaptation.strengths:
+                host.adaptation.strengths[own].fill_(strength)
+        host.adaptation.refresh()
+
+
+@contextmanager
+def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
+    """Inside, one adapter, or all, does not act. Blocks may nest, and an exception leaves nothing disabled."""
+    with _hidden(model, names_of(model, name)):
+        yield
+
+
+@contextmanager
+def enabled(model: nn.Module, *names: str) -> Iterator[None]:
+    """Inside, only these adapters act. Blocks may nest with each other and with `disabled`."""
+    known = names_of(model)
+    for name in names:
+        names_of(model, name)
+    with _hidden(model, [name for name in known if name not in names]):
+        yield
+
+
+@contextmanager
+def _hidden(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    affected = [(host.adaptation, own) for host in hosts(model).values() for own in names if own in host.adapters]
+    for state, own in affected:
+        if state.merged is not None and own in state.merged.names:
+            raise MergeStateError(f"{own} is merged into the weights: restore before disabling it")
+    block = object()
+    for state, own in affected:
+        state.hidden.setdefault(own, set()).add(block)
+        state.refresh()
+    try:
+        yield
+    finally:
+        for state, own in affected:
+            state.hidden.get(own, set()).discard(block)  # it may have been unwrapped inside the block
+            state.refresh()
+
+
+@torch.no_grad()
+def project_(model: nn.Module, name: str | None = None) -> None:
+    """Move every adapter into the set it allows (LoLDU's ‖ΔW‖ ≤ epsilon), after an optimiser step.
+
+    optimizer.register_step_post_hook(lambda *_: peftkit.project_(model))
+    """
+    for at in placed(model, names_of(model, name)):
+        at.adapter.project_()
