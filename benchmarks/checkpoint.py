@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from peftkit.files.families.names import FAMILIES, Module
+from peftkit.files.families.names import FAMILIES, ModuleSpec
 from peftkit.files.formats import container
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
@@ -77,7 +77,7 @@ save_file(unet.state_dict(), sys.argv[3])
 )
 
 
-def modules() -> list[Module]:
+def modules() -> list[ModuleSpec]:
     """The weights of the U-Net."""
     return [m for m in FAMILIES["sd15"].modules.values() if m.name.startswith("unet.")]
 

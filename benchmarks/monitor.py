@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit.monitor import CSMonitor
-from peftkit.wrapping.layer import placed
+from peftkit.wrapping.layer import installed_adapters
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples" / "digits"), str(ROOT / "examples")]
@@ -98,7 +98,7 @@ def minilm() -> Case:
 def naive(model: nn.Module) -> float:
     """The mean cosine as anyone would write it."""
     cosines = []
-    for where in placed(model, ["default"]):
+    for where in installed_adapters(model, ["default"]):
         dense = where.adapter.delta(where.base).dense()
         cosines.append(F.cosine_similarity(dense.flatten(), where.base.flatten(), 0).item())
     return statistics.fmean(cosines)
@@ -137,9 +137,9 @@ def measure(case: Case, kind: str, rounds: int) -> dict[str, float]:
             function()
             seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    weight = max(where.base.nbytes for where in placed(model, ["default"]))
+    weight = max(where.base.nbytes for where in installed_adapters(model, ["default"]))
     result = {
-        "weights": len(list(placed(model, ["default"]))),
+        "weights": len(list(installed_adapters(model, ["default"]))),
         "step ms": round(1e3 * median["step"], 1),
         "added": round(median["measure"] / median["step"] / INTERVAL, 5),
         "naive": round(median["naive"] / median["step"] / INTERVAL, 5),

@@ -25,7 +25,7 @@ from peftkit.bench.rows import environment
 from peftkit.bench.step import step
 from peftkit.bench.timing import Call, Spread, contest, ratios
 from peftkit.cli.terminal import OUT
-from peftkit.wrapping.layer import hosts
+from peftkit.wrapping.layer import adapted_modules
 
 RESULTS = Path(__file__).parent / "results" / "routes.json"
 LAYERS = (
@@ -50,16 +50,16 @@ def cell(shape: LayerShape, kind: str, options: dict[str, Any], training: bool, 
     frozen, model = Host(copy.deepcopy(layer)), Host(layer)
     pk.wrap(model, kind, **options)
     randomize(model)
-    (host,) = hosts(model).values()
+    (host,) = adapted_modules(model).values()
 
     def on(route: str, call: Call) -> None:
-        host.adaptation.route = route
+        host.adapter_state.route = route
         call()
 
     x.requires_grad_(training)
     call, bare = (step(m, x, g) if training else torch.no_grad()(lambda m=m: m(x)) for m in (model, frozen))
     on("auto", call)
-    (chosen,) = host.adaptation.chosen.values()
+    (chosen,) = host.adapter_state.chosen.values()
     seconds = contest(
         {"frozen": bare, **{route: lambda r=route: on(r, call) for route in ("factored", "dense")}}, rounds=rounds
     )

@@ -78,7 +78,7 @@ class WrongBaseError(FileError):
 
 
 @contextmanager
-def about(subject: object, *others: object) -> Iterator[None]:
+def error_context(subject: object, *others: object) -> Iterator[None]:
     """Every error of the library that leaves the block names its subject, or one of the others."""
     try:
         yield
@@ -88,7 +88,7 @@ def about(subject: object, *others: object) -> Iterator[None]:
         raise type(error)(f"{subject}: {error}") from error
 
 
-def near(word: str, known: Iterable[str], count: int = 3) -> str:
+def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
     """A hint naming the nearest known words, or an empty string."""
     if len(word) > _LONGEST_TYPED:
         return ""

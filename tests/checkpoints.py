@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.errors import OptionError, UnsupportedLayerError
 from peftkit.files.families import names
-from peftkit.files.families.denoisers import Component, Module, flux, sd3, unet
+from peftkit.files.families.denoisers import Component, ModuleSpec, flux, sd3, unet
 from peftkit.files.families.encoders import clip, open_clip
 from peftkit.files.families.names import FAMILIES, Family
 from peftkit.wrapping.sites import sites
@@ -225,12 +225,12 @@ HANDS: dict[str, Callable[..., Hand]] = {"lora": lora, "loha": loha, "lokr": lok
 FLUX_COLUMNS = 4
 
 
-def _small_clip(build: Callable[..., Iterable[Module]], width: int, projected: bool = False) -> list[Module]:
+def _small_clip(build: Callable[..., Iterable[ModuleSpec]], width: int, projected: bool = False) -> list[ModuleSpec]:
     small = {49408: 64}
     return [replace(m, shape=tuple(small.get(n, n) for n in m.shape)) for m in build(width, 2, projected)]
 
 
-def _small_flux() -> list[Module]:
+def _small_flux() -> list[ModuleSpec]:
     modules = []
     for module in flux():
         block, _, rest = module.name.partition("transformer_blocks.")
@@ -241,11 +241,11 @@ def _small_flux() -> list[Module]:
     return modules
 
 
-def _built(part: Component, build: Callable[[], Iterable[Module]]) -> Component:
+def _built(part: Component, build: Callable[[], Iterable[ModuleSpec]]) -> Component:
     return replace(part, build=lambda: iter(build()))
 
 
-def _family(name: str, *builds: Callable[[], Iterable[Module]]) -> Family:
+def _family(name: str, *builds: Callable[[], Iterable[ModuleSpec]]) -> Family:
     parts = FAMILIES[name].parts[: len(builds)]
     return replace(FAMILIES[name], parts=tuple(map(_built, parts, builds)))
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.errors import ExportError, OptionError, UnsupportedLayerError
 from peftkit.files.export.export import ExportReport
-from peftkit.wrapping.layer import placed
+from peftkit.wrapping.layer import installed_adapters
 from tests.readers import READERS, Read
 from tests.zoo import ADAPTERS, train
 
@@ -192,7 +192,7 @@ def truths(model: nn.Module, prefix: str = "unet.", name: str | None = None) -> 
     """Canonical name -> the wrapped model's own ΔW in the shape of the weight, and the error it may be read with."""
     found = {}
     with torch.no_grad():
-        for at in placed(model, [name or "default"]):
+        for at in installed_adapters(model, [name or "default"]):
             adapter, W = copy.deepcopy(at.adapter).double().eval(), at.base.double()
             delta = adapter(W, 1.0).dense()
             allowed = BOUND * float(delta.norm() + (W.norm() if adapter.reads_base else 0.0))

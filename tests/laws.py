@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.adapters import DoRA
 from peftkit.delta import Decomposed, Delta
-from peftkit.delta.base import Known
+from peftkit.delta.base import WeightCache
 from peftkit.errors import OptionError, UnsupportedLayerError
 from peftkit.kernels.blocks import Workspace
 from peftkit.wrapping.layer import Adapted
@@ -45,7 +45,7 @@ def wrapped(adapter: str, layer: str, dtype: torch.dtype = torch.float64, **kwar
 def the_delta(module: nn.Module, name: str = "default", strength: float = 1.0) -> tuple[Delta, Tensor]:
     """ΔW of the module's adapter, and W."""
     assert isinstance(module, Adapted)
-    slot = module.adaptation.slots[""]
+    slot = module.adapter_state.slots[""]
     W = slot.geometry.matrix(module._parameters["weight"].detach())
     adapter = module.adapter(name, "")
     assert adapter is not None
@@ -66,7 +66,7 @@ def terms(module: nn.Module, x: Tensor) -> list[Tensor]:
     for name in module.adapters:
         delta, W = the_delta(module, name)
         if isinstance(delta, Decomposed):
-            g = module.adaptation.slots[""].geometry
+            g = module.adapter_state.slots[""].geometry
             e, f = (v if delta.columns else v[:, None] for v in (delta.e, delta.f))
             parts += [g.run(x, e * W), g.run(x, f * delta.V.dense())]
     return [part.detach() for part in parts]
@@ -183,7 +183,7 @@ def algebra_is_dense(adapter: str, layer: str, dtype: torch.dtype = torch.float6
     module, x = wrapped(adapter, layer, dtype)
     delta, W = the_delta(module, strength=0.7)
     assert isinstance(module, Adapted)
-    g = module.adaptation.slots[""].geometry
+    g = module.adapter_state.slots[""].geometry
     dense = delta.dense()
     assert delta.shape == dense.shape == W.shape
     assert delta.dtype == dense.dtype
@@ -196,9 +196,9 @@ def algebra_is_dense(adapter: str, layer: str, dtype: torch.dtype = torch.float6
                 close(value, expected, dtype, own, size)
     close(delta.sqnorm(), Delta.sqnorm(delta), dtype, "sqnorm")
     own, _ = the_delta(module)  # the monitor's two numbers, with and without what is already known of W
-    full, known = own.dense(), Known()
+    full, known = own.dense(), WeightCache()
     for _ in range(2):
-        inner, square = own.alignment(W, known)
+        inner, square = own.inner_and_sqnorm(W, known)
         close(inner, (full * W).sum(), dtype, "alignment", full.norm() * W.norm())
         close(square, full.square().sum(), dtype, "alignment")
     step = delta.row_multiple
@@ -212,7 +212,7 @@ def algebra_is_dense(adapter: str, layer: str, dtype: torch.dtype = torch.float6
             delta.add_rows_(block, added, Workspace())
         close(written, dense[block], dtype, "rows_", dense)
         close(added, W[block] + dense[block], dtype, "add_rows_", W)
-    quick, largest = delta.quick_sqnorm, delta.largest(W.abs().max())
+    quick, largest = delta.cheap_sqnorm, delta.max_abs_bound(W.abs().max())
     assert largest >= dense.abs().max() * (1 - BOUND[dtype]), "an element of ΔW is larger than the bound on them"
     if quick is not None:
         close(quick, Delta.sqnorm(delta), dtype, "quick_sqnorm")
@@ -233,7 +233,7 @@ def _rounds_once(adapter: str, layer: str, dtype: torch.dtype) -> None:
     train(module, seed=5, name="second")
     pk.set_strength(module, 0.3, "second")
     assert isinstance(module, Adapted)
-    g = module.adaptation.slots[""].geometry
+    g = module.adapter_state.slots[""].geometry
     first, W = the_delta(module)
     second, _ = the_delta(module, "second", 0.3)
     W = W.clone()

@@ -21,7 +21,7 @@ def test_a_long_weight_is_summed_wide_and_rounded_once(kind: str, dtype: torch.d
     pk.wrap(layer, kind)
     train(layer, size=0.02)
     W = layer.weight.detach().clone()
-    delta = layer.adapters["default"].eval()(W, 1.0).widened().dense().detach()
+    delta = layer.adapters["default"].eval()(W, 1.0).upcast().dense().detach()
     (merged,) = pk.merge(layer, backup=backup).weights
     rounded = (W.float() + delta).to(dtype)
     # A product of some rows may differ from that of all in its last bit, and then, rarely, in the rounding
@@ -51,7 +51,7 @@ def test_a_part_of_a_long_weight_speaks_for_all(dtype: torch.dtype, kind: str, b
         with torch.no_grad():
             (adapter.up if kind == "lora" else adapter.up2)[rows] = 0
     W = layer.weight.detach().clone()
-    delta = adapter(W, 1.0).widened().dense().detach().double()
+    delta = adapter(W, 1.0).upcast().dense().detach().double()
     (merged,) = pk.merge(layer).weights
     moved = layer.weight.detach().double() - W.double()
     assert merged.norm == pytest.approx(float(delta.norm()), rel=1e-4)

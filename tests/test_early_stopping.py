@@ -116,11 +116,11 @@ def test_the_nearest_snapshot_is_always_kept(attribution: str, window: int) -> N
         for t, cs in enumerate(walk.tolist()):
             rule.push(cs)
             stopper._keep(t, t)
-            assert len(stopper.snapshots) <= 8
+            assert len(stopper.backups) <= 8
             if rule.found is not None:
                 break
         assert rule.found is not None
-        (kept,) = stopper.snapshots
+        (kept,) = stopper.backups
         assert abs(kept.measurement - rule.found.measurement) <= stopper.every / 2
     del optimizer
 
@@ -154,8 +154,8 @@ def test_resumes_to_the_bit(cut: int, folder: bool, tmp_path: Path) -> None:
     assert resumed is not None
     assert resumed.rows == whole.rows
     assert resumed.advice == whole.advice
-    assert [s.step for s in resumed.snapshots] == [s.step for s in whole.snapshots]
-    assert all(equal(a.read(), b.read()) for a, b in zip(resumed.snapshots, whole.snapshots, strict=True))
+    assert [s.step for s in resumed.backups] == [s.step for s in whole.backups]
+    assert all(equal(a.read(), b.read()) for a, b in zip(resumed.backups, whole.backups, strict=True))
 
 
 def test_a_head_beside_the_model_goes_back_with_it() -> None:
@@ -274,13 +274,13 @@ def test_a_state_is_whole_after_the_run_went_on(tmp_path: Path) -> None:
     model, optimizer = make()
     stopper = EarlyStopping(model, optimizer=optimizer, interval=1, window=5, folder=tmp_path / "s")
     fit(model, optimizer, 12)
-    saved, steps = stopper.state_dict(), [s.step for s in stopper.snapshots]
-    tensors = [s.read() for s in stopper.snapshots]
+    saved, steps = stopper.state_dict(), [s.step for s in stopper.backups]
+    tensors = [s.read() for s in stopper.backups]
     fit(model, optimizer, 100)
     again = EarlyStopping(model, interval=1, window=5, folder=tmp_path / "s")
     again.load_state_dict(saved)
-    assert [s.step for s in again.snapshots] == steps
-    assert all(equal(a.read(), b) for a, b in zip(again.snapshots, tensors, strict=True))
+    assert [s.step for s in again.backups] == steps
+    assert all(equal(a.read(), b) for a, b in zip(again.backups, tensors, strict=True))
 
 
 def test_runs_may_share_a_folder(tmp_path: Path) -> None:

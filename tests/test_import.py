@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftkit as pk
 from peftkit.errors import AmbiguousFileError, ExportError, FileError, MismatchError, OptionError
-from peftkit.wrapping.layer import placed
+from peftkit.wrapping.layer import installed_adapters
 from tests.files import (
     LAYERS,
     MIXED,
@@ -444,7 +444,7 @@ PRODUCT = UP @ DOWN
 
 def delta_of(model: nn.Module, weight: str) -> Tensor:
     """ΔW (m, n) of the one adapter on a weight, in float64."""
-    (found,) = [at for at in placed(model, ["default"]) if at.site == weight]
+    (found,) = [at for at in installed_adapters(model, ["default"]) if at.site == weight]
     with torch.no_grad():
         return copy.deepcopy(found.adapter).double().eval()(found.base.double(), 1.0).dense()
 
@@ -604,7 +604,7 @@ def test_every_name_of_a_module_finds_it(name: str, tmp_path: Path) -> None:
     file = under(name, {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(4.0)})
     model = tree({path: layer})
     assert pk.load(model, write(tmp_path / "a.safetensors", file), component=component).loaded == (path,)
-    (found,) = placed(model, ["default"])
+    (found,) = installed_adapters(model, ["default"])
     probe = torch.randn(down[0].numel(), 5)
     with torch.no_grad():
         delta: Any = found.adapter.delta(found.base)
@@ -1031,8 +1031,8 @@ def test_what_is_exported_is_imported_as_the_same_function(
     with torch.no_grad():
         fresh.get_submodule(name).weight.copy_(model.get_submodule(name).weight)  # type: ignore[arg-type,operator]
     assert pk.load(fresh, path).loaded == (name,)
-    (theirs,) = placed(fresh, ["default"])
-    (ours,) = placed(model, ["default"])
+    (theirs,) = installed_adapters(fresh, ["default"])
+    (ours,) = installed_adapters(model, ["default"])
     geodesic = getattr(ours.adapter, "geodesic", False)
     strengths = (1.0,) if written.how != "exact" or geodesic else (1.0, 0.4, -1.0)
     for strength in strengths:

@@ -141,7 +141,7 @@ def hold(cell: Cell, seed: int) -> None:
     layer, x, weight = made
     results = []
     for route in ("factored", "dense"):
-        layer.adaptation.route = route
+        layer.adapter_state.route = route
         y = layer(x)
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *pk.adapter_parameters(layer)])])
     parts = laws.terms(layer, x)

@@ -191,7 +191,7 @@ def test_packed_is_smaller_than_a_copy() -> None:
     pk.wrap(layer, "lora", rank=8)
     train(layer, size=0.01)
     pk.merge(layer, backup="packed")
-    snapshot = layer.adaptation.merged.snapshots[""]
+    snapshot = layer.adapter_state.merged.backups[""]
     assert sum(len(plane) for plane in snapshot.planes) < 0.5 * layer.weight.nbytes
 
 
@@ -209,7 +209,7 @@ def test_in_place_and_in_any_memory_format(kind: str) -> None:
         )
         pk.wrap(layer, kind, **options)
         train(layer, size=0.02)
-        slot = layer.adaptation.slots[""]
+        slot = layer.adapter_state.slots[""]
         W = slot.geometry.matrix(layer.weight.detach()).clone()
         expected = layer.adapters["default"](W, 1.0).added_to(W)
         before = bits(layer.weight)
@@ -332,7 +332,7 @@ def test_no_dense_temporary_beside_the_backup(kind: str) -> None:
     with Counting() as counting:
         from peftkit.delta.addition import add_
 
-        slot = layer.adaptation.slots[""]
+        slot = layer.adapter_state.slots[""]
         with torch.no_grad():
             delta = layer.adapters["default"](slot.geometry.matrix(layer.weight), 1.0)
             add_([delta], layer.weight.detach(), slot.geometry)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 import peftkit as pk
 from peftkit.errors import OptionError, UnknownAdapterError
 from peftkit.monitor import CSMonitor, Record
-from peftkit.wrapping.layer import placed
+from peftkit.wrapping.layer import installed_adapters
 from tests.laws import refusal
 from tests.processes import distributed
 from tests.zoo import ADAPTERS, LAYERS, make, train
@@ -27,7 +27,7 @@ CELLS = [cell for cell in itertools.product(ADAPTERS, LAYERS) if refusal(*cell) 
 def by_definition(model: nn.Module, strengths: dict[str, float]) -> Record:
     """From ΔW itself, in float64."""
     sums: dict[str, Any] = {}
-    for where in placed(model, list(strengths)):
+    for where in installed_adapters(model, list(strengths)):
         W = where.base.double()
         dense = copy.deepcopy(where.adapter).eval().delta(where.base).dense().double()
         total = sums.setdefault(where.site, [W, torch.zeros_like(W)])[1]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from peftkit.errors import OptionError
 from peftkit.files.families import layouts
-from peftkit.files.families.denoisers import Component, Module, flux
+from peftkit.files.families.denoisers import Component, ModuleSpec, flux
 from peftkit.files.families.layouts import of_checkpoint
 from peftkit.files.families.names import FAMILIES, Family, guess
 
@@ -162,7 +162,7 @@ def originals(part: Component) -> Mapping[str, Tensor]:
     return {key: n.view(shapes[key]) for key, n in zip(sizes, numbers, strict=True)}
 
 
-def taken(tensors: Mapping[str, Tensor], place: Module | layouts.Place, key: str | None) -> Tensor:
+def taken(tensors: Mapping[str, Tensor], place: ModuleSpec | layouts.Place, key: str | None) -> Tensor:
     """What Module and Place say of a tensor, done."""
     assert key is not None
     tensor = tensors[key][place.start : place.stop]
@@ -203,7 +203,7 @@ def test_diffusers_converts_the_original_to_what_the_table_says(family: Family, 
 # ------------------------------------------------------------------------------------------------------------- spelling
 
 
-def spellings(family: Family, style: str) -> Iterator[tuple[Module, str]]:
+def spellings(family: Family, style: str) -> Iterator[tuple[ModuleSpec, str]]:
     for module in family.modules.values():
         with suppress(OptionError):
             yield module, family.spell(module.name, style)
@@ -213,7 +213,7 @@ def spellings(family: Family, style: str) -> Iterator[tuple[Module, str]]:
 @pytest.mark.parametrize("style", STYLES)
 def test_what_is_spelled_is_found_again(family: Family, style: str) -> None:
     """A name names one module, or exactly those that the original has fused."""
-    named: defaultdict[str, list[Module]] = defaultdict(list)
+    named: defaultdict[str, list[ModuleSpec]] = defaultdict(list)
     for module, spelled in spellings(family, style):
         named[spelled].append(module)
     for spelled, modules in named.items():
@@ -230,7 +230,7 @@ def test_what_is_spelled_is_found_again(family: Family, style: str) -> None:
 @FAMILY
 def test_no_two_names_with_a_prefix_collide(family: Family) -> None:
     """Of all prefixes before all paths, in underscores: each means one module, or one original."""
-    meant: dict[str, tuple[Module, ...]] = {}
+    meant: dict[str, tuple[ModuleSpec, ...]] = {}
     for prefix, table in family._tables:
         for path, match in table.items():
             assert meant.setdefault(prefix + path, match.modules) == match.modules
@@ -366,7 +366,7 @@ def test_what_cannot_be_spelled_raises(family: str, name: str, style: str, messa
 # ------------------------------------------------------------------------------------------- what others read and write
 
 
-def _kohya_lora(family: Family, of: Callable[[Module], bool]) -> dict[str, Tensor]:
+def _kohya_lora(family: Family, of: Callable[[ModuleSpec], bool]) -> dict[str, Tensor]:
     """A file in sd-scripts' names whose ups are numbered as `originals` is."""
     tensors: dict[str, Tensor] = {}
     for part in family.parts:
@@ -384,7 +384,7 @@ def test_diffusers_reads_our_kohya_names(name: str) -> None:
     """And the names it makes of them are found again. It knows no embeddings and no norms."""
     family = FAMILIES[name]
 
-    def matrix(module: Module) -> bool:
+    def matrix(module: ModuleSpec) -> bool:
         return len(module.shape) > 1 and "embeddings" not in module.path
 
     tensors = {**_kohya_lora(family, matrix)}

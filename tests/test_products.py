@@ -413,7 +413,7 @@ def test_the_dense_route_differentiates_as_torch_does(layer: str, kind: str) -> 
     train(module)
     x.requires_grad_()
     wanted = [x, *pk.adapter_parameters(module)]
-    slot = module.adaptation.slots[""]
+    slot = module.adapter_state.slots[""]
 
     def plain() -> Tensor:
         weight = routes.changed(module._parameters["weight"], module.deltas(""), slot.geometry)

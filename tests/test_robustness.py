@@ -78,7 +78,7 @@ class TestDisabled:
         with pk.disabled(layer, "a"):
             pk.unwrap(layer, "a")
             pk.wrap(layer, "lora", name="a")
-        assert set(layer.adaptation.acting) == {"a", "b"}
+        assert set(layer.adapter_state.acting) == {"a", "b"}
 
     def test_a_copy_made_inside_is_not_disabled(self) -> None:
         layer = linear()
@@ -119,7 +119,7 @@ class TestMerge:
         train(layer)
         with pytest.raises(MergeError, match="share memory"):
             pk.merge(layer)
-        assert layer.adaptation.merged is None
+        assert layer.adapter_state.merged is None
 
     def test_an_adapter_that_raises_stays_in_training_and_nothing_is_merged(self) -> None:
         model = nn.Sequential(linear(), linear(1))
@@ -131,7 +131,7 @@ class TestMerge:
         with pytest.raises(RuntimeError):
             pk.merge(model)
         assert adapter.training
-        assert model[0].adaptation.merged is None
+        assert model[0].adapter_state.merged is None
         assert torch.equal(model[0].weight, before["0.weight"])
 
     def test_a_changed_weight_under_a_packed_partial_merge_is_noticed(self) -> None:

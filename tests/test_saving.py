@@ -26,7 +26,7 @@ from peftkit.errors import (
     UnknownAdapterError,
     WrongBaseError,
 )
-from peftkit.wrapping.layer import hosts
+from peftkit.wrapping.layer import adapted_modules
 from tests.laws import bits
 from tests.zoo import ADAPTERS, smallest_kernel, train
 
@@ -65,7 +65,7 @@ def refused(net: nn.Module, path: Path, error: type[Exception], *said: str, **kw
         pk.load(net, path, **kwargs)
     for text in said:
         assert text in str(caught.value)
-    assert not hosts(net)
+    assert not adapted_modules(net)
     assert all(p.requires_grad for p in net.parameters())
 
 
@@ -142,7 +142,7 @@ def test_strict_names_the_key_and_the_nearest_module(file: Path) -> None:
     assert report.loaded == ("conv",)
     assert not report.complete
     assert len(report.unexpected) == 2
-    assert [*hosts(net)] == ["conv"]
+    assert [*adapted_modules(net)] == ["conv"]
 
 
 def test_each_kind_of_misfit_is_told_apart(file: Path) -> None:

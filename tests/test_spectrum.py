@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.errors import OptionError
 from peftkit.monitor import CSMonitor, Record, spectra
-from peftkit.wrapping.layer import placed
+from peftkit.wrapping.layer import installed_adapters
 from tests.laws import refusal
 from tests.zoo import ADAPTERS, make, train
 
@@ -27,7 +27,7 @@ def ranks(D: Tensor) -> tuple[float, float]:
 
 def change(model: nn.Module, names: dict[str, float]) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
-    for where in placed(model, list(names)):
+    for where in installed_adapters(model, list(names)):
         D = names[where.name] * where.adapter.delta(where.base).dense().detach().double()
         sums[where.site] = sums[where.site] + D if where.site in sums else D
     return sums

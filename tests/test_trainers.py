@@ -82,7 +82,7 @@ def test_trainer_stops_and_goes_back(tmp_path: Path) -> None:
     advice = stopper.advice
     assert own.state.global_step == advice.detected < 200
     assert stopper.monitor.steps == own.state.global_step, "accumulated batches are not steps"
-    kept = {s.step: s.read() for s in stopper.snapshots}[advice.snapshot]
+    kept = {s.step: s.read() for s in stopper.backups}[advice.snapshot]
     assert all(torch.equal(p, kept[n]) for n, p in own.model.named_parameters() if p.requires_grad)
     noted = [row.step for row in read_run(log).rows if "eval_loss" in row.noted]
     assert noted == list(range(5, own.state.global_step + 1, 5))
@@ -144,7 +144,7 @@ def test_lightning_stops_goes_back_and_resumes(tmp_path: Path) -> None:
     assert stopper is not None
     advice = stopper.advice
     assert own.global_step == stopper.monitor.steps == advice.detected < 300
-    kept = {s.step: s.read() for s in stopper.snapshots}[advice.snapshot]
+    kept = {s.step: s.read() for s in stopper.backups}[advice.snapshot]
     trained = {n: p for n, p in own.lightning_module.named_parameters() if p.requires_grad}
     assert all(torch.equal(p, kept[n]) for n, p in trained.items())
     assert any("loss" in row.noted for row in stopper.rows)

@@ -23,7 +23,7 @@ from peftkit.errors import (
     UnknownAdapterError,
     UnsupportedLayerError,
 )
-from peftkit.wrapping.layer import hosts
+from peftkit.wrapping.layer import adapted_modules
 from tests.zoo import ADAPTERS, train
 
 
@@ -127,7 +127,7 @@ def test_exclude(net: Net) -> None:
 def test_a_pattern_that_selects_nothing_raises(net: Net, targets: Any, exclude: Any, said: str) -> None:
     with pytest.raises(TargetError, match=re.escape(said)):
         pk.wrap(net, "lora", targets=targets, exclude=exclude)
-    assert not hosts(net)
+    assert not adapted_modules(net)
     assert all(p.requires_grad for p in net.parameters())
 
 
@@ -160,7 +160,7 @@ def test_plan_touches_nothing(net: Net) -> None:
         options = {"rank": 2} if "rank" in registry.option_names(registry.get(kind)) else {}
         pk.plan(net, kind, targets="Attention", **options)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not hosts(net)
+    assert not adapted_modules(net)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
@@ -195,7 +195,7 @@ def test_options_are_validated(net: Net, kind: str, options: dict[str, Any], sai
     with pytest.raises(OptionError) as caught:
         pk.wrap(net, kind, targets=["Attention", "head"], **options)
     assert said in str(caught.value)
-    assert not hosts(net)
+    assert not adapted_modules(net)
 
 
 def test_unknown_kinds_and_taken_names_say_what_exists(net: Net) -> None:
@@ -251,7 +251,7 @@ def test_adapters_are_freed(net: Net) -> None:
     pk.wrap(net, "dora", rank=2)
     net(TOKENS).sum().backward()
     watched = [weakref.ref(p) for p in pk.adapter_parameters(net)]
-    watched += [weakref.ref(host.adaptation) for host in hosts(net).values()]
+    watched += [weakref.ref(host.adapter_state) for host in adapted_modules(net).values()]
     pk.unwrap(net)
     gc.collect()
     assert not any(ref() is not None for ref in watched)
@@ -353,7 +353,7 @@ def test_a_module_used_under_two_names_has_one_adapter() -> None:
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"first": shared, "second": shared})
     assert pk.wrap(model, "lora", targets="second").modules == ("first",)
-    assert len(list(hosts(model))) == 1
+    assert len(list(adapted_modules(model))) == 1
 
 
 class Standardised(nn.Conv2d):
@@ -422,4 +422,4 @@ def test_a_refused_option_combination_leaves_the_model_alone(net: Net) -> None:
             pk.wrap(net, **kwargs)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="'auto', 'factored', 'dense'"):
         pk.wrap(net, "lora", route="fast")
-    assert not hosts(net)
+    assert not adapted_modules(net)

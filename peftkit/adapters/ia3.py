@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter, factory, require
 from peftkit.adapters.registry import register
-from peftkit.delta import Scaled
+from peftkit.delta import ChannelScale
 from peftkit.geometry import Shape
 
 
@@ -33,5 +33,6 @@ class IA3(Adapter):
         self.columns, self.positions = side == "in", shape.positions
         self.gate = nn.Parameter(torch.zeros(shape.channels if self.columns else shape.rows, **factory(weight)))
 
-    def delta(self, weight: Tensor) -> Scaled:
-        return Scaled(self.gate.repeat_interleave(self.positions) if self.columns else self.gate, weight, self.columns)
+    def delta(self, weight: Tensor) -> ChannelScale:
+        gate = self.gate.repeat_interleave(self.positions) if self.columns else self.gate
+        return ChannelScale(gate, weight, self.columns)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter, factory, rank_scale, require, require_rank
 from peftkit.adapters.registry import register
-from peftkit.delta import LowRank, Pivoted
+from peftkit.delta import DiagonalLowRank, LowRank
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
 from peftkit.kernels.ldu import Pivoting, factor, pivot
@@ -88,10 +88,10 @@ class LoLDU(Adapter):
         scale_shift = self.scale_shift
         return torch.addcmul((self.start_scale + scale_shift) * self.shift, scale_shift, self.start)
 
-    def delta(self, weight: Tensor) -> Pivoted:
+    def delta(self, weight: Tensor) -> DiagonalLowRank:
         del weight
         change = self.pivot_change()
-        return Pivoted(self.left * change, self.right, self.left, change)
+        return DiagonalLowRank(self.left * change, self.right, self.left, change)
 
     @torch.no_grad()
     def project_(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peftkit.adapters.base import Adapter, require
-from peftkit.errors import DuplicateNameError, OptionError, UnknownAdapterError, near
+from peftkit.errors import DuplicateNameError, OptionError, UnknownAdapterError, did_you_mean
 from peftkit.geometry import Shape
 
 AdapterType = TypeVar("AdapterType", bound=type[Adapter])
@@ -59,7 +59,8 @@ def get(kind: str) -> type[Adapter]:
     name = _ALIASES.get(kind, kind)
     if name not in _CLASSES:
         known = [*_CLASSES, *_ALIASES]
-        raise UnknownAdapterError(f"no adapter is called {kind!r}; there are: {', '.join(known)}.{near(kind, known)}")
+        hint = did_you_mean(kind, known)
+        raise UnknownAdapterError(f"no adapter is called {kind!r}; there are: {', '.join(known)}.{hint}")
     return _CLASSES[name]
 
 
@@ -143,6 +144,6 @@ def _refuse_unknown(cls: type[Adapter], options: dict[str, Any]) -> None:
     having = [k for k, c in _CLASSES.items() if name in option_names(c)]
     if name in _DECOMPOSITION and not cls.reads_base:
         having.append(f"{cls.kind} with decompose=True")
-    elsewhere = f" {name!r} is an option of {', '.join(having)}." if having else near(name, known)
+    elsewhere = f" {name!r} is an option of {', '.join(having)}." if having else did_you_mean(name, known)
     extra = () if cls.reads_base else ("decompose",)
     raise OptionError(f"{cls.kind} has no option {name!r}; it has {', '.join((*known, *extra)) or 'none'}.{elsewhere}")

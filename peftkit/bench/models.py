@@ -22,7 +22,7 @@ from peftkit.bench.step import step
 from peftkit.bench.timing import Call, Spread, contest, peak_bytes, ratios
 from peftkit.errors import BenchError
 from peftkit.monitor import CSMonitor
-from peftkit.wrapping.layer import placed
+from peftkit.wrapping.layer import installed_adapters
 
 
 def merge(
@@ -180,7 +180,7 @@ def checkpoint(shapes: Sequence[LayerShape], case: str, kind: str, dtype: torch.
         seconds = contest({"copy": lambda: shutil.copyfile(base, copied), "ours": merging}, rounds=rounds, least=0)
         size = base.stat().st_size
         merged = load_file(out)["layer0.weight"].flatten(1).double()
-    first = next(placed(model))
+    first = next(installed_adapters(model))
     W = first.base.double()
     expected = W + 0.8 * copy.deepcopy(first.adapter).double().delta(W).dense().detach()
     wrong = _refused(((merged - expected).norm() / expected.norm()).item(), kind, case, dtype)

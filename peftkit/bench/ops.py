@@ -20,11 +20,11 @@ from peftkit.bench.rows import Row
 from peftkit.bench.step import TOLERANCE
 from peftkit.bench.timing import Call, Spread, contest, peak_bytes, ratios
 from peftkit.delta.addition import add_
-from peftkit.delta.base import Known
+from peftkit.delta.base import WeightCache
 from peftkit.errors import BenchError
 from peftkit.geometry import of
 from peftkit.kernels.blocks import Workspace
-from peftkit.wrapping.layer import placed
+from peftkit.wrapping.layer import installed_adapters
 
 OPERATIONS = ("dense", "add", "watch", "make")
 _PRODUCT = 768  # the side of the matrices whose product gives the speed of multiplication
@@ -44,7 +44,7 @@ def measure(
     torch.manual_seed(0)
     layer = shape.layer(dtype, device)
     models = {way: adapted(way, kind, layer).to(dtype) for way in ways(peers, kind)}
-    here = next(placed(models["ours"]))
+    here = next(installed_adapters(models["ours"]))
     with torch.no_grad():
         delta = here.adapter.delta(here.base)
         wrong = _error(here.adapter, here.base, delta.dense())
@@ -86,8 +86,8 @@ def _ours(operation: str, adapter: Any, layer: nn.Module, kind: str) -> Call:
         space = Workspace()
         return lambda: add_([adapter.delta(W)], weight, geometry, space=space)
     if operation == "watch":
-        known = Known()
-        return lambda: adapter.delta(W).alignment(W, known)
+        known = WeightCache()
+        return lambda: adapter.delta(W).inner_and_sqnorm(W, known)
     return lambda: registry.build(kind, geometry.shape, W, None, **KINDS[kind][0])
 
 

@@ -12,7 +12,7 @@ from peftkit.bench.peers import Host, adapted, ways
 from peftkit.bench.rows import Row
 from peftkit.bench.timing import Call, contest, ratios
 from peftkit.errors import BenchError
-from peftkit.wrapping.layer import hosts
+from peftkit.wrapping.layer import adapted_modules
 
 #: relative errors that only a mistake exceeds
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -69,8 +69,8 @@ def step(model: nn.Module, x: Tensor, g: Tensor) -> Call:
 def error(model: nn.Module, x: Tensor, g: Tensor) -> float:
     """The largest relative error of output and gradients, against W + ΔW as its definition says, in float64."""
     exact = copy.deepcopy(model).double()
-    for host in hosts(exact).values():
-        host.adaptation.route = "dense"
+    for host in adapted_modules(exact).values():
+        host.adapter_state.route = "dense"
     x64 = x.detach().double().requires_grad_()
     with torch.no_grad():
         outputs = [(model(x), exact(x64))]

@@ -47,7 +47,7 @@ def add_(
     if not deltas:
         return 0.0, 0.0, 0.0
     acc, space = accumulation_dtype(weight.dtype), space or Workspace()
-    deltas = [delta.widened() for delta in deltas]  # 16-bit factors are multiplied in 32: faster, and more is kept
+    deltas = [delta.upcast() for delta in deltas]  # 16-bit factors are multiplied in 32: faster, and more is kept
     bands = geometry.bands(weight)  # (bands, rows, channels, *kernel), a view
     rows, columns = geometry.shape.rows, geometry.shape.columns
     # A block holds whole units of every delta, so that none reads a row that was written before; where a unit alone is
@@ -57,7 +57,7 @@ def add_(
     width = columns if multiple * columns <= 4 * BLOCK else max(1, BLOCK // multiple)
     own = weight.untyped_storage().data_ptr()
     # One ΔW whose norm is known goes straight into rows that are not measured, unless they must be rounded afterwards
-    known = deltas[0].quick_sqnorm if len(deltas) == 1 and width == columns and not dry else None
+    known = deltas[0].cheap_sqnorm if len(deltas) == 1 and width == columns and not dry else None
     straight = known is not None and weight.dtype == acc
     in_place = straight and _rows(bands, slice(0, 1)).flatten(1).untyped_storage().data_ptr() == own
     # What rounding loses is looked at in a part of a long weight; what becomes infinite, everywhere
@@ -207,10 +207,10 @@ def refuse_overflow(site: str, names: Sequence[str], deltas: Sequence[Delta], we
     """Raise MergeError unless W + Σ ΔW is surely finite."""
     # The norm bounds every element and is the faster to read; it decides where it is finite and far from the limits
     norm = torch.linalg.vector_norm(weight, dtype=accumulation_dtype(weight.dtype))
-    if 2 * norm + sum(delta.largest(2 * norm) for delta in deltas) <= torch.finfo(weight.dtype).max:
+    if 2 * norm + sum(delta.max_abs_bound(2 * norm) for delta in deltas) <= torch.finfo(weight.dtype).max:
         return
     most = torch.stack(weight.aminmax()).abs().max()
-    bound = sum(float(delta.largest(most)) for delta in deltas)
+    bound = sum(float(delta.max_abs_bound(most)) for delta in deltas)
     if not math.isfinite(bound):
         raise MergeError(f"{site}: the ΔW of {', '.join(names)} is not finite; nothing was merged")
     if not float(most) + bound <= torch.finfo(weight.dtype).max:

@@ -18,14 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from peftkit.geometry import Geometry
 from peftkit.kernels import fused
 from peftkit.kernels.blocks import BLOCK, Workspace, accumulation_dtype, row_blocks, tiles
-from peftkit.kernels.cache import kept
+from peftkit.kernels.cache import cached_without_grad
 
 #: what touching one element of a fresh matrix costs, in floating point operations of a matrix product
 ELEMENT = 40
 _SMALL = 1 << 14  # elements that nobody minds: 64 KiB of fp32
 
 
-class Known:
+class WeightCache:
     """What follows from W, or from the constants of an adapter, alone: made once and kept for the next time."""
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ class Delta(ABC):
             self.rows_(slice(block.start + part.start, block.start + part.stop), out, space)
             here.add_(out)
 
-    def filled(self) -> Tensor:
+    def dense_blockwise(self) -> Tensor:
         """`dense` from its rows, block by block: nothing of its size is made beside it. For no gradients."""
         out, space = torch.empty(self.shape, dtype=self.dtype, device=self.device), Workspace()
         size = 4 * BLOCK // out.itemsize  # a block is of so many bytes
@@ -172,18 +172,18 @@ class Delta(ABC):
         """‖ΔW‖_F², a scalar."""
         return self.dense().square().sum()
 
-    @kept
-    def quick_sqnorm(self) -> Tensor | None:
+    @cached_without_grad
+    def cheap_sqnorm(self) -> Tensor | None:
         """‖ΔW‖_F², a scalar, where it takes far less than building ΔW; None elsewhere."""
         return None
 
-    def largest(self, most: Tensor) -> Tensor:
+    def max_abs_bound(self, most: Tensor) -> Tensor:
         """A number that no |ΔW_ij| exceeds, a scalar. most: the largest |W_ij| of the weight that ΔW is of."""
         del most
-        square = self.quick_sqnorm
+        square = self.cheap_sqnorm
         return (self.sqnorm() if square is None else square).clamp(min=0).sqrt()
 
-    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
         """<ΔW, W>_F and ‖ΔW‖_F², scalars. W (m, n): the weight that ΔW is of; known: what is kept of it."""
         del known
         inner, square = [], []
@@ -196,7 +196,7 @@ class Delta(ABC):
             square.append(torch.dot(tile, tile))
         return total(inner), total(square)
 
-    def widened(self) -> Delta:
+    def upcast(self) -> Delta:
         """The same ΔW with its factors in at least fp32. W itself, where it is one of them, stays as it is."""
         if self.dtype.itemsize >= 4:
             return self

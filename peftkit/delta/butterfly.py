@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta, Known
+from peftkit.delta.base import Delta, WeightCache
 from peftkit.geometry import Geometry
 
 
@@ -51,15 +51,15 @@ class Butterfly(Delta):
         return added if rows.stop - rows.start == self.shape[0] else added[rows]
 
     def sqnorm(self) -> Tensor:
-        return super().alignment(self.W, Known())[1]
+        return super().inner_and_sqnorm(self.W, WeightCache())[1]
 
-    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
         m, n = self.shape
         if 4 * m > n:
-            return super().alignment(W, known)
+            return super().inner_and_sqnorm(W, known)
         # W = L·Q with rows of Q orthonormal: (R − I)·L has the products and norms of (R − I)·W, on fewer columns
         L = known("L", lambda: torch.linalg.qr(W.mT.to(self.dtype), mode="r").R.mT.contiguous())
-        return super(Butterfly, replace(self, W=L)).alignment(L, known)
+        return super(Butterfly, replace(self, W=L)).inner_and_sqnorm(L, known)
 
     def _added(self, W: Tensor) -> Tensor:
         """λ·(s∘R·W − W), W (m, z)."""

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta, Known
+from peftkit.delta.base import Delta, WeightCache
 from peftkit.geometry import Geometry
 from peftkit.kernels import outputs
 from peftkit.kernels.blocks import Workspace, row_dots, row_sqnorms
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Scaled(Delta):
+class ChannelScale(Delta):
     """ΔW = e·W over rows, e (m,); or over columns, e (n,), equal on the positions of one input channel."""
 
     e: Tensor
@@ -40,7 +40,7 @@ class Scaled(Delta):
     def dense(self) -> Tensor:
         return self.rows(slice(0, self.shape[0]))
 
-    def scaled(self, strength: float | Tensor) -> Scaled:
+    def scaled(self, strength: float | Tensor) -> ChannelScale:
         return replace(self, e=self.e * strength)
 
     @property
@@ -72,10 +72,10 @@ class Scaled(Delta):
         squares = row_sqnorms(self.W.mT if self.columns else self.W)
         return (self.e.square() * squares.to(self.dtype)).sum()
 
-    def largest(self, most: Tensor) -> Tensor:
+    def max_abs_bound(self, most: Tensor) -> Tensor:
         return self.e.abs().max() * most
 
-    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
         squares = known(f"columns {self.columns}", lambda: row_sqnorms(W.mT if self.columns else W).to(self.dtype))
         return (self.e * squares).sum(), (self.e.square() * squares).sum()
 
@@ -85,7 +85,7 @@ class Scaled(Delta):
         return self.e * self._dots(M), self.e.square() * self._dots(self.W)
 
     def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
-        return Scaled(self.e, self.W.mT, not self.columns).moments(M.mT)
+        return ChannelScale(self.e, self.W.mT, not self.columns).moments(M.mT)
 
     def _dots(self, M: Tensor) -> Tensor:
         """<W_i, M_i> per row (or column), accumulated in the dtype of e."""

@@ -8,13 +8,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta, Known
+from peftkit.delta.base import Delta, WeightCache
 from peftkit.delta.hadamard import Hadamard
 from peftkit.delta.lowrank import LowRank
 from peftkit.geometry import Geometry
 from peftkit.kernels import outputs
 from peftkit.kernels.blocks import Workspace, row_blocks, row_dots
-from peftkit.kernels.cache import kept
+from peftkit.kernels.cache import cached_without_grad
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -55,7 +55,7 @@ class Decomposed(Delta):
         if torch.is_grad_enabled():
             scaled = self._along(self.f) * self.V.dense()
             return torch.addcmul(scaled, self.W.to(scaled.dtype), self._along(self.e))
-        return self.filled()
+        return self.dense_blockwise()
 
     def scaled(self, strength: float | Tensor) -> Decomposed:
         return replace(self, e=self.e * strength, f=self.f * strength)
@@ -94,7 +94,7 @@ class Decomposed(Delta):
         """Whether f can be put into the factors of V."""
         return not self.columns and isinstance(self.V, (LowRank, Hadamard))
 
-    @kept
+    @cached_without_grad
     def _scaled_inner(self) -> Delta:
         """diag(f)·V, where it is `_scalable`."""
         return cast("LowRank | Hadamard", self.V).rescaled(self.f)
@@ -145,20 +145,20 @@ class Decomposed(Delta):
         # ‖e·w + f·v‖² = e²w² + 2ef<w, v> + f²v², row by row
         return (self.e.square() * own + 2 * self.e * self.f * cross + self.f.square() * squares).sum()
 
-    @kept
-    def quick_sqnorm(self) -> Tensor | None:
+    @cached_without_grad
+    def cheap_sqnorm(self) -> Tensor | None:
         return None if self.known is None else self.sqnorm()
 
-    def largest(self, most: Tensor) -> Tensor:
-        return self.e.abs().max() * most + self.f.abs().max() * self.V.largest(most)
+    def max_abs_bound(self, most: Tensor) -> Tensor:
+        return self.e.abs().max() * most + self.f.abs().max() * self.V.max_abs_bound(most)
 
-    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
         del W, known
         own, cross, _ = self._moments()
         return (self.e * own + self.f * cross).sum(), self.sqnorm()
 
-    def widened(self) -> Delta:
-        wide = super().widened()  # and what was known in a narrow dtype is not known well enough
+    def upcast(self) -> Delta:
+        wide = super().upcast()  # and what was known in a narrow dtype is not known well enough
         return wide if wide is self else replace(cast(Decomposed, wide), known=None)
 
     def _moments(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta, Known
+from peftkit.delta.base import Delta, WeightCache
 from peftkit.kernels.blocks import Workspace
 
 
@@ -49,11 +49,11 @@ class Dense(Delta):
     def tile(self, rows: slice, columns: slice) -> Tensor:
         return self.M[rows, columns] * self.strength
 
-    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
         if self.strength == 1.0 and W.dtype == self.dtype:  # one pass over what is there
             flat = self.M.reshape(-1)
             return torch.dot(flat, W.reshape(-1)), torch.dot(flat, flat)
-        return super().alignment(W, known)
+        return super().inner_and_sqnorm(W, known)
 
     def dense_flops(self) -> int:
         return self.shape[0] * self.shape[1]

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Known
+from peftkit.delta.base import WeightCache
 from peftkit.delta.lowrank import LowRank
 from peftkit.geometry import Geometry
 from peftkit.kernels import fused
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Pivoted(LowRank):
+class DiagonalLowRank(LowRank):
     """ΔW = B·A with B = L·diag(δ) (m, r) and A = U (r, n), where L (m, r) and U stay and only δ (r,) is trained."""
 
     L: Tensor
@@ -27,7 +27,7 @@ class Pivoted(LowRank):
         change = self.change if self.change.dtype == h.dtype else self.change.to(h.dtype)
         return fused.add_pointwise_(out, h * g.per_channel(change), self.L, g.spatial)
 
-    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
         # c_k = l_kᵀ·W·u_k and G = (LᵀL) ⊙ (UUᵀ): <ΔW, W> = δᵀc and ‖ΔW‖² = δᵀGδ, whatever m and n are
         constant = LowRank(self.L, self.A)
         c = known("projections", lambda: (constant._projected(W) * self.L).sum(0))

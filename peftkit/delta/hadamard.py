@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import ELEMENT, Delta, Known
+from peftkit.delta.base import ELEMENT, Delta, WeightCache
 from peftkit.delta.lowrank import LowRank
 from peftkit.geometry import Geometry
 from peftkit.kernels import fused, operators
 from peftkit.kernels.blocks import BLOCK, Workspace
-from peftkit.kernels.cache import kept
+from peftkit.kernels.cache import cached_without_grad
 
 #: the highest rank at which a 4096² ΔW in bf16 is built faster as one product of rank r²: in 19 ms in place of 41 where
 #: the processor has matrix units, and as fast where it has none
@@ -50,12 +50,14 @@ class Hadamard(Delta):
         if torch.is_grad_enabled():
             return self.rows(slice(None))
         # One product of 16-bit numbers is less than a pass over two; fp16 is slow to multiply on a processor
-        return self.khatri_rao.dense() if self.dtype == torch.bfloat16 and self.rank <= _NARROW else self.filled()
+        if self.dtype == torch.bfloat16 and self.rank <= _NARROW:
+            return self.khatri_rao.dense()
+        return self.dense_blockwise()
 
     def scaled(self, strength: float | Tensor) -> Hadamard:
         return Hadamard(self.B1 * strength, self.A1, self.B2, self.A2)
 
-    @kept
+    @cached_without_grad
     def khatri_rao(self) -> LowRank:
         """The same ΔW as one product of rank r²: row i of B is B1_i ⊗ B2_i, column j of A is A1_j ⊗ A2_j."""
         return LowRank(fused.khatri_rao(self.B1, self.B2, 1), fused.khatri_rao(self.A1, self.A2, 0))
@@ -99,8 +101,8 @@ class Hadamard(Delta):
             return self.khatri_rao.sqnorm()
         return self.moments(self.A1.new_zeros(1, 1).expand(self.shape))[1].sum()
 
-    def largest(self, most: Tensor) -> Tensor:
-        return LowRank(self.B1, self.A1).largest(most) * LowRank(self.B2, self.A2).largest(most)
+    def max_abs_bound(self, most: Tensor) -> Tensor:
+        return LowRank(self.B1, self.A1).max_abs_bound(most) * LowRank(self.B2, self.A2).max_abs_bound(most)
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         if not self._on_gpu():
@@ -108,9 +110,9 @@ class Hadamard(Delta):
         inner, square = operators.moments(M, *self.tiled())
         return inner, square
 
-    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
         if not self._on_gpu():
-            return super().alignment(W, known)
+            return super().inner_and_sqnorm(W, known)
         inner, square = self.moments(W)
         return inner.sum(), square.sum()
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta, Known
+from peftkit.delta.base import Delta, WeightCache
 from peftkit.geometry import Geometry
 from peftkit.kernels import fused
 from peftkit.kernels.blocks import Workspace, row_blocks
-from peftkit.kernels.cache import kept
+from peftkit.kernels.cache import cached_without_grad
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -130,7 +130,7 @@ class Kron(Delta):
                 out[part].baddbmm_(row.expand(len(tile), 1, c), tile)
         return out[:, 0]
 
-    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
         del known
         D = self.D
         return (self._contracted(W) * D).sum(), self.C.square().sum() * D.square().sum()
@@ -138,11 +138,11 @@ class Kron(Delta):
     def sqnorm(self) -> Tensor:
         return self.C.square().sum() * self.D.square().sum()
 
-    @kept
-    def quick_sqnorm(self) -> Tensor:
+    @cached_without_grad
+    def cheap_sqnorm(self) -> Tensor:
         return self.sqnorm()
 
-    def largest(self, most: Tensor) -> Tensor:
+    def max_abs_bound(self, most: Tensor) -> Tensor:
         del most
         return self.C.abs().max() * self.D.abs().max()
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta, Known
+from peftkit.delta.base import Delta, WeightCache
 from peftkit.geometry import Geometry
 from peftkit.kernels import fused
 from peftkit.kernels.blocks import Workspace, row_blocks
-from peftkit.kernels.cache import kept
+from peftkit.kernels.cache import cached_without_grad
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -82,8 +82,8 @@ class LowRank(Delta):
     def sqnorm(self) -> Tensor:
         return ((self.B.mT @ self.B) * (self.A @ self.A.mT)).sum()
 
-    @kept
-    def quick_sqnorm(self) -> Tensor:
+    @cached_without_grad
+    def cheap_sqnorm(self) -> Tensor:
         # Ranks may cancel: the Gram matrices are small, and take float64 where there is any
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         return LowRank(self.B.to(wide), self.A.to(wide)).sqnorm()
@@ -94,9 +94,9 @@ class LowRank(Delta):
     def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         return LowRank(self.A.mT, self.B.mT).moments(M.mT)
 
-    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
         del known
-        return self.inner(W), self.quick_sqnorm
+        return self.inner(W), self.cheap_sqnorm
 
     def _projected(self, M: Tensor) -> Tensor:
         """M·Aᵀ (m, r), without a copy of M in another dtype. M (m, n)."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta, Known, total
+from peftkit.delta.base import Delta, WeightCache, total
 from peftkit.geometry import Geometry
 from peftkit.kernels import outputs
 from peftkit.kernels.blocks import Workspace, row_blocks
@@ -46,7 +46,7 @@ class Rotation(Delta):
         return self.K.shape[-1]
 
     def dense(self) -> Tensor:
-        return self.rows(slice(0, self.shape[0])) if torch.is_grad_enabled() else self.filled()
+        return self.rows(slice(0, self.shape[0])) if torch.is_grad_enabled() else self.dense_blockwise()
 
     def scaled(self, strength: float | Tensor) -> Rotation:
         return replace(self, K=self.K * strength)
@@ -103,12 +103,12 @@ class Rotation(Delta):
         blocks = (self.rows(block).reshape(-1) for block in row_blocks(*self.shape, self.row_multiple))
         return total([torch.dot(block, block) for block in blocks])
 
-    def largest(self, most: Tensor) -> Tensor:
+    def max_abs_bound(self, most: Tensor) -> Tensor:
         return self.K.abs().sum(-1).max() * most
 
-    def alignment(self, W: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
         if 4 * self.size > self.shape[1 if self.side == "out" else 0]:  # the Gram matrices would be no smaller than W
-            return super().alignment(W, known)
+            return super().inner_and_sqnorm(W, known)
         G = known(f"{self.side} {self.size}", lambda: self._grams(W))
         # <K·W, W> = <K, W·Wᵀ> and ‖K·W‖² = <K·W·Wᵀ, K>, block by block
         return (self.K * G).sum(), ((self.K @ G) * self.K).sum()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
-from peftkit.errors import FileError, OptionError, UnknownAdapterError, WrongBaseError, about
+from peftkit.errors import FileError, OptionError, UnknownAdapterError, WrongBaseError, error_context
 from peftkit.files.formats import native
 from peftkit.files.formats.patch import Patch
 from peftkit.geometry import Shape
@@ -61,7 +61,7 @@ def misfit(patch: Patch, shape: Shape, dtype: torch.dtype, *, portable: bool, wh
 def bind(patch: Patch, shape: Shape, weight: Tensor, where: str) -> Adapter:
     """The adapter a patch describes, on a weight it fits. weight: W (m, n)."""
     adapter = make(patch, shape, weight, where)
-    with about(where):
+    with error_context(where):
         fill(adapter, weight, patch.tensors)
     return adapter.eval()
 
@@ -196,8 +196,9 @@ def take_rows(patch: Patch, rows: Tensor, where: str) -> Patch:
         tensors |= {k: v[rows] for k, v in t.items() if not k.startswith("inner.")}
         return replace(patch, options=options, shape=shape, tensors=tensors)
     if patch.kind == "lokr":
-        adapter = bind(patch, patch.shape, stand_in(patch.shape), where)
-        return Patch("full", {}, shape, {"change": adapter.delta(stand_in(patch.shape)).dense().detach()[rows]})
+        base = placeholder_weight(patch.shape)
+        change = bind(patch, patch.shape, base, where).delta(base).dense().detach()
+        return Patch("full", {}, shape, {"change": change[rows]})
     raise FileError(
         f"{where}: {patch.kind} mixes the rows of its weight, which this model keeps in several layers; merge the file "
         "into the checkpoint it was made for, or export it as low rank against its base first"
@@ -211,6 +212,6 @@ def inner_of(patch: Patch) -> Patch:
     return replace(patch, kind=patch.options["inner"], options=options, tensors=tensors, convention=None)
 
 
-def stand_in(shape: Shape) -> Tensor:
+def placeholder_weight(shape: Shape) -> Tensor:
     """A weight (m, n) for adapters that never look at it: one zero, seen everywhere."""
     return torch.zeros(()).expand(shape.rows, shape.columns)

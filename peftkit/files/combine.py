@@ -14,13 +14,13 @@ from torch import nn
 
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
 from peftkit.delta.truncation import Keep
-from peftkit.errors import MismatchError, OptionError, about, near
+from peftkit.errors import MismatchError, OptionError, did_you_mean, error_context
 from peftkit.files.convert import Converted, ConvertReport, Source, alpha_of, cast, dense, relative, shown, truncated
-from peftkit.files.entries import Item, canonical_items, delta_of
+from peftkit.files.entries import AdapterEntry, canonical_items, delta_of
 from peftkit.files.export import forms
 from peftkit.files.export.write import write_deltas
 from peftkit.files.families import names
-from peftkit.files.formats.patch import Bundle
+from peftkit.files.formats.patch import AdapterFile
 from peftkit.files.read import Reading, read_all
 from peftkit.files.resolve import prefix_of
 from peftkit.geometry import Shape
@@ -58,7 +58,7 @@ def combine(
     """
     if method not in METHODS:
         raise OptionError(
-            f"method={method!r} was given, one of {', '.join(METHODS)} was expected.{near(method, METHODS)}"
+            f"method={method!r} was given, one of {', '.join(METHODS)} was expected.{did_you_mean(method, METHODS)}"
         )
     if not 0 < density <= 1:
         raise OptionError(f"density={density!r} was given, a number in (0, 1] was expected")
@@ -69,7 +69,7 @@ def combine(
         raise OptionError("method='svd' needs rank= or energy=")
     for weight in sources.values():
         require_strength(weight)
-    with about(out, *sources):
+    with error_context(out, *sources):
         bundles = list(zip(sources, read_all(list(sources), **reading), strict=True))
         files = list(zip(canonical_items(bundles, base, other_base), sources.values(), strict=True))
         found = _sums(files, method, keep, density, torch.Generator().manual_seed(seed))
@@ -81,7 +81,7 @@ class _Sum:
     """One module of the result. truth: the weighted sum; result: what is kept of it."""
 
     name: str  # canonical
-    item: Item  # of the first file that has it
+    item: AdapterEntry  # of the first file that has it
     kinds: str
     truth: Delta
     result: Delta
@@ -89,7 +89,7 @@ class _Sum:
 
 @torch.no_grad()
 def _sums(
-    files: Sequence[tuple[dict[str, Item], float]],
+    files: Sequence[tuple[dict[str, AdapterEntry], float]],
     method: str,
     keep: Keep | None,
     density: float,
@@ -110,7 +110,9 @@ def _sums(
 
 
 @torch.no_grad()
-def _written(sums: Iterable[_Sum], bundles: Sequence[Bundle], out: Path, dtype: torch.dtype | None) -> ConvertReport:
+def _written(
+    sums: Iterable[_Sum], bundles: Sequence[AdapterFile], out: Path, dtype: torch.dtype | None
+) -> ConvertReport:
     """Write the sums as the first file names its modules, and say what that is worth."""
     like = bundles[0]
     own_names = list(like.patches)

@@ -20,11 +20,11 @@ from peftkit.adapters.lokr import factorize
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
 from peftkit.delta.distance import distance
 from peftkit.delta.truncation import Keep, nearest, nearest_kronecker, truncate
-from peftkit.errors import ExportError, LossyError, OptionError, about, near
-from peftkit.files.entries import Item, delta_of, items_of_file
+from peftkit.errors import ExportError, LossyError, OptionError, did_you_mean, error_context
+from peftkit.files.entries import AdapterEntry, delta_of, items_of_file
 from peftkit.files.export import forms
 from peftkit.files.export.write import write_deltas
-from peftkit.files.formats.patch import Bundle
+from peftkit.files.formats.patch import AdapterFile
 from peftkit.files.read import Reading, read
 from peftkit.geometry import Shape
 
@@ -105,12 +105,13 @@ def convert(
     exact: raise LossyError, with the errors, rather than write a module that differs.
     """
     if kind not in KINDS:
-        raise OptionError(f"kind={kind!r} was given, one of {', '.join(KINDS)} was expected.{near(kind, KINDS)}")
+        hint = did_you_mean(kind, KINDS)
+        raise OptionError(f"kind={kind!r} was given, one of {', '.join(KINDS)} was expected.{hint}")
     keep = Keep(rank, energy, threshold) if (rank, energy, threshold) != (None, None, None) else None
     if keep is not None and kind in ("lokr", "full"):
         raise OptionError(f"{kind} has no ranks to keep: leave out rank, energy and threshold")
 
-    def change(item: Item) -> Delta:
+    def change(item: AdapterEntry) -> Delta:
         delta = delta_of(item)
         if kind == "full":
             return Dense(dense(delta))
@@ -168,7 +169,7 @@ def _loha(low: LowRank) -> Hadamard:
     return Hadamard(low.B, low.A, up, down)
 
 
-def _kronecker(item: Item, delta: Delta, factor: int) -> Kron:
+def _kronecker(item: AdapterEntry, delta: Delta, factor: int) -> Kron:
     outer = factorize(item.shape.rows, factor)[0], factorize(item.shape.channels, factor)[0]
     C, D, _ = nearest_kronecker(dense(delta), outer)
     return Kron(C, D)
@@ -192,7 +193,7 @@ def cast(delta: Delta, dtype: torch.dtype | None, alpha: float | None = None) ->
     return Dense(kept(delta.dense()))
 
 
-def alpha_of(like: Bundle, deltas: Sequence[Delta]) -> float | None:
+def alpha_of(like: AdapterFile, deltas: Sequence[Delta]) -> float | None:
     """The alpha that all low-rank modules of a file of this format share; None where they have none."""
     ranks = [delta.rank for delta in deltas if isinstance(delta, LowRank)]
     return float(Counter(ranks).most_common(1)[0][0]) if ranks and like.format == "kohya" else None
@@ -220,7 +221,7 @@ def shown(delta: Delta) -> str:
 def _rewrite(
     source: Source,
     out: str | os.PathLike[str],
-    change: Callable[[Item], Delta],
+    change: Callable[[AdapterEntry], Delta],
     base: nn.Module | str | os.PathLike[str] | None,
     other_base: bool,
     dtype: torch.dtype | None,
@@ -228,17 +229,17 @@ def _rewrite(
     reading: Reading,
 ) -> ConvertReport:
     """Write what `change` makes of every module of a file."""
-    with about(source, out):
+    with error_context(source, out):
         bundle = read(source, **reading)
         items = list(items_of_file(source, bundle, base, other_base))
         return _changed(bundle, Path(out), items, change, dtype, exact)
 
 
 def _changed(
-    like: Bundle,
+    like: AdapterFile,
     out: Path,
-    items: Sequence[Item],
-    change: Callable[[Item], Delta],
+    items: Sequence[AdapterEntry],
+    change: Callable[[AdapterEntry], Delta],
     dtype: torch.dtype | None,
     exact: bool,
 ) -> ConvertReport:

@@ -13,24 +13,32 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.delta import Delta
-from peftkit.errors import ExportError, MismatchError, about
+from peftkit.errors import ExportError, MismatchError, error_context
 from peftkit.files.base import Base, of_model, open_base
-from peftkit.files.bind import bind, is_of_its_base, misfit, needs_base, require_same_base, stand_in, take_rows
+from peftkit.files.bind import (
+    bind,
+    is_of_its_base,
+    misfit,
+    needs_base,
+    placeholder_weight,
+    require_same_base,
+    take_rows,
+)
 from peftkit.files.families import names
 from peftkit.files.families.names import Family
 from peftkit.files.formats import native
-from peftkit.files.formats.patch import Bundle, Patch
+from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.place import resolver_of, samples_of, shape_of, whole
 from peftkit.files.resolve import families_of, plain
 from peftkit.geometry import Shape
-from peftkit.wrapping.layer import one_name, placed
+from peftkit.wrapping.layer import installed_adapters, one_name
 
 #: in the canonical name of what covers several modules, and of what has its rows in the original network's order
 JOINED, SWAPPED = " + ", " (halves swapped)"
 
 
 @dataclass(frozen=True, eq=False)
-class Item:
+class AdapterEntry:
     """One adapter to write, by the name it has in its file or model.
 
     base: W (m, n), None where it is not at hand. path: of its module in the model, where that is known. transposed: a
@@ -49,10 +57,10 @@ class Item:
     flipped: bool = False
 
 
-def items_of_model(model: nn.Module, name: str | None) -> Iterator[Item]:
-    for at in placed(model, [one_name(model, name)]):
+def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]:
+    for at in installed_adapters(model, [one_name(model, name)]):
         geometry = at.slot.geometry
-        yield Item(
+        yield AdapterEntry(
             at.site,
             copy.deepcopy(at.adapter).eval(),
             geometry.shape,
@@ -65,12 +73,12 @@ def items_of_model(model: nn.Module, name: str | None) -> Iterator[Item]:
 
 def items_of_file(
     path: str | os.PathLike[str],
-    bundle: Bundle,
+    bundle: AdapterFile,
     base: nn.Module | str | os.PathLike[str] | None,
     other_base: bool = False,
     *,
     apart: bool = False,
-) -> Iterator[Item]:
+) -> Iterator[AdapterEntry]:
     """The adapters of a file. With a base, under its modules' names where these are whole modules.
 
     apart: where the file has one adapter for layers that the original network has fused, or their rows in its order,
@@ -80,7 +88,7 @@ def items_of_file(
         raise ExportError(
             f"{path} changes biases or norms ({next(iter(bundle.vectors))}, …), which go with a merge and nowhere else"
         )
-    with about(path):
+    with error_context(path):
         if base is not None:
             opened = of_model(base) if isinstance(base, nn.Module) else open_base(base)
             yield from _on_base(path, bundle, opened, other_base, apart)
@@ -88,7 +96,7 @@ def items_of_file(
             yield from _without_base(path, bundle, apart)
 
 
-def _without_base(path: object, bundle: Bundle, apart: bool) -> Iterator[Item]:
+def _without_base(path: object, bundle: AdapterFile, apart: bool) -> Iterator[AdapterEntry]:
     families = families_of(bundle)
     for name, patch in _patches(path, bundle, families if apart else ()):
         where = f"{path}: {name}"
@@ -97,14 +105,14 @@ def _without_base(path: object, bundle: Bundle, apart: bool) -> Iterator[Item]:
         found = misfit(patch, patch.shape, torch.float32, portable=bundle.portable, where=where)
         if found:
             raise ExportError(f"{where}: {found.first}")
-        adapter = bind(patch, patch.shape, stand_in(patch.shape), where)
+        adapter = bind(patch, patch.shape, placeholder_weight(patch.shape), where)
         if adapter.derived() and not bundle.portable:
             raise ExportError(
                 f"{where}: {patch.kind} is made of its base's factors, which are not in the file; give the base"
             )
         shape = _unflattened(name, patch, families)
         own = name if bundle.format in ("native", "peft") and name in bundle.patches else ""  # theirs are paths
-        yield Item(name, adapter, shape, None, own, patch.transposed, file=str(path), flipped=bundle.flipped)
+        yield AdapterEntry(name, adapter, shape, None, own, patch.transposed, file=str(path), flipped=bundle.flipped)
 
 
 def _unflattened(name: str, patch: Patch, families: Sequence[Family]) -> Shape:
@@ -118,7 +126,7 @@ def _unflattened(name: str, patch: Patch, families: Sequence[Family]) -> Shape:
     return Shape(shape.rows, inputs[0], tuple(inputs[1:])) if fits else shape
 
 
-def _patches(file: object, bundle: Bundle, families: Sequence[Family]) -> Iterator[tuple[str, Patch]]:
+def _patches(file: object, bundle: AdapterFile, families: Sequence[Family]) -> Iterator[tuple[str, Patch]]:
     """The patches of a file, those of several modules or of rows in another order as one for each module."""
     for name, patch in bundle.patches.items():
         modules = families[0].find(name) if families else ()
@@ -137,12 +145,12 @@ def _patches(file: object, bundle: Bundle, families: Sequence[Family]) -> Iterat
             yield module.name, take_rows(patch, rows, f"{file}: {name}")
 
 
-def _on_base(file: object, bundle: Bundle, base: Base, other_base: bool, apart: bool) -> Iterator[Item]:
+def _on_base(file: object, bundle: AdapterFile, base: Base, other_base: bool, apart: bool) -> Iterator[AdapterEntry]:
     resolver, families = resolver_of(base)
     families = families or families_of(bundle)
     distances: dict[str, float] = {}
     bound: list[str] = []
-    items: list[Item] = []
+    items: list[AdapterEntry] = []
     for name, patch in _patches(file, bundle, families if apart else ()):
         where = f"{file}: {name}"
         parts = resolver(name, families)
@@ -159,27 +167,27 @@ def _on_base(file: object, bundle: Bundle, base: Base, other_base: bool, apart: 
             bound += [name] if is_of_its_base(patch, shape) and not bundle.portable else []
         adapter = bind(patch, shape, W, where)
         flipped = bundle.flipped
-        items.append(Item(name, adapter, shape, W, path, patch.transposed, file=str(file), flipped=flipped))
+        items.append(AdapterEntry(name, adapter, shape, W, path, patch.transposed, file=str(file), flipped=flipped))
     kinds = {item.name: item.adapter.kind for item in items}
     require_same_base(file, str(base.path), distances, kinds, bound, other_base)
     yield from items
 
 
-def delta_of(item: Item) -> Delta:
+def delta_of(item: AdapterEntry) -> Delta:
     """ΔW of an adapter of a file, on its base where it reads one."""
     with torch.no_grad():
         if item.adapter.reads_base and item.base is None:
             raise ExportError(
                 f"{item.file}: {item.name}: the ΔW of {item.adapter.kind} depends on the base: give base="
             )
-        return item.adapter(stand_in(item.shape) if item.base is None else item.base, 1.0)
+        return item.adapter(placeholder_weight(item.shape) if item.base is None else item.base, 1.0)
 
 
-def _canonical(items: Sequence[Item]) -> dict[str, Item]:
+def _canonical(items: Sequence[AdapterEntry]) -> dict[str, AdapterEntry]:
     """Items under names that do not depend on who wrote the file: the modules that they are of."""
     shapes = {item.name: (item.shape.rows, item.shape.columns) for item in items}
     family = next(iter(names.guess(shapes)), None)
-    found: dict[str, Item] = {}
+    found: dict[str, AdapterEntry] = {}
     for item in items:
         modules = () if family is None else family.find(item.name)
         swapped = family is not None and family.swaps(item.name)
@@ -191,10 +199,10 @@ def _canonical(items: Sequence[Item]) -> dict[str, Item]:
 
 
 def canonical_items(
-    files: Sequence[tuple[str | os.PathLike[str], Bundle]],
+    files: Sequence[tuple[str | os.PathLike[str], AdapterFile]],
     base: nn.Module | str | os.PathLike[str] | None,
     other_base: bool,
-) -> list[dict[str, Item]]:
+) -> list[dict[str, AdapterEntry]]:
     """The items of several files under the same names; apart where one has fused what another has not."""
     found = [_canonical(list(items_of_file(path, bundle, base, other_base))) for path, bundle in files]
     if _alike(found):
@@ -202,7 +210,7 @@ def canonical_items(
     return [_canonical(list(items_of_file(path, bundle, base, other_base, apart=True))) for path, bundle in files]
 
 
-def _alike(files: Sequence[dict[str, Item]]) -> bool:
+def _alike(files: Sequence[dict[str, AdapterEntry]]) -> bool:
     """Whether canonical items of several files can stand side by side: no layer is fused, or turned, in one alone."""
     layers: dict[str, str] = {}
     for name in (name for items in files for name in items):

@@ -19,7 +19,7 @@ from peftkit.adapters.lokr import factorize
 from peftkit.delta import Delta, Dense, Kron
 from peftkit.delta.distance import distance
 from peftkit.delta.truncation import Keep, nearest, nearest_kronecker
-from peftkit.errors import MismatchError, OptionError, near
+from peftkit.errors import MismatchError, OptionError, did_you_mean
 from peftkit.files.base import Base, open_base
 from peftkit.files.bind import samples
 from peftkit.files.convert import cast
@@ -109,7 +109,8 @@ def extract(
     """
     kinds = ("lora", "lokr", "full")
     if kind not in kinds:
-        raise OptionError(f"kind={kind!r} was given, one of {', '.join(kinds)} was expected.{near(kind, kinds)}")
+        hint = did_you_mean(kind, kinds)
+        raise OptionError(f"kind={kind!r} was given, one of {', '.join(kinds)} was expected.{hint}")
     chosen = (rank, energy, threshold) != (None, None, None)
     if chosen != (kind == "lora"):
         raise OptionError(f"{kind} takes {'one of' if kind == 'lora' else 'none of'} rank, energy and threshold")

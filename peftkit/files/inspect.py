@@ -14,14 +14,14 @@ from rich.table import Table
 
 from peftkit.delta.distance import distance, norm
 from peftkit.errors import ExportError, PeftkitError
-from peftkit.files.bind import bind, described, misfit, needs_base, stand_in
+from peftkit.files.bind import bind, described, misfit, needs_base, placeholder_weight
 from peftkit.files.entries import canonical_items, delta_of
 from peftkit.files.export import programs
 from peftkit.files.export.names import require_readable
 from peftkit.files.export.programs import Target
 from peftkit.files.families import names
 from peftkit.files.families.names import Family
-from peftkit.files.formats.patch import Bundle, Patch
+from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.read import Reading, read, read_all
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def _inspected(name: str, patch: Patch, portable: bool) -> Inspected:
             return said(None, found.first)
         if shape != patch.shape or needs_base(patch, shape, portable):
             return said(None)
-        W = stand_in(shape)
+        W = placeholder_weight(shape)
         size = norm(bind(patch, shape, W, name)(W, 1.0))
     except PeftkitError as error:
         return said(None, str(error))
@@ -252,7 +252,7 @@ def _structure(patch: Patch) -> str:
     return patch.kind + tucker
 
 
-def _why_not(target: Target, bundle: Bundle, structures: set[str], family: Family | None) -> str:
+def _why_not(target: Target, bundle: AdapterFile, structures: set[str], family: Family | None) -> str:
     """Why a program does not read the file as it is, or ""."""
     if bundle.format == "native":
         return "it is this library's own format: export it"

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from peftkit.errors import MismatchError, OptionError, TiedWeightsError, about, near
+from peftkit.errors import MismatchError, OptionError, TiedWeightsError, did_you_mean, error_context
 from peftkit.files.bind import Misfit, bind, misfit, require_same_base, samples, take_rows
 from peftkit.files.families.names import Family
 from peftkit.files.formats import native
-from peftkit.files.formats.patch import Bundle, Patch
+from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.read import Reading, read
 from peftkit.files.resolve import HINTS, Part, Resolver, common, component_of, families_of
 from peftkit.wrapping.plan import refuse_taken, tied_with
@@ -81,7 +81,7 @@ def load(
     require_strength(strength)
     bundle = read(path, **reading)
     name = bundle.name if name is None else name
-    with about(path):
+    with error_context(path):
         fitting, distances, report = _compare(path, name, bundle, sites(model), component)
         if strict and not report.complete:
             raise MismatchError(f"{path} does not fit this model\n{report}")
@@ -111,7 +111,7 @@ def load(
 
 
 def _compare(
-    path: object, name: str, bundle: Bundle, ours: Mapping[str, Site], component: str | None
+    path: object, name: str, bundle: AdapterFile, ours: Mapping[str, Site], component: str | None
 ) -> tuple[list[tuple[Site, Patch]], dict[str, float], LoadReport]:
     """The weights whose patches fit whole, how far each is from the file's base, and the report on all of them."""
     loaded: list[str] = []
@@ -160,13 +160,13 @@ def _compare(
 
 
 def _resolve(
-    bundle: Bundle, ours: Mapping[str, Site], component: str | None
+    bundle: AdapterFile, ours: Mapping[str, Site], component: str | None
 ) -> tuple[dict[str, tuple[Part, ...]], tuple[Family, ...], dict[str, str]]:
     """Patch -> parts of the model, the families it may be of, and the hints for patches that have no part."""
     if bundle.format == "native":
         targets = {name: (Part(name),) for name in bundle.patches if name in ours}
         lost = [name for name in bundle.patches if name not in ours]
-        return targets, (), {name: near(name, ours) if i < HINTS else "" for i, name in enumerate(lost)}
+        return targets, (), {name: did_you_mean(name, ours) if i < HINTS else "" for i, name in enumerate(lost)}
     families = families_of(bundle)
 
     def place(canonical: str) -> Part | None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from peftkit._version import __version__
 from peftkit.delta import Delta, Dense
 from peftkit.delta.addition import MergedWeight, add_, overflows, refuse_inert, rounded_to
-from peftkit.errors import FileError, MergeError, OptionError, about
+from peftkit.errors import FileError, MergeError, OptionError, error_context
 from peftkit.files.base import Base
 from peftkit.files.bind import bind
 from peftkit.files.formats import container
@@ -87,7 +87,7 @@ def merge_checkpoint(
     for path in adapters:
         if os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):
             raise OptionError(f"{out} is one of the adapters, and would be replaced by the model: name another file")
-    with about(out, base, *adapters):
+    with error_context(out, base, *adapters):
         return _merge(plan, out, verify, progress or (lambda done, total: None))
 
 

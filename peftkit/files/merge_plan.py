@@ -16,11 +16,11 @@ from rich.table import Table
 
 from peftkit.adapters import registry
 from peftkit.delta.distance import distance
-from peftkit.errors import MismatchError, OptionError, about
+from peftkit.errors import MismatchError, OptionError, error_context
 from peftkit.files.base import Base, open_base
 from peftkit.files.bind import bind, is_of_its_base, misfit, require_same_base
 from peftkit.files.formats import container, native
-from peftkit.files.formats.patch import Bundle, Patch
+from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.place import (
     FLOATS,
     Span,
@@ -86,7 +86,7 @@ class MergePlan:
     base: Base
     patches: tuple[Planned, ...]
     vectors: tuple[PlannedVector, ...]
-    bundles: Mapping[str, Bundle]
+    bundles: Mapping[str, AdapterFile]
     origin: Base | None = None
     dtype: torch.dtype | None = None
 
@@ -156,7 +156,7 @@ def plan_merge(
         raise OptionError(f"{twice} is among the adapters twice: give it once, with the sum of its strengths")
     bundles = dict(zip(files, read_all(files, **reading), strict=True))
     planner = _Planner(opened, own, rebase, other_base)
-    with about(base, *adapters):
+    with error_context(base, *adapters):
         for path, strength in adapters.items():
             planner.add(str(path), bundles[str(path)], strength)
         planner.raise_problems()
@@ -178,7 +178,7 @@ class _Planner:
         self.misfits: list[str] = []
         self.bound: set[str] = set()  # patches whose file needs the very base they were trained on
 
-    def add(self, file: str, bundle: Bundle, strength: Strength) -> None:
+    def add(self, file: str, bundle: AdapterFile, strength: Strength) -> None:
         self.unresolved += [f"{file}: {key}: no adapter in the header has it" for key in bundle.unclaimed]
         targets = {name: self.resolver(name, self.families) for name in bundle.patches}
         lost = [name for name, parts in targets.items() if not parts]
@@ -214,7 +214,7 @@ class _Planner:
         self,
         file: str,
         name: str,
-        bundle: Bundle,
+        bundle: AdapterFile,
         parts: tuple[Part, ...],
         strength: float,
         distances: dict[str, float],
@@ -255,7 +255,7 @@ class _Planner:
                 difference = _difference(patch, parts, shape, self.base, self.origin, where)
         self.patches.append(Planned(file, name, patch.kind, parts, shape, strength, law, difference))
 
-    def _vector(self, file: str, key: str, bundle: Bundle, strength: Strength, used: set[str]) -> None:
+    def _vector(self, file: str, key: str, bundle: AdapterFile, strength: Strength, used: set[str]) -> None:
         module, _, what = key.rpartition(".")
         parts, vector, where = self.resolver(module, self.families), bundle.vectors[key], f"{file}: {key}"
         targets = [part.bias if what == "bias" else part.weight for part in parts]
@@ -274,7 +274,7 @@ class _Planner:
         if factor:
             self.vectors.append(PlannedVector(file, key, places, factor))
 
-    def _check_base(self, file: str, bundle: Bundle, distances: Mapping[str, float]) -> None:
+    def _check_base(self, file: str, bundle: AdapterFile, distances: Mapping[str, float]) -> None:
         kinds = {name: bundle.patches[name].kind for name in distances}
         trained_on = str((self.origin or self.base).path)
         require_same_base(file, trained_on, distances, kinds, self.bound, self.other_base)
@@ -293,7 +293,7 @@ class _Planner:
 
 
 def _strength(strength: Strength, called: Sequence[str], file: str, used: set[str]) -> float:
-    with about(file):
+    with error_context(file):
         if not isinstance(strength, Mapping):
             require_strength(strength)
             return float(strength)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
-from peftkit.errors import AmbiguousFileError, FileError, MismatchError, OptionError, about
+from peftkit.errors import AmbiguousFileError, FileError, MismatchError, OptionError, error_context
 from peftkit.files.formats import container, kohya, native, peft
 from peftkit.files.formats.kohya import Modules, Scale
-from peftkit.files.formats.patch import Bundle, Patch, Patches
+from peftkit.files.formats.patch import AdapterFile, Patch, Patches
 from peftkit.files.formats.pickles import unpickle
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def read(
     alpha_zero: str | None = None,
     ignore: str | Sequence[str] = (),
     allow_pickle: bool = False,
-) -> Bundle:
+) -> AdapterFile:
     """An adapter file of this library, kohya, LyCORIS, diffusers or a WebUI, or a folder of PEFT.
 
     Every tensor is accounted for, or MismatchError lists those that are not; `ignore`: patterns of keys to leave out.
@@ -51,7 +51,7 @@ def read(
     return bundle
 
 
-def read_all(paths: Sequence[str | os.PathLike[str]], **reading: Unpack[Reading]) -> list[Bundle]:
+def read_all(paths: Sequence[str | os.PathLike[str]], **reading: Unpack[Reading]) -> list[AdapterFile]:
     """Several files in one way. A pattern of `ignore` has to match in one of them."""
     given = reading.get("ignore", ())
     unmatched = set([given] if isinstance(given, str) else given)
@@ -72,7 +72,7 @@ def _read(
     alpha_zero: str | None = None,
     ignore: str | Sequence[str] = (),
     allow_pickle: bool = False,
-) -> tuple[Bundle, set[str]]:
+) -> tuple[AdapterFile, set[str]]:
     """A file, and the patterns of `ignore` that match nothing in it."""
     for option, value, known in (("dora_axis", dora_axis, ("out", "in")), ("alpha_zero", alpha_zero, ("off", "rank"))):
         if value not in (None, *known):
@@ -81,7 +81,7 @@ def _read(
     config = _peft_config(path)
     if os.path.isdir(path):
         path = _weights_in(path, allow_pickle)
-    with about(path):
+    with error_context(path):
         source = _Source(path, allow_pickle, [ignore] if isinstance(ignore, str) else list(ignore))
         if native.KEY in source.metadata:
             bundle = _native(source)
@@ -131,7 +131,7 @@ class _Source:
         return float(tensor.float().item())
 
 
-def _native(source: _Source) -> Bundle:
+def _native(source: _Source) -> AdapterFile:
     header = native.decode(source.metadata, source.path)
     owned = native.sorted_by_weight(source.keys, header.records)
 
@@ -149,7 +149,7 @@ def _native(source: _Source) -> Bundle:
             transposed=record.transposed,
         )
 
-    return Bundle(
+    return AdapterFile(
         "native",
         Patches(source.path, header.records, patch),
         header.name,
@@ -162,7 +162,7 @@ def _native(source: _Source) -> Bundle:
     )
 
 
-def _peft(source: _Source, config: Mapping[str, Any]) -> Bundle:
+def _peft(source: _Source, config: Mapping[str, Any]) -> AdapterFile:
     modules, unknown = peft.modules(source.keys)
     _refuse_unknown(source.path, unknown)
     scale = peft.scale_of(config)
@@ -172,10 +172,10 @@ def _peft(source: _Source, config: Mapping[str, Any]) -> Bundle:
 
     flipped = bool(config.get("fan_in_fan_out"))
     patches = Patches(source.path, modules, patch)
-    return Bundle("peft", patches, metadata=source.metadata, size=source.size, flipped=flipped)
+    return AdapterFile("peft", patches, metadata=source.metadata, size=source.size, flipped=flipped)
 
 
-def _foreign(source: _Source, dora_axis: str | None, alpha_zero: str | None) -> Bundle:
+def _foreign(source: _Source, dora_axis: str | None, alpha_zero: str | None) -> AdapterFile:
     modules, unknown = kohya.split(source.keys)
     _refuse_unknown(source.path, unknown)
     alphas = {module: source.number(roles["alpha"]) for module, roles in modules.items() if "alpha" in roles}
@@ -216,7 +216,7 @@ def _foreign(source: _Source, dora_axis: str | None, alpha_zero: str | None) -> 
     if lonely:
         raise FileError(f"{source.path}: {lonely[0]} has an alpha and nothing it is the alpha of")
     dotted = any("." in module for module in modules)
-    return Bundle(
+    return AdapterFile(
         "diffusers" if dotted else "kohya",
         Patches(source.path, matrices, patch),
         vectors=vectors,

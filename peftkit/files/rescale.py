@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peftkit.errors import ExportError, FileError, OptionError, about
+from peftkit.errors import ExportError, FileError, OptionError, error_context
 from peftkit.files.convert import Converted, ConvertReport, Source
 from peftkit.files.export.write import HASHES, require_safetensors
 from peftkit.files.formats import container, kohya, native, peft
@@ -24,7 +24,7 @@ def rescale(source: Source, factor: float | Mapping[str, float], out: str | os.P
     whose ΔW does not scale by a tensor of theirs (DoRA, OFT) raise ExportError: their strength is given where they are
     merged.
     """
-    with about(source, out):
+    with error_context(source, out):
         return _rescale(source, factor, Path(out))
 
 

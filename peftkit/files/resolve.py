@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from peftkit.errors import AmbiguousFileError, near
+from peftkit.errors import AmbiguousFileError, did_you_mean
 from peftkit.files.families import names
 from peftkit.files.families.names import Family
-from peftkit.files.formats.patch import Bundle
+from peftkit.files.formats.patch import AdapterFile
 
 #: what trainers put before a module's path, where the path itself tells the components apart
 _FILE_PREFIXES = (
@@ -89,7 +89,7 @@ class Resolver:
     def hint(self, name: str) -> str:
         """The paths that come near a name, for a message; "" after the first few, which are all that one shows."""
         self._hints -= 1
-        return near(name, self._dotted) if self._hints >= 0 else ""
+        return did_you_mean(name, self._dotted) if self._hints >= 0 else ""
 
     def _by_path(self, name: str) -> Part | None:
         for table in (self._dotted, self._underscored):
@@ -129,7 +129,7 @@ def prefix_of(name: str) -> str:
     return max((p for p in _FILE_PREFIXES if name.startswith(p)), key=len)
 
 
-def families_of(bundle: Bundle, among: Iterable[str] | None = None) -> tuple[Family, ...]:
+def families_of(bundle: AdapterFile, among: Iterable[str] | None = None) -> tuple[Family, ...]:
     """The families that have all these modules of a file, told apart by the shapes of its patches; best first."""
     shapes: dict[str, tuple[int, int] | None] = {}
     for name in bundle.patches if among is None else among:

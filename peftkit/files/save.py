@@ -17,8 +17,8 @@ from peftkit.adapters.base import require_dtype
 from peftkit.errors import FileError, OptionError
 from peftkit.files.bind import fill, samples, stored_keys
 from peftkit.files.formats import container, native
-from peftkit.files.formats.native import Header, Record
-from peftkit.wrapping.layer import Placed, one_name, placed
+from peftkit.files.formats.native import Header, WeightRecord
+from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.sites import dotted
 
 
@@ -48,7 +48,7 @@ def save(
         raise FileError(f"there is no folder {path.parent} to write {path.name} in")
     require_dtype(dtype)
     name = one_name(model, name)
-    own = {at.site: at for at in placed(model, [name])}
+    own = {at.site: at for at in installed_adapters(model, [name])}
     tensors: dict[str, Tensor] = {}
     for site, at in own.items():
         for key in stored_keys(at.adapter, portable):
@@ -59,7 +59,7 @@ def save(
     header = Header(
         name=name,
         records={
-            site: Record(
+            site: WeightRecord(
                 at.adapter.kind,
                 at.adapter.convention,
                 at.adapter.options,
@@ -99,7 +99,7 @@ def _prove_alive(
     temporary: Path,
     path: Path,
     tensors: Mapping[str, Tensor],
-    own: Mapping[str, Placed],
+    own: Mapping[str, InstalledAdapter],
     allow_zero: bool,
     portable: bool,
 ) -> None:

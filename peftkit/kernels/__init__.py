@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from peftkit.errors import OptionError, near
+from peftkit.errors import OptionError, did_you_mean
 
 CHOICES = ("auto", "torch", "triton")
 
@@ -39,7 +39,8 @@ def use(choice: str) -> Iterator[None]:
     """
     global _choice
     if choice not in CHOICES:
-        raise OptionError(f"kernels.use: got {choice!r}, expected one of {', '.join(CHOICES)}.{near(choice, CHOICES)}")
+        hint = did_you_mean(choice, CHOICES)
+        raise OptionError(f"kernels.use: got {choice!r}, expected one of {', '.join(CHOICES)}.{hint}")
     if choice == "triton" and (why := _missing()):
         raise OptionError(f"kernels.use('triton'): {why}. Use 'auto', which takes plain PyTorch here")
     before, _choice = _choice, choice

@@ -34,10 +34,10 @@ class Memo(Generic[T]):
         if not self._called:
             self._called = True
             return make()
-        kept = self._kept  # threads may call at once
-        if kept is None or kept[0] is not of or not _same(inputs, kept[1]):
-            self._kept = kept = of, tuple(t.detach().clone() for t in inputs), make()
-        return kept[2]
+        cached_without_grad = self._kept  # threads may call at once
+        if cached_without_grad is None or cached_without_grad[0] is not of or not _same(inputs, cached_without_grad[1]):
+            self._kept = cached_without_grad = of, tuple(t.detach().clone() for t in inputs), make()
+        return cached_without_grad[2]
 
     def __deepcopy__(self, memo: object) -> Memo[T]:
         return Memo()
@@ -46,7 +46,7 @@ class Memo(Generic[T]):
         return Memo, ()
 
 
-def kept(method: Callable[[Any], T]) -> T:
+def cached_without_grad(method: Callable[[Any], T]) -> T:
     """A property of an immutable object that is computed once where no gradients are asked for, else at every use."""
     name = f"_kept_{method.__name__}"
 
@@ -64,8 +64,8 @@ def _plain(tensor: Tensor) -> bool:
     return type(tensor) in _PLAIN and tensor.is_cpu
 
 
-def _same(inputs: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> bool:
-    for now, then in zip(inputs, kept, strict=True):
+def _same(inputs: tuple[Tensor, ...], before: tuple[Tensor, ...]) -> bool:
+    for now, then in zip(inputs, before, strict=True):
         if now.dtype != then.dtype or not torch.equal(now, then):
             return False
     return True

@@ -27,7 +27,7 @@ _failed: dict[str, str] = {}
 
 def change(structure: str, factors: Sequence[Tensor]) -> Delta:
     """The ΔW of that structure, with its factors in at least fp32."""
-    return getattr(import_module("peftkit.delta"), structure)(*factors).widened()
+    return getattr(import_module("peftkit.delta"), structure)(*factors).upcast()
 
 
 def _delta(base: Tensor | None, structure: str, factors: list[Tensor], scale: float, row: Tensor | None) -> Tensor:

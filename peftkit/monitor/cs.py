@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.delta import Delta
-from peftkit.delta.base import Known
+from peftkit.delta.base import WeightCache
 from peftkit.delta.distance import product
 from peftkit.errors import OptionError, UnknownAdapterError
 from peftkit.kernels.blocks import row_sqnorms
-from peftkit.monitor.sharding import alignment, local, sharded, whole
+from peftkit.monitor.sharding import inner_and_sqnorm, local, sharded, whole
 from peftkit.monitor.spectrum import Spectrum, spectra
-from peftkit.wrapping.layer import Placed, names_of, placed
+from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, names_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class CSMonitor:
         self.spectra, self.weighed = spectra, weighed
         self.steps = self.measurements = 0
         self.listeners: list[Callable[[Record], object]] = []
-        self._known: WeakKeyDictionary[Adapter, tuple[object, Known]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Adapter, tuple[object, WeightCache]] = WeakKeyDictionary()
         self._optimizer: torch.optim.Optimizer | None = None
         self._hook: Any = None
         if optimizer is not None:
@@ -180,7 +180,7 @@ class CSMonitor:
     def measure(self, lr: float | None = None) -> Record:
         """The model as it is now. lr: to be recorded; by default that of the optimizer."""
         everything = self._placed()
-        sites: dict[str, list[Placed]] = {}
+        sites: dict[str, list[InstalledAdapter]] = {}
         for where in everything:
             sites.setdefault(where.site, []).append(where)
         scalars: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]] = {}
@@ -211,8 +211,8 @@ class CSMonitor:
         alone = {name: self._record(values, lr, {}, sizes) for name, values in found.items()}
         return self._record(total, lr, gradients, sizes, alone)
 
-    def _placed(self) -> list[Placed]:
-        found = list(placed(self.model, None if self.name is None else (self.name,)))
+    def _placed(self) -> list[InstalledAdapter]:
+        found = list(installed_adapters(self.model, None if self.name is None else (self.name,)))
         if not found:
             names_of(self.model, self.name)  # raises, and says why
         return found
@@ -234,16 +234,16 @@ class CSMonitor:
             ratios[site] = 0.0 if size == 0 else norm / size
         return Record(self.steps, cosines, norms, ratios, lr, gradients, alone or {}, sizes=sizes)
 
-    def _measured(self, where: Placed) -> tuple[Delta, Tensor, Tensor, Tensor]:
+    def _measured(self, where: InstalledAdapter) -> tuple[Delta, Tensor, Tensor, Tensor]:
         """ΔW, <ΔW, W>, ‖ΔW‖² and ‖W‖², the last three as scalars that may still be on a device."""
         W, adapter = where.base, where.adapter
         known = self._known_of(where)
         if sharded(W):
-            return alignment(adapter, W, known)
-        delta = adapter.delta(W).widened()
-        return delta, *delta.alignment(W, known), known("‖W‖²", lambda: row_sqnorms(W).sum())
+            return inner_and_sqnorm(adapter, W, known)
+        delta = adapter.delta(W).upcast()
+        return delta, *delta.inner_and_sqnorm(W, known), known("‖W‖²", lambda: row_sqnorms(W).sum())
 
-    def _known_of(self, where: Placed) -> Known:
+    def _known_of(self, where: InstalledAdapter) -> WeightCache:
         """What was kept for the adapter, as long as the weight and the adapter's constants are the same.
 
         A weight that is trained keeps nothing: not every optimiser tells torch that it wrote.
@@ -252,17 +252,17 @@ class CSMonitor:
         adapter = where.adapter
         buffers = adapter.buffers() if adapter._modules else adapter._buffers.values()  # recursion is dear
         if weight.requires_grad:
-            return Known()
+            return WeightCache()
         constants = tuple((b.data_ptr(), b._version, b.dtype) for b in buffers if b is not None)
         key = (local(weight).data_ptr(), weight._version, weight.dtype, weight.device, constants)
         before, known = self._known.get(adapter, (None, None))
         if known is None or before != key:
-            known = Known()
+            known = WeightCache()
             self._known[adapter] = key, known
         return known
 
     @staticmethod
-    def _gradients(sites: Mapping[str, list[Placed]]) -> dict[str, float]:
+    def _gradients(sites: Mapping[str, list[InstalledAdapter]]) -> dict[str, float]:
         scalars = {}
         for site, here in sites.items():
             grads = [p.grad for where in here for p in where.adapter.parameters() if p.grad is not None]
@@ -291,7 +291,7 @@ def _outermost(optimizer: torch.optim.Optimizer) -> bool:
 
 
 @contextmanager
-def _evaluating(adapters: Iterable[Placed]) -> Iterator[None]:
+def _evaluating(adapters: Iterable[InstalledAdapter]) -> Iterator[None]:
     """ΔW without dropout."""
     held = (where.adapter for where in adapters)
     training = [module for own in held for module in (own.modules() if own._modules else [own]) if module.training]
@@ -319,7 +319,7 @@ def _numbers(
     return {key: found[key] for key in scalars}
 
 
-def _crossed(here: list[Placed], deltas: list[Delta]) -> float:
+def _crossed(here: list[InstalledAdapter], deltas: list[Delta]) -> float:
     """Σ over pairs of 2·λᵢ·λⱼ·<ΔWᵢ, ΔWⱼ>."""
     return sum(
         2 * here[i].strength * here[j].strength * product(deltas[i], deltas[j])

@@ -21,7 +21,7 @@ from peftkit.monitor.fluctuation import MODES, SecondValley, TurningPoint
 from peftkit.monitor.logs import RESERVED, Log, Row, log_to
 from peftkit.monitor.random_walk import chance
 from peftkit.monitor.sharding import local
-from peftkit.wrapping.layer import hosts
+from peftkit.wrapping.layer import adapted_modules
 
 
 class Criterion(Protocol):
@@ -158,7 +158,7 @@ class EarlyStopping:
             except OSError as error:
                 raise FileError(f"{self.folder}: no folder for snapshots can be made there: {error}") from error
         self.rows: list[Row] = []
-        self.snapshots: list[Snapshot] = []
+        self.backups: list[Snapshot] = []
         self._steps: list[int] = []  # of every measurement
         self.diverged = 0  # measurements that were not finite, which nothing is made of
         self.every = -(-self.window // 2)
@@ -221,7 +221,7 @@ class EarlyStopping:
 
         Without a turning point nothing is changed and None is returned.
         """
-        if any(host.adaptation.merged is not None for host in hosts(self.model).values()):
+        if any(host.adapter_state.merged is not None for host in adapted_modules(self.model).values()):
             raise MergeStateError("adapters are merged into the model: call peftkit.restore(model) before going back")
         found = self.criterion.found
         snapshot = None if found is None else self._nearest(found.measurement)
@@ -251,17 +251,17 @@ class EarlyStopping:
         if measurement % self.every == 0:
             trained = ((key, p) for key, p in self._parameters() if p.requires_grad)
             tensors = {key: local(p).detach().to("cpu", copy=True).contiguous() for key, p in trained}
-            self.snapshots.append(self._stored(measurement, step, tensors))
+            self.backups.append(self._stored(measurement, step, tensors))
         pending, ahead = self.criterion.wanted
         found = self.criterion.found
         wanted = [pending] if found is None else [found.measurement]
         kept = [s for w in wanted if w is not None and (s := self._nearest(w)) is not None]
         if found is None:
-            kept += [s for s in self.snapshots if s.measurement >= ahead - self.every / 2 and s not in kept]
-        for gone in self.snapshots:
+            kept += [s for s in self.backups if s.measurement >= ahead - self.every / 2 and s not in kept]
+        for gone in self.backups:
             if gone not in kept and gone.path is not None:
                 gone.path.unlink(missing_ok=True)
-        self.snapshots = sorted(kept, key=lambda s: s.measurement)
+        self.backups = sorted(kept, key=lambda s: s.measurement)
 
     def _stored(self, measurement: int, step: int, tensors: dict[str, Tensor]) -> Snapshot:
         """In memory, or in a file of the folder."""
@@ -272,7 +272,7 @@ class EarlyStopping:
         return Snapshot(measurement, step, None, path)
 
     def _nearest(self, measurement: int) -> Snapshot | None:
-        return min(self.snapshots, key=lambda s: abs(s.measurement - measurement), default=None)
+        return min(self.backups, key=lambda s: abs(s.measurement - measurement), default=None)
 
     # -- every measurement ----------------------------------------------------------------------------------------
 
@@ -314,7 +314,7 @@ class EarlyStopping:
             "diverged": self.diverged,
             "rows": [asdict(row) for row in self.rows],
             "snapshots": [  # whole, also those in files, which are gone when the run has gone on from here
-                {"measurement": s.measurement, "step": s.step, "tensors": s.read()} for s in self.snapshots
+                {"measurement": s.measurement, "step": s.step, "tensors": s.read()} for s in self.backups
             ],
         }
 
@@ -335,7 +335,7 @@ class EarlyStopping:
         self.criterion.load_state_dict(state["criterion"])
         self.rows = [Row(**row) for row in state["rows"]]
         self._steps = [row.step for row in self.rows if row.cs is not None]
-        self.snapshots = [self._stored(s["measurement"], s["step"], s["tensors"]) for s in state["snapshots"]]
+        self.backups = [self._stored(s["measurement"], s["step"], s["tensors"]) for s in state["snapshots"]]
         self.diverged = state["diverged"]
 
     def _settings(self) -> dict[str, Any]:

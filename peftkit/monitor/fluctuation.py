@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peftkit.errors import OptionError, near
+from peftkit.errors import OptionError, did_you_mean
 from peftkit.monitor.cs import Record
 
 NORMS = ("none", "lr", "slope")
@@ -36,7 +36,7 @@ class Fluctuation:
             raise OptionError(f"window={window!r} was given, a number of measurements from 2 was expected")
         if norm not in NORMS:
             raise OptionError(
-                f"norm={norm!r} was given, one of {', '.join(NORMS)} was expected.{near(str(norm), NORMS)}"
+                f"norm={norm!r} was given, one of {', '.join(NORMS)} was expected.{did_you_mean(str(norm), NORMS)}"
             )
         self.window, self.norm = window, norm
         self.count = 0
@@ -156,7 +156,7 @@ class SecondValley:
     ) -> None:
         if mode not in MODES:
             raise OptionError(
-                f"mode={mode!r} was given, one of {', '.join(MODES)} was expected.{near(str(mode), MODES)}"
+                f"mode={mode!r} was given, one of {', '.join(MODES)} was expected.{did_you_mean(str(mode), MODES)}"
             )
         robust = mode == "robust"
         number = isinstance(hysteresis, (int, float)) and not isinstance(hysteresis, bool)

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 
 from peftkit.monitor.early_stopping import EarlyStopping
 from peftkit.monitor.logs import RESERVED
-from peftkit.wrapping.layer import names_of, placed
+from peftkit.wrapping.layer import installed_adapters, names_of
 
 
 class CSCallback(pl.Callback):
@@ -25,7 +25,8 @@ class CSCallback(pl.Callback):
         self._state: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        own = {id(p) for where in placed(pl_module, names_of(pl_module)) for p in where.adapter.parameters()}
+        installed = installed_adapters(pl_module, names_of(pl_module))
+        own = {id(p) for where in installed for p in where.adapter.parameters()}
         holding = [o for o in trainer.optimizers if any(id(p) in own for g in o.param_groups for p in g["params"])]
         self.stopper = EarlyStopping(pl_module, optimizer=(holding or trainer.optimizers)[0], **self.options)
         state, self._state = self._state, None  # of the checkpoint of this run, not of one before it

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftkit.adapters.base import Adapter
 from peftkit.delta import Delta
-from peftkit.delta.base import Known
+from peftkit.delta.base import WeightCache
 from peftkit.kernels.blocks import row_blocks, row_sqnorms
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def local(tensor: Tensor) -> Tensor:
     return cast(Tensor, tensor.to_local()) if sharded(tensor) else tensor
 
 
-def alignment(adapter: Adapter, W: DTensor, known: Known) -> tuple[Delta, Tensor, Tensor, Tensor]:
+def inner_and_sqnorm(adapter: Adapter, W: DTensor, known: WeightCache) -> tuple[Delta, Tensor, Tensor, Tensor]:
     """ΔW, <ΔW, W>, ‖ΔW‖² and ‖W‖², the same on every process.
 
     The adapter, which is small, is gathered. Of W each process reads its own rows, and the sums are added up; only an
@@ -46,13 +46,13 @@ def alignment(adapter: Adapter, W: DTensor, known: Known) -> tuple[Delta, Tensor
     gathered = {name: whole(tensor) for name, tensor in parts.items()}
 
     def delta_of(weight: Tensor) -> Delta:
-        return cast(Delta, torch.func.functional_call(adapter, gathered, (weight, 1.0))).widened()
+        return cast(Delta, torch.func.functional_call(adapter, gathered, (weight, 1.0))).upcast()
 
     by_rows = sum(p == Shard(0) for p in W.placements) == 1 and all(p in (Shard(0), Replicate()) for p in W.placements)
     if adapter.reads_base or not by_rows:
         full = W.full_tensor()
         delta = delta_of(full)
-        return delta, *delta.alignment(full, known), known("‖W‖²", lambda: row_sqnorms(full).sum())
+        return delta, *delta.inner_and_sqnorm(full, known), known("‖W‖²", lambda: row_sqnorms(full).sum())
     own = cast(Tensor, W.to_local())
     delta = delta_of(own)
     base = known("‖W‖²", lambda: _summed(row_sqnorms(own).sum(), W))

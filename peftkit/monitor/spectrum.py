@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.delta import Delta, Hadamard, Kron, LowRank
-from peftkit.delta.base import Known
+from peftkit.delta.base import WeightCache
 from peftkit.errors import OptionError
 from peftkit.kernels.blocks import accumulation_dtype, tiles
 from peftkit.monitor.sharding import sharded
-from peftkit.wrapping.layer import Placed, names_of, placed
+from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, names_of
 
 _OVERSAMPLE = 16
 _ITERATIONS = 60  # of subspace iteration, at most
@@ -55,8 +55,8 @@ def spectra(
         raise OptionError(f"leading={leading!r} was given, a number of singular vectors from 0 was expected")
     if not 0 < threshold < 1:
         raise OptionError(f"threshold={threshold!r} was given, a cosine between 0 and 1 was expected")
-    sites: dict[str, list[Placed]] = {}
-    for where in placed(model, names_of(model, name)):
+    sites: dict[str, list[InstalledAdapter]] = {}
+    for where in installed_adapters(model, names_of(model, name)):
         if sharded(where.base):
             raise OptionError(f"{where.site}: its weight is divided among processes; gather the model for its spectra")
         sites.setdefault(where.site, []).append(where)
@@ -65,16 +65,17 @@ def spectra(
         return {site: _spectrum(here, leading, threshold) for site, here in sites.items()}
 
 
-def _spectrum(here: Sequence[Placed], leading: int, threshold: float) -> Spectrum:
+def _spectrum(here: Sequence[InstalledAdapter], leading: int, threshold: float) -> Spectrum:
     W = here[0].base
     deltas: list[Delta] = []
     for where in here:
         modes = [(module, module.training) for module in where.adapter.modules()]
         where.adapter.eval()
-        deltas.append(where.adapter.at(W, 1.0 if len(here) == 1 else where.strength).widened())
+        deltas.append(where.adapter.at(W, 1.0 if len(here) == 1 else where.strength).upcast())
         for module, mode in modes:
             module.training = mode
-    if not all(math.isfinite(float(delta.alignment(W, Known())[1])) for delta in deltas):  # the run has diverged
+    sqnorms = [float(delta.inner_and_sqnorm(W, WeightCache())[1]) for delta in deltas]
+    if not all(map(math.isfinite, sqnorms)):  # the run has diverged
         return Spectrum(math.nan, math.nan)
     values = singular_values(deltas)
     total = float(values.sum())

@@ -13,7 +13,7 @@ from torch import Tensor
 from peftkit.errors import MergeStateError
 
 
-class Snapshot(Protocol):
+class Backup(Protocol):
     """How to get one weight back."""
 
     def original(self, merged: Tensor) -> Tensor:
@@ -102,9 +102,9 @@ class Merged:
     """The adapters that are in a module's weights now, and what those weights were."""
 
     names: tuple[str, ...]
-    snapshots: dict[str, Snapshot]
+    backups: dict[str, Backup]
     checksums: dict[str, int]
 
     def original(self, slot_name: str, merged: Tensor) -> Tensor:
         """The slot's weight before the merge. merged: the slot's weight now."""
-        return self.snapshots[slot_name].original(merged) if slot_name in self.snapshots else merged
+        return self.backups[slot_name].original(merged) if slot_name in self.backups else merged

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.errors import PeftkitError
-from peftkit.wrapping.layer import names_of, placed
+from peftkit.wrapping.layer import installed_adapters, names_of
 
 
 class CheckError(PeftkitError, RuntimeError):
@@ -46,7 +46,7 @@ def check(
     default the sum of squares of all its floating point tensors. Gradients, buffers and random state are put back.
     """
     names = names_of(model, name)
-    watched = [(f"{at.site}[{at.name}]", at.adapter) for at in placed(model, names)]
+    watched = [(f"{at.site}[{at.name}]", at.adapter) for at in installed_adapters(model, names)]
     ran: set[int] = set()
     hooks = [a.register_forward_hook(lambda module, *_: ran.add(id(module))) for _, a in watched]
     gradients = {p: p.grad for p in model.parameters()}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.delta import Delta
-from peftkit.errors import MergeStateError, UnknownAdapterError, near
+from peftkit.errors import MergeStateError, UnknownAdapterError, did_you_mean
 from peftkit.geometry import Geometry
 from peftkit.kernels.fused import eager
 from peftkit.wrapping.backup import Merged
@@ -29,7 +29,7 @@ _CALLS = 64
 
 
 @dataclass(eq=False)
-class Adaptation:
+class AdapterState:
     """What an adapted module knows besides its parameters: plain data, copied and pickled with the module."""
 
     slots: dict[str, Slot]
@@ -73,7 +73,7 @@ class Adapted(nn.Module):
     """Mixed into the class of an adapted module. `adapters.<name>` is an Adapter, or one per projection."""
 
     adapters: nn.ModuleDict
-    adaptation: Adaptation
+    adapter_state: AdapterState
 
     def weight_of(self, slot: Slot) -> Tensor:
         """The slot's own part of its parameter, merged or not: a view that writes through."""
@@ -81,7 +81,7 @@ class Adapted(nn.Module):
 
     def base_of(self, slot_name: str) -> Tensor:
         """The slot's weight without what is merged into it, as a matrix (m, n)."""
-        slot, merged = self.adaptation.slots[slot_name], self.adaptation.merged
+        slot, merged = self.adapter_state.slots[slot_name], self.adapter_state.merged
         weight = self.weight_of(slot)
         return slot.geometry.matrix(weight if merged is None else merged.original(slot_name, weight))
 
@@ -94,7 +94,7 @@ class Adapted(nn.Module):
 
     def deltas(self, slot_name: str) -> list[Delta]:
         """λ·ΔW of every acting adapter on one weight."""
-        state = self.adaptation
+        state = self.adapter_state
         strengths = state.strengths if torch.compiler.is_compiling() else state.numbers
         acting: list[tuple[Adapter, float | Tensor]] = []
         reads_base = False
@@ -109,15 +109,15 @@ class Adapted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = super().__reduce_ex__(max(2, protocol))
-        return _new, (base_class(self), self.adaptation.reads), *state
+        return _new, (base_class(self), self.adapter_state.reads), *state
 
 
-class AdaptedCall(Adapted):
+class AdaptedLayer(Adapted):
     """An adapted layer that is called: its output with every acting adapter's."""
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """input: whatever the layer takes."""
-        state = self.adaptation
+        state = self.adapter_state
         if not state.acting:
             return super().forward(input, *args, **kwargs)
         g = state.slots[""].geometry
@@ -160,7 +160,7 @@ class AdaptedCall(Adapted):
         return 0.0 if adapter is None else adapter.input_dropout
 
     def _route(self, deltas: Sequence[Delta], drops: Sequence[float], g: Geometry, x: Tensor, narrow: bool) -> str:
-        state = self.adaptation
+        state = self.adapter_state
         dropping = any(drops)
         if state.merged is not None and any(delta.reads_output for delta in deltas):
             # The layer's output is that of the merged weight, and these need the base's
@@ -184,14 +184,14 @@ class AdaptedCall(Adapted):
         return state.chosen[call]
 
 
-class AdaptedRead(Adapted):
+class AdaptedParameters(Adapted):
     """An adapted module whose weights are read, not called: reading one gives W + ΔW."""
 
     def effective(self, parameter_name: str) -> Tensor:
         """The parameter with every acting adapter's ΔW, in the parameter's dtype and shape."""
         parameter = cast(Tensor, self._parameters[parameter_name])
-        slots = {n: s for n, s in self.adaptation.slots.items() if s.parameter == parameter_name}
-        if not self.adaptation.acting:
+        slots = {n: s for n, s in self.adapter_state.slots.items() if s.parameter == parameter_name}
+        if not self.adapter_state.acting:
             return parameter
         parts = []
         for slot_name, slot in slots.items():
@@ -204,9 +204,9 @@ class AdaptedRead(Adapted):
 def adapted_class(base: type[nn.Module], reads: tuple[str, ...] = ()) -> type[Adapted]:
     """The subclass of `base` whose instances are adapted; `reads` names parameters to adapt where they are read."""
     if not reads:
-        return type(f"Adapted{base.__name__}", (AdaptedCall, base), {"__module__": __name__})
+        return type(f"Adapted{base.__name__}", (AdaptedLayer, base), {"__module__": __name__})
     properties = {name: property(lambda self, name=name: self.effective(name)) for name in reads}
-    return type(f"Adapted{base.__name__}", (AdaptedRead, base), {**properties, "__module__": __name__})
+    return type(f"Adapted{base.__name__}", (AdaptedParameters, base), {**properties, "__module__": __name__})
 
 
 def base_class(module: Adapted) -> type[nn.Module]:
@@ -224,7 +224,7 @@ def _new(base: type[nn.Module], reads: tuple[str, ...]) -> Adapted:
 
 
 @dataclass(frozen=True, eq=False)
-class Placed:
+class InstalledAdapter:
     """An adapter where it is."""
 
     site: str
@@ -235,12 +235,12 @@ class Placed:
 
     @property
     def slot(self) -> Slot:
-        return self.host.adaptation.slots[self.slot_name]
+        return self.host.adapter_state.slots[self.slot_name]
 
     @property
     def strength(self) -> float:
         """λ, whether or not the adapter acts now."""
-        return self.host.adaptation.strengths[self.name].item()
+        return self.host.adapter_state.strengths[self.name].item()
 
     @property
     def base(self) -> Tensor:
@@ -248,30 +248,30 @@ class Placed:
         return self.host.base_of(self.slot_name).detach()
 
 
-def hosts(model: nn.Module) -> dict[str, Adapted]:
+def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
     """Every adapted module of the model, by its name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
 
 
-def placed(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[Placed]:
+def installed_adapters(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[InstalledAdapter]:
     """The adapters of these names, or all, weight by weight."""
-    for host_name, host in hosts(model).items():
-        for slot_name in host.adaptation.slots:
+    for host_name, host in adapted_modules(model).items():
+        for slot_name in host.adapter_state.slots:
             for name in host.adapters:
                 adapter = host.adapter(name, slot_name)
                 if adapter is not None and (names is None or name in names):
-                    yield Placed(dotted(host_name, slot_name), name, adapter, host, slot_name)
+                    yield InstalledAdapter(dotted(host_name, slot_name), name, adapter, host, slot_name)
 
 
 def names_of(model: nn.Module, name: str | None = None) -> tuple[str, ...]:
     """The adapters on the model: all, or just `name` after making sure it is there."""
-    known = list(dict.fromkeys(own for host in hosts(model).values() for own in host.adapters))
+    known = list(dict.fromkeys(own for host in adapted_modules(model).values() for own in host.adapters))
     if not known:
         raise UnknownAdapterError("there is no adapter on this model: call wrap or load first")
     if name is None:
         return tuple(known)
     if name not in known:
-        hint = near(name, known) if isinstance(name, str) else ""
+        hint = did_you_mean(name, known) if isinstance(name, str) else ""
         raise UnknownAdapterError(f"no adapter on this model is called {name!r}; there is {', '.join(known)}.{hint}")
     return (name,)
 

@@ -18,8 +18,8 @@ from peftkit.delta.addition import MergedWeight, add_, refuse_inert, refuse_over
 from peftkit.errors import MergeError, MergeStateError, OptionError
 from peftkit.geometry import Geometry
 from peftkit.kernels.blocks import Workspace
-from peftkit.wrapping.backup import BACKUPS, Copy, Merged, Snapshot, checksum
-from peftkit.wrapping.layer import Adapted, hosts, names_of
+from peftkit.wrapping.backup import BACKUPS, Backup, Copy, Merged, checksum
+from peftkit.wrapping.layer import Adapted, adapted_modules, names_of
 from peftkit.wrapping.sites import dotted
 from peftkit.wrapping.wrap import unwrap
 
@@ -77,7 +77,8 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup:
     for name in wanted:
         names_of(model, name)
     affected = {
-        host_name: (host, tuple(n for n in host.adapters if n in wanted)) for host_name, host in hosts(model).items()
+        host_name: (host, tuple(n for n in host.adapters if n in wanted))
+        for host_name, host in adapted_modules(model).items()
     }
     affected = {name: (host, own) for name, (host, own) in affected.items() if own}
     for host_name, (host, own) in affected.items():
@@ -100,11 +101,11 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup:
 
 def restore(model: nn.Module) -> tuple[str, ...]:
     """Give merged weights back bit for bit and let their adapters act again; returns the modules restored."""
-    merged = {name: host for name, host in hosts(model).items() if host.adaptation.merged is not None}
+    merged = {name: host for name, host in adapted_modules(model).items() if host.adapter_state.merged is not None}
     if not merged:
         raise MergeStateError("nothing is merged into this model: restore follows merge")
     for name, host in merged.items():
-        state = host.adaptation
+        state = host.adapter_state
         assert state.merged is not None
         for slot_name, was in state.merged.checksums.items():
             if checksum(host.weight_of(state.slots[slot_name])) != was:
@@ -118,7 +119,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
 
 
 def _check_state(host_name: str, host: Adapted, own: tuple[str, ...]) -> None:
-    state = host.adaptation
+    state = host.adapter_state
     where = host_name or "the model"
     if state.merged is not None:
         raise MergeStateError(f"{', '.join(state.merged.names)} is merged into {where} already: restore(model) first")
@@ -137,10 +138,10 @@ def _check_state(host_name: str, host: Adapted, own: tuple[str, ...]) -> None:
 def _merge_host(
     host_name: str, host: Adapted, own: tuple[str, ...], mode: str, done: list[Adapted], space: Workspace
 ) -> Iterator[MergedWeight]:
-    state = host.adaptation
+    state = host.adapter_state
     jobs = {slot_name: _deltas(host, slot_name, own) for slot_name in state.slots}
-    snapshots: dict[str, Snapshot] = {}
-    merged = state.merged = Merged(own, snapshots, {})
+    backups: dict[str, Backup] = {}
+    merged = state.merged = Merged(own, backups, {})
     done.append(host)
     results = []
     for slot_name, (names, deltas) in jobs.items():
@@ -150,13 +151,13 @@ def _merge_host(
         site = dotted(host_name, slot_name) or "the model"
         weight = host.weight_of(slot).detach()
         before = weight.clone()
-        snapshots[slot_name] = Copy(before)  # until the merge of this weight is complete
+        backups[slot_name] = Copy(before)  # until the merge of this weight is complete
         norm, change, lost = add_(deltas, weight, slot.geometry, space=space)
         if not math.isfinite(norm):
             raise MergeError(f"{site}: the ΔW of {', '.join(names)} is not finite; nothing was merged")
         if not math.isfinite(change):
             raise MergeError(f"{site}: W + ΔW overflows {weight.dtype}, or was not finite before; nothing was merged")
-        snapshots[slot_name] = BACKUPS[mode].of(before, weight)
+        backups[slot_name] = BACKUPS[mode].of(before, weight)
         merged.checksums[slot_name] = checksum(weight)
         results.append(MergedWeight(site, names, norm, change, lost))
     state.refresh()
@@ -170,7 +171,7 @@ def _bake(model: nn.Module, affected: Mapping[str, tuple[Adapted, tuple[str, ...
     jobs: list[tuple[str, tuple[str, ...], list[Delta], Tensor, Geometry]] = []
     inert, weights, space = [], [], Workspace()
     for host_name, (host, own) in affected.items():
-        for slot_name, slot in host.adaptation.slots.items():
+        for slot_name, slot in host.adapter_state.slots.items():
             names, deltas = _deltas(host, slot_name, own)
             if not names:
                 continue
@@ -189,7 +190,7 @@ def _bake(model: nn.Module, affected: Mapping[str, tuple[Adapted, tuple[str, ...
 def _deltas(host: Adapted, slot_name: str, own: Sequence[str]) -> tuple[tuple[str, ...], list[Delta]]:
     """The adapters among `own` on one weight, and λ·ΔW of those with a strength, as in eval mode."""
     present = {name: a for name in own if (a := host.adapter(name, slot_name)) is not None}
-    W, strengths = host.base_of(slot_name).detach(), host.adaptation.strengths
+    W, strengths = host.base_of(slot_name).detach(), host.adapter_state.strengths
     training = [a for a in present.values() if a.training]
     try:
         for adapter in training:
@@ -202,9 +203,9 @@ def _deltas(host: Adapted, slot_name: str, own: Sequence[str]) -> tuple[tuple[st
 
 @torch.no_grad()
 def _restore_host(host: Adapted) -> None:
-    state = host.adaptation
+    state = host.adapter_state
     assert state.merged is not None
-    for slot_name, snapshot in state.merged.snapshots.items():
+    for slot_name, snapshot in state.merged.backups.items():
         weight = host.weight_of(state.slots[slot_name])
         weight.copy_(snapshot.original(weight))
     state.merged = None

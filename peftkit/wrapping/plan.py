@@ -17,7 +17,14 @@ from torch import nn
 
 from peftkit.adapters import registry
 from peftkit.adapters.base import require_dtype
-from peftkit.errors import DuplicateNameError, OptionError, TargetError, TiedWeightsError, UnsupportedLayerError, near
+from peftkit.errors import (
+    DuplicateNameError,
+    OptionError,
+    TargetError,
+    TiedWeightsError,
+    UnsupportedLayerError,
+    did_you_mean,
+)
 from peftkit.kernels.blocks import accumulation_dtype
 from peftkit.wrapping.routes import choose
 from peftkit.wrapping.sites import Site, dotted, sites, why_not
@@ -292,7 +299,7 @@ class _Finder:
         if any(tail == pattern for tail in tails.values()):
             return f" Layers of that last name are matched by '*.{pattern}'."
         classes = {c.__name__ for m in self.modules.values() for c in _own_classes(m)}
-        hint = near(pattern, [*self.modules, *self.sites, *classes, *PRESETS, *tails.values()])
+        hint = did_you_mean(pattern, [*self.modules, *self.sites, *classes, *PRESETS, *tails.values()])
         return hint or f" Its layers are named like {', '.join(map(repr, list(self.sites)[:3]))}."
 
 
@@ -351,8 +358,8 @@ def refuse_taken(targeted: Sequence[Site], name: str) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in dir(nn.ModuleDict()):
         raise OptionError(f"name={name!r} was given; a name is letters, digits, '_' and '-', and not a method's")
     for site in targeted:
-        own = [a for a in ("adapters", "adaptation") if hasattr(site.module, a)]
-        if own and "adaptation" not in site.module.__dict__:
+        own = [a for a in ("adapters", "adapter_state") if hasattr(site.module, a)]
+        if own and "adapter_state" not in site.module.__dict__:
             raise UnsupportedLayerError(
                 f"{site.label} has an attribute {own[0]!r} of its own, which wrapping would hide"
             )

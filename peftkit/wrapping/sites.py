@@ -65,7 +65,7 @@ def sites(model: nn.Module) -> dict[str, Site]:
     for name, module in model.named_modules():
         for slot_name, slot in slots(module).items():
             full = dotted(name, slot_name)
-            state = module.__dict__.get("adaptation")  # an adapted module stays as it was adapted first
+            state = module.__dict__.get("adapter_state")  # an adapted module stays as it was adapted first
             if state is not None:
                 by_other = bool(state.reads)
             else:

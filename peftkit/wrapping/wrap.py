@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
 from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError
-from peftkit.wrapping.layer import Adaptation, Adapted, adapted_class, base_class, hosts, names_of, one_name, placed
+from peftkit.wrapping.layer import (
+    Adapted,
+    AdapterState,
+    adapted_class,
+    adapted_modules,
+    base_class,
+    installed_adapters,
+    names_of,
+    one_name,
+)
 from peftkit.wrapping.plan import Plan, Rule, plan
 from peftkit.wrapping.routes import ROUTES
 from peftkit.wrapping.sites import Site, dotted, slots
@@ -24,15 +33,15 @@ _TRAINABLE = "_peftkit_trainable"
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """The trainable parameters of all adapters, or of one: what an optimiser takes."""
-    found = (p for at in placed(model, names_of(model, name)) for p in at.adapter.parameters() if p.requires_grad)
-    return list(dict.fromkeys(found))
+    installed = installed_adapters(model, names_of(model, name))
+    return list(dict.fromkeys(p for at in installed for p in at.adapter.parameters() if p.requires_grad))
 
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """{weight.parameter: tensor} of one adapter; `name` may be left out where there is only one."""
     return {
         dotted(at.site, key): tensor
-        for at in placed(model, [one_name(model, name)])
+        for at in installed_adapters(model, [one_name(model, name)])
         for key, tensor in at.adapter.state_dict().items()
     }
 
@@ -84,7 +93,7 @@ def install(
         raise OptionError(f"{dropping[0]}: dropout acts on the factored route only, and route='dense' was given")
     if _TRAINABLE not in model.__dict__:
         nested = [p for module in model.modules() for p in module.__dict__.pop(_TRAINABLE, ())]
-        own = {id(p) for host in hosts(model).values() for p in host.adapters.parameters()}
+        own = {id(p) for host in adapted_modules(model).values() for p in host.adapters.parameters()}
         trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
         model.__dict__[_TRAINABLE] = [*nested, *trainable]
         for parameter in trainable:
@@ -101,7 +110,7 @@ def check_install(sites: Sequence[Site], strength: float, route: str) -> None:
     if torch.is_inference_mode_enabled():
         raise OptionError("adapters made inside torch.inference_mode() cannot train: wrap or load outside it")
     for site in sites:
-        if isinstance(site.module, Adapted) and site.module.adaptation.merged is not None:
+        if isinstance(site.module, Adapted) and site.module.adapter_state.merged is not None:
             raise MergeStateError(f"{site.label} has merged adapters in its weight: restore before adding one")
 
 
@@ -114,9 +123,9 @@ def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str
         module.__class__ = adapted_class(base, reads)
         assert isinstance(module, Adapted)
         module.adapters = nn.ModuleDict()
-        module.adaptation = Adaptation(own, reads)
+        module.adapter_state = AdapterState(own, reads)
     host = module
-    state = host.adaptation
+    state = host.adapter_state
     state.route = route
     if untie and site.slot.parameter not in state.tied:
         shared = cast(nn.Parameter, host._parameters[site.slot.parameter])
@@ -140,13 +149,13 @@ def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     merged weights as they are instead of raising, which bakes the adapters in.
     """
     names = names_of(model, name)
-    affected = {n: host for n, host in hosts(model).items() if set(names) & set(host.adapters)}
+    affected = {n: host for n, host in adapted_modules(model).items() if set(names) & set(host.adapters)}
     for host_name, host in affected.items():
         _check_removal(host_name or "the model", host, names, keep_merged)
-    if keep_merged and not any(host.adaptation.merged for host in affected.values()):
+    if keep_merged and not any(host.adapter_state.merged for host in affected.values()):
         raise MergeStateError("keep_merged=True was given, but nothing is merged: merge(model) first")
     for host in affected.values():
-        state = host.adaptation
+        state = host.adapter_state
         for own in [own for own in names if own in host.adapters]:
             del host.adapters[own], state.strengths[own]
             state.hidden.pop(own, None)
@@ -156,7 +165,7 @@ def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
         state.refresh()
         if not len(host.adapters):
             _detach(host, baked)
-    if not hosts(model):
+    if not adapted_modules(model):
         for module in model.modules():
             for parameter in module.__dict__.pop(_TRAINABLE, ()):
                 parameter.requires_grad_(True)
@@ -164,13 +173,13 @@ def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
 
 
 def _check_removal(where: str, host: Adapted, names: Sequence[str], keep_merged: bool) -> None:
-    expected = adapted_class(base_class(host), host.adaptation.reads)
+    expected = adapted_class(base_class(host), host.adapter_state.reads)
     if type(host) is not expected:
         raise UnsupportedLayerError(
             f"{where} was made a {type(host).__name__} after it was wrapped (by FSDP, parametrize or the like): "
             "undo that before unwrapping it"
         )
-    merged = host.adaptation.merged
+    merged = host.adapter_state.merged
     if merged is None or not set(merged.names) & set(names):
         return
     if not keep_merged:
@@ -185,10 +194,10 @@ def _check_removal(where: str, host: Adapted, names: Sequence[str], keep_merged:
 
 
 def _detach(host: Adapted, baked: bool) -> None:
-    state = host.adaptation
+    state = host.adapter_state
     if not baked:  # a merged copy stays untied: the shared weight never had the adapter in it
         host._parameters.update(state.tied)
-    del host.adapters, host.adaptation
+    del host.adapters, host.adapter_state
     cast(nn.Module, host).__class__ = base_class(host)
 
 
@@ -206,17 +215,17 @@ def set_strength(model: nn.Module, strength: float, name: str | None = None) -> 
     """λ of one adapter, or of all: the layer's weight is W + λ·ΔW. Any finite number; 0 is the base itself."""
     require_strength(strength)
     names = names_of(model, name)
-    for host_name, host in hosts(model).items():
-        merged = host.adaptation.merged
+    for host_name, host in adapted_modules(model).items():
+        merged = host.adapter_state.merged
         stuck = [own for own in names if merged is not None and own in merged.names]
         if stuck:
             where = host_name or "the model"
             raise MergeStateError(f"{stuck[0]} is merged into {where}: restore before changing its strength")
-    for host in hosts(model).values():
+    for host in adapted_modules(model).values():
         for own in names:
-            if own in host.adaptation.strengths:
-                host.adaptation.strengths[own].fill_(strength)
-        host.adaptation.refresh()
+            if own in host.adapter_state.strengths:
+                host.adapter_state.strengths[own].fill_(strength)
+        host.adapter_state.refresh()
 
 
 @contextmanager
@@ -238,7 +247,8 @@ def enabled(model: nn.Module, *names: str) -> Iterator[None]:
 
 @contextmanager
 def _hidden(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    affected = [(host.adaptation, own) for host in hosts(model).values() for own in names if own in host.adapters]
+    hosts = adapted_modules(model).values()
+    affected = [(host.adapter_state, own) for host in hosts for own in names if own in host.adapters]
     for state, own in affected:
         if state.merged is not None and own in state.merged.names:
             raise MergeStateError(f"{own} is merged into the weights: restore before disabling it")
@@ -260,5 +270,5 @@ def project_(model: nn.Module, name: str | None = None) -> None:
 
     optimizer.register_step_post_hook(lambda *_: peftkit.project_(model))
     """
-    for at in placed(model, names_of(model, name)):
+    for at in installed_adapters(model, names_of(model, name)):
         at.adapter.project_()

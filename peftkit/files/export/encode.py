@@ -16,9 +16,17 @@ from peftkit.adapters.lokr import factorize
 from peftkit.adapters.oft import OFT
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
 from peftkit.errors import ExportError
-from peftkit.files.bind import stand_in
+from peftkit.files.bind import placeholder_weight
 from peftkit.files.export import forms
-from peftkit.files.export.forms import Additive, BaseProduct, Decomposition, Form, Gate, Stages, Turn
+from peftkit.files.export.forms import (
+    Additive,
+    BaseProduct,
+    ButterflyForm,
+    ChannelScaleForm,
+    Decomposition,
+    Form,
+    RotationForm,
+)
 from peftkit.files.export.programs import Target
 from peftkit.geometry import Shape
 
@@ -31,7 +39,7 @@ _STRUCTURES: tuple[tuple[type[Delta], str], ...] = (
 
 
 @dataclass(frozen=True)
-class Spelled:
+class Encoding:
     """What is written for one weight. how: "exact", "low rank" (another structure, the same ΔW on any base), "baked".
 
     structure: the name of what is written, form its numbers. note: what a user should know.
@@ -53,21 +61,21 @@ def form_of(adapter: Adapter, shape: Shape) -> Form:
     """The adapter's structure without its base, in fp32."""
     with torch.no_grad():
         if isinstance(adapter, DoRA):
-            inner = adapter.inner.delta(stand_in(shape))
+            inner = adapter.inner.delta(placeholder_weight(shape))
             return Decomposition(inner, adapter.magnitude.detach(), "in" if adapter.columns else "out")
         if isinstance(adapter, OFT):
             rescale = None if adapter.rescale is None else adapter.rescale.detach()
-            return Turn(adapter.generator(), rescale, adapter.side, adapter.terms)
+            return RotationForm(adapter.generator(), rescale, adapter.side, adapter.terms)
         if isinstance(adapter, BOFT):
-            return Stages(adapter.generator(), None if adapter.rescale is None else adapter.rescale.detach())
+            return ButterflyForm(adapter.generator(), None if adapter.rescale is None else adapter.rescale.detach())
         if isinstance(adapter, IA3):
-            return Gate(adapter.gate.detach(), "in" if adapter.columns else "out")
+            return ChannelScaleForm(adapter.gate.detach(), "in" if adapter.columns else "out")
         if isinstance(adapter, GLoRA):
             up, base_up = adapter.up.detach() * adapter.scale, adapter.base_up.detach() * adapter.scale
             return BaseProduct(base_up, adapter.base_down.detach(), up, adapter.down.detach())
         if adapter.reads_base:
             raise ExportError(f"{adapter.kind} reads its base, and no file has a name for it: bake it with bake=True")
-        return Additive(adapter.delta(stand_in(shape)))
+        return Additive(adapter.delta(placeholder_weight(shape)))
 
 
 def structure_of(delta: Delta) -> str:
@@ -75,7 +83,7 @@ def structure_of(delta: Delta) -> str:
     return next((name for cls, name in _STRUCTURES if isinstance(delta, cls)), "")
 
 
-def spell(adapter: Adapter, target: Target, shape: Shape, base: Tensor | None, *, bake: bool = False) -> Spelled:
+def encode(adapter: Adapter, target: Target, shape: Shape, base: Tensor | None, *, bake: bool = False) -> Encoding:
     """How a target is told of an adapter. base: W (m, n), None if it is not at hand. bake: write ΔW itself.
 
     Raises ExportError where there is no way, with the reason.
@@ -88,31 +96,31 @@ def spell(adapter: Adapter, target: Target, shape: Shape, base: Tensor | None, *
         structure, reason = _native(form, target, shape)
         if structure:
             law = f"{target.title}'s strength is not linear for {structure}" if structure in target.nonlinear else ""
-            return Spelled("exact", structure, form, law)
+            return Encoding("exact", structure, form, law)
     if base is None:
         raise ExportError(f"{reason or f'{adapter.kind} is to be baked'}; give the base to bake ΔW into the file")
     with torch.no_grad():
         delta = adapter.eval()(base, 1.0)
         exact_rank = isinstance(delta, LowRank) and delta.rank < min(shape.rows, shape.columns)
         baked = _additive(delta if exact_rank else Dense(delta.dense()), target, shape)
-    return Spelled("baked", baked.structure, baked.form, f"{reason or 'as asked'}: holds for this base only")
+    return Encoding("baked", baked.structure, baked.form, f"{reason or 'as asked'}: holds for this base only")
 
 
-def _additive(delta: Delta, target: Target, shape: Shape, kind: str = "") -> Spelled:
+def _additive(delta: Delta, target: Target, shape: Shape, kind: str = "") -> Encoding:
     structure = structure_of(delta)
     if structure in target.reads and not target.refusal(structure, shape) and _constructible(delta, target, shape):
-        return Spelled("exact" if structure == kind else "low rank", structure, Additive(delta))
+        return Encoding("exact" if structure == kind else "low rank", structure, Additive(delta))
     dense_size = shape.rows * shape.columns
     with torch.no_grad():
         low = forms.low_rank(delta) if structure else forms.of_matrix(delta.dense())
     fits = "lora" in target.reads and not target.refusal("lora", shape)
     if target.dense and (not fits or low.rank * sum(delta.shape) >= dense_size):
-        return Spelled("low rank", "full", Additive(Dense(delta.dense())))
+        return Encoding("low rank", "full", Additive(Dense(delta.dense())))
     if not fits:
         raise ExportError(
             target.refusal("lora", shape) or f"{target.title} has no structure for {structure or delta!r}"
         )
-    return Spelled("low rank", "lora", Additive(low))
+    return Encoding("low rank", "lora", Additive(low))
 
 
 def _native(form: Form, target: Target, shape: Shape) -> tuple[str, str]:
@@ -124,7 +132,7 @@ def _native(form: Form, target: Target, shape: Shape) -> tuple[str, str]:
             return "dora", ""
         per = "output" if form.axis == "out" else "input channel"
         return "", why or f"{target.title} has no magnitudes per {per} around {inner or 'this adapter'}"
-    if isinstance(form, Turn):
+    if isinstance(form, RotationForm):
         structure = "oft in" if form.side == "in" else "oft" if form.rescale is None else "oft rescaled"
         if structure not in target.reads:
             return "", f"{target.title} has no OFT that rotates the {form.side} side this way"
@@ -137,11 +145,11 @@ def _native(form: Form, target: Target, shape: Shape) -> tuple[str, str]:
         if target.name == "lycoris" and structure.startswith("oft") and form.Q.shape[1] > form.Q.shape[0]:
             return "", "LyCORIS cannot reload blocks larger than their number"
         return structure, ""
-    if isinstance(form, Stages):
+    if isinstance(form, ButterflyForm):
         if float(torch.linalg.vector_norm(form.Q)) >= forms.UNBOUNDED:
             return "", "its rotation is larger than the bound that has to be written"
         return ("boft", "") if "boft" in target.reads else ("", f"{target.title} has no BOFT of outputs")
-    if isinstance(form, Gate):
+    if isinstance(form, ChannelScaleForm):
         why = "ia3" not in target.reads and f"{target.title} has no (IA)³"
         if form.side == "out":
             why = why or target.refusal("ia3", shape)

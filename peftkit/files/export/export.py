@@ -20,16 +20,16 @@ from torch import nn
 from peftkit.adapters.base import require_dtype
 from peftkit.delta import Delta, Dense, LowRank
 from peftkit.delta.distance import distance
-from peftkit.errors import ExportError, FileError, OptionError, about
-from peftkit.files.bind import bind, stand_in
-from peftkit.files.entries import Item, items_of_file, items_of_model
+from peftkit.errors import ExportError, FileError, OptionError, error_context
+from peftkit.files.bind import bind, placeholder_weight
+from peftkit.files.entries import AdapterEntry, items_of_file, items_of_model
 from peftkit.files.export import forms, metadata, programs
-from peftkit.files.export.encode import Spelled, spell
+from peftkit.files.export.encode import Encoding, encode
 from peftkit.files.export.forms import Additive
 from peftkit.files.export.names import family_of, named_modules
 from peftkit.files.export.programs import Target
-from peftkit.files.export.write import Piece, peft_type, shared_alpha, tensors_of, write_peft
-from peftkit.files.families.names import Family, Module
+from peftkit.files.export.write import ModuleTensors, peft_type, shared_alpha, tensors_of, write_peft
+from peftkit.files.families.names import Family, ModuleSpec
 from peftkit.files.formats import container, peft
 from peftkit.files.formats.patch import Patch
 from peftkit.files.read import Reading, read
@@ -64,10 +64,10 @@ class Job:
     parts: of a layer that is fused in the file, each item or None, its rows, and whether their halves are swapped.
     """
 
-    piece: Piece
+    piece: ModuleTensors
     kind: str
-    members: list[tuple[Module | None, Item]]
-    parts: tuple[tuple[Item | None, int, bool], ...] = ()
+    members: list[tuple[ModuleSpec | None, AdapterEntry]]
+    parts: tuple[tuple[AdapterEntry | None, int, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,14 +135,14 @@ def export(
         raise OptionError(f"{path}: {goal.title} reads *.safetensors, {path.suffix or 'no suffix'!r} was given")
     if isinstance(source, nn.Module):
         return _export(list(items_of_model(source, name)), path, goal, family, component, dtype, bake, title, training)
-    with about(source):
+    with error_context(source):
         apart = goal.transformer_style != "kohya"  # the style that keeps the layers of the original network
         items = list(items_of_file(source, read(source, **reading), base, other_base, apart=apart))
         return _export(items, path, goal, family, component, dtype, bake, title, training)
 
 
 def _export(
-    items: Sequence[Item],
+    items: Sequence[AdapterEntry],
     path: Path,
     goal: Target,
     family: str | None,
@@ -202,7 +202,7 @@ def _export_peft(path: Path, jobs: Sequence[Job], dtype: torch.dtype | None) -> 
 
 
 def _job(
-    module: str, members: list[tuple[Module | None, Item]], goal: Target, family: Family | None, bake: bool
+    module: str, members: list[tuple[ModuleSpec | None, AdapterEntry]], goal: Target, family: Family | None, bake: bool
 ) -> Job:
     kinds = "+".join(sorted({item.adapter.kind for _, item in members}))
     if goal.name == "diffusers" and module.startswith("text_encoder"):
@@ -210,15 +210,15 @@ def _job(
     try:
         (only, item), *others = members
         if not others and (only is None or not _fused(only, item, goal, family)):
-            spelled = spell(item.adapter, goal, item.shape, item.base, bake=bake)
-            return Job(Piece(module, spelled, item.shape), kinds, members)
+            spelled = encode(item.adapter, goal, item.shape, item.base, bake=bake)
+            return Job(ModuleTensors(module, spelled, item.shape), kinds, members)
         assert family is not None
         return _fuse(module, kinds, members, goal, family, bake)
     except ExportError as error:
         raise ExportError(f"{members[0][1].name}: {error}") from None
 
 
-def _fused(module: Module, item: Item, goal: Target, family: Family | None) -> bool:
+def _fused(module: ModuleSpec, item: AdapterEntry, goal: Target, family: Family | None) -> bool:
     """Whether the file's name means the original network's layer, whose rows are others or in another order."""
     if family is None or "transformer" not in family.components or goal.transformer_style != "kohya":
         return False
@@ -227,13 +227,18 @@ def _fused(module: Module, item: Item, goal: Target, family: Family | None) -> b
 
 
 def _fuse(
-    module: str, kinds: str, members: list[tuple[Module | None, Item]], goal: Target, family: Family, bake: bool
+    module: str,
+    kinds: str,
+    members: list[tuple[ModuleSpec | None, AdapterEntry]],
+    goal: Target,
+    family: Family,
+    bake: bool,
 ) -> Job:
     """The parts of a fused layer as one low-rank ΔW, block by block: rank Σ r, and zero rows for parts without one."""
     by_name = {m.name: item for m, item in members if m is not None}
     columns = members[0][1].shape.columns
     blocks: list[tuple[LowRank | None, int, bool]] = []
-    parts: list[tuple[Item | None, int, bool]] = []
+    parts: list[tuple[AdapterEntry | None, int, bool]] = []
     hows: set[str] = set()
     for part in family.find(module):
         item = by_name.get(part.name)
@@ -243,14 +248,14 @@ def _fuse(
         if item is None:
             blocks.append((None, rows, turned))
             continue
-        own = spell(item.adapter, goal, item.shape, item.base, bake=bake)
+        own = encode(item.adapter, goal, item.shape, item.base, bake=bake)
         assert isinstance(own.form, Additive)
         blocks.append((forms.low_rank(own.form.delta), rows, turned))
         hows.add(own.how if own.structure == "lora" else "low rank")
     delta = forms.side_by_side(blocks, columns)
     how = next(h for h in ("baked", "low rank", "exact") if h in hows)
     shape = Shape(sum(rows for _, rows, _ in parts), columns)
-    return Job(Piece(module, Spelled(how, "lora", Additive(delta)), shape), kinds, members, tuple(parts))
+    return Job(ModuleTensors(module, Encoding(how, "lora", Additive(delta)), shape), kinds, members, tuple(parts))
 
 
 # -- proof -------------------------------------------------------------------------------------------------------------
@@ -294,7 +299,7 @@ def _sizes(written: Path) -> dict[str, int]:
 def _error(patch: Patch, job: Job) -> tuple[float | None, float | None]:
     """‖ΔW read back − ΔW‖/‖ΔW‖, and ‖ΔW‖; None where that takes a base that is not at hand."""
     bases = [item.base for _, item in job.members]
-    W = stand_in(job.piece.shape)
+    W = placeholder_weight(job.piece.shape)
     if any(item.adapter.reads_base for _, item in job.members) and not job.parts:
         if bases[0] is None:
             return None, None
@@ -312,7 +317,7 @@ def _fused_truth(job: Job) -> Delta:
         if item is None:
             blocks.append(torch.zeros(rows, job.piece.shape.columns))
             continue
-        W = stand_in(item.shape) if item.base is None else item.base
+        W = placeholder_weight(item.shape) if item.base is None else item.base
         block = item.adapter(W, 1.0).dense()
         blocks.append(block.roll(rows // 2, 0) if swapped else block)
     return Dense(torch.cat(blocks))

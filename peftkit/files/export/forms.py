@@ -32,7 +32,7 @@ class Decomposition:
 
 
 @dataclass(frozen=True)
-class Turn:
+class RotationForm:
     """OFT: skew blocks Q (k, b, b), a factor per rotated coordinate or None, and what is rotated: "out" or "in".
 
     terms: of the series that stands for the Cayley transform, None for the transform itself.
@@ -45,7 +45,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Stages:
+class ButterflyForm:
     """BOFT: skew blocks Q (t, k, b, b) of every stage, and a factor per output or None."""
 
     Q: Tensor
@@ -53,7 +53,7 @@ class Stages:
 
 
 @dataclass(frozen=True)
-class Gate:
+class ChannelScaleForm:
     """(IA)³: w, with ΔW = w·W over rows ("out") or input channels ("in")."""
 
     gate: Tensor
@@ -70,7 +70,7 @@ class BaseProduct:
     b2: Tensor
 
 
-Form = Additive | Decomposition | Turn | Stages | Gate | BaseProduct
+Form = Additive | Decomposition | RotationForm | ButterflyForm | ChannelScaleForm | BaseProduct
 
 
 def side_by_side(blocks: Sequence[tuple[LowRank | None, int, bool]], columns: int) -> LowRank:
@@ -154,7 +154,7 @@ def diff(delta: Dense, shape: Shape) -> dict[str, Tensor]:
     return {"diff": delta.dense().reshape(shape.rows, shape.channels, *shape.kernel)}
 
 
-def oft(turn: Turn, shape: Shape) -> dict[str, Tensor]:
+def oft(turn: RotationForm, shape: Shape) -> dict[str, Tensor]:
     """Blocks A with Q = Aᵀ − A, because kohya and LyCORIS apply Rᵀ."""
     tensors = {"oft_blocks": -turn.Q.triu(1), "alpha": torch.tensor(UNBOUNDED)}
     if turn.rescale is not None:
@@ -162,7 +162,7 @@ def oft(turn: Turn, shape: Shape) -> dict[str, Tensor]:
     return tensors
 
 
-def boft(stages: Stages, shape: Shape) -> dict[str, Tensor]:
+def boft(stages: ButterflyForm, shape: Shape) -> dict[str, Tensor]:
     """Blocks A with Q = A − Aᵀ. LyCORIS reads all stages there can be: those that are missing turn nothing."""
     blocks = stages.Q.triu(1)
     missing = blocks.shape[1].bit_length() - len(blocks)
@@ -173,7 +173,7 @@ def boft(stages: Stages, shape: Shape) -> dict[str, Tensor]:
     return tensors
 
 
-def ia3(gate: Gate, shape: Shape) -> dict[str, Tensor]:
+def ia3(gate: ChannelScaleForm, shape: Shape) -> dict[str, Tensor]:
     on_input = gate.side == "in"
     vector = gate.gate.reshape(1, -1, *(1,) * len(shape.kernel)) if shape.kernel else gate.gate
     return {"weight": vector, "on_input": torch.tensor(int(on_input))}

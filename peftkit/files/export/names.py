@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peftkit.errors import ExportError, OptionError
-from peftkit.files.entries import Item
+from peftkit.files.entries import AdapterEntry
 from peftkit.files.export.programs import Target
 from peftkit.files.families import names
-from peftkit.files.families.names import Family, Module
+from peftkit.files.families.names import Family, ModuleSpec
 
 #: what programs put before the path of a module, whatever the model
 _SPELLED = ("lycoris_", "lora_unet_", "lora_transformer_", "base_model.model.", "diffusion_model.")
 
 
-def family_of(items: Sequence[Item], asked: str | None, component: str | None) -> Family | None:
+def family_of(items: Sequence[AdapterEntry], asked: str | None, component: str | None) -> Family | None:
     if asked is not None:
         if asked not in names.FAMILIES:
             raise OptionError(f"family={asked!r} was given, one of {', '.join(names.FAMILIES)} was expected")
@@ -25,10 +25,10 @@ def family_of(items: Sequence[Item], asked: str | None, component: str | None) -
 
 
 def named_modules(
-    items: Sequence[Item], goal: Target, family: Family | None, component: str | None
-) -> dict[str, list[tuple[Module | None, Item]]]:
+    items: Sequence[AdapterEntry], goal: Target, family: Family | None, component: str | None
+) -> dict[str, list[tuple[ModuleSpec | None, AdapterEntry]]]:
     """Name in the file -> what goes under it: one item, or the parts of a layer that is fused there."""
-    found: dict[str, list[tuple[Module | None, Item]]] = {}
+    found: dict[str, list[tuple[ModuleSpec | None, AdapterEntry]]] = {}
     components = set()
     for item in items:
         module = None
@@ -69,7 +69,7 @@ def _fused_name(members: Sequence[str], goal: Target, family: Family) -> str:
     return spelled.pop() if len(spelled) == 1 else ""
 
 
-def require_readable(modules: Sequence[Module], goal: Target, named: str = "diffusers") -> None:
+def require_readable(modules: Sequence[ModuleSpec], goal: Target, named: str = "diffusers") -> None:
     """Refuse what A1111 ignores of a text encoder, and what makes diffusers fail to recognise one.
 
     named: the format of the file; in kohya's names diffusers knows the attention by its output.
@@ -93,7 +93,7 @@ def require_readable(modules: Sequence[Module], goal: Target, named: str = "diff
         _require_whole_attentions(modules)
 
 
-def _require_whole_attentions(modules: Sequence[Module]) -> None:
+def _require_whole_attentions(modules: Sequence[ModuleSpec]) -> None:
     """A1111 applies an OpenCLIP attention only where q, k, v and the output are all in the file, and says nothing."""
     own = {module.name for module in modules}
     for module in modules:
@@ -107,7 +107,7 @@ def _require_whole_attentions(modules: Sequence[Module]) -> None:
             )
 
 
-def _module_name(item: Item, module: Module | None, goal: Target, family: Family | None) -> str:
+def _module_name(item: AdapterEntry, module: ModuleSpec | None, goal: Target, family: Family | None) -> str:
     name = item.path or item.name
     if module is None and not item.path and name.startswith(_SPELLED):
         prefix = next(p for p in _SPELLED if name.startswith(p))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from peftkit.errors import OptionError, near
+from peftkit.errors import OptionError, did_you_mean
 from peftkit.geometry import Shape
 
 
@@ -152,5 +152,6 @@ def styles_read(target: Target, family: str, denoiser: str, component: str) -> f
 def get(name: str) -> Target:
     """The target of that name."""
     if name not in TARGETS:
-        raise OptionError(f"target={name!r} was given, one of {', '.join(TARGETS)} was expected.{near(name, TARGETS)}")
+        hint = did_you_mean(name, TARGETS)
+        raise OptionError(f"target={name!r} was given, one of {', '.join(TARGETS)} was expected.{hint}")
     return TARGETS[name]

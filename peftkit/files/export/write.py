@@ -19,12 +19,12 @@ from peftkit.adapters import registry
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
 from peftkit.errors import FileError, OptionError
 from peftkit.files.export import forms, programs
-from peftkit.files.export.encode import Spelled, structure_of
-from peftkit.files.export.forms import Additive, Decomposition, Gate, Stages, Turn
+from peftkit.files.export.encode import Encoding, structure_of
+from peftkit.files.export.forms import Additive, ButterflyForm, ChannelScaleForm, Decomposition, RotationForm
 from peftkit.files.export.programs import Target
 from peftkit.files.formats import container, native, peft
-from peftkit.files.formats.native import Header, Record
-from peftkit.files.formats.patch import Bundle
+from peftkit.files.formats.native import Header, WeightRecord
+from peftkit.files.formats.patch import AdapterFile
 from peftkit.geometry import Shape
 
 #: how entries begin that other tensors make untrue
@@ -32,22 +32,22 @@ HASHES = ("sshs_", "modelspec.hash")
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class ModuleTensors:
     """One module of a file: its name there and what is written under it."""
 
     module: str
-    spelled: Spelled
+    spelled: Encoding
     shape: Shape
 
 
-def shared_alpha(pieces: Sequence[Piece]) -> float | None:
+def shared_alpha(pieces: Sequence[ModuleTensors]) -> float | None:
     """One alpha for all low-rank modules of a file, the commonest rank: diffusers loses any other. None without any."""
     ranks = [piece.spelled.rank for piece in pieces if piece.spelled.rank is not None]
     return float(max(1, Counter(ranks).most_common(1)[0][0])) if ranks else None
 
 
 def tensors_of(
-    pieces: Sequence[Piece], goal: Target, alpha: float, dtype: torch.dtype | None, path: Path
+    pieces: Sequence[ModuleTensors], goal: Target, alpha: float, dtype: torch.dtype | None, path: Path
 ) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for piece in pieces:
@@ -60,7 +60,7 @@ def tensors_of(
     return tensors
 
 
-def _module_tensors(piece: Piece, goal: Target, alpha: float) -> dict[str, Tensor]:
+def _module_tensors(piece: ModuleTensors, goal: Target, alpha: float) -> dict[str, Tensor]:
     form, shape = piece.spelled.form, piece.shape
     if isinstance(form, Additive):
         return _delta_tensors(form.delta, shape, goal, alpha, balance=piece.spelled.how != "exact")
@@ -71,11 +71,11 @@ def _module_tensors(piece: Piece, goal: Target, alpha: float) -> dict[str, Tenso
             vector = form.magnitude.reshape(1, -1, *ones) if shape.kernel else form.magnitude
             return tensors | {"lora_magnitude_vector": vector}
         return tensors | {"dora_scale": forms.dora_scale(form, shape)}
-    if isinstance(form, Turn):
+    if isinstance(form, RotationForm):
         return {"oft_R.weight": peft.skew(form)} if goal.name == "peft" else forms.oft(form, shape)
-    if isinstance(form, Stages):
+    if isinstance(form, ButterflyForm):
         return forms.boft(form, shape)
-    if isinstance(form, Gate):
+    if isinstance(form, ChannelScaleForm):
         return forms.ia3(form, shape)
     return forms.glora(form, shape, old_layout=piece.spelled.structure == "glora old")
 
@@ -110,7 +110,7 @@ def _whole(delta: Kron, shape: Shape, goal: Target) -> bool:
 
 
 def write_peft(
-    folder: Path, pieces: Sequence[Piece], kind: str, options: Mapping[str, Any], dtype: torch.dtype | None
+    folder: Path, pieces: Sequence[ModuleTensors], kind: str, options: Mapping[str, Any], dtype: torch.dtype | None
 ) -> None:
     """Fill a folder. kind, options: as `peft_type` says."""
     tensors = tensors_of(pieces, programs.get("peft"), 1.0, dtype, folder)
@@ -121,7 +121,7 @@ def write_peft(
         container.emit(file, tensors, {"format": "pt"})
 
 
-def _peft_rank(piece: Piece) -> int:
+def _peft_rank(piece: ModuleTensors) -> int:
     form = piece.spelled.form
     delta = form.delta if isinstance(form, Additive) else form.inner if isinstance(form, Decomposition) else None
     if isinstance(delta, Kron):
@@ -131,7 +131,7 @@ def _peft_rank(piece: Piece) -> int:
     return delta.rank if isinstance(delta, (LowRank, Hadamard)) else 1
 
 
-def peft_type(pieces: Sequence[Piece]) -> tuple[str, dict[str, Any]] | None:
+def peft_type(pieces: Sequence[ModuleTensors]) -> tuple[str, dict[str, Any]] | None:
     """A folder's type and options, where all modules share one; None where only LoRA, which says everything, can."""
     structures = {p.spelled.structure for p in pieces}
     deltas = [p.spelled.form.delta for p in pieces if isinstance(p.spelled.form, Additive)]
@@ -147,7 +147,7 @@ def peft_type(pieces: Sequence[Piece]) -> tuple[str, dict[str, Any]] | None:
         if factor is not None:
             return "LOKR", {"decompose_factor": factor, "use_effective_conv2d": False}
     if structures == {"oft in"}:
-        turns = [p.spelled.form for p in pieces if isinstance(p.spelled.form, Turn)]
+        turns = [p.spelled.form for p in pieces if isinstance(p.spelled.form, RotationForm)]
         if len({(turn.Q.shape[1], turn.terms) for turn in turns}) == 1:
             terms = turns[0].terms
             series = {"use_cayley_neumann": terms is not None, "num_cayley_neumann_terms": terms or 5}
@@ -159,7 +159,7 @@ def peft_type(pieces: Sequence[Piece]) -> tuple[str, dict[str, Any]] | None:
 
 
 def write_deltas(
-    like: Bundle,
+    like: AdapterFile,
     out: Path,
     deltas: Sequence[tuple[str, Shape, Delta]],
     dtype: torch.dtype | None,
@@ -173,9 +173,9 @@ def write_deltas(
     if like.format == "native":
         base = {name: like.base[name] for name, _, _ in named if name in like.base}
         return write_native(out, named, base, like.name, dtype, like.training, transposed)
-    spelled = [(name, Spelled("exact", structure_of(delta), Additive(delta)), shape) for name, shape, delta in named]
+    spelled = [(name, Encoding("exact", structure_of(delta), Additive(delta)), shape) for name, shape, delta in named]
     if like.format == "peft":
-        pieces = [Piece(peft.PREFIX + name, own, shape) for name, own, shape in spelled]
+        pieces = [ModuleTensors(peft.PREFIX + name, own, shape) for name, own, shape in spelled]
         structures = {own.structure for _, own, _ in spelled}
         if structures == {"lora", "full"}:  # a folder holds one kind of adapter
             pieces = [_as_lora(piece) for piece in pieces]
@@ -189,7 +189,7 @@ def write_deltas(
         with container.atomic_folder(out) as folder:
             write_peft(folder, pieces, kind, options, dtype)
         return sum(info.size for info in container.read(out / peft.WEIGHTS).infos.values())
-    pieces = [Piece(name, own, shape) for name, own, shape in spelled]
+    pieces = [ModuleTensors(name, own, shape) for name, own, shape in spelled]
     plain = like.format == "diffusers" and all(own.structure == "lora" for _, own, _ in spelled)
     goal = programs.get("diffusers" if plain else "comfyui")
     tensors = tensors_of(pieces, goal, shared_alpha(pieces) or 1.0, dtype, out)
@@ -198,22 +198,22 @@ def write_deltas(
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _as_lora(piece: Piece) -> Piece:
+def _as_lora(piece: ModuleTensors) -> ModuleTensors:
     """The same ΔW as a low-rank product, of full rank if need be."""
     assert isinstance(piece.spelled.form, Additive)
     delta = piece.spelled.form.delta
     low = forms.of_matrix(delta.dense()) if isinstance(delta, Dense) else forms.low_rank(delta)
-    return Piece(piece.module, Spelled("exact", "lora", Additive(low)), piece.shape)
+    return ModuleTensors(piece.module, Encoding("exact", "lora", Additive(low)), piece.shape)
 
 
-def _flipped(piece: Piece, out: Path) -> Piece:
+def _flipped(piece: ModuleTensors, out: Path) -> ModuleTensors:
     """The transpose, for layers that keep their weight as (in, out)."""
     form = piece.spelled.form
     if not isinstance(form, Additive) or not isinstance(form.delta, LowRank):
         raise OptionError(f"{out}: PEFT's fan_in_fan_out is of LoRA, not of {piece.spelled.structure}: convert to lora")
     low = LowRank(form.delta.A.mT, form.delta.B.mT)
     shape = Shape(piece.shape.columns, piece.shape.rows)
-    return Piece(piece.module, Spelled("exact", "lora", Additive(low)), shape)
+    return ModuleTensors(piece.module, Encoding("exact", "lora", Additive(low)), shape)
 
 
 def write_native(
@@ -228,10 +228,10 @@ def write_native(
     """Write ΔW by weights' names as this library's own file; returns the bytes of its tensors."""
     require_safetensors(out)
     tensors: dict[str, Tensor] = {}
-    records: dict[str, Record] = {}
+    records: dict[str, WeightRecord] = {}
     for weight, shape, delta in deltas:
         kind, options, own = _state(delta)
-        records[weight] = Record(kind, registry.get(kind).convention, options, shape, weight in transposed)
+        records[weight] = WeightRecord(kind, registry.get(kind).convention, options, shape, weight in transposed)
         for key, tensor in own.items():
             cast = tensor.detach().cpu().to(tensor.dtype if dtype is None else dtype).contiguous()
             if not torch.isfinite(cast).all():
@@ -258,7 +258,7 @@ def _state(delta: Delta) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     return "full", {}, {"change": delta.dense()}
 
 
-def _kept(bundle: Bundle) -> dict[str, str]:
+def _kept(bundle: AdapterFile) -> dict[str, str]:
     """What of a header stays true of other tensors: not the hashes, nor how they were made."""
     stale = (*HASHES, "ss_network_", "lora_adapter_metadata", "peftkit_export")
     return {key: value for key, value in bundle.metadata.items() if not key.startswith(stale)}

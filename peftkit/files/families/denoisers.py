@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
-class Module:
+class ModuleSpec:
     """One module that has a weight.
 
     `original` names a tensor of the published checkpoint, suffix included. Rows [start, stop) of it are this weight,
@@ -50,7 +50,7 @@ class Component:
     comfy: str  # what its modules begin with in ComfyUI's own dotted spelling
     webui: tuple[str, ...]  # what its modules begin with in underscored spellings, the one to write first
     anchor: str  # a path: this weight's shape tells the network from others of the same class
-    build: Callable[[], Iterator[Module]]  # with names relative to the component
+    build: Callable[[], Iterator[ModuleSpec]]  # with names relative to the component
     webui_ldm: bool = False  # sd-scripts trains the original network, and the first of `webui` goes with its paths
 
     @property
@@ -58,10 +58,10 @@ class Component:
         return self.name in ("unet", "transformer")
 
     @cached_property
-    def modules(self) -> Mapping[str, Module]:
+    def modules(self) -> Mapping[str, ModuleSpec]:
         """Path -> module."""
 
-        def placed(module: Module) -> Module:
+        def placed(module: ModuleSpec) -> ModuleSpec:
             bias = None if module.original_bias is None else self.original + module.original_bias
             return replace(
                 module, name=f"{self.name}.{module.name}", original=self.original + module.original, original_bias=bias
@@ -69,17 +69,17 @@ class Component:
 
         return MappingProxyType({module.name: placed(module) for module in self.build()})
 
-    def ldm(self, module: Module) -> str:
+    def ldm(self, module: ModuleSpec) -> str:
         """The path that adapter files spell in the original naming. Text encoders have none: all use transformers'."""
         return module.original.removeprefix(self.original).rpartition(".")[0] if self.denoiser else module.path
 
 
-def entry(name: str, original: str, *shape: int, bias: bool = True, weight: str = "weight", **rows: Any) -> Module:
+def entry(name: str, original: str, *shape: int, bias: bool = True, weight: str = "weight", **rows: Any) -> ModuleSpec:
     """rows: start, stop, swapped, as in `Module`."""
-    return Module(name, shape, bias, f"{original}.{weight}", f"{original}.bias" if bias else None, **rows)
+    return ModuleSpec(name, shape, bias, f"{original}.{weight}", f"{original}.bias" if bias else None, **rows)
 
 
-def _fused(parts: Mapping[str, int], original: str, columns: int) -> Iterator[Module]:
+def _fused(parts: Mapping[str, int], original: str, columns: int) -> Iterator[ModuleSpec]:
     """The modules whose rows lie one after another in one original Linear. parts: name -> its rows."""
     start = 0
     for name, rows in parts.items():
@@ -87,7 +87,7 @@ def _fused(parts: Mapping[str, int], original: str, columns: int) -> Iterator[Mo
         start += rows
 
 
-def _embedder(name: str, original: str, first: str, second: str, inputs: int, width: int) -> Iterator[Module]:
+def _embedder(name: str, original: str, first: str, second: str, inputs: int, width: int) -> Iterator[ModuleSpec]:
     yield entry(f"{name}.linear_1", f"{original}.{first}", width, inputs)
     yield entry(f"{name}.linear_2", f"{original}.{second}", width, width)
 
@@ -95,7 +95,7 @@ def _embedder(name: str, original: str, first: str, second: str, inputs: int, wi
 # ----------------------------------------------------------------------------------------------- U-Net: SD 1, 2 and XL
 
 
-def _resnet(name: str, original: str, inputs: int, outputs: int, time: int) -> Iterator[Module]:
+def _resnet(name: str, original: str, inputs: int, outputs: int, time: int) -> Iterator[ModuleSpec]:
     yield entry(f"{name}.norm1", f"{original}.in_layers.0", inputs)
     yield entry(f"{name}.conv1", f"{original}.in_layers.2", outputs, inputs, 3, 3)
     yield entry(f"{name}.time_emb_proj", f"{original}.emb_layers.1", outputs, time)
@@ -105,7 +105,7 @@ def _resnet(name: str, original: str, inputs: int, outputs: int, time: int) -> I
         yield entry(f"{name}.conv_shortcut", f"{original}.skip_connection", outputs, inputs, 1, 1)
 
 
-def _attention(name: str, original: str, width: int, depth: int, context: int, linear: bool) -> Iterator[Module]:
+def _attention(name: str, original: str, width: int, depth: int, context: int, linear: bool) -> Iterator[ModuleSpec]:
     """A Transformer2DModel (ldm: SpatialTransformer); inside, both namings agree."""
     project = (width, width) if linear else (width, width, 1, 1)
     block = {
@@ -134,7 +134,7 @@ def _attention(name: str, original: str, width: int, depth: int, context: int, l
 
 def unet(
     widths: tuple[int, ...], depths: tuple[int, ...], middle: int, context: int, linear: bool, added: int | None = None
-) -> Iterator[Module]:
+) -> Iterator[ModuleSpec]:
     """UNet2DConditionModel; ldm's UNetModel, which numbers its blocks through, samplers included.
 
     widths, depths: channels and transformer blocks per attention of each level. middle: of the mid block.
@@ -215,7 +215,7 @@ _TEXT = _Stream(
 )
 
 
-def flux(guidance: bool = True) -> Iterator[Module]:
+def flux(guidance: bool = True) -> Iterator[ModuleSpec]:
     """FluxTransformer2DModel. guidance: schnell has no embedder for it."""
     width, head = 3072, 128
     embedders = {"timestep": ("time_in", 256), "guidance": ("guidance_in", 256), "text": ("vector_in", 768)}
@@ -249,14 +249,14 @@ def flux(guidance: bool = True) -> Iterator[Module]:
     yield entry("proj_out", "final_layer.linear", 64, width)
 
 
-def sd3(depth: int, normed: bool = False, dual: int = 0) -> Iterator[Module]:
+def sd3(depth: int, normed: bool = False, dual: int = 0) -> Iterator[ModuleSpec]:
     """SD3Transformer2DModel; MMDiT, which is 64·depth wide.
 
     normed: whether queries and keys are (SD 3.5). dual: how many blocks have a second attention over the image.
     """
     width, head = 64 * depth, 64
 
-    def attention(name: str, original: str, ours: _Stream, layer: str, out: bool = True) -> Iterator[Module]:
+    def attention(name: str, original: str, ours: _Stream, layer: str, out: bool = True) -> Iterator[ModuleSpec]:
         def path(part: str) -> str:
             return f"{name}.{part.replace('attn.', f'{layer}.')}"
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from peftkit.files.families.denoisers import Component, Module, entry
+from peftkit.files.families.denoisers import Component, ModuleSpec, entry
 
 
-def clip(width: int, layers: int, projected: bool = False) -> Iterator[Module]:
+def clip(width: int, layers: int, projected: bool = False) -> Iterator[ModuleSpec]:
     """CLIPTextModel, or CLIPTextModelWithProjection; originals in these names are the same.
 
     The level "text_model" is in every published file, and in the class before transformers 5.6.
@@ -34,7 +34,7 @@ def clip(width: int, layers: int, projected: bool = False) -> Iterator[Module]:
         yield entry("text_projection", "text_projection", width, width, bias=False)
 
 
-def open_clip(width: int, layers: int, projected: bool = False) -> Iterator[Module]:
+def open_clip(width: int, layers: int, projected: bool = False) -> Iterator[ModuleSpec]:
     """The same modules, whose originals are an OpenCLIP text transformer's."""
     renamed = {
         "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
@@ -67,7 +67,7 @@ def open_clip(width: int, layers: int, projected: bool = False) -> Iterator[Modu
             yield replace(module, original=original(module.original), original_bias=bias, transposed=transposed)
 
 
-def t5(width: int = 4096, hidden: int = 10240, layers: int = 24) -> Iterator[Module]:
+def t5(width: int = 4096, hidden: int = 10240, layers: int = 24) -> Iterator[ModuleSpec]:
     """T5EncoderModel, XXL. Its two token embeddings are one tied weight, of which a file may hold either or both."""
     paths = {"shared": (32128, width), "encoder.embed_tokens": (32128, width)}
     for i in range(layers):

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from peftkit.files.families import names
 from peftkit.files.families.denoisers import Component
-from peftkit.files.families.names import Family, Module
+from peftkit.files.families.names import Family, ModuleSpec
 
 #: A checkpoint holds a component if it has this share of its weights. Of the relatives that keep the names, inpainting
 #: models, AnimateDiff and Chroma (0.87 of Flux) have more; Stable Video Diffusion (0.68 of SD 2) and ControlNets less.
@@ -73,7 +73,7 @@ def _held(part: Component, kind: str, shapes: Mapping[str, Sequence[int]]) -> tu
     return 0, {}
 
 
-def _expected(part: Component, kind: str, prefix: str, level: str, module: Module) -> Place:
+def _expected(part: Component, kind: str, prefix: str, level: str, module: ModuleSpec) -> Place:
     """Where a module is if all keys have this prefix, and lack this level."""
 
     def key(relative: str) -> str:
@@ -85,7 +85,7 @@ def _expected(part: Component, kind: str, prefix: str, level: str, module: Modul
     return Place(weight or "", bias, module.start, module.stop, module.swapped, module.transposed)
 
 
-def _fits(module: Module, place: Place, shapes: Mapping[str, Sequence[int]]) -> bool:
+def _fits(module: ModuleSpec, place: Place, shapes: Mapping[str, Sequence[int]]) -> bool:
     shape = tuple(shapes.get(place.weight, ()))
     if place.stop is not None:
         return len(shape) == len(module.shape) and shape[0] >= place.stop and shape[1:] == module.shape[1:]

@@ -21,9 +21,9 @@ from itertools import groupby
 from types import MappingProxyType
 from typing import NamedTuple
 
-from peftkit.errors import OptionError, near
+from peftkit.errors import OptionError, did_you_mean
 from peftkit.files.families.denoisers import TRANSFORMER, UNET, Component, flux, sd3, unet
-from peftkit.files.families.denoisers import Module as Module
+from peftkit.files.families.denoisers import ModuleSpec as ModuleSpec
 from peftkit.files.families.encoders import CLIP_G, CLIP_H, CLIP_L, T5, clip, open_clip
 
 #: XLabs' trainer for Flux named attention processors: ending of the original path -> ending there, modules covered
@@ -40,7 +40,7 @@ _XLABS: Mapping[str, tuple[str, int]] = MappingProxyType(
 
 
 class _Match(NamedTuple):
-    modules: tuple[Module, ...]
+    modules: tuple[ModuleSpec, ...]
     ldm: bool  # named by its path in the original network, so its rows are in the original's order
 
 
@@ -92,11 +92,11 @@ class Family:
         return tuple(part.name for part in self.parts)
 
     @cached_property
-    def modules(self) -> Mapping[str, Module]:
+    def modules(self) -> Mapping[str, ModuleSpec]:
         """Canonical name -> module, of all components."""
         return MappingProxyType({m.name: m for part in self.parts for m in part.modules.values()})
 
-    def find(self, foreign: str) -> tuple[Module, ...]:
+    def find(self, foreign: str) -> tuple[ModuleSpec, ...]:
         """The modules whose rows a foreign name covers, in the order of its rows; () if there are none.
 
         foreign: what an adapter file has before the name of the tensor. A path without a component is found if only
@@ -119,7 +119,7 @@ class Family:
         if style not in STYLES:
             raise OptionError(f"unknown style {style!r}; there are {', '.join(STYLES)}")
         if name not in self.modules:
-            raise OptionError(f"{self.title} has no module {name!r}.{near(name, self.modules)}")
+            raise OptionError(f"{self.title} has no module {name!r}.{did_you_mean(name, self.modules)}")
         module = self.modules[name]
         spelled = STYLES[style](self, self._part(module), module)
         if spelled is None:
@@ -143,7 +143,7 @@ class Family:
         shared = Counter(path for part in self.parts for path in part.modules)
         return tuple(part for part in self.parts if max(shared[path] for path in part.modules) == 1)
 
-    def _part(self, module: Module) -> Component:
+    def _part(self, module: ModuleSpec) -> Component:
         return next(part for part in self.parts if module.name.startswith(f"{part.name}."))
 
     def _match(self, foreign: str) -> _Match | None:
@@ -176,37 +176,37 @@ class Family:
 # ------------------------------------------------------------------------------------------------------------- spelling
 
 
-def _kohya(family: Family, part: Component, module: Module) -> str:
+def _kohya(family: Family, part: Component, module: ModuleSpec) -> str:
     del family
     return f"{part.webui[0]}_{_flat(part.ldm(module) if part.webui_ldm else module.path)}"
 
 
-def _diffusers(family: Family, part: Component, module: Module) -> str:
+def _diffusers(family: Family, part: Component, module: ModuleSpec) -> str:
     del family, part
     return module.name
 
 
-def _ldm(family: Family, part: Component, module: Module) -> str:
+def _ldm(family: Family, part: Component, module: ModuleSpec) -> str:
     del family
     return f"{part.comfy}.{part.ldm(module)}"
 
 
-def _transformer(family: Family, part: Component, module: Module) -> str | None:
+def _transformer(family: Family, part: Component, module: ModuleSpec) -> str | None:
     if part.denoiser:
         return f"lora_transformer_{_flat(module.path)}" if part.name == "transformer" else None
     return _kohya(family, part, module) if "transformer" in family.components else None
 
 
-def _lycoris(family: Family, part: Component, module: Module) -> str | None:
+def _lycoris(family: Family, part: Component, module: ModuleSpec) -> str | None:
     return f"lycoris_{_flat(module.path)}" if part in family.alone else None
 
 
-def _peft(family: Family, part: Component, module: Module) -> str | None:
+def _peft(family: Family, part: Component, module: ModuleSpec) -> str | None:
     return f"base_model.model.{module.path}" if part in family.alone else None
 
 
 #: Style -> how it spells a module, None if it cannot
-STYLES: Mapping[str, Callable[[Family, Component, Module], str | None]] = MappingProxyType(
+STYLES: Mapping[str, Callable[[Family, Component, ModuleSpec], str | None]] = MappingProxyType(
     {
         "kohya": _kohya,  # lora_unet_…, lora_te_…: sd-scripts and every web UI
         "diffusers": _diffusers,  # unet.down_blocks.0…: diffusers, ai-toolkit

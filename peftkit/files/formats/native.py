@@ -39,7 +39,7 @@ SAME_BASE = 0.005
 
 
 @dataclass(frozen=True)
-class Record:
+class WeightRecord:
     """One weight's adapter, as the header describes it."""
 
     kind: str
@@ -54,7 +54,7 @@ class Header:
     """What the metadata of a native file says."""
 
     name: str
-    records: dict[str, Record]
+    records: dict[str, WeightRecord]
     base: dict[str, np.ndarray]  # weight -> float32 samples
     portable: bool = False
     training: dict[str, Any] = field(default_factory=dict)
@@ -104,7 +104,7 @@ def decode(metadata: Mapping[str, str] | None, path: object) -> Header:
         return found
 
     transposed = set(map(str, take(value, "transposed", list))) if "transposed" in value else set()
-    records: dict[str, Record] = {}
+    records: dict[str, WeightRecord] = {}
     for group in take(value, "groups", list):
         if not isinstance(group, dict):
             raise FileError(f"{where} is damaged: {group!r:.60} is no group of weights")
@@ -113,7 +113,7 @@ def decode(metadata: Mapping[str, str] | None, path: object) -> Header:
         for weight, described in take(group, "weights", dict).items():
             if weight in records:
                 raise FileError(f"{where} is damaged: {weight} is in it twice")
-            records[weight] = Record(kind, convention, options, _shape(described, where), weight in transposed)
+            records[weight] = WeightRecord(kind, convention, options, _shape(described, where), weight in transposed)
     base = {weight: _samples(text, where) for weight, text in take(value, "base", dict).items()}
     strangers = sorted({*base, *transposed} - set(records))
     if strangers:

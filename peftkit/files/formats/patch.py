@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from peftkit.errors import about
+from peftkit.errors import error_context
 from peftkit.geometry import Shape
 
 
@@ -51,7 +51,7 @@ class Patches(Mapping[str, Patch]):
     def __getitem__(self, name: str) -> Patch:
         if name not in self._names:
             raise KeyError(name)
-        with about(self._path):
+        with error_context(self._path):
             return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -62,7 +62,7 @@ class Patches(Mapping[str, Patch]):
 
 
 @dataclass(frozen=True)
-class Bundle:
+class AdapterFile:
     """What an adapter file holds: patches by the weight they are for, under names of the file's own spelling.
 
     format: "native", "kohya", "diffusers" or "peft". vectors: changes of biases and norms, which are not matrices, by
