@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 #: peak bytes and bf16 operations per second, from the vendor's data sheets (SXM, and of the A100 the one with 80 GB)
 GPUS = {"H100": (3.35e12, 989e12), "A100": (2.04e12, 312e12), "RTX 4090": (1.008e12, 165e12)}
 
-#: m, n, r; OFT has r×r blocks and LoKr an r×r C
+#: m, n, r
 SHAPES = [(1024, 1024, 16), (4096, 4096, 32), (4096, 4096, 128)]
 
 Tensors = Sequence[Tensor]
@@ -48,10 +48,9 @@ class Operator:
     """passes: matrices of m·n numbers that the kernel and eager move; products: their flops over 2·m·n·r."""
 
     name: str
-    structure: str
     passes: tuple[int, int]
     products: tuple[int, int]
-    kernel: Callable[[Tensor, str, list[Tensor]], Any]
+    kernel: Callable[[Tensor, list[Tensor]], Any]
     eager: Callable[[Tensor, Tensors], Any]
     lycoris: Callable[[Tensor, Tensors], Any] | None = None
 
@@ -69,11 +68,6 @@ def _backward(G: Tensor, f: Tensors) -> list[Tensor]:
     B1, A1, B2, A2 = f
     of1, of2 = G * (B2 @ A2), G * (B1 @ A1)
     return [of1 @ A1.mT, B1.mT @ of1, of2 @ A2.mT, B2.mT @ of2]
-
-
-def _kron(W: Tensor, f: Tensors) -> Tensor:
-    (a, c), (b, d) = f[0].shape, f[1].shape
-    return torch.addcmul(W.view(a, b, c, d), f[0][:, None, :, None], f[1][None, :, None, :], value=0.5).view_as(W)
 
 
 def _lycoris_hadamard(f: Tensors) -> Tensor:
@@ -99,67 +93,38 @@ _lycoris_graph: list[Any] = []
 OPERATORS = [
     Operator(
         "LoHa ΔW",
-        "Hadamard",
         (1, 5),
         (2, 2),
-        lambda W, s, f: operators.delta(None, s, f, 1.0, None),
+        lambda W, f: operators.hadamard(None, f, 1.0),
         lambda W, f: _hadamard(f),
         lambda W, f: _lycoris_hadamard(f),
     ),
     Operator(
         "LoHa W + λΔW",
-        "Hadamard",
         (2, 8),
         (2, 2),
-        lambda W, s, f: operators.delta(W, s, f, 0.5, None),
+        lambda W, f: operators.hadamard(W, f, 0.5),
         lambda W, f: torch.add(W, _hadamard(f), alpha=0.5),
         lambda W, f: torch.add(W, _lycoris_hadamard(f), alpha=0.5),
     ),
-    Operator("LoHa moments", "Hadamard", (1, 12), (2, 2), lambda W, s, f: operators.moments(W, s, f), _moments),
+    Operator("LoHa moments", (1, 12), (2, 2), lambda W, f: operators.hadamard_moments(W, f), _moments),
     Operator(
         "LoHa backward",
-        "Hadamard",
         (2, 12),
         (8, 6),
-        lambda G, s, f: operators.hadamard_backward(G, f, 1.0),
+        lambda G, f: operators.hadamard_backward(G, f, 1.0),
         _backward,
         _lycoris_backward,
-    ),
-    Operator(  # addmm copies W first, which is not counted: in place, as merges are, it does not
-        "LoRA W + λΔW",
-        "LowRank",
-        (2, 2),
-        (1, 1),
-        lambda W, s, f: operators.delta(W, s, f, 0.5, None),
-        lambda W, f: torch.addmm(W, f[0], f[1], alpha=0.5),
-    ),
-    Operator("LoKr W + λΔW", "Kron", (2, 2), (0, 0), lambda W, s, f: operators.delta(W, s, f, 0.5, None), _kron),
-    Operator(
-        "OFT ΔW",
-        "Rotation",
-        (2, 2),
-        (1, 1),
-        lambda W, s, f: operators.delta(None, s, f, 1.0, None),
-        lambda W, f: torch.bmm(f[0], f[1].unflatten(0, (-1, f[0].shape[-1]))).flatten(0, 1),
     ),
 ]
 
 
-def inputs(structure: str, m: int, n: int, r: int, device: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """A matrix (m, n) and the factors of a structure, all normal."""
+def inputs(m: int, n: int, r: int, device: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """A matrix (m, n) and the factors B1, A1, B2, A2 of rank r, all normal."""
     generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-    W = normal(m, n)
-    factors = {
-        "Hadamard": lambda: [normal(m, r), normal(r, n), normal(m, r), normal(r, n)],
-        "LowRank": lambda: [normal(m, r), normal(r, n)],
-        "Kron": lambda: [normal(r, r), normal(m // r, n // r)],
-        "Rotation": lambda: [normal(m // r, r, r), W],
-    }
-    return W, factors[structure]()
+    shapes = [(m, n), (m, r), (r, n), (m, r), (r, n)]
+    W, *factors = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes)
+    return W, factors
 
 
 def modelled(operator: Operator, m: int, n: int, r: int) -> dict[str, dict[str, float]]:
@@ -177,10 +142,10 @@ def modelled(operator: Operator, m: int, n: int, r: int) -> dict[str, dict[str, 
 
 def measured(operator: Operator, m: int, n: int, r: int) -> dict[str, Any]:
     """What the GPU of this machine does."""
-    W, factors = inputs(operator.structure, m, n, r, "cuda", torch.bfloat16)
+    W, factors = inputs(m, n, r, "cuda", torch.bfloat16)
     compiled = torch.compile(operator.eager, fullgraph=True, dynamic=False)
     calls = {
-        "kernel": lambda: operator.kernel(W, operator.structure, factors),
+        "kernel": lambda: operator.kernel(W, factors),
         "eager": lambda: operator.eager(W, factors),
         "compiled": lambda: compiled(W, factors),
     }

@@ -45,6 +45,14 @@ class MergeStateError(PeftkitError, RuntimeError):
     """merge, restore or another verb was called in a state in which it has no meaning."""
 
 
+class NotAWeightChangeError(PeftkitError, TypeError):
+    """The matrix ΔW was asked of an adapter whose change depends on the layer's input."""
+
+
+class ChangedTensorError(PeftkitError, RuntimeError):
+    """A tensor that backward needs was written to since forward."""
+
+
 class MergeError(PeftkitError, RuntimeError):
     """A merge that would not do what it says: non-finite, or a weight that did not change."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftkit.errors import UnsupportedLayerError
+from peftkit.kernels.torch_private import convolves_as, output_padding, padding_by_side
 
 _CONV: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -81,7 +83,7 @@ class Geometry:
             self.output_padding = conv.output_padding
             # Conv layers with another padding mode pad by hand before they convolve; this is their own record of it
             self.pad_mode = conv.padding_mode
-            self.pad_by = list(conv._reversed_padding_repeated_twice) if self.pad_mode != "zeros" else []
+            self.pad_by = padding_by_side(conv) if self.pad_mode != "zeros" else []
         else:
             self.groups = 1
         outputs = weight_shape[1] * self.groups if self.transposed else weight_shape[0]
@@ -248,18 +250,8 @@ class Geometry:
         """The geometry of one call of a transposed convolution that names the size of its output."""
         if output_size is None:
             return self
-        conv = cast(nn.ConvTranspose2d, layer)
         sized = copy.copy(self)
-        padding = conv._output_padding(
-            x,
-            output_size,
-            list(conv.stride),
-            list(cast("tuple[int, ...]", conv.padding)),
-            list(conv.kernel_size),
-            self.spatial,
-            list(conv.dilation),
-        )
-        sized.output_padding = tuple(padding)
+        sized.output_padding = tuple(output_padding(layer, x, output_size, self.spatial))
         return sized
 
     def per_channel(self, v: Tensor) -> Tensor:
@@ -273,8 +265,8 @@ class Geometry:
         batch = x.shape[: -self.spatial - 1].numel()
         size = x.shape[-self.spatial :]
         if self.transposed:
-            return batch * math.prod(n * s for n, s in zip(size, self.stride, strict=True))
-        return batch * math.prod(-(-n // s) for n, s in zip(size, self.stride, strict=True))
+            return batch * math.prod(map(operator.mul, size, self.stride))
+        return batch * math.prod(map(lambda n, s: -(-n // s), size, self.stride))
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -315,7 +307,7 @@ def calls_its_weight(module: nn.Module) -> bool:
     own = next(c for c in _LAYERS if isinstance(module, c))
     plain = type(module).forward is own.forward
     if isinstance(module, _CONV):
-        plain = plain and type(module)._conv_forward is own._conv_forward  # type: ignore[attr-defined]
+        plain = plain and convolves_as(module, own)
     return plain
 
 

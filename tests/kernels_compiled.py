@@ -88,12 +88,12 @@ def test_on_nvidia(capability: int, rank: int, dtype: torch.dtype, compiled: Com
 
     def every_launch() -> None:
         if rank == 32:  # these two take the ranks in steps, and are the same at any
-            launch.delta(weight, "Hadamard", ours, 0.5, None)
-            launch.moments(weight, "Hadamard", ours)
+            launch.hadamard(weight, ours, 0.5)
+            launch.hadamard_moments(weight, ours)
         launch.hadamard_backward(weight, ours, 0.5)
 
     kernels = compiled(GPUTarget("cuda", capability, 32), every_launch)
-    names = ["delta_kernel", "moments_kernel"] if rank == 32 else []
+    names = ["hadamard_kernel", "hadamard_moments_kernel"] if rank == 32 else []
     assert [kernel.metadata.name for kernel in kernels] == [*names, *["hadamard_backward_kernel"] * 2]
     for kernel in kernels:
         name, code = kernel.metadata.name, instructions(kernel, tmp_path)
@@ -101,7 +101,7 @@ def test_on_nvidia(capability: int, rank: int, dtype: torch.dtype, compiled: Com
         assert len(of(code, r"STL|LDL")) <= (5 if name == "hadamard_backward_kernel" else 0)
         assert not of(code, r"(ATOM\w*|RED)(\.|$)")
         assert of(code, r"LDG.*\.128")
-        if name != "moments_kernel":  # which stores two numbers a row
+        if name != "hadamard_moments_kernel":  # which stores two numbers a row
             assert all(".128" in store for store in of(code, r"STG"))
             assert of(code, r"STG")
         if dtype == torch.bfloat16:
@@ -112,30 +112,14 @@ def test_on_nvidia(capability: int, rank: int, dtype: torch.dtype, compiled: Com
 def test_forward_on_amd(compiled: Compile) -> None:
     def forward() -> None:
         weight = torch.zeros(4096, 4096, dtype=torch.bfloat16)
-        launch.delta(weight, "Hadamard", factors(32, torch.bfloat16), 0.5, None)
-        launch.moments(weight, "Hadamard", factors(32, torch.bfloat16))
+        launch.hadamard(weight, factors(32, torch.bfloat16), 0.5)
+        launch.hadamard_moments(weight, factors(32, torch.bfloat16))
 
     kernels = compiled(GPUTarget("hip", "gfx942", 64), forward)
-    assert [kernel.metadata.name for kernel in kernels] == ["delta_kernel", "moments_kernel"]
+    assert [kernel.metadata.name for kernel in kernels] == ["hadamard_kernel", "hadamard_moments_kernel"]
     for kernel in kernels:
         code = kernel.asm["amdgcn"]
         assert re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", code) == ["0", "0"]
         assert "mfma" in code
         assert "atomic" not in code
         assert kernel.metadata.shared <= 64 << 10
-
-
-@pytest.mark.parametrize("structure", ["LowRank", "Kron", "Kron of a product", "Rotation"])
-def test_every_tile_function_compiles(structure: str, compiled: Compile, tmp_path: Path) -> None:
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.bfloat16)
-
-    tensors = {
-        "LowRank": [zeros(256, 32), zeros(32, 256)],
-        "Kron": [zeros(8, 8), zeros(32, 32)],
-        "Kron of a product": [zeros(8, 8), zeros(16, 32), zeros(32, 16)],
-        "Rotation": [zeros(8, 32, 32), zeros(256, 256)],
-    }[structure]
-    name = structure.partition(" ")[0]
-    (kernel,) = compiled(GPUTarget("cuda", 90, 32), lambda: launch.delta(None, name, tensors, 1.0, None))
-    assert not of(instructions(kernel, tmp_path), r"STL|LDL|(ATOM\w*|RED)(\.|$)")

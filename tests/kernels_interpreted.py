@@ -19,7 +19,6 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from peftkit import kernels
-from peftkit.delta import Delta, Hadamard, Kron, LowRank, Rotation
 from peftkit.errors import OptionError
 from peftkit.kernels import operators
 from peftkit.kernels.triton import launch
@@ -97,18 +96,9 @@ def drawn(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
     return window.copy_(torch.randn(shape, generator=generator))
 
 
-def hadamard(dtype: torch.dtype, m: int, n: int, r: int) -> Hadamard:
-    return Hadamard(*(drawn(dtype, *s, seed=i) for i, s in enumerate(((m, r), (r, n), (m, r), (r, n)))))
-
-
-CASES: dict[str, Callable[[torch.dtype], Delta]] = {
-    **{f"Hadamard {shape}": lambda dtype, shape=shape: hadamard(dtype, *shape) for shape in SHAPES},
-    "LowRank": lambda dtype: LowRank(drawn(dtype, 65, 40), drawn(dtype, 40, 131)),
-    "Kron": lambda dtype: Kron(drawn(dtype, 3, 5), drawn(dtype, 23, 29)),
-    "Kron of a product": lambda dtype: Kron(drawn(dtype, 3, 5), drawn(dtype, 19, 11), drawn(dtype, 37, 19)),
-    "Rotation, small blocks": lambda dtype: Rotation(drawn(dtype, 11, 7, 7), drawn(dtype, 77, 65)),
-    "Rotation, large blocks": lambda dtype: Rotation(drawn(dtype, 2, 50, 50), drawn(dtype, 100, 33)),
-}
+def hadamard(dtype: torch.dtype, m: int, n: int, r: int) -> list[Tensor]:
+    """B1, A1, B2, A2."""
+    return [drawn(dtype, *s, seed=i) for i, s in enumerate(((m, r), (r, n), (m, r), (r, n)))]
 
 
 def close(value: Tensor, exact: Tensor, bound: float) -> None:
@@ -116,26 +106,23 @@ def close(value: Tensor, exact: Tensor, bound: float) -> None:
     assert error <= bound, f"relative error {error:.1e} above {bound:.1e}"
 
 
-def exact(delta: Delta) -> Tensor:
-    """ΔW in float64."""
-    declared = delta.tiled()
-    assert declared is not None
-    return type(delta)(*(factor.double() for factor in declared[1])).rows(slice(0, delta.shape[0]))
+def exact(factors: list[Tensor]) -> Tensor:
+    """(B1·A1) ⊙ (B2·A2) in float64."""
+    B1, A1, B2, A2 = (factor.double() for factor in factors)
+    return (B1 @ A1) * (B2 @ A2)
 
 
 @pytest.mark.usefixtures("guarded")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_delta_and_moments(case: str, dtype: torch.dtype) -> None:
-    delta = CASES[case](dtype)
-    declared, full = delta.tiled(), exact(delta)
-    assert declared is not None
-    base, row = drawn(dtype, *delta.shape, seed=9), drawn(torch.float32, delta.shape[0], seed=9)
-    close(operators.delta(None, *declared, 1.0, None), full, SUMS + ROUNDING[dtype])
-    merged = operators.delta(base, *declared, -0.3, row)
-    close(merged, (base.double() - 0.3 * full) * row.double()[:, None], SUMS + ROUNDING[dtype])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_hadamard_and_moments(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    factors = hadamard(dtype, *shape)
+    full, base = exact(factors), drawn(dtype, *shape[:2], seed=9)
+    close(operators.hadamard(None, factors, 1.0), full, SUMS + ROUNDING[dtype])
+    merged = operators.hadamard(base, factors, -0.3)
+    close(merged, base.double() - 0.3 * full, SUMS + ROUNDING[dtype])
     assert merged.dtype == dtype
-    inner, square = operators.moments(base, *declared)
+    inner, square = operators.hadamard_moments(base, factors)
     close(square, full.square().sum(1), SUMS)
     assert ((inner - (full * base).sum(1)).norm() <= SUMS * full.norm() * base.double().norm()).item()
 
@@ -144,11 +131,11 @@ def test_delta_and_moments(case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES[:3], (65, 131, 20)], ids=str)
 def test_forward_and_backward_of_hadamard(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    factors = [factor.requires_grad_() for factor in hadamard(dtype, *shape).tiled()[1]]
+    factors = [factor.requires_grad_() for factor in hadamard(dtype, *shape)]
     base, upstream = drawn(dtype, *shape[:2], seed=8).requires_grad_(), drawn(dtype, *shape[:2], seed=9)
     wide = [tensor.detach().double().requires_grad_() for tensor in (base, *factors)]
     expected = wide[0] + 0.7 * (wide[1] @ wide[2]) * (wide[3] @ wide[4])
-    out = operators.hadamard(base, factors, 0.7)
+    out = operators.differentiable_hadamard(base, factors, 0.7)
     close(out, expected, SUMS + ROUNDING[dtype])
     for value, gradient in zip(
         torch.autograd.grad(out, (base, *factors), upstream),
@@ -160,13 +147,13 @@ def test_forward_and_backward_of_hadamard(shape: tuple[int, int, int], dtype: to
 
 
 def test_every_bit_repeats() -> None:
-    delta = hadamard(torch.bfloat16, 70, 200, 20)
+    factors = hadamard(torch.bfloat16, 70, 200, 20)
     base = drawn(torch.bfloat16, 70, 200)
     runs = [
         [
-            operators.delta(base, *delta.tiled(), 0.3, None),
-            operators.moments(base, *delta.tiled()),
-            *operators.hadamard_backward(base, delta.tiled()[1], 0.3),
+            operators.hadamard(base, factors, 0.3),
+            operators.hadamard_moments(base, factors),
+            *operators.hadamard_backward(base, factors, 0.3),
         ]
         for _ in range(2)
     ]
@@ -179,21 +166,20 @@ def test_offsets_beyond_two_to_the_31() -> None:
     base = torch.empty(m * stride, dtype=torch.bfloat16).as_strided((m, n), (stride, 1))
     base.copy_(drawn(torch.bfloat16, m, n))
     assert (m - 1) * stride > 1 << 31
-    delta = hadamard(torch.bfloat16, m, n, 4)
+    factors = hadamard(torch.bfloat16, m, n, 4)
     near = base.clone(memory_format=torch.contiguous_format)
-    for operator, others in ((operators.delta, (0.3, None)), (operators.moments, ())):
-        assert torch.equal(operator(base, *delta.tiled(), *others), operator(near, *delta.tiled(), *others))
-    far, close_by = (operators.hadamard_backward(M, delta.tiled()[1], 0.3) for M in (base, near))
+    for operator, others in ((operators.hadamard, (0.3,)), (operators.hadamard_moments, ())):
+        assert torch.equal(operator(base, factors, *others), operator(near, factors, *others))
+    far, close_by = (operators.hadamard_backward(M, factors, 0.3) for M in (base, near))
     assert all(torch.equal(one, other) for one, other in zip(far, close_by, strict=True))
 
 
 def test_operators_keep_the_rules_of_operators() -> None:
-    delta = hadamard(torch.bfloat16, 7, 5, 3)
-    name, factors = delta.tiled()
-    base, row = drawn(torch.float32, 7, 5), drawn(torch.float32, 7)
-    torch.library.opcheck(operators.delta, (base, name, factors, 0.3, row))
-    torch.library.opcheck(operators.delta, (None, name, factors, 1.0, None))
-    torch.library.opcheck(operators.moments, (base, name, factors))
+    factors = hadamard(torch.bfloat16, 7, 5, 3)
+    base = drawn(torch.float32, 7, 5)
+    torch.library.opcheck(operators.hadamard, (base, factors, 0.3))
+    torch.library.opcheck(operators.hadamard, (None, factors, 1.0))
+    torch.library.opcheck(operators.hadamard_moments, (base, factors))
     B1, A1, B2, A2 = (factor.contiguous() for factor in factors)
     torch.library.opcheck(operators.hadamard_backward, (base, [B1, A1, B2, A2], 0.3))
     torch.library.opcheck(operators.hadamard_backward, (base.mT, [A1.mT, B1.mT, A2.mT, B2.mT], 0.3))
@@ -202,17 +188,17 @@ def test_operators_keep_the_rules_of_operators() -> None:
 # what torch.compile itself does to trace an autograd function
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_graph_runs_the_kernels(launches: list[str]) -> None:
-    factors = [factor.requires_grad_() for factor in hadamard(torch.float32, 7, 5, 3).tiled()[1]]
+    factors = [factor.requires_grad_() for factor in hadamard(torch.float32, 7, 5, 3)]
 
     def twice(*factors: Tensor) -> Tensor:
-        return 2 * operators.hadamard(None, factors, 0.3)
+        return 2 * operators.differentiable_hadamard(None, factors, 0.3)
 
     results = []
     for function in (twice, torch.compile(twice, fullgraph=True, backend="aot_eager")):
         launches.clear()
         out = function(*factors)
         results.append((out, *torch.autograd.grad(out.sum(), factors)))
-        assert launches == ["delta", "hadamard_backward"]
+        assert launches == ["hadamard", "hadamard_backward"]
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
@@ -220,29 +206,29 @@ def test_a_compiled_graph_runs_the_kernels(launches: list[str]) -> None:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of what was launched."""
     names: list[str] = []
-    for name in ("delta", "moments", "hadamard_backward"):
+    for name in ("hadamard", "hadamard_moments", "hadamard_backward"):
         original = getattr(launch, name)
         monkeypatch.setattr(launch, name, lambda *a, n=name, f=original: (names.append(n), f(*a))[1])
     return names
 
 
 def test_torch_pins_and_blocks_nest(launches: list[str]) -> None:
-    delta = hadamard(torch.float32, 7, 5, 3)
+    factors = hadamard(torch.float32, 7, 5, 3)
     with kernels.use("torch"):
-        pinned = operators.delta(None, *delta.tiled(), 1.0, None)
+        pinned = operators.hadamard(None, factors, 1.0)
         with kernels.use("auto"):
-            operators.delta(None, *delta.tiled(), 1.0, None)
-        assert launches == ["delta"]
+            operators.hadamard(None, factors, 1.0)
+        assert launches == ["hadamard"]
         with pytest.raises(ZeroDivisionError), kernels.use("auto"):
             raise ZeroDivisionError
-        operators.delta(None, *delta.tiled(), 1.0, None)
-        assert launches == ["delta"]
-    close(pinned, exact(delta), SUMS)
+        operators.hadamard(None, factors, 1.0)
+        assert launches == ["hadamard"]
+    close(pinned, exact(factors), SUMS)
 
 
 def test_what_fails_falls_back_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """One line, an equal result, and no second try; who asked for Triton and nothing else is told."""
-    delta = hadamard(torch.float32, 7, 5, 3)
+    factors = hadamard(torch.float32, 7, 5, 3)
     tries = []
 
     def broken(*arguments: Any) -> Tensor:
@@ -250,30 +236,30 @@ def test_what_fails_falls_back_once(monkeypatch: pytest.MonkeyPatch, caplog: pyt
         raise RuntimeError("no such instruction\nptxas said more")
 
     monkeypatch.setattr(operators, "_failed", {})
-    monkeypatch.setattr(launch, "delta", broken)
+    monkeypatch.setattr(launch, "hadamard", broken)
     with kernels.use("triton"), pytest.raises(RuntimeError, match="no such instruction"):
-        operators.delta(None, *delta.tiled(), 1.0, None)
+        operators.hadamard(None, factors, 1.0)
     with caplog.at_level(logging.WARNING, logger="peftkit.kernels"):
-        results = [operators.delta(None, *delta.tiled(), 1.0, None) for _ in range(2)]
+        results = [operators.hadamard(None, factors, 1.0) for _ in range(2)]
     assert [record.getMessage() for record in caplog.records] == [
-        "delta runs in plain PyTorch from now on: its kernel failed before: RuntimeError: no such instruction"
+        "hadamard runs in plain PyTorch from now on: its kernel failed before: RuntimeError: no such instruction"
     ]
     assert len(tries) == 2
     for result in results:
-        close(result, exact(delta), SUMS)
+        close(result, exact(factors), SUMS)
     with kernels.use("triton"), pytest.raises(OptionError, match="its kernel failed before"):
-        operators.delta(None, *delta.tiled(), 1.0, None)
+        operators.hadamard(None, factors, 1.0)
 
 
 REFUSED: dict[str, Callable[[], Any]] = {
-    "float64": lambda: operators.delta(None, *hadamard(torch.float64, 3, 4, 2).tiled(), 1.0, None),
-    "rank 129": lambda: operators.delta(None, *hadamard(torch.float32, 3, 4, 129).tiled(), 1.0, None),
-    "rank 33": lambda: operators.hadamard_backward(torch.ones(3, 4), hadamard(torch.float32, 3, 4, 33).tiled()[1], 1.0),
-    "different dtypes": lambda: operators.delta(
-        None, "LowRank", [drawn(torch.float16, 3, 2), drawn(torch.float32, 2, 4)], 1.0, None
+    "float64": lambda: operators.hadamard(None, hadamard(torch.float64, 3, 4, 2), 1.0),
+    "rank 129": lambda: operators.hadamard(None, hadamard(torch.float32, 3, 4, 129), 1.0),
+    "rank 33": lambda: operators.hadamard_backward(torch.ones(3, 4), hadamard(torch.float32, 3, 4, 33), 1.0),
+    "different dtypes": lambda: operators.hadamard(
+        None, [*hadamard(torch.float16, 3, 4, 2)[:2], *hadamard(torch.float32, 3, 4, 2)[2:]], 1.0
     ),
-    "a stride of 2²⁴": lambda: operators.moments(
-        torch.ones(1 << 24).as_strided((1, 4), (1 << 24, 1)), *hadamard(torch.float32, 1, 4, 2).tiled()
+    "a stride of 2²⁴": lambda: operators.hadamard_moments(
+        torch.ones(1 << 24).as_strided((1, 4), (1 << 24, 1)), hadamard(torch.float32, 1, 4, 2)
     ),
 }
 

@@ -20,7 +20,6 @@ from peftkit.adapters import DoRA
 from peftkit.delta import Decomposed, Delta
 from peftkit.delta.base import WeightCache
 from peftkit.errors import OptionError, UnsupportedLayerError
-from peftkit.kernels.blocks import Workspace
 from peftkit.wrapping.layer import Adapted
 from tests.zoo import ADAPTERS, make, train
 
@@ -207,9 +206,9 @@ def algebra_is_dense(adapter: str, layer: str, dtype: torch.dtype = torch.float6
         close(delta.rows(block), dense[block], dtype, "rows", dense)
         with torch.no_grad():
             written = torch.full_like(dense[block], float("nan"))
-            delta.rows_(block, written, Workspace())
+            delta.rows_(block, written)
             added = W[block].clone()
-            delta.add_rows_(block, added, Workspace())
+            delta.add_rows_(block, added)
         close(written, dense[block], dtype, "rows_", dense)
         close(added, W[block] + dense[block], dtype, "add_rows_", W)
     quick, largest = delta.cheap_sqnorm, delta.max_abs_bound(W.abs().max())

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import peftkit as pk
 from benchmarks import roofline
 from peftkit import kernels
-from peftkit.delta import Decomposed, Delta, Hadamard, Kron, LowRank, Rotation
+from peftkit.delta import Hadamard
 from peftkit.errors import OptionError
 from peftkit.kernels import operators
 from peftkit.kernels.blocks import BLOCK
@@ -34,15 +34,6 @@ def normal(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list
 
 def hadamard(m: int, n: int, r: int, dtype: torch.dtype = torch.float64) -> Hadamard:
     return Hadamard(*(factor.requires_grad_() for factor in normal((m, r), (r, n), (m, r), (r, n), dtype=dtype)))
-
-
-STRUCTURES: dict[str, Callable[[], Delta]] = {
-    "LowRank": lambda: LowRank(*normal((6, 2), (2, 8))),
-    "Hadamard": lambda: Hadamard(*normal((6, 2), (2, 8), (6, 2), (2, 8))),
-    "Kron": lambda: Kron(*normal((2, 4), (3, 2))),
-    "Kron of a product": lambda: Kron(*normal((2, 4), (1, 2), (3, 1))),
-    "Rotation": lambda: Rotation(*normal((2, 3, 3), (6, 8))),
-}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -62,39 +53,36 @@ def test_in_another_process(module: str, interpreted: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_what_the_operators_mean(structure: str) -> None:
-    delta = STRUCTURES[structure]()
-    declared, dense = delta.tiled(), delta.dense()
-    assert declared is not None
-    base, row = normal((6, 8), (6,))
-    assert torch.allclose(operators.delta(None, *declared, 1.0, None), dense)
-    assert torch.allclose(operators.delta(base, *declared, 0.3, row), (base + 0.3 * dense) * row[:, None])
-    assert torch.allclose(
-        operators.moments(base, *declared), torch.stack([(base * dense).sum(1), dense.square().sum(1)])
-    )
-    torch.library.opcheck(operators.delta, (base, *declared, 0.3, row))
-    torch.library.opcheck(operators.moments, (base, *declared))
+def test_what_the_operators_mean() -> None:
+    delta, (base,) = hadamard(6, 8, 2), normal((6, 8))
+    factors, dense = [factor.detach() for factor in delta.factors], delta.dense().detach()
+    assert torch.allclose(operators.hadamard(None, factors, 1.0), dense)
+    assert torch.allclose(operators.hadamard(base, factors, 0.3), base + 0.3 * dense)
+    moments = torch.stack([(base * dense).sum(1), dense.square().sum(1)])
+    assert torch.allclose(operators.hadamard_moments(base, factors), moments)
+    torch.library.opcheck(operators.hadamard, (base, factors, 0.3))
+    torch.library.opcheck(operators.hadamard_moments, (base, factors))
 
 
-def test_narrow_numbers_are_summed_wide_and_rounded_once() -> None:
-    delta = Hadamard(*normal((40, 16), (16, 50), (40, 16), (16, 50), dtype=torch.bfloat16))
-    wide = Hadamard(*(factor.float() for factor in delta.tiled()[1])).dense()
-    (base,) = normal((40, 50), dtype=torch.bfloat16)
-    assert torch.equal(operators.delta(base, *delta.tiled(), 0.3, None), (0.3 * wide + base.float()).bfloat16())
-    assert operators.moments(base, *delta.tiled()).dtype == torch.float32
+def test_what_16_bits_hold_is_rounded_once() -> None:
+    delta, (base,) = hadamard(6, 8, 2, torch.bfloat16), normal((6, 8), dtype=torch.bfloat16)
+    factors = [factor.detach() for factor in delta.factors]
+    wide = Hadamard(*(factor.float() for factor in factors)).dense()
+    assert torch.equal(operators.hadamard(None, factors, 1.0), wide.bfloat16())
+    assert torch.equal(operators.hadamard(base, factors, 0.3), (0.3 * wide + base.float()).bfloat16())
+    assert operators.hadamard_moments(base, factors).dtype == torch.float32
 
 
 def test_gradients_of_hadamard() -> None:
     delta, (base,) = hadamard(5, 7, 3), normal((5, 7))
 
     def f(base: Tensor, *factors: Tensor) -> Tensor:
-        return operators.hadamard(base, factors, 0.3)
+        return operators.differentiable_hadamard(base, factors, 0.3)
 
-    inputs = (base.requires_grad_(), *delta.tiled()[1])
+    inputs = (base.requires_grad_(), *delta.factors)
     assert torch.autograd.gradcheck(f, inputs)
     assert torch.autograd.gradgradcheck(f, inputs)
-    torch.library.opcheck(operators.hadamard_backward, (base.detach(), [t.detach() for t in delta.tiled()[1]], 0.3))
+    torch.library.opcheck(operators.hadamard_backward, (base.detach(), [t.detach() for t in delta.factors], 0.3))
 
 
 @pytest.mark.parametrize("what", [Hadamard.dense, lambda delta: delta.added_to(torch.ones(delta.shape))])
@@ -108,9 +96,9 @@ def test_nothing_of_the_size_of_the_weight_waits_for_backward(what: Callable[[Ha
     assert max(tensor.numel() for tensor in kept) <= 2 * (1 << 11)
     upstream = torch.ones_like(out)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        gradients = torch.autograd.grad(out, delta.tiled()[1], upstream)
+        gradients = torch.autograd.grad(out, delta.factors, upstream)
     assert max(event.cpu_memory_usage for event in profile.events() or []) <= 4 * BLOCK
-    B1, A1, B2, A2 = delta.tiled()[1]
+    B1, A1, B2, A2 = delta.factors
     expected = torch.autograd.grad((B1 @ A1) * (B2 @ A2), (B1, A1, B2, A2), upstream)
     for gradient, value in zip(gradients, expected, strict=True):
         assert torch.allclose(gradient, value, rtol=1e-4, atol=1e-3)
@@ -145,8 +133,8 @@ def test_autocast_changes_no_bit() -> None:
     results = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = operators.hadamard(None, delta.tiled()[1], 0.3)
-            results.append((out, *torch.autograd.grad(out, delta.tiled()[1], torch.ones_like(out))))
+            out = operators.differentiable_hadamard(None, delta.factors, 0.3)
+            results.append((out, *torch.autograd.grad(out, delta.factors, torch.ones_like(out))))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
@@ -161,16 +149,10 @@ def test_triton_where_it_cannot_run_says_why() -> None:
     with pytest.raises(OptionError, match="PyTorch finds no GPU"), kernels.use("triton"):
         pass
     (tensor,) = normal((3, 3))
-    assert kernels.refusal("delta", [tensor], []) == "PyTorch finds no GPU"
+    assert kernels.refusal("hadamard", [tensor], []) == "PyTorch finds no GPU"
     with kernels.use("torch"), kernels.use("auto"), kernels.use("torch"):
-        assert kernels.refusal("delta", [tensor], []) == "kernels.use('torch') is in force"
-    assert kernels.refusal("delta", [tensor], []) == "PyTorch finds no GPU"
-
-
-def test_only_a_rotation_of_inputs_has_no_tile_function() -> None:
-    assert Rotation(*normal((2, 4, 4), (6, 8)), side="in").tiled() is None
-    inner = STRUCTURES["LowRank"]()
-    assert Decomposed(*normal((6,), (6,), (6, 8)), V=inner).tiled() is None
+        assert kernels.refusal("hadamard", [tensor], []) == "kernels.use('torch') is in force"
+    assert kernels.refusal("hadamard", [tensor], []) == "PyTorch finds no GPU"
 
 
 class _Passes(TorchDispatchMode):
@@ -192,12 +174,12 @@ class _Passes(TorchDispatchMode):
 def test_the_roofline_counts_what_eager_does(operator: roofline.Operator) -> None:
     """Its flops and passes over memory are those of the code that stands beside the kernel, and the two agree."""
     m, n, r = 48, 64, 4
-    W, factors = roofline.inputs(operator.structure, m, n, r, "cpu", torch.float64)
+    W, factors = roofline.inputs(m, n, r, "cpu", torch.float64)
     with FlopCounterMode(display=False) as flops, _Passes(m * n) as passes:
         eager = operator.eager(W, factors)
     assert flops.get_total_flops() == 2 * operator.products[1] * m * n * r
     assert passes.count == operator.passes[1]
-    ours = operator.kernel(W, operator.structure, factors)
+    ours = operator.kernel(W, factors)
     for value, other in zip(ours, eager, strict=True):
         assert torch.allclose(value, other)
     for rows in roofline.modelled(operator, m, n, r).values():
@@ -206,7 +188,7 @@ def test_the_roofline_counts_what_eager_does(operator: roofline.Operator) -> Non
 
 @pytest.mark.parametrize("operator", [o for o in roofline.OPERATORS if o.lycoris], ids=lambda operator: operator.name)
 def test_the_roofline_asks_lycoris_for_the_same(operator: roofline.Operator) -> None:
-    W, factors = roofline.inputs(operator.structure, 12, 8, 4, "cpu", torch.float32)
+    W, factors = roofline.inputs(12, 8, 4, "cpu", torch.float32)
     assert operator.lycoris is not None
     for _ in range(2):
         torch.testing.assert_close(operator.lycoris(W, factors), operator.eager(W, factors))

@@ -8,7 +8,6 @@ from torch import Tensor
 from peftkit.delta import Hadamard
 from peftkit.geometry import Geometry
 from peftkit.kernels import outputs
-from peftkit.kernels.blocks import Workspace
 from peftkit.wrapping.backup import Copy
 from tests import laws
 
@@ -23,8 +22,8 @@ def test_the_laws_hold_before_anything_is_planted() -> None:
 def test_scaling_twice_when_merging_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Hadamard.rows_
 
-    def scaled_again(self: Hadamard, block: slice, out: Tensor, space: Workspace) -> None:
-        original(self, block, out, space)
+    def scaled_again(self: Hadamard, block: slice, out: Tensor) -> None:
+        original(self, block, out)
         out.mul_(0.5)  # γ = α/r of this case, applied once more
 
     monkeypatch.setattr(Hadamard, "rows_", scaled_again)

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 import peftkit as pk
 from peftkit.adapters import oft
 from peftkit.bench.step import kept
-from peftkit.delta.base import Delta
-from peftkit.kernels import activations, fused, outputs
+from peftkit.delta import Hadamard
+from peftkit.kernels import fused, outputs
+from peftkit.wrapping import layer as layer_module
 from peftkit.wrapping import routes
 from tests.laws import close
 from tests.zoo import ADAPTERS, LAYERS, make, smallest_kernel, train
@@ -35,16 +36,6 @@ ACTIVATIONS: dict[str, tuple[tuple[int, ...], int, Callable[[Tensor], Tensor]]] 
 }
 
 
-@pytest.fixture(params=["few numbers", "many numbers"], autouse=True)
-def numbers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Few numbers go through torch's own graph; what is done of many, on few."""
-    if request.param == "many numbers":
-        monkeypatch.setattr(activations, "_FEW", 0)
-        monkeypatch.setattr(activations, "_FEWER", 0)
-        monkeypatch.setattr(outputs, "_LITTLE", 0)
-    return request.param
-
-
 def drawn(name: str, channels: int = 12) -> tuple[Tensor, int]:
     shape, spatial, layout = ACTIVATIONS[name]
     shape = tuple(channels if size == 12 else size for size in shape)
@@ -59,15 +50,13 @@ def channels(v: Tensor, spatial: int) -> Tensor:
     return v[(...,) + (None,) * spatial]
 
 
-def agree(
-    fused: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor], repeats: float = 0.0
-) -> None:
-    """repeats: how far a second backward of one graph may be from the first."""
+def agree(fused: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    """Values and first and second derivatives."""
     torch.testing.assert_close(fused(*inputs), plain(*inputs))
     with torch.no_grad():
         torch.testing.assert_close(fused(*inputs), plain(*inputs))
-    assert torch.autograd.gradcheck(fused, inputs, nondet_tol=repeats)
-    assert torch.autograd.gradgradcheck(fused, inputs, nondet_tol=repeats)
+    assert torch.autograd.gradcheck(fused, inputs)
+    assert torch.autograd.gradgradcheck(fused, inputs)
 
 
 @pytest.mark.parametrize("runs", [1, 3])
@@ -111,21 +100,19 @@ def test_add_pairs(name: str) -> None:
         (nn.ConvTranspose2d(4, 5, 2, stride=2), (2, 4, 2, 3)),
     ],
 )
-@pytest.mark.parametrize("runs", [1, 2])
-@pytest.mark.parametrize("pairs", [False, True])
-def test_contracted(layer: nn.Module, size: tuple[int, ...], runs: int, pairs: bool) -> None:
-    layer, g = layer.double().requires_grad_(False), pk.geometry.of(layer)
-    x, columns = torch.randn(size, dtype=torch.float64, requires_grad=True), g.shape.columns // runs
-    factors = [parameter(3, columns), parameter(3, columns)][: 1 + pairs]
+def test_pairs_are_contracted_as_one_product(layer: nn.Module, size: tuple[int, ...]) -> None:
+    """LoHa's ΔW·x with its pairs made again in backward, against the pairs multiplied out."""
+    layer, g = copy.deepcopy(layer).double().requires_grad_(False), pk.geometry.of(layer)
+    m, n = g.shape.rows, g.shape.columns
+    x = torch.randn(size, dtype=torch.float64, requires_grad=True)
+    factors = [parameter(m, 3), parameter(3, n), parameter(m, 3), parameter(3, n)]
 
-    def after(x: Tensor, h: Tensor) -> Tensor:
-        return layer(x) * h.mean(-1 - g.spatial, keepdim=True)
+    def plain(x: Tensor, B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> Tensor:
+        return layer(x) + g.run(x, (B1 @ A1) * (B2 @ A2))
 
-    def plain(x: Tensor, F: Tensor, *G: Tensor) -> Tensor:
-        return after(x, g.contract(x, fused.khatri_rao(F, *G, 0) if pairs else F))
-
-    def quick(x: Tensor, F: Tensor, *G: Tensor) -> Tensor:
-        return after(*fused.contracted(x, F, G[0] if pairs else None, g))
+    def quick(x: Tensor, *factors: Tensor) -> Tensor:
+        y = layer(x)
+        return Hadamard(*factors).apply_onto(y, x, y, layer.bias, g)
 
     agree(quick, plain, [x, *factors])
     for some in ([x], factors):  # what is asked for alone
@@ -135,16 +122,8 @@ def test_contracted(layer: nn.Module, size: tuple[int, ...], runs: int, pairs: b
     torch.testing.assert_close(*(torch.autograd.grad(y, factors) for y in (ours, theirs)))
 
 
-def test_contracted_alone() -> None:
-    """Where the layer's own output is not used, the contraction's gradient is all there is."""
-    g, x, A = pk.geometry.of(nn.Linear(4, 6)), torch.randn(3, 4, requires_grad=True), torch.randn(2, 4)
-    _, h = fused.contracted(x, A, None, g)
-    (ours,) = torch.autograd.grad(h.sum(), x)
-    torch.testing.assert_close(ours, A.sum(0).expand(3, 4))
-
-
 def test_the_gradient_of_an_adapted_layers_input_is_nobody_elses() -> None:
-    """Backward writes over the gradient that the layer hands to its input, and over no other."""
+    """Backward writes over no gradient that a hook was shown."""
     layer = nn.Linear(4, 4)
     pk.wrap(layer, "lora", rank=2)
     train(layer)
@@ -213,41 +192,6 @@ def test_rescaled(name: str, bias: bool) -> None:
     agree(fused, plain, [y, parameter(12), parameter(12)] if bias else [y, parameter(12)])
 
 
-@pytest.mark.parametrize(
-    ("layer", "size"),
-    [
-        (nn.Linear(4, 6), (3, 4)),
-        (nn.Linear(4, 6, bias=False), (2, 3, 4)),
-        (nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 5, 4)),
-        (nn.Conv2d(4, 6, 1).to(memory_format=torch.channels_last), (2, 4, 3, 2)),
-        (nn.Conv1d(4, 6, 1), (2, 4, 5)),
-    ],
-)
-@pytest.mark.parametrize("pairs", [False, True])
-def test_decomposed(layer: nn.Linear, size: tuple[int, ...], pairs: bool) -> None:
-    layer, g = copy.deepcopy(layer).double(), pk.geometry.of(layer)
-    weight = layer.weight.detach().clone().requires_grad_()
-    x, e, A, *factors = (
-        torch.randn(size, dtype=torch.float64, requires_grad=True),
-        parameter(6),
-        parameter(4, g.shape.columns),
-        *(parameter(6, 2 if pairs else 4) for _ in range(1 + pairs)),
-    )
-    bias = [] if layer.bias is None else [layer.bias.detach().clone().requires_grad_()]
-
-    def plain(x: Tensor, weight: Tensor, e: Tensor, A: Tensor, *rest: Tensor) -> Tensor:
-        B = fused.khatri_rao(*rest[:2], 1) if pairs else rest[0]
-        y, own = g.call(x, weight, *bias), channels(bias[0], g.spatial) if bias else 0
-        return y + channels(e, g.spatial) * (y - own) + g.expand(g.contract(x, A), B)
-
-    def quick(x: Tensor, weight: Tensor, e: Tensor, A: Tensor, *rest: Tensor) -> Tensor:
-        pair = (rest[0], rest[1] if pairs else None)
-        y, h = g.call(x, weight, *bias), g.contract(x, A)
-        return outputs.decomposed_(y, h, e, pair, bias[0] if bias else None, g, (x, weight))
-
-    agree(quick, plain, [x, weight, e, A, *factors, *bias], repeats=1e-12)
-
-
 #: what comes after a layer and writes over its output
 WRITERS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu_": F.relu_,
@@ -284,13 +228,12 @@ def test_an_output_that_is_written_over_is_made_again(
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), wanted), expected)
 
 
-def test_the_output_is_kept_once(numbers: str) -> None:
-    """Where the next operation keeps its input, DoRA adds no activation of the output's size."""
+def test_one_output_is_kept() -> None:
+    """DoRA keeps W·x beside what the next operation keeps, its input."""
     layer = nn.Linear(64, 96)
     pk.wrap(layer, "dora", rank=4)
     x = torch.randn(128, 64, requires_grad=True)
-    outputs = kept(nn.Sequential(layer, nn.GELU()), x) / (4 * 128 * 96)
-    assert 1 <= outputs < 1.5 if numbers == "many numbers" else 2 <= outputs < 2.5
+    assert 2 <= kept(nn.Sequential(layer, nn.GELU()), x) / (4 * 128 * 96) < 2.5
 
 
 @pytest.mark.parametrize("frozen", ["nothing", "magnitude", "down", "everything"])
@@ -305,7 +248,6 @@ def test_no_output_outlives_its_backward(frozen: str) -> None:
     del out
     loss.backward()
     assert alive() is None
-    assert getattr(loss.grad_fn.next_functions[0][0], "held", None) is None
 
 
 @pytest.mark.parametrize("kind", ["dora", "oft", "lora"])
@@ -348,7 +290,6 @@ def test_a_tracer_sees_operations(kind: str) -> None:
 
 
 def test_a_magnitude_of_zero_has_a_gradient() -> None:
-    """W·x cannot be found again in an output that t = 0 has erased: it is kept."""
     layer = nn.Linear(8, 12).double()
     pk.wrap(layer, "dora", rank=2, route="factored")
     train(layer)
@@ -382,26 +323,11 @@ def test_the_fused_route_is_the_plain_one(adapter: str, layer: str, monkeypatch:
         return y, *torch.autograd.grad(y.square().sum(), wanted)
 
     fused = step()
-    monkeypatch.setattr(Delta, "onto", _plainly)
+    monkeypatch.setattr(layer_module, "eager", lambda: False)
     for algorithm in ("oft", "boft"):
         monkeypatch.setattr(f"peftkit.adapters.{algorithm}.cayley", lambda *skew: oft._solved(oft.skew_blocks(*skew)))
     for ours, plain in zip(fused, step(), strict=True):
         close(ours, plain, torch.float64, "a fused product")
-
-
-def _plainly(
-    self: Delta,
-    out: Tensor,
-    x: Tensor,
-    y: Tensor,
-    bias: Tensor | None,
-    g: pk.geometry.Geometry,
-    h: Tensor | None,
-    weight: Tensor | None,
-) -> Tensor:
-    del h, weight
-    wx = None if not self.reads_output else y if bias is None else y - g.per_channel(bias)
-    return out + self.apply(x, wx, g)
 
 
 @pytest.mark.parametrize("kind", ["loha", "dora"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +12,7 @@ from peftkit.adapters.base import Adapter, require
 from peftkit.delta import Decomposed, Delta
 from peftkit.delta.base import recomputed
 from peftkit.geometry import Shape
-from peftkit.kernels import fused
 from peftkit.kernels.blocks import row_sqnorms
-from peftkit.kernels.cache import Memo
 
 
 @registry.register("dora")
@@ -58,38 +54,29 @@ class DoRA(Adapter):
         self.inner = registry.build(inner, shape, weight, **inner_options)
         self.options = {"inner": self.inner.kind, **self.inner.options}
         self.input_dropout = self.inner.input_dropout
-        self._known: _Known | None = None
-        self._memo: Memo[Decomposed] = Memo()
         self.columns, self.detach_norm, self.positions = axis == "in", detach_norm, shape.positions
         norm = self._per_scale(self._base_sqnorms(weight)).sqrt()
         self.magnitude = nn.Parameter(norm.clone())
         self.register_buffer("base_norm", norm)
 
     def delta(self, weight: Tensor) -> Decomposed:
-        own = self._base_sqnorms(weight)
-        inner = self.inner
-        if inner.stochastic and inner.training:  # V is another at every call
-            return self._decomposed(weight, own)
-        held = (*inner._parameters.values(), *inner._buffers.values(), self.magnitude, self.base_norm)
-        inputs = (tensor for tensor in held if tensor is not None)
-        return self._memo(lambda: self._decomposed(weight, own), *inputs, of=own)
-
-    def _decomposed(self, weight: Tensor, own: Tensor) -> Decomposed:
-        """ΔW. own: ‖W_i‖² per row, or column."""
         V = self.inner.delta(weight)
+        own = self._base_sqnorms(weight)
         if self.detach_norm:
             with torch.no_grad():
                 cross, squares = V.column_moments(weight) if self.columns else V.moments(weight)
         else:  # the norm takes part in the gradient, but nothing of the size of W waits for it
-            cross, squares = recomputed(lambda W: self._moments(V, W), weight)
-        known = own, cross, squares
-        own = self._per_scale(own)
-        norm = _root((own + self._per_scale(2 * cross + squares)).clamp(min=0))
-        # m/‖W + V‖ as two ratios: both are exactly 1 at the start, in any dtype, and the first carries to another base
-        t = _ratio(self.magnitude, self.base_norm) * _ratio(own.sqrt(), norm)
+            cross, squares = recomputed(lambda W: self._moments(V, W), weight, lambda: V.factors)
+        # t = m/‖W + V‖ is (1 + a)·(1 + b) with 1 + a = m/‖W‖ and 1 + b = ‖W‖/‖W + V‖ on the norms of the base it was
+        # made on and of this one. Both are made without 1, which their digits would be lost to, and are 0 at the start
+        a = _quotient(self.magnitude - self.base_norm, self.base_norm)
+        change, square = self._per_scale(2 * cross + squares), self._per_scale(own)
+        norm = _root((square + change).clamp(min=0))
+        b = _quotient(-change, norm * (square.sqrt() + norm))
+        e = a + b + a * b
         if self.columns:
-            t = t.repeat_interleave(self.positions)
-        return Decomposed(t - 1, t, weight, V, self.columns, known)
+            e = e.repeat_interleave(self.positions)
+        return Decomposed(e, 1 + e, weight, V, self.columns, (own, cross, squares))
 
     def project_(self) -> None:
         self.inner.project_()
@@ -100,29 +87,13 @@ class DoRA(Adapter):
     def derived(self) -> dict[str, Tensor]:
         return {f"inner.{key}": tensor for key, tensor in self.inner.derived().items()}
 
-    def _base_sqnorms(self, weight: Tensor) -> Tensor:
-        """‖W_i‖² per row (m,), or per column (n,); of a frozen W, kept until it is written or replaced."""
-        if (
-            not fused.eager()
-            or weight.requires_grad
-            or weight.is_inference()
-            or type(weight) not in (Tensor, nn.Parameter)
-        ):
-            return self._sqnorms(weight)
-        state = weight.data_ptr(), weight._version, weight.dtype, weight.stride()
-        parameter = weight if weight._base is None else weight._base
-        known = self._known
-        if known is None or known.parameter() is not parameter or known.state != state:
-            self._known = known = _Known(weakref.ref(parameter), state, self._sqnorms(weight))
-        return known.squares
-
     @torch.no_grad()
-    def _sqnorms(self, weight: Tensor) -> Tensor:
-        return row_sqnorms(weight.mT if self.columns else weight)
+    def _base_sqnorms(self, weight: Tensor) -> Tensor:
+        """‖W_i‖² per row (m,), or per column (n,).
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._known = None  # memory that moves may come back at an address that was seen before
-        return super()._apply(fn, recurse)
+        Read from W at every call: nothing that is kept beside W would know of every way there is to write to it.
+        """
+        return row_sqnorms(weight.mT if self.columns else weight)
 
     def _moments(self, V: Delta, weight: Tensor) -> Tensor:
         """<W_i, V_i> and ‖V_i‖² per row (2, m), or per column (2, n)."""
@@ -133,28 +104,13 @@ class DoRA(Adapter):
         return v.unflatten(0, (-1, self.positions)).sum(1) if self.columns else v
 
 
-@dataclass(frozen=True)
-class _Known:
-    """‖W_i‖² of one parameter in one state."""
-
-    parameter: weakref.ref[Tensor]
-    state: tuple[Any, ...]
-    squares: Tensor
-
-    def __deepcopy__(self, memo: object) -> None:
-        """Another model has other parameters."""
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
-
-
 def _root(square: Tensor) -> Tensor:
     """√square, with gradient 0 at 0."""
     zero = square == 0
     return square.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator/denominator, and 1 where the denominator is 0: a row of zeros has no direction to scale."""
+def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator/denominator, and 0 where the denominator is 0: a row of zeros has no direction to scale."""
     zero = denominator == 0
-    return (numerator / denominator.masked_fill(zero, 1.0)).masked_fill(zero, 1.0)
+    return (numerator / denominator.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)

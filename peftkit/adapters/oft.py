@@ -14,8 +14,8 @@ from peftkit.adapters.registry import register
 from peftkit.delta import Delta, Rotation
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
-from peftkit.kernels import fused
 from peftkit.kernels.cache import Memo
+from peftkit.kernels.torch_private import eager
 
 
 def divisor_at_most(size: int, bound: int) -> int:
@@ -152,7 +152,7 @@ def skew_blocks(skew: Tensor, upper: Tensor, size: int) -> Tensor:
 
 def cayley(skew: Tensor, upper: Tensor, size: int) -> Tensor:
     """R − I = 2·(I − Q)⁻¹·Q of Q = skew_blocks(…), (…, b, b): 0 where Q is, and no digits lost to I near it."""
-    if torch.is_grad_enabled() and fused.eager():
+    if torch.is_grad_enabled() and eager():
         return cast("Callable[[Tensor, Tensor, int], Tensor]", _Cayley.apply)(skew, upper, size)
     return _solved(skew_blocks(skew, upper, size))
 

@@ -23,7 +23,6 @@ from peftkit.delta.addition import add_
 from peftkit.delta.base import WeightCache
 from peftkit.errors import BenchError
 from peftkit.geometry import of
-from peftkit.kernels.blocks import Workspace
 from peftkit.wrapping.layer import installed_adapters
 
 OPERATIONS = ("dense", "add", "watch", "make")
@@ -83,11 +82,10 @@ def _ours(operation: str, adapter: Any, layer: nn.Module, kind: str) -> Call:
     if operation == "dense":
         return lambda: adapter.delta(W).dense()
     if operation == "add":
-        space = Workspace()
-        return lambda: add_([adapter.delta(W)], weight, geometry, space=space)
+        return lambda: add_([adapter.delta(W)], weight, geometry)
     if operation == "watch":
-        known = WeightCache()
-        return lambda: adapter.delta(W).inner_and_sqnorm(W, known)
+        cache = WeightCache()
+        return lambda: adapter.delta(W).inner_and_sqnorm(W, cache)
     return lambda: registry.build(kind, geometry.shape, W, None, **KINDS[kind][0])
 
 

@@ -7,6 +7,7 @@ from peftkit.delta.decomposed import Decomposed as Decomposed
 from peftkit.delta.dense import Dense as Dense
 from peftkit.delta.diagonal import DiagonalLowRank as DiagonalLowRank
 from peftkit.delta.hadamard import Hadamard as Hadamard
+from peftkit.delta.input_dependent import InputDependent as InputDependent
 from peftkit.delta.kron import Kron as Kron
 from peftkit.delta.lowrank import LowRank as LowRank
 from peftkit.delta.rotation import Rotation as Rotation

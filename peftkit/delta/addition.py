@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from peftkit.delta import Delta
 from peftkit.errors import MergeError
 from peftkit.geometry import Geometry
-from peftkit.kernels.blocks import BLOCK, Workspace, accumulation_dtype, block_size, row_blocks
+from peftkit.kernels.blocks import BLOCK, accumulation_dtype, block_size, row_blocks
 
 #: of a long weight, one of so many rows is measured, but at least so many, or in so many places
 _SHARE, _LEAST, _PLACES = 64, 32, 4
@@ -30,122 +31,174 @@ class MergedWeight:
 
 
 def add_(
-    deltas: Sequence[Delta],
-    weight: Tensor,
-    geometry: Geometry,
-    *,
-    dry: bool = False,
-    safe: bool = False,
-    space: Workspace | None = None,
+    deltas: Sequence[Delta], weight: Tensor, geometry: Geometry, *, dry: bool = False, safe: bool = False
 ) -> tuple[float, float, float]:
-    """weight += Σ ΔW in place, row block by row block; ‖ΔW‖, ‖W' − W‖ and the share lost.
+    """Add Σ ΔW to a weight in place, row block by row block, and return ‖ΔW‖, ‖W' − W‖ and the share lost.
 
-    weight: in its layer's shape, which `geometry` reads as a matrix. dry: write nothing, and go only as far as the
-    first rows that would change. Of a long weight, what moved and what was lost are those of rows spread over it.
-    safe: the sum is known to be finite. space: buffers to use, for those who add to many weights.
+    Of a long weight, what moved and what was lost are measured on rows spread over it.
+
+    Args:
+        deltas: the ΔW to add, (m, n) each.
+        weight: W in its layer's shape.
+        geometry: how the weight is read as a matrix (m, n).
+        dry: write nothing, and go only as far as the first rows that would change.
+        safe: the sum is known to be finite.
     """
     if not deltas:
         return 0.0, 0.0, 0.0
-    acc, space = accumulation_dtype(weight.dtype), space or Workspace()
-    deltas = [delta.upcast() for delta in deltas]  # 16-bit factors are multiplied in 32: faster, and more is kept
-    bands = geometry.bands(weight)  # (bands, rows, channels, *kernel), a view
-    rows, columns = geometry.shape.rows, geometry.shape.columns
-    # A block holds whole units of every delta, so that none reads a row that was written before; where a unit alone is
-    # large, it goes column by column
-    multiple = min(rows, math.lcm(*(d.row_multiple for d in deltas)))
-    size = block_size(weight.device) // (16 if dry else 1)
-    width = columns if multiple * columns <= 4 * BLOCK else max(1, BLOCK // multiple)
-    own = weight.untyped_storage().data_ptr()
-    # One ΔW whose norm is known goes straight into rows that are not measured, unless they must be rounded afterwards
-    known = deltas[0].cheap_sqnorm if len(deltas) == 1 and width == columns and not dry else None
-    straight = known is not None and weight.dtype == acc
-    in_place = straight and _rows(bands, slice(0, 1)).flatten(1).untyped_storage().data_ptr() == own
-    # What rounding loses is looked at in a part of a long weight; what becomes infinite, everywhere
-    if dry or rows * columns <= 2 * size or rows <= multiple * _PLACES or weight.itemsize < 2:
-        blocks = ((block, True, not dry) for block in row_blocks(rows, columns, multiple, size))
-    else:
-        blocks = _sampled(rows, columns, multiple, size, in_place, lambda: bool(seen[1] > 0))
-    squares: list[Tensor] = []
-    most = torch.zeros((), dtype=acc, device=weight.device)  # of the norms of what was not measured, squared
-    seen = torch.zeros(3, dtype=torch.float64)  # ‖ΔW‖², ‖moved‖² and ‖lost‖² of what was measured
-    for block, measured, written in blocks:
-        values = _rows(bands, block).flatten(1)
-        copied = values.untyped_storage().data_ptr() != own
-        if straight and not measured:
-            deltas[0].add_rows_(block, values, space)
-            if not safe:
-                most = torch.maximum(most, _square(values))
-            if copied:
-                _write(bands, block, values)
-            continue
-        for start in range(0, columns, width):
-            here = values[:, start : start + width]
-            delta = space("delta", (here.shape[0], here.shape[1]), here, acc)
-            _fill(deltas[0], block, start, delta, columns, space)
-            for other in deltas[1:]:
-                more = space("more", (here.shape[0], here.shape[1]), here, acc)
-                _fill(other, block, start, more, columns, space)
-                delta.add_(more)
-            old = here if here.dtype == acc else space("old", (here.shape[0], here.shape[1]), here, acc).copy_(here)
-            if known is None and (written or dry):
-                squares.append(_square(delta))
-            if not measured:
-                old.add_(delta)
-                if old is not here:
-                    here.copy_(old)
-                if not safe:
-                    most = torch.maximum(most, _square(old))
-                continue
-            wide = torch.add(old, delta, out=space("wide", (here.shape[0], here.shape[1]), here, acc))
-            if weight.itemsize < 2 and overflows(wide, weight.dtype):  # these saturate where others become infinite
-                return float(_square(delta).sqrt()), math.inf, 0.0
-            new = space("new", (here.shape[0], here.shape[1]), here).copy_(wide)
-            moved = wide.copy_(new).sub_(old)
-            sums = [_square(delta), _square(moved), _square(moved.sub_(delta))]
-            seen += torch.stack(sums).cpu().double()
-            if written:
-                here.copy_(new)
-        if dry and seen[1] > 0:
+    addition = _Addition(deltas, weight, geometry, dry, safe)
+    for block, measured, written in addition.schedule():
+        if not measured:
+            addition.add(block)
+        elif not addition.measure(block, written):
+            return addition.norm, math.inf, 0.0
+        if dry and addition.moved:
             break
-        if copied and written:
-            _write(bands, block, values)
-    norm = (torch.stack(squares) if known is None else known.clamp(min=0)).cpu().double().sum()
     # A norm bounds every element: only where it is large, or is no number, they are looked at one by one
-    if not most <= min(torch.finfo(weight.dtype).max / 2, 1e18) ** 2 and not _finite(weight):
-        return float(norm.sqrt()), math.inf, 0.0
-    if not (seen[0] > 0 and norm > 0):
-        return float(norm.sqrt()), 0.0, 0.0
-    change, missed = (norm * seen[1:] / seen[0]).sqrt().tolist()
-    return float(norm.sqrt()), change, missed / float(norm.sqrt())
+    if not addition.surely_finite and not _finite(weight):
+        return addition.norm, math.inf, 0.0
+    return addition.norm, *addition.change_and_lost()
 
 
-def _sampled(
-    rows: int, columns: int, multiple: int, size: int, in_place: bool, moved: Callable[[], bool]
-) -> Iterator[tuple[slice, bool, bool]]:
-    """Rows, whether they are to be measured, and to be written: some to measure, then all, at once if in place."""
+class _Addition:
+    """The sum of one weight and Σ ΔW, on its way."""
+
+    def __init__(self, deltas: Sequence[Delta], weight: Tensor, geometry: Geometry, dry: bool, safe: bool) -> None:
+        self.deltas = [delta.upcast() for delta in deltas]  # multiplied in 32 bits: faster, and more is kept
+        self.weight, self.dry, self.safe = weight, dry, safe
+        self.acc = accumulation_dtype(weight.dtype)
+        self.bands = geometry.bands(weight)  # (bands, rows, channels, *kernel), a view
+        self.rows, self.columns = geometry.shape.rows, geometry.shape.columns
+        # A block holds whole units of every delta, so that none reads a row that was written before; where a unit alone
+        # is large, it goes column by column
+        self.multiple = min(self.rows, math.lcm(*(d.row_multiple for d in self.deltas)))
+        self.width = self.columns if self.multiple * self.columns <= 4 * BLOCK else max(1, BLOCK // self.multiple)
+        # One ΔW whose norm is known goes straight into rows that are not measured, unless they must be rounded after it
+        alone = len(self.deltas) == 1 and self.width == self.columns and not dry
+        self.sqnorm = self.deltas[0].cheap_sqnorm if alone else None
+        self.straight = self.sqnorm is not None and weight.dtype == self.acc
+        self.squares: list[Tensor] = []  # of ‖ΔW‖, block by block, where it is not known
+        self.largest = torch.zeros((), dtype=self.acc, device=weight.device)  # ‖W'‖² of a block that was not measured
+        self.seen = torch.zeros(3, dtype=torch.float64)  # ‖ΔW‖², ‖moved‖² and ‖lost‖² of what was measured
+
+    def schedule(self) -> Iterator[tuple[slice, bool, bool]]:
+        """Yield rows, whether they are to be measured, and whether they are to be written."""
+        size = block_size(self.weight.device) // (16 if self.dry else 1)
+        short = self.rows * self.columns <= 2 * size or self.rows <= self.multiple * _PLACES
+        # What rounding loses is looked at in a part of a long weight; what becomes infinite, everywhere
+        if self.dry or short or self.weight.itemsize < 2:
+            for block in row_blocks(self.rows, self.columns, self.multiple, size):
+                yield block, True, not self.dry
+            return
+        for block in _spread(self.rows, self.multiple):
+            yield block, True, False
+        if self.straight and self.moved and not self._rows(slice(0, 1))[1]:
+            yield slice(0, self.rows), False, True
+            return
+        unmoved = not self.moved
+        for block in row_blocks(self.rows, self.columns, self.multiple, size):
+            yield block, unmoved, True
+
+    def add(self, block: slice) -> None:
+        """Add Σ ΔW to these rows without measuring."""
+        values, copied = self._rows(block)
+        if self.straight:
+            self.deltas[0].add_rows_(block, values)
+            self._watch(values)
+        else:
+            for columns, delta in self._parts(block):
+                here = values[:, columns]
+                if self.sqnorm is None:
+                    self.squares.append(_square(delta))
+                new = here.to(self.acc).add_(delta)
+                if new is not here:
+                    here.copy_(new)
+                self._watch(new)
+        if copied:
+            _write(self.bands, block, values)
+
+    def measure(self, block: slice, write: bool) -> bool:
+        """Add Σ ΔW to these rows, if `write`, and measure what moves; return False where the dtype overflows."""
+        values, copied = self._rows(block)
+        for columns, delta in self._parts(block):
+            here = values[:, columns]
+            old = here.to(self.acc)
+            if self.sqnorm is None and (write or self.dry):
+                self.squares.append(_square(delta))
+            sum_ = old + delta
+            if self.weight.itemsize < 2 and overflows(sum_, self.weight.dtype):  # saturates in place of inf
+                return False
+            new = sum_.to(self.weight.dtype, copy=True)
+            moved = sum_.copy_(new).sub_(old)
+            sums = [_square(delta), _square(moved), _square(moved.sub_(delta))]
+            self.seen += torch.stack(sums).cpu().double()
+            if write:
+                here.copy_(new)
+        if copied and write:
+            _write(self.bands, block, values)
+        return True
+
+    @property
+    def moved(self) -> bool:
+        """Whether any of what was measured changes in the dtype of the weight."""
+        return bool(self.seen[1] > 0)
+
+    @property
+    def surely_finite(self) -> bool:
+        """Whether no block that was not measured can hold a number that is not finite."""
+        return bool(self.largest <= min(torch.finfo(self.weight.dtype).max / 2, 1e18) ** 2)
+
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖."""
+        square = torch.stack(self.squares) if self.sqnorm is None else self.sqnorm.clamp(min=0)
+        return math.sqrt(square.cpu().double().sum())
+
+    def change_and_lost(self) -> tuple[float, float]:
+        """Return ‖W' − W‖, and ‖ΔW − (W' − W)‖/‖ΔW‖."""
+        norm = self.norm
+        if not (self.seen[0] > 0 and norm > 0):
+            return 0.0, 0.0
+        change, lost = (self.seen[1:] / self.seen[0]).sqrt().tolist()
+        return change * norm, lost
+
+    def _rows(self, block: slice) -> tuple[Tensor, bool]:
+        """Rows of the matrix (rows, columns), and whether they are a copy."""
+        bands = self.bands
+        rows = (bands.flatten(0, 1)[block] if bands.shape[0] > 1 else bands[0, block]).flatten(1)
+        return rows, rows.untyped_storage().data_ptr() != self.weight.untyped_storage().data_ptr()
+
+    def _parts(self, block: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Yield columns and Σ ΔW on them, for these rows, in the dtype of the sum."""
+        for start in range(0, self.columns, self.width):
+            columns = slice(start, min(start + self.width, self.columns))
+            yield columns, functools.reduce(Tensor.add_, (self._part(delta, block, columns) for delta in self.deltas))
+
+    def _part(self, delta: Delta, block: slice, columns: slice) -> Tensor:
+        """One ΔW on these rows and columns, in the dtype of the sum."""
+        if self.width < self.columns:
+            return delta.tile(block, columns).to(self.acc, copy=True)
+        if block.step is not None or delta.dtype != self.acc:
+            return delta.rows(block).to(self.acc, copy=True)
+        out = torch.empty(block.stop - block.start, self.columns, dtype=self.acc, device=self.weight.device)
+        delta.rows_(block, out)
+        return out
+
+    def _watch(self, rows: Tensor) -> None:
+        if not self.safe:
+            self.largest = torch.maximum(self.largest, _square(rows))
+
+
+def _spread(rows: int, multiple: int) -> Iterator[slice]:
+    """Yield the rows of a long weight that are measured: single ones far apart, or units of `multiple`."""
     if multiple == 1:
         step = max(1, min(_SHARE, rows // _LEAST))
-        yield slice(step // 2, rows, step), True, False
-    else:
-        units = rows // multiple
-        step = max(1, min(_SHARE, units // _PLACES))
-        for unit in range(step // 2, units, step):
-            yield slice(unit * multiple, (unit + 1) * multiple), True, False
-    seen = moved()
-    if in_place and seen:
-        yield slice(0, rows), False, True
+        yield slice(step // 2, rows, step)
         return
-    for block in row_blocks(rows, columns, multiple, size):
-        yield block, not seen, True
-
-
-def _fill(delta: Delta, rows: slice, start: int, out: Tensor, columns: int, space: Workspace) -> None:
-    """ΔW of these rows, and of as many columns as out has, into out."""
-    if out.shape[1] == columns and out.dtype == delta.dtype and rows.step is None:
-        delta.rows_(rows, out, space)
-    else:
-        whole = out.shape[1] == columns
-        out.copy_(delta.rows(rows) if whole else delta.tile(rows, slice(start, start + out.shape[1])))
+    units = rows // multiple
+    step = max(1, min(_SHARE, units // _PLACES))
+    for unit in range(step // 2, units, step):
+        yield slice(unit * multiple, (unit + 1) * multiple)
 
 
 def _finite(weight: Tensor) -> bool:
@@ -156,11 +209,6 @@ def _finite(weight: Tensor) -> bool:
 def _square(block: Tensor) -> Tensor:
     flat = block.reshape(-1)
     return torch.dot(flat, flat)
-
-
-def _rows(bands: Tensor, block: slice) -> Tensor:
-    """Rows of the matrix as (rows, channels, *kernel), across bands if need be."""
-    return bands.flatten(0, 1)[block] if bands.shape[0] > 1 else bands[0, block]
 
 
 def _write(bands: Tensor, block: slice, rows: Tensor) -> None:

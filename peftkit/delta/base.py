@@ -6,47 +6,85 @@ factors give the same number for less; the tests hold every override against the
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from peftkit.errors import ChangedTensorError
 from peftkit.geometry import Geometry
-from peftkit.kernels import fused
-from peftkit.kernels.blocks import BLOCK, Workspace, accumulation_dtype, row_blocks, tiles
+from peftkit.kernels.blocks import BLOCK, accumulation_dtype, row_blocks, tiles
 from peftkit.kernels.cache import cached_without_grad
+from peftkit.kernels.torch_private import eager, transformed, version
 
 #: what touching one element of a fresh matrix costs, in floating point operations of a matrix product
 ELEMENT = 40
-_SMALL = 1 << 14  # elements that nobody minds: 64 KiB of fp32
+_SMALL = 1 << 14  # elements whose memory is negligible: 64 KiB of fp32
 
 
 class WeightCache:
-    """What follows from W, or from the constants of an adapter, alone: made once and kept for the next time."""
+    """Cache of quantities that depend only on the frozen weight W and on constants of an adapter, such as W·Wᵀ.
+
+    No write to W goes unseen: the first question after `check` compares fingerprints of all its numbers.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
+        self._fingerprint: object = None
+        self._pending: Callable[[], object] | None = None
+
+    def check(self, fingerprint: Callable[[], object]) -> WeightCache:
+        """Forget everything before the next question, unless fingerprint() is what it was then. Returns the cache."""
+        self._pending = fingerprint
+        return self
 
     def __call__(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """What is known under that name, made if it is not."""
+        """Return the quantity of that name, computed by `make` the first time."""
+        if self._pending is not None:
+            now, self._pending = self._pending(), None
+            if now != self._fingerprint:
+                self._kept, self._fingerprint = {}, now
         if name not in self._kept:
             self._kept[name] = make()
         return self._kept[name]
 
 
-def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), with what it builds on the way thrown away and built again for backward."""
-    if not torch.is_grad_enabled():
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, reads: Callable[[], Sequence[Tensor]]) -> Tensor:
+    """Return function(x), keeping for backward only x: what the function builds on the way is built again then.
+
+    Args:
+        function: reads x and the tensors of `reads`, and nothing else that may change.
+        x: the input that gradients flow to, beside `reads`.
+        reads: gives what must be the same in backward as it is now.
+
+    Raises:
+        ChangedTensorError: in backward, if one of `reads` was written to since. Torch raises there too, for what a
+            graph keeps; a recomputed part keeps nothing, and would give the gradient of other numbers.
+    """
+    if not torch.is_grad_enabled() or transformed() or x.is_meta:  # torch.func cannot recompute
         return function(x)
-    return cast(Tensor, checkpoint(function, x, use_reentrant=False, preserve_rng_state=False))
+    if not eager():
+        return cast(Tensor, checkpoint(function, x, use_reentrant=False, preserve_rng_state=False))
+    before = [(tensor, version(tensor)) for tensor in reads()]
+
+    def unchanged(x: Tensor) -> Tensor:
+        for tensor, then in before:
+            if version(tensor) != then:
+                raise ChangedTensorError(
+                    f"a tensor of shape {tuple(tensor.shape)} that ΔW is made of was written to between forward and "
+                    "backward (by an optimiser's step, load_state_dict or an in-place operation): its gradient would "
+                    "be of other numbers. Call backward before writing to it"
+                )
+        return function(x)
+
+    return cast(Tensor, checkpoint(unchanged, x, use_reentrant=False, preserve_rng_state=False))
 
 
 def total(parts: list[Tensor]) -> Tensor:
-    """The sum of scalars."""
+    """Return the sum of scalars."""
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
@@ -55,6 +93,8 @@ class Delta(ABC):
 
     #: whether `apply` reads wx, the layer's output without bias
     reads_output: bool = False
+    #: whether ΔW is a matrix; not so for an `InputDependent` change, which acts by its factors only
+    is_matrix: bool = True
 
     @property
     @abstractmethod
@@ -63,11 +103,11 @@ class Delta(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """ΔW itself, (m, n), in the dtype of its factors."""
+        """Return ΔW itself, (m, n), in the dtype of its factors."""
 
     @abstractmethod
     def scaled(self, strength: float | Tensor) -> Delta:
-        """strength·ΔW, with the factor folded in where it is cheapest. strength: a number or a 0-d tensor."""
+        """Return strength·ΔW, with the factor folded in where it is cheapest. strength: a number or a 0-d tensor."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,6 +119,45 @@ class Delta(ABC):
         """Where the factors are."""
         return self.dense().device
 
+    # -- the factors ------------------------------------------------------------------------------------------
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """Every tensor that ΔW is made of, those of inner ΔW too."""
+        found: list[Tensor] = []
+        for value in self._fields().values():
+            if isinstance(value, Delta):
+                found.extend(value.factors)
+            elif isinstance(value, Tensor):
+                found.append(value)
+        return tuple(found)
+
+    def mapped(self, function: Callable[[str, Tensor], Tensor]) -> Delta:
+        """Return the same structure with function(name, factor) in place of every factor, those of inner ΔW too."""
+        new = object.__new__(type(self))
+        for name, value in self._fields().items():
+            if isinstance(value, Delta):
+                value = value.mapped(function)
+            elif isinstance(value, Tensor):
+                value = function(name, value)
+            object.__setattr__(new, name, value)  # structures are frozen
+        return new
+
+    def _fields(self) -> dict[str, object]:
+        """What the structure was made of, without what `cached_without_grad` put beside it."""
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_kept_")}
+
+    def upcast(self) -> Delta:
+        """Return the same ΔW with its factors in at least fp32. W itself, where it is a factor, stays as it is."""
+        if self.dtype.itemsize >= 4:
+            return self
+        return self.mapped(lambda name, factor: factor if name == "W" else factor.to(accumulation_dtype(factor.dtype)))
+
+    def rows_rescaled(self, f: Tensor) -> Delta | None:
+        """Return diag(f)·ΔW in the dtype of ΔW, f (m,), where the factors can hold f; None elsewhere."""
+        del f
+        return None
+
     # -- blocks of rows ---------------------------------------------------------------------------------------
 
     @property
@@ -87,89 +166,67 @@ class Delta(ABC):
         return self.shape[0]
 
     def rows(self, block: slice) -> Tensor:
-        """dense()[block], without building the rest. block: with a step too, where `row_multiple` is 1."""
+        """Return dense()[block] without building the rest. block: with a step too, where `row_multiple` is 1."""
         return self.dense()[block]
 
-    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
-        """Write `rows` into out, which has the dtype of the factors. For no gradients."""
-        del space
+    def rows_(self, block: slice, out: Tensor) -> None:
+        """Write `rows` into out, which has the dtype of the factors. Without gradients."""
         out.copy_(self.rows(block))
 
-    def add_rows_(self, block: slice, W: Tensor, space: Workspace) -> None:
-        """W += `rows`, in place. W: the rows `block`, few or many, of a weight: perhaps of the base that ΔW reads."""
+    def add_rows_(self, block: slice, W: Tensor) -> None:
+        """Add `rows` to W in place. W: the rows `block`, few or many, of a weight, perhaps of the base ΔW reads."""
         for part in row_blocks(W.shape[0], W.shape[1], self.row_multiple):
             here = W[part]
-            out = space("delta", (here.shape[0], here.shape[1]), here, self.dtype)
-            self.rows_(slice(block.start + part.start, block.start + part.stop), out, space)
+            out = torch.empty(here.shape, dtype=self.dtype, device=here.device)
+            self.rows_(slice(block.start + part.start, block.start + part.stop), out)
             here.add_(out)
 
     def dense_blockwise(self) -> Tensor:
-        """`dense` from its rows, block by block: nothing of its size is made beside it. For no gradients."""
-        out, space = torch.empty(self.shape, dtype=self.dtype, device=self.device), Workspace()
+        """Return `dense`, made of its rows block by block: nothing of its size is made beside it. Without gradients."""
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         size = 4 * BLOCK // out.itemsize  # a block is of so many bytes
         for block in row_blocks(*self.shape, self.row_multiple, size):
-            self.rows_(block, out[block], space)
+            self.rows_(block, out[block])
         return out
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
-        """dense()[rows, columns], for where even the rows that belong together are too many numbers."""
+        """Return dense()[rows, columns], for where even the rows that belong together are too many numbers."""
         return self.rows(rows)[:, columns]
 
     # -- products ---------------------------------------------------------------------------------------------
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
-        """ΔW·x as layer g applies its weight. x: the layer's input; wx: W·x without bias if `reads_output`."""
-        del wx
-        return recomputed(lambda x: g.run(x, self.dense()), x)
+        """Return ΔW·x as layer g applies its weight.
 
-    def ahead(self, x: Tensor, g: Geometry) -> tuple[Tensor, Tensor | None]:
-        """The x that the layer itself must be called with, and what `_fused` needs of x, made before that call."""
-        del g
-        return x, None
-
-    def onto(
-        self,
-        out: Tensor,
-        x: Tensor,
-        y: Tensor,
-        bias: Tensor | None,
-        g: Geometry,
-        h: Tensor | None = None,
-        weight: Tensor | None = None,
-    ) -> Tensor:
-        """out + ΔW·x, as `apply`, in the dtype of out. y: the layer's output, with its bias (m,); h: from `ahead`.
-
-        Without `reads_output`, out may be overwritten; with it, out is y or what others have added to it. weight: the
-        layer's, in its own shape, where this is its only ΔW: out is y, nobody else's, and may be overwritten anyway.
+        Args:
+            x: the layer's input.
+            wx: W·x without bias if `reads_output`; not read otherwise.
+            g: the geometry of the layer.
         """
-        if weight is not None:
-            alone = self._alone(x, h, y, bias, weight, g)
-            if alone is not None:
-                return alone
-        done = self._fused(out, h, y, bias, g) if h is not None or fused.eager() else None
-        if done is not None:
-            return done
+        del wx
+        return recomputed(lambda x: g.run(x, self.dense()), x, lambda: self.factors)
+
+    def apply_onto(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
+        """Return out + ΔW·x in the dtype of out, where possible in fewer passes over memory than `apply` and a sum.
+
+        Args:
+            out: y, or what other ΔW have added to it. May be written over, unless `reads_output`.
+            x: the layer's input.
+            y: the layer's output, with its bias.
+            bias: (m,), or None.
+            g: the geometry of the layer.
+        """
         wx = None
         if self.reads_output:
             wx = y if bias is None else y - g.per_channel(bias.to(y.dtype))
         return out + self.apply(x, wx, g).to(out.dtype)
 
-    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
-        """`onto` in fewer passes over memory; None where there is no such way."""
-        return None
-
-    def _alone(
-        self, x: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, weight: Tensor, g: Geometry
-    ) -> Tensor | None:
-        """`onto` y, which is then not kept for backward; None where there is no such way."""
-        return None
-
     def inner(self, M: Tensor) -> Tensor:
-        """<ΔW, M>_F, a scalar. M (m, n)."""
+        """Return <ΔW, M>_F, a scalar. M (m, n)."""
         return (self.dense() * M).sum()
 
     def sqnorm(self) -> Tensor:
-        """‖ΔW‖_F², a scalar."""
+        """Return ‖ΔW‖_F², a scalar."""
         return self.dense().square().sum()
 
     @cached_without_grad
@@ -177,15 +234,15 @@ class Delta(ABC):
         """‖ΔW‖_F², a scalar, where it takes far less than building ΔW; None elsewhere."""
         return None
 
-    def max_abs_bound(self, most: Tensor) -> Tensor:
-        """A number that no |ΔW_ij| exceeds, a scalar. most: the largest |W_ij| of the weight that ΔW is of."""
-        del most
+    def max_abs_bound(self, max_abs_weight: Tensor) -> Tensor:
+        """Return an upper bound on max |ΔW_ij|, a scalar. max_abs_weight: max |W_ij| of the weight."""
+        del max_abs_weight
         square = self.cheap_sqnorm
         return (self.sqnorm() if square is None else square).clamp(min=0).sqrt()
 
-    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
-        """<ΔW, W>_F and ‖ΔW‖_F², scalars. W (m, n): the weight that ΔW is of; known: what is kept of it."""
-        del known
+    def inner_and_sqnorm(self, W: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
+        """Return <ΔW, W>_F and ‖ΔW‖_F², scalars. W (m, n): the weight that ΔW is of; cache: what is known of W."""
+        del cache
         inner, square = [], []
         m, n = self.shape
         size = min(BLOCK, max(m * n // 4, _SMALL))  # never a matrix of W's size, however small W is
@@ -196,25 +253,8 @@ class Delta(ABC):
             square.append(torch.dot(tile, tile))
         return total(inner), total(square)
 
-    def upcast(self) -> Delta:
-        """The same ΔW with its factors in at least fp32. W itself, where it is one of them, stays as it is."""
-        if self.dtype.itemsize >= 4:
-            return self
-        return self.mapped(lambda name, factor: factor if name == "W" else factor.to(accumulation_dtype(factor.dtype)))
-
-    def mapped(self, function: Callable[[str, Tensor], Tensor]) -> Delta:
-        """The same structure with function(name, factor) in place of every factor, inner ones too."""
-        new: dict[str, Any] = {}
-        for field in dataclasses.fields(cast(Any, self)):
-            value = getattr(self, field.name)
-            if isinstance(value, Delta):
-                new[field.name] = value.mapped(function)
-            elif isinstance(value, Tensor):
-                new[field.name] = function(field.name, value)
-        return dataclasses.replace(cast(Any, self), **new)
-
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
-        """Per row i: <M_i, ΔW_i> and ‖ΔW_i‖², each (m,). M (m, n)."""
+        """Return <M_i, ΔW_i> and ‖ΔW_i‖² of every row i, each (m,). M (m, n)."""
         products, squares = [], []
         for block in row_blocks(*self.shape, self.row_multiple):
             rows = self.rows(block)
@@ -223,27 +263,21 @@ class Delta(ABC):
         return torch.cat(products), torch.cat(squares)
 
     def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
-        """Per column j: <M_j, ΔW_j> and ‖ΔW_j‖², each (n,). M (m, n)."""
+        """Return <M_j, ΔW_j> and ‖ΔW_j‖² of every column j, each (n,). M (m, n)."""
         dense = self.dense()
         return (dense * M).sum(0), dense.square().sum(0)
 
     def added_to(self, M: Tensor, strength: float = 1.0) -> Tensor:
-        """M + strength·ΔW, accumulated in at least fp32 and rounded once to M's dtype. M (m, n)."""
+        """Return M + strength·ΔW, accumulated in at least fp32 and rounded once to M's dtype. M (m, n)."""
         acc = accumulation_dtype(M.dtype)
         return (M.to(acc) + strength * self.dense().to(acc)).to(M.dtype)
-
-    # -- kernels ----------------------------------------------------------------------------------------------
-
-    def tiled(self) -> tuple[str, list[Tensor]] | None:
-        """The class and the tensors of the tile function of peftkit/kernels/triton/tiles.py that makes this ΔW."""
-        return None
 
     # -- costs, in floating point operations ------------------------------------------------------------------
 
     def apply_flops(self, outputs: int) -> int:
-        """Of `apply` over that many output positions; the default builds ΔW and runs it."""
+        """Return the cost of `apply` over that many output positions; the default builds ΔW and runs it."""
         return self.dense_flops() + 2 * outputs * self.shape[0] * self.shape[1]
 
     def dense_flops(self) -> int:
-        """Of `dense`."""
+        """Return the cost of `dense`."""
         return self.shape[0] * self.shape[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from peftkit.delta.base import Delta, WeightCache
@@ -53,23 +54,23 @@ class Butterfly(Delta):
     def sqnorm(self) -> Tensor:
         return super().inner_and_sqnorm(self.W, WeightCache())[1]
 
-    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
+    def inner_and_sqnorm(self, W: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
         m, n = self.shape
         if 4 * m > n:
-            return super().inner_and_sqnorm(W, known)
+            return super().inner_and_sqnorm(W, cache)
         # W = L·Q with rows of Q orthonormal: (R − I)·L has the products and norms of (R − I)·W, on fewer columns
-        L = known("L", lambda: torch.linalg.qr(W.mT.to(self.dtype), mode="r").R.mT.contiguous())
-        return super(Butterfly, replace(self, W=L)).inner_and_sqnorm(L, known)
+        L = cache("L", lambda: torch.linalg.qr(W.mT.to(self.dtype), mode="r").R.mT.contiguous())
+        return super(Butterfly, replace(self, W=L)).inner_and_sqnorm(L, cache)
 
     def _added(self, W: Tensor) -> Tensor:
         """λ·(s∘R·W − W), W (m, z)."""
-        (m, z), (k, b) = W.shape, self.K.shape[1:3]
+        b = self.K.shape[-1]
         D: Tensor | None = None
         for i, K in enumerate(self.K):
             w = self._apart(i)
-            c = m // (2 * w)
-            pairs = (W if D is None else W + D).reshape(c, 2, w, z).transpose(1, 2).reshape(k, b, z)
-            mixed = torch.bmm(K, pairs).view(c, w, 2, z).transpose(1, 2).reshape(m, z)
+            pairs = rearrange(W if D is None else W + D, "(c two w) z -> (c w two) z", two=2, w=w)
+            mixed = torch.bmm(K, pairs.unflatten(0, (-1, b))).flatten(0, 1)
+            mixed = rearrange(mixed, "(c w two) z -> (c two w) z", two=2, w=w)
             D = mixed if D is None else D + mixed
         assert D is not None
         if self.rescale is not None:

@@ -1,4 +1,4 @@
-"""Scaled: ΔW = diag(e)·W or W·diag(e), the structure of (IA)³."""
+"""ChannelScale: ΔW = diag(e)·W or W·diag(e), the structure of (IA)³."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from peftkit.delta.base import Delta, WeightCache
 from peftkit.geometry import Geometry
 from peftkit.kernels import outputs
-from peftkit.kernels.blocks import Workspace, row_dots, row_sqnorms
+from peftkit.kernels.blocks import row_dots, row_sqnorms
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -50,7 +50,7 @@ class ChannelScale(Delta):
     def rows(self, block: slice) -> Tensor:
         return (self.e if self.columns else self.e[block, None]) * self.W[block].to(self.dtype)
 
-    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
+    def rows_(self, block: slice, out: Tensor) -> None:
         out.copy_(self.W[block]).mul_(self.e if self.columns else self.e[block, None])
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
@@ -60,9 +60,9 @@ class ChannelScale(Delta):
         e = self.e[:: g.shape.positions].repeat(g.groups).to(x.dtype)
         return g.run(g.per_channel(e) * x, self.W)
 
-    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+    def apply_onto(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
         if self.columns or out is not y:
-            return None
+            return super().apply_onto(out, x, y, bias, g)
         return outputs.rescaled(y, self.e, bias, g.spatial)
 
     def inner(self, M: Tensor) -> Tensor:
@@ -72,11 +72,11 @@ class ChannelScale(Delta):
         squares = row_sqnorms(self.W.mT if self.columns else self.W)
         return (self.e.square() * squares.to(self.dtype)).sum()
 
-    def max_abs_bound(self, most: Tensor) -> Tensor:
-        return self.e.abs().max() * most
+    def max_abs_bound(self, max_abs_weight: Tensor) -> Tensor:
+        return self.e.abs().max() * max_abs_weight
 
-    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
-        squares = known(f"columns {self.columns}", lambda: row_sqnorms(W.mT if self.columns else W).to(self.dtype))
+    def inner_and_sqnorm(self, W: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
+        squares = cache(f"columns {self.columns}", lambda: row_sqnorms(W.mT if self.columns else W).to(self.dtype))
         return (self.e * squares).sum(), (self.e.square() * squares).sum()
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from peftkit.delta.base import Delta, WeightCache
-from peftkit.delta.hadamard import Hadamard
-from peftkit.delta.lowrank import LowRank
 from peftkit.geometry import Geometry
 from peftkit.kernels import outputs
-from peftkit.kernels.blocks import Workspace, row_blocks, row_dots
+from peftkit.kernels.blocks import row_blocks, row_dots
 from peftkit.kernels.cache import cached_without_grad
 
 
@@ -22,7 +20,7 @@ class Decomposed(Delta):
     """ΔW = e·W + f·V, held without cancellation: e = t − 1 and f = t, so that t = 1 leaves exactly V.
 
     e, f: (m,) scale rows; or (n,) scale columns when `columns`. W (m, n) the base, V (m, n) the inner ΔW.
-    known: ‖W_i‖², <W_i, V_i> and ‖V_i‖² per row (or column), from whoever had to compute them for t.
+    known: ‖W_i‖², <W_i, V_i> and ‖V_i‖² per row (or column), where they were computed for t.
     """
 
     e: Tensor
@@ -68,36 +66,25 @@ class Decomposed(Delta):
         scaled = self._along(self.f, block) * self.V.rows(block)
         return torch.addcmul(scaled, self.W[block].to(scaled.dtype), self._along(self.e, block))
 
-    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
+    def rows_(self, block: slice, out: Tensor) -> None:
         e = self._along(self.e, block).to(out.dtype)  # operands of several dtypes would be copied
-        W = self.W[block]
-        if W.dtype != out.dtype:
-            W = space("decomposed", (out.shape[0], out.shape[1]), out).copy_(W)
-        if out.itemsize < 4 and self._scalable() and isinstance(self.V, LowRank):  # spares a pass, and a rounding
-            torch.mul(W, e, out=out)
-            self._scaled_inner.add_rows_(block, out, space)
-            return
-        self.V.rows_(block, out, space)
-        out.mul_(self._along(self.f, block)).addcmul_(W, e)
+        self.V.rows_(block, out)
+        out.mul_(self._along(self.f, block)).addcmul_(self.W[block].to(out.dtype), e)
 
-    def add_rows_(self, block: slice, W: Tensor, space: Workspace) -> None:
-        if not self._scalable() or W.dtype != self.dtype:
-            return super().add_rows_(block, W, space)
+    def add_rows_(self, block: slice, W: Tensor) -> None:
         V = self._scaled_inner
+        if V is None or W.dtype != self.dtype:
+            return super().add_rows_(block, W)
         for part in row_blocks(W.shape[0], W.shape[1]):
             rows = slice(block.start + part.start, block.start + part.stop)
             W[part].addcmul_(self.W[rows].to(W.dtype), self.e[rows, None])
-            V.add_rows_(rows, W[part], space)  # which does not read the base, changed by now
+            V.add_rows_(rows, W[part])  # which does not read the base, changed by now
         return None
 
-    def _scalable(self) -> bool:
-        """Whether f can be put into the factors of V."""
-        return not self.columns and isinstance(self.V, (LowRank, Hadamard))
-
     @cached_without_grad
-    def _scaled_inner(self) -> Delta:
-        """diag(f)·V, where it is `_scalable`."""
-        return cast("LowRank | Hadamard", self.V).rescaled(self.f)
+    def _scaled_inner(self) -> Delta | None:
+        """diag(f)·V in the structure of V; None where its factors cannot hold f."""
+        return None if self.columns else self.V.rows_rescaled(self.f)
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         if not self.columns:
@@ -109,32 +96,12 @@ class Decomposed(Delta):
         inner = self.V.apply(g.per_channel(f) * x, wx, g)
         return g.run(g.per_channel(e) * x, self.W) + inner
 
-    def ahead(self, x: Tensor, g: Geometry) -> tuple[Tensor, Tensor | None]:
-        if not self._scalable():
-            return x, None
-        # The magnitudes come after what is made here; without gradients, the scaled factors are made and kept anyway
-        return (self.V if torch.is_grad_enabled() else self._scaled_inner).ahead(x, g)
-
-    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
-        if h is None or out is not y:
-            return None
-        # The magnitudes of V go into its factors: what has the size of the output is written once
-        return self._scaled_inner._fused(outputs.rescaled(y, self.e, bias, g.spatial), h, y, bias, g)
-
-    def _alone(
-        self, x: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, weight: Tensor, g: Geometry
-    ) -> Tensor | None:
-        if h is None:
-            return None
+    def apply_onto(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
         V = self._scaled_inner
-        if isinstance(V, Hadamard):
-            factors, trained = (V.B1, V.B2), V.A1.requires_grad or V.A2.requires_grad
-        else:
-            factors, trained = (cast(LowRank, V).B, None), cast(LowRank, V).A.requires_grad
-        # x is there for the factors' gradient: whoever needs none of that keeps y
-        if not trained or not outputs.recoverable(y, self.e):
-            return None
-        return outputs.decomposed_(y, h, self.e, factors, bias, g, (x, weight))
+        if V is None or out is not y:
+            return super().apply_onto(out, x, y, bias, g)
+        # The magnitudes of V go into its factors: what has the size of the output is written once
+        return V.apply_onto(outputs.rescaled(y, self.e, bias, g.spatial), x, y, bias, g)
 
     def inner(self, M: Tensor) -> Tensor:
         along = self.V.column_moments if self.columns else self.V.moments
@@ -149,11 +116,11 @@ class Decomposed(Delta):
     def cheap_sqnorm(self) -> Tensor | None:
         return None if self.known is None else self.sqnorm()
 
-    def max_abs_bound(self, most: Tensor) -> Tensor:
-        return self.e.abs().max() * most + self.f.abs().max() * self.V.max_abs_bound(most)
+    def max_abs_bound(self, max_abs_weight: Tensor) -> Tensor:
+        return self.e.abs().max() * max_abs_weight + self.f.abs().max() * self.V.max_abs_bound(max_abs_weight)
 
-    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
-        del W, known
+    def inner_and_sqnorm(self, W: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
+        del W, cache
         own, cross, _ = self._moments()
         return (self.e * own + self.f * cross).sum(), self.sqnorm()
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from peftkit.delta.base import Delta, WeightCache
-from peftkit.kernels.blocks import Workspace
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -43,17 +42,17 @@ class Dense(Delta):
     def rows(self, block: slice) -> Tensor:
         return self.M[block] * self.strength
 
-    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
+    def rows_(self, block: slice, out: Tensor) -> None:
         torch.mul(self.M[block], self.strength, out=out)
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         return self.M[rows, columns] * self.strength
 
-    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
+    def inner_and_sqnorm(self, W: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
         if self.strength == 1.0 and W.dtype == self.dtype:  # one pass over what is there
             flat = self.M.reshape(-1)
             return torch.dot(flat, W.reshape(-1)), torch.dot(flat, flat)
-        return super().inner_and_sqnorm(W, known)
+        return super().inner_and_sqnorm(W, cache)
 
     def dense_flops(self) -> int:
         return self.shape[0] * self.shape[1]

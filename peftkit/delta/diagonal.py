@@ -1,4 +1,4 @@
-"""Pivoted: ΔW = L·diag(δ)·U with constant L and U, the structure of LoLDU."""
+"""DiagonalLowRank: ΔW = L·diag(δ)·U with constant L and U, the structure of LoLDU."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class DiagonalLowRank(LowRank):
     L: Tensor
     change: Tensor
 
-    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
-        if h is None:
-            return None
+    def apply_onto(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
+        if g.groups > 1:
+            return super().apply_onto(out, x, y, bias, g)
+        h = g.contract(x, self.A)
         # δ acts here, so that no gradient of the size of L is made for it
-        change = self.change if self.change.dtype == h.dtype else self.change.to(h.dtype)
-        return fused.add_pointwise_(out, h * g.per_channel(change), self.L, g.spatial)
+        return fused.add_pointwise_(out, h * g.per_channel(fused.like(self.change, h)), self.L, g.spatial)
 
-    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
+    def inner_and_sqnorm(self, W: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
         # c_k = l_kᵀ·W·u_k and G = (LᵀL) ⊙ (UUᵀ): <ΔW, W> = δᵀc and ‖ΔW‖² = δᵀGδ, whatever m and n are
         constant = LowRank(self.L, self.A)
-        c = known("projections", lambda: (constant._projected(W) * self.L).sum(0))
-        G = known("gram", lambda: (self.L.mT @ self.L) * (self.A @ self.A.mT))
+        c = cache("projections", lambda: (constant._projected(W) * self.L).sum(0))
+        G = cache("gram", lambda: (self.L.mT @ self.L) * (self.A @ self.A.mT))
         return torch.dot(self.change, c), torch.dot(self.change, G @ self.change)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from peftkit.delta.base import ELEMENT, Delta, WeightCache
 from peftkit.delta.lowrank import LowRank
 from peftkit.geometry import Geometry
 from peftkit.kernels import fused, operators
-from peftkit.kernels.blocks import BLOCK, Workspace
+from peftkit.kernels.blocks import BLOCK
 from peftkit.kernels.cache import cached_without_grad
+from peftkit.kernels.torch_private import transformed
 
 #: the highest rank at which a 4096² ΔW in bf16 is built faster as one product of rank r²: in 19 ms in place of 41 where
 #: the processor has matrix units, and as fast where it has none
@@ -46,7 +48,7 @@ class Hadamard(Delta):
 
     def dense(self) -> Tensor:
         if not self._plain():
-            return operators.hadamard(None, self.tiled()[1], 1.0)
+            return operators.differentiable_hadamard(None, self.factors, 1.0)
         if torch.is_grad_enabled():
             return self.rows(slice(None))
         # One product of 16-bit numbers is less than a pass over two; fp16 is slow to multiply on a processor
@@ -69,27 +71,24 @@ class Hadamard(Delta):
     def rows(self, block: slice) -> Tensor:
         return (self.B1[block] @ self.A1) * (self.B2[block] @ self.A2)
 
-    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
-        other = space("hadamard", (out.shape[0], out.shape[1]), out)
+    def rows_(self, block: slice, out: Tensor) -> None:
         torch.mm(self.B1[block], self.A1, out=out)
-        out.mul_(torch.mm(self.B2[block], self.A2, out=other))
+        out.mul_(self.B2[block] @ self.A2)
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         return self.khatri_rao.apply(x, wx, g)
 
-    def ahead(self, x: Tensor, g: Geometry) -> tuple[Tensor, Tensor | None]:
+    def apply_onto(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
         if not torch.is_grad_enabled() or g.groups > 1:
-            return self.khatri_rao.ahead(x, g)
+            return self.khatri_rao.apply_onto(out, x, y, bias, g)
         # For backward the pairs are made again: of a narrow layer they are as large as its weight
-        return fused.contracted(x, self.A1, self.A2, g)
-
-    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
-        if not torch.is_grad_enabled() or h is None:
-            return self.khatri_rao._fused(out, h, y, bias, g)
+        if g.direct and not g.transposed:
+            h = fused.apply(_ContractPairs, x, self.A1, self.A2, g)
+        else:
+            h = g.contract(x, fused.khatri_rao(self.A1, self.A2, 0))
         return fused.add_pairs_(out, h, self.B1, self.B2, g.spatial)
 
-    def rescaled(self, f: Tensor) -> Hadamard:
-        """diag(f)·ΔW, f (m,), in the dtype of ΔW."""
+    def rows_rescaled(self, f: Tensor) -> Hadamard:
         return Hadamard((self.B1 * f[:, None]).to(self.dtype), self.A1, self.B2, self.A2)
 
     def inner(self, M: Tensor) -> Tensor:
@@ -101,18 +100,20 @@ class Hadamard(Delta):
             return self.khatri_rao.sqnorm()
         return self.moments(self.A1.new_zeros(1, 1).expand(self.shape))[1].sum()
 
-    def max_abs_bound(self, most: Tensor) -> Tensor:
-        return LowRank(self.B1, self.A1).max_abs_bound(most) * LowRank(self.B2, self.A2).max_abs_bound(most)
+    def max_abs_bound(self, max_abs_weight: Tensor) -> Tensor:
+        return LowRank(self.B1, self.A1).max_abs_bound(max_abs_weight) * LowRank(self.B2, self.A2).max_abs_bound(
+            max_abs_weight
+        )
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         if not self._on_gpu():
             return super().moments(M)
-        inner, square = operators.moments(M, *self.tiled())
+        inner, square = operators.hadamard_moments(M, self.factors)
         return inner, square
 
-    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
+    def inner_and_sqnorm(self, W: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
         if not self._on_gpu():
-            return super().inner_and_sqnorm(W, known)
+            return super().inner_and_sqnorm(W, cache)
         inner, square = self.moments(W)
         return inner.sum(), square.sum()
 
@@ -120,20 +121,19 @@ class Hadamard(Delta):
         return Hadamard(self.A1.mT, self.B1.mT, self.A2.mT, self.B2.mT).moments(M.mT)
 
     def added_to(self, M: Tensor, strength: float = 1.0) -> Tensor:
-        return super().added_to(M, strength) if self._plain() else operators.hadamard(M, self.tiled()[1], strength)
+        if self._plain():
+            return super().added_to(M, strength)
+        return operators.differentiable_hadamard(M, self.factors, strength)
 
     def _plain(self) -> bool:
         """Whether an operator gains nothing, no kernel and no graph that would keep two matrices of note; or cannot."""
         m, n = self.shape
         small = not torch.is_grad_enabled() or m * n <= BLOCK
-        return fused.transformed() or (self.device.type == "cpu" and small)
+        return transformed() or (self.device.type == "cpu" and small)
 
     def _on_gpu(self) -> bool:
         """Whether the moments may have a kernel: they have no backward."""
         return self.device.type == "cuda" and not torch.is_grad_enabled()
-
-    def tiled(self) -> tuple[str, list[Tensor]]:
-        return "Hadamard", [self.B1, self.A1, self.B2, self.A2]
 
     def apply_flops(self, outputs: int) -> int:
         # The Khatri–Rao factors are made first; where no gradients are asked for they are kept, and only read
@@ -145,3 +145,20 @@ class Hadamard(Delta):
 
     def __repr__(self) -> str:
         return f"{LowRank(self.B1, self.A1)!r} ⊙ {LowRank(self.B2, self.A2)!r}"
+
+
+class _ContractPairs(torch.autograd.Function):
+    """g.contract(x, khatri_rao(A1, A2, 0)), whose pairs backward makes again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A1: Tensor, A2: Tensor, g: Geometry) -> Tensor:
+        ctx.save_for_backward(x, A1, A2)
+        ctx.geometry = g
+        return g.contract(x, fused.khatri_rao(A1, A2, 0))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gh,), (x, A1, A2), (for_x, *for_pair, _) = grads, ctx.saved_tensors, ctx.needs_input_grad
+        pairs = fused.like(fused.khatri_rao(A1, A2, 0), gh)
+        gx, gA = ctx.geometry.contraction_gradients(gh, x, pairs, for_x)
+        return gx, *fused.pair_gradients(gA, A1, A2, 0, for_pair), None

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from peftkit.delta.base import Delta, WeightCache
 from peftkit.geometry import Geometry
 from peftkit.kernels import fused
-from peftkit.kernels.blocks import Workspace, row_blocks
+from peftkit.kernels.blocks import row_blocks
 from peftkit.kernels.cache import cached_without_grad
 
 
@@ -29,6 +30,10 @@ class Kron(Delta):
     @property
     def D(self) -> Tensor:
         return self.right if self.left is None else self.left @ self.right
+
+    @cached_without_grad
+    def _D(self) -> Tensor:
+        return self.D
 
     @property
     def block(self) -> tuple[int, int]:
@@ -48,7 +53,8 @@ class Kron(Delta):
         return self.C.device
 
     def dense(self) -> Tensor:
-        return (self.C[:, None, :, None] * self.D[None, :, None, :]).reshape(self.shape)
+        C, D = rearrange(self.C, "a c -> a 1 c 1"), rearrange(self.D, "b d -> 1 b 1 d")
+        return rearrange(C * D, "a b c d -> (a b) (c d)")
 
     def scaled(self, strength: float | Tensor) -> Kron:
         return replace(self, C=self.C * strength)
@@ -62,21 +68,20 @@ class Kron(Delta):
         b = self.block[0]
         return (self.C[i // b][:, :, None] * self.D[i % b][:, None, :]).flatten(1)
 
-    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
-        for tiles, row, D in self._copies(block, out, space):
+    def rows_(self, block: slice, out: Tensor) -> None:
+        for tiles, row, D in self._copies(block, out):
             torch.mul(row, D, out=tiles)
 
-    def add_rows_(self, block: slice, W: Tensor, space: Workspace) -> None:
+    def add_rows_(self, block: slice, W: Tensor) -> None:
         if W.dtype == self.dtype:
-            for tiles, row, D in self._copies(block, W, space):
+            for tiles, row, D in self._copies(block, W):
                 tiles.addcmul_(row, D)
         else:
-            super().add_rows_(block, W, space)
+            super().add_rows_(block, W)
 
-    def _copies(self, block: slice, out: Tensor, space: Workspace) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The parts of out (rows of the block, n) that one row of C scales: (rows, c, d), (c, 1), (rows, 1, d) of D."""
-        (b, d), start = self.block, block.start
-        D = self.right if self.left is None else torch.mm(self.left, self.right, out=space("kron", (b, d), self.right))
+    def _copies(self, block: slice, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the parts of out that one row of C scales, as (rows, c, d), with that row (c, 1) and D (rows, 1, d)."""
+        (b, d), start, D = self.block, block.start, self._D
         while start < block.stop:
             band = start // b
             stop = min(block.stop, (band + 1) * b)
@@ -95,21 +100,16 @@ class Kron(Delta):
         h = g.mix(g.contract(x, self.right), C, width=self.right.shape[0])
         return h if self.left is None else g.pointwise(h, self.left)
 
-    def ahead(self, x: Tensor, g: Geometry) -> tuple[Tensor, Tensor | None]:
+    def apply_onto(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
         if g.groups > 1:
-            return x, None
+            return super().apply_onto(out, x, y, bias, g)
+        C = self.C.unsqueeze(0)
         if self.left is not None:
-            return fused.contracted(x, self.right, None, g)
-        first = g.by_position and self._mixes_first()
-        return x, g.mix(x, self.C.unsqueeze(0), width=self.block[1]) if first else None
-
-    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
-        if h is None:
-            return None
-        if self.left is None:
-            return fused.add_pointwise_(out, h, self.right, g.spatial)
-        mixed = g.mix(h, self.C.unsqueeze(0), width=self.right.shape[0])
-        return fused.add_pointwise_(out, mixed, self.left, g.spatial)
+            h = g.mix(g.contract(x, self.right), C, width=self.right.shape[0])
+            return fused.add_pointwise_(out, h, self.left, g.spatial)
+        if g.by_position and self._mixes_first():
+            return fused.add_pointwise_(out, g.mix(x, C, width=self.block[1]), self.right, g.spatial)
+        return super().apply_onto(out, x, y, bias, g)
 
     def _mixes_first(self) -> bool:
         """Whether C goes before a full D: the cheaper order. With a low-rank D, C acts at the bottleneck."""
@@ -130,8 +130,8 @@ class Kron(Delta):
                 out[part].baddbmm_(row.expand(len(tile), 1, c), tile)
         return out[:, 0]
 
-    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
-        del known
+    def inner_and_sqnorm(self, W: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
+        del cache
         D = self.D
         return (self._contracted(W) * D).sum(), self.C.square().sum() * D.square().sum()
 
@@ -142,25 +142,22 @@ class Kron(Delta):
     def cheap_sqnorm(self) -> Tensor:
         return self.sqnorm()
 
-    def max_abs_bound(self, most: Tensor) -> Tensor:
-        del most
+    def max_abs_bound(self, max_abs_weight: Tensor) -> Tensor:
+        del max_abs_weight
         return self.C.abs().max() * self.D.abs().max()
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         D, (a, c), (b, d) = self.D, self.C.shape, self.block
         tiles = M.reshape(a, b, c, d)  # a band of rows shares one row of C
-        fused = [
+        dots = [
             torch.einsum("bcd,bd,c->b", band.to(self.dtype), D, row) for band, row in zip(tiles, self.C, strict=True)
         ]
-        return torch.cat(fused), torch.outer(self.C.square().sum(1), D.square().sum(1)).flatten()
+        return torch.cat(dots), torch.outer(self.C.square().sum(1), D.square().sum(1)).flatten()
 
     def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         left = None if self.left is None else self.right.mT
         right = self.right.mT if self.left is None else self.left.mT
         return Kron(self.C.mT, right, left).moments(M.mT)
-
-    def tiled(self) -> tuple[str, list[Tensor]]:
-        return "Kron", [self.C, self.right] if self.left is None else [self.C, self.right, self.left]
 
     def apply_flops(self, outputs: int) -> int:
         (a, c), (b, d) = self.C.shape, self.block

@@ -10,7 +10,7 @@ from torch import Tensor
 from peftkit.delta.base import Delta, WeightCache
 from peftkit.geometry import Geometry
 from peftkit.kernels import fused
-from peftkit.kernels.blocks import Workspace, row_blocks
+from peftkit.kernels.blocks import row_blocks
 from peftkit.kernels.cache import cached_without_grad
 
 
@@ -50,14 +50,14 @@ class LowRank(Delta):
     def rows(self, block: slice) -> Tensor:
         return self.B[block] @ self.A
 
-    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
+    def rows_(self, block: slice, out: Tensor) -> None:
         torch.mm(self.B[block], self.A, out=out)
 
-    def add_rows_(self, block: slice, W: Tensor, space: Workspace) -> None:
+    def add_rows_(self, block: slice, W: Tensor) -> None:
         if W.dtype == self.dtype:
             W.addmm_(self.B[block], self.A)
         else:
-            super().add_rows_(block, W, space)
+            super().add_rows_(block, W)
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         return self.B[rows] @ self.A[:, columns]
@@ -66,14 +66,12 @@ class LowRank(Delta):
         del wx
         return g.expand(g.contract(x, self.A), self.B)
 
-    def ahead(self, x: Tensor, g: Geometry) -> tuple[Tensor, Tensor | None]:
-        return (x, None) if g.groups > 1 else fused.contracted(x, self.A, None, g)
+    def apply_onto(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
+        if g.groups > 1:
+            return super().apply_onto(out, x, y, bias, g)
+        return fused.add_pointwise_(out, g.contract(x, self.A), self.B, g.spatial)
 
-    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
-        return None if h is None else fused.add_pointwise_(out, h, self.B, g.spatial)
-
-    def rescaled(self, f: Tensor) -> LowRank:
-        """diag(f)·ΔW, f (m,), in the dtype of ΔW."""
+    def rows_rescaled(self, f: Tensor) -> LowRank:
         return LowRank((self.B * f[:, None]).to(self.dtype), self.A)
 
     def inner(self, M: Tensor) -> Tensor:
@@ -94,8 +92,8 @@ class LowRank(Delta):
     def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         return LowRank(self.A.mT, self.B.mT).moments(M.mT)
 
-    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
-        del known
+    def inner_and_sqnorm(self, W: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
+        del cache
         return self.inner(W), self.cheap_sqnorm
 
     def _projected(self, M: Tensor) -> Tensor:
@@ -103,9 +101,6 @@ class LowRank(Delta):
         if M.dtype == self.dtype:
             return M @ self.A.mT
         return torch.cat([M[rows].to(self.dtype) @ self.A.mT for rows in row_blocks(*M.shape)])
-
-    def tiled(self) -> tuple[str, list[Tensor]]:
-        return "LowRank", [self.B, self.A]
 
     def apply_flops(self, outputs: int) -> int:
         return 2 * outputs * self.rank * sum(self.shape)

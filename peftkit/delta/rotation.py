@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from peftkit.delta.base import Delta, WeightCache, total
 from peftkit.geometry import Geometry
 from peftkit.kernels import outputs
-from peftkit.kernels.blocks import Workspace, row_blocks
+from peftkit.kernels.blocks import row_blocks
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -58,15 +59,13 @@ class Rotation(Delta):
     def rows(self, block: slice) -> Tensor:
         if self.side == "out":
             return self.tile(block, slice(0, self.shape[1]))
-        W = self.W[block].to(self.dtype)
-        return torch.einsum("mkj,kij->mki", W.unflatten(1, (-1, self.size)), self.K).flatten(1)
+        W = rearrange(self.W[block].to(self.dtype), "m (k b) -> m k b", b=self.size)
+        return rearrange(torch.einsum("mkj,kij->mki", W, self.K), "m k b -> m (k b)")
 
-    def rows_(self, block: slice, out: Tensor, space: Workspace) -> None:
+    def rows_(self, block: slice, out: Tensor) -> None:
         if self.side == "in":
-            return super().rows_(block, out, space)
-        W = self.W[block]
-        if W.dtype != out.dtype:
-            W = space("rotation", (out.shape[0], out.shape[1]), out).copy_(W)
+            return super().rows_(block, out)
+        W = self.W[block].to(out.dtype)
         K = self.K[block.start // self.size : block.stop // self.size]
         torch.bmm(K, W.unflatten(0, (-1, self.size)), out=out.unflatten(0, (-1, self.size)))
         return None
@@ -74,8 +73,8 @@ class Rotation(Delta):
     def tile(self, rows: slice, columns: slice) -> Tensor:
         if self.side == "in":
             return super().tile(rows, columns)
-        W = self.W[rows, columns].to(self.dtype).unflatten(0, (-1, self.size))
-        return (self.K[rows.start // self.size : rows.stop // self.size] @ W).flatten(0, 1)
+        W = rearrange(self.W[rows, columns].to(self.dtype), "(k b) n -> k b n", b=self.size)
+        return rearrange(self.K[rows.start // self.size : rows.stop // self.size] @ W, "k b n -> (k b) n")
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         if self.side == "out":
@@ -87,9 +86,9 @@ class Rotation(Delta):
             return super().apply(x, wx, g)
         return g.run(g.mix(x, self.K.mT.repeat(g.groups, 1, 1)), self.W)
 
-    def _fused(self, out: Tensor, h: Tensor | None, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor | None:
+    def apply_onto(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
         if self.side == "in" or out is not y or self._spans_groups(g):
-            return None
+            return super().apply_onto(out, x, y, bias, g)
         return outputs.rotated(y, self.K, bias, g.spatial)
 
     def _spans_groups(self, g: Geometry) -> bool:
@@ -103,13 +102,13 @@ class Rotation(Delta):
         blocks = (self.rows(block).reshape(-1) for block in row_blocks(*self.shape, self.row_multiple))
         return total([torch.dot(block, block) for block in blocks])
 
-    def max_abs_bound(self, most: Tensor) -> Tensor:
-        return self.K.abs().sum(-1).max() * most
+    def max_abs_bound(self, max_abs_weight: Tensor) -> Tensor:
+        return self.K.abs().sum(-1).max() * max_abs_weight
 
-    def inner_and_sqnorm(self, W: Tensor, known: WeightCache) -> tuple[Tensor, Tensor]:
+    def inner_and_sqnorm(self, W: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
         if 4 * self.size > self.shape[1 if self.side == "out" else 0]:  # the Gram matrices would be no smaller than W
-            return super().inner_and_sqnorm(W, known)
-        G = known(f"{self.side} {self.size}", lambda: self._grams(W))
+            return super().inner_and_sqnorm(W, cache)
+        G = cache(f"{self.side} {self.size}", lambda: self._grams(W))
         # <K·W, W> = <K, W·Wᵀ> and ‖K·W‖² = <K·W·Wᵀ, K>, block by block
         return (self.K * G).sum(), ((self.K @ G) * self.K).sum()
 
@@ -126,9 +125,6 @@ class Rotation(Delta):
             for rows in row_blocks(W.shape[0], W.shape[1], self.size)
         )
         return torch.cat([block @ block.mT for block in blocks])
-
-    def tiled(self) -> tuple[str, list[Tensor]] | None:
-        return ("Rotation", [self.K, self.W]) if self.side == "out" else None
 
     def apply_flops(self, outputs: int) -> int:
         m, n = self.shape

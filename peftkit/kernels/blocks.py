@@ -43,24 +43,8 @@ def row_dots(M: Tensor, N: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([(M[rows].to(dtype) * N[rows].to(dtype)).sum(1) for rows in row_blocks(*M.shape)])
 
 
-class Workspace:
-    """Buffers that are used again and again: fresh memory costs many times what is done in it."""
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def __call__(self, name: str, size: tuple[int, int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The buffer of that name, uninitialised, (rows, columns), on the device of `like`, in its dtype or another."""
-        key = name, dtype or like.dtype, like.device
-        needed = size[0] * size[1]
-        flat = self._flat.get(key)
-        if flat is None or len(flat) < needed:
-            flat = self._flat[key] = torch.empty(needed, dtype=key[1], device=like.device)
-        return flat[:needed].view(size)
-
-
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are formed in: at least fp32."""
+    """Return the dtype that sums of numbers of `dtype` are formed in: at least fp32."""
     if dtype.itemsize < 2:  # torch does not promote the 8-bit floats
         return torch.float32
     return torch.promote_types(dtype, torch.float32)

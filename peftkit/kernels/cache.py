@@ -1,4 +1,4 @@
-"""What was made of some tensors, kept for as long as they are the same."""
+"""Caches of what follows from small tensors, compared bit for bit, so that no write to them goes unseen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from peftkit.kernels import fused
+from peftkit.kernels.torch_private import eager
 
 T = TypeVar("T")
 _PLAIN = (Tensor, nn.Parameter)
@@ -24,20 +24,20 @@ class Memo(Generic[T]):
 
     def __init__(self) -> None:
         self._called = False
-        self._kept: tuple[object, tuple[Tensor, ...], T] | None = None
+        self._kept: tuple[tuple[Tensor, ...], T] | None = None
 
-    def __call__(self, make: Callable[[], T], *inputs: Tensor, of: object = None) -> T:
-        """make(), or what it gave when the inputs were these and `of` this very object."""
-        if torch.is_grad_enabled() or not fused.eager() or not all(map(_plain, inputs)):
+    def __call__(self, make: Callable[[], T], *inputs: Tensor) -> T:
+        """Return make(), or what it gave when the inputs were the same."""
+        if torch.is_grad_enabled() or not eager() or not all(map(_plain, inputs)):
             self._called, self._kept = False, None
             return make()
         if not self._called:
             self._called = True
             return make()
-        cached_without_grad = self._kept  # threads may call at once
-        if cached_without_grad is None or cached_without_grad[0] is not of or not _same(inputs, cached_without_grad[1]):
-            self._kept = cached_without_grad = of, tuple(t.detach().clone() for t in inputs), make()
-        return cached_without_grad[2]
+        kept = self._kept  # threads may call at once
+        if kept is None or not _same(inputs, kept[0]):
+            self._kept = kept = tuple(t.detach().clone() for t in inputs), make()
+        return kept[1]
 
     def __deepcopy__(self, memo: object) -> Memo[T]:
         return Memo()
@@ -47,7 +47,7 @@ class Memo(Generic[T]):
 
 
 def cached_without_grad(method: Callable[[Any], T]) -> T:
-    """A property of an immutable object that is computed once where no gradients are asked for, else at every use."""
+    """Make a method a property of an immutable object, computed once under no_grad, and else at every use."""
     name = f"_kept_{method.__name__}"
 
     def get(self: Any) -> T:

@@ -23,6 +23,7 @@ from peftkit.errors import OptionError, UnknownAdapterError
 from peftkit.kernels.blocks import row_sqnorms
 from peftkit.monitor.sharding import inner_and_sqnorm, local, sharded, whole
 from peftkit.monitor.spectrum import Spectrum, spectra
+from peftkit.wrapping.backup import checksum
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, names_of
 
 _LOG = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class CSMonitor:
         self.spectra, self.weighed = spectra, weighed
         self.steps = self.measurements = 0
         self.listeners: list[Callable[[Record], object]] = []
-        self._known: WeakKeyDictionary[Adapter, tuple[object, WeightCache]] = WeakKeyDictionary()
+        self._caches: WeakKeyDictionary[Adapter, WeightCache] = WeakKeyDictionary()
         self._optimizer: torch.optim.Optimizer | None = None
         self._hook: Any = None
         if optimizer is not None:
@@ -237,29 +238,11 @@ class CSMonitor:
     def _measured(self, where: InstalledAdapter) -> tuple[Delta, Tensor, Tensor, Tensor]:
         """ΔW, <ΔW, W>, ‖ΔW‖² and ‖W‖², the last three as scalars that may still be on a device."""
         W, adapter = where.base, where.adapter
-        known = self._known_of(where)
+        cache = self._caches.setdefault(adapter, WeightCache()).check(lambda: _fingerprint(where))
         if sharded(W):
-            return inner_and_sqnorm(adapter, W, known)
+            return inner_and_sqnorm(adapter, W, cache)
         delta = adapter.delta(W).upcast()
-        return delta, *delta.inner_and_sqnorm(W, known), known("‖W‖²", lambda: row_sqnorms(W).sum())
-
-    def _known_of(self, where: InstalledAdapter) -> WeightCache:
-        """What was kept for the adapter, as long as the weight and the adapter's constants are the same.
-
-        A weight that is trained keeps nothing: not every optimiser tells torch that it wrote.
-        """
-        weight = cast(Tensor, where.host._parameters[where.slot.parameter])
-        adapter = where.adapter
-        buffers = adapter.buffers() if adapter._modules else adapter._buffers.values()  # recursion is dear
-        if weight.requires_grad:
-            return WeightCache()
-        constants = tuple((b.data_ptr(), b._version, b.dtype) for b in buffers if b is not None)
-        key = (local(weight).data_ptr(), weight._version, weight.dtype, weight.device, constants)
-        before, known = self._known.get(adapter, (None, None))
-        if known is None or before != key:
-            known = WeightCache()
-            self._known[adapter] = key, known
-        return known
+        return delta, *delta.inner_and_sqnorm(W, cache), row_sqnorms(W).sum()
 
     @staticmethod
     def _gradients(sites: Mapping[str, list[InstalledAdapter]]) -> dict[str, float]:
@@ -278,6 +261,15 @@ class CSMonitor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.steps, self.measurements = int(state["steps"]), int(state["measurements"])
+
+
+def _fingerprint(where: InstalledAdapter) -> object:
+    """A checksum of the weight's numbers and the adapter's constants, equal to nothing where they are on a device.
+
+    There a checksum would have to be waited for, and takes as long as what is to be cached.
+    """
+    tensors = [local(tensor) for tensor in (where.base, *where.adapter.buffers())]
+    return [checksum(tensor) for tensor in tensors] if all(tensor.is_cpu for tensor in tensors) else object()
 
 
 def _outermost(optimizer: torch.optim.Optimizer) -> bool:

@@ -34,7 +34,7 @@ def local(tensor: Tensor) -> Tensor:
     return cast(Tensor, tensor.to_local()) if sharded(tensor) else tensor
 
 
-def inner_and_sqnorm(adapter: Adapter, W: DTensor, known: WeightCache) -> tuple[Delta, Tensor, Tensor, Tensor]:
+def inner_and_sqnorm(adapter: Adapter, W: DTensor, cache: WeightCache) -> tuple[Delta, Tensor, Tensor, Tensor]:
     """ΔW, <ΔW, W>, ‖ΔW‖² and ‖W‖², the same on every process.
 
     The adapter, which is small, is gathered. Of W each process reads its own rows, and the sums are added up; only an
@@ -52,10 +52,10 @@ def inner_and_sqnorm(adapter: Adapter, W: DTensor, known: WeightCache) -> tuple[
     if adapter.reads_base or not by_rows:
         full = W.full_tensor()
         delta = delta_of(full)
-        return delta, *delta.inner_and_sqnorm(full, known), known("‖W‖²", lambda: row_sqnorms(full).sum())
+        return delta, *delta.inner_and_sqnorm(full, cache), row_sqnorms(full).sum()
     own = cast(Tensor, W.to_local())
     delta = delta_of(own)
-    base = known("‖W‖²", lambda: _summed(row_sqnorms(own).sum(), W))
+    base = _summed(row_sqnorms(own).sum(), W)
     return delta, _summed(_inner(delta.rows, own, _first_row(W)), W), delta.sqnorm(), base
 
 

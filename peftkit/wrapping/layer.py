@@ -19,7 +19,7 @@ from peftkit.adapters.base import Adapter
 from peftkit.delta import Delta
 from peftkit.errors import MergeStateError, UnknownAdapterError, did_you_mean
 from peftkit.geometry import Geometry
-from peftkit.kernels.fused import eager
+from peftkit.kernels.torch_private import eager
 from peftkit.wrapping.backup import Merged
 from peftkit.wrapping.routes import changed, choose, dense
 from peftkit.wrapping.sites import Slot, dotted
@@ -136,23 +136,16 @@ class AdaptedLayer(Adapted):
         plain = eager() and type(input) is Tensor
         rows = plain and not g.spatial and input.dim() > 2 and input.is_contiguous()
         x = input.flatten(0, -2) if rows else input
-        # What factors make of x comes first: backward ends with it, and adds to the gradient that the layer returns
-        started: list[tuple[Delta, Tensor, Tensor | None]] = []
-        for delta, p in zip(deltas, drops, strict=True):
-            own = F.dropout(x, p) if p else x
-            passed, h = delta.ahead(own, g) if plain else (own, None)
-            started.append((delta, own, h))
-            x = x if p else passed
         y = super().forward(x, *args, **kwargs)
         bias = self._parameters["bias"] if "bias" in self._parameters else cast("Tensor | None", self.bias)
+        inputs = [(delta, F.dropout(x, p) if p else x) for delta, p in zip(deltas, drops, strict=True)]
+        if len(inputs) > 1:  # those that read y come first: the others may write over it
+            inputs.sort(key=lambda each: not each[0].reads_output)
         out = y
-        weight = None
-        if len(started) > 1:  # those that read y come first: the others may write over it
-            started.sort(key=lambda each: not each[0].reads_output)
-        elif plain and torch.is_grad_enabled() and not drops[0]:
-            weight = self.weight_of(state.slots[""])
-        for delta, own, h in started:
-            out = delta.onto(out, own, y, bias, g, h, weight)
+        for delta, own in inputs:
+            # a tracer or a transform follows the definition, not what writes in place
+            add = type(delta).apply_onto if plain else Delta.apply_onto
+            out = add(delta, out, own, y, bias, g)
         return out.unflatten(0, input.shape[:-1]) if rows else out
 
     def _drop(self, name: str) -> float:

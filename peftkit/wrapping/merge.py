@@ -17,7 +17,6 @@ from peftkit.delta import Delta
 from peftkit.delta.addition import MergedWeight, add_, refuse_inert, refuse_overflow
 from peftkit.errors import MergeError, MergeStateError, OptionError
 from peftkit.geometry import Geometry
-from peftkit.kernels.blocks import Workspace
 from peftkit.wrapping.backup import BACKUPS, Backup, Copy, Merged, checksum
 from peftkit.wrapping.layer import Adapted, adapted_modules, names_of
 from peftkit.wrapping.sites import dotted
@@ -86,11 +85,10 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup:
     if backup is None:
         return _bake(model, affected)
     done: list[Adapted] = []
-    space = Workspace()
     weights: list[MergedWeight] = []
     try:
         for host_name, (host, own) in affected.items():
-            weights += _merge_host(host_name, host, own, backup, done, space)
+            weights += _merge_host(host_name, host, own, backup, done)
         refuse_inert(weights)
     except BaseException:
         for host in done:
@@ -136,7 +134,7 @@ def _check_state(host_name: str, host: Adapted, own: tuple[str, ...]) -> None:
 
 @torch.no_grad()
 def _merge_host(
-    host_name: str, host: Adapted, own: tuple[str, ...], mode: str, done: list[Adapted], space: Workspace
+    host_name: str, host: Adapted, own: tuple[str, ...], mode: str, done: list[Adapted]
 ) -> Iterator[MergedWeight]:
     state = host.adapter_state
     jobs = {slot_name: _deltas(host, slot_name, own) for slot_name in state.slots}
@@ -152,7 +150,7 @@ def _merge_host(
         weight = host.weight_of(slot).detach()
         before = weight.clone()
         backups[slot_name] = Copy(before)  # until the merge of this weight is complete
-        norm, change, lost = add_(deltas, weight, slot.geometry, space=space)
+        norm, change, lost = add_(deltas, weight, slot.geometry)
         if not math.isfinite(norm):
             raise MergeError(f"{site}: the ΔW of {', '.join(names)} is not finite; nothing was merged")
         if not math.isfinite(change):
@@ -169,7 +167,7 @@ def _bake(model: nn.Module, affected: Mapping[str, tuple[Adapted, tuple[str, ...
     """Merge for good. With nothing to go back to, whatever could fail is found before the first weight is written."""
 
     jobs: list[tuple[str, tuple[str, ...], list[Delta], Tensor, Geometry]] = []
-    inert, weights, space = [], [], Workspace()
+    inert, weights = [], []
     for host_name, (host, own) in affected.items():
         for slot_name, slot in host.adapter_state.slots.items():
             names, deltas = _deltas(host, slot_name, own)
@@ -177,11 +175,11 @@ def _bake(model: nn.Module, affected: Mapping[str, tuple[Adapted, tuple[str, ...
                 continue
             site, weight = dotted(host_name, slot_name) or "the model", host.weight_of(slot).detach()
             refuse_overflow(site, names, deltas, weight)
-            inert.append(MergedWeight(site, names, *add_(deltas, weight, slot.geometry, dry=True, space=space)))
+            inert.append(MergedWeight(site, names, *add_(deltas, weight, slot.geometry, dry=True)))
             jobs.append((site, names, deltas, weight, slot.geometry))
     refuse_inert(inert)
     for site, names, deltas, weight, geometry in jobs:
-        weights.append(MergedWeight(site, names, *add_(deltas, weight, geometry, safe=True, space=space)))
+        weights.append(MergedWeight(site, names, *add_(deltas, weight, geometry, safe=True)))
     for name in dict.fromkeys(name for _, own in affected.values() for name in own):
         unwrap(model, name)
     return MergeReport(tuple(weights))

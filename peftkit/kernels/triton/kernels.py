@@ -1,35 +1,35 @@
-"""Three kernels over tiles of ΔW. Sums are fp32 and in a fixed order: partial sums are stored, nothing is atomic."""
+"""The kernels of the Hadamard product. Sums are fp32, in a fixed order: partial sums are stored, nothing is atomic."""
 
 import triton
 import triton.language as tl
 
-from peftkit.kernels.triton.tiles import BLOCK, load, store
+from peftkit.kernels.triton.tiles import BLOCK, hadamard, load, store
 
 
 @triton.jit
-def delta_kernel(out, base, row, factors, scale, TILE: tl.constexpr):
-    """out = (base + scale·ΔW)·row, rounded once. out, base (m, n); row (m,); base and row may be None."""
+def hadamard_kernel(out, base, factors, scale):
+    """out = base + scale·(B1·A1) ⊙ (B2·A2), rounded once. out, base (m, n); base may be None."""
     i = tl.program_id(1) * BLOCK
     j = tl.program_id(0) * BLOCK
-    tile = TILE(factors, i, j) * scale
+    tile = hadamard(factors, i, j) * scale
     if base is not None:
         tile += load(base, i, j, BLOCK, BLOCK).to(tl.float32)
-    if row is not None:
-        rows = i + tl.arange(0, BLOCK)
-        tile *= tl.load(row + rows, mask=rows < out[1], other=0.0).to(tl.float32)[:, None]
     store(out, i, j, tile, BLOCK, BLOCK)
 
 
 @triton.jit
-def moments_kernel(out, base, factors, TILE: tl.constexpr):
-    """out[s] = Σ_j base_ij·ΔW_ij and Σ_j ΔW_ij² over the s-th share of the columns. out (s, 2, m) fp32, base (m, n)."""
+def hadamard_moments_kernel(out, base, factors):
+    """out[s] = Σ_j base_ij·H_ij and Σ_j H_ij² over the s-th share of the columns, H = (B1·A1) ⊙ (B2·A2).
+
+    out (s, 2, m) fp32, base (m, n).
+    """
     i = tl.program_id(1) * BLOCK
     inner = tl.zeros((BLOCK,), tl.float32)
     square = tl.zeros((BLOCK,), tl.float32)
     share = tl.cdiv(tl.cdiv(base[2], BLOCK), tl.num_programs(0)) * BLOCK
     first = tl.program_id(0) * share
     for j in range(first, tl.minimum(first + share, base[2]), BLOCK):
-        tile = TILE(factors, i, j)
+        tile = hadamard(factors, i, j)
         inner += tl.sum(tile * load(base, i, j, BLOCK, BLOCK).to(tl.float32), axis=1)
         square += tl.sum(tile * tile, axis=1)
     rows = i + tl.arange(0, BLOCK)

@@ -11,9 +11,8 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from peftkit.kernels.operators import change
-from peftkit.kernels.triton.kernels import delta_kernel, hadamard_backward_kernel, moments_kernel
-from peftkit.kernels.triton.tiles import BLOCK, STEP, TILES
+from peftkit.kernels.triton.kernels import hadamard_backward_kernel, hadamard_kernel, hadamard_moments_kernel
+from peftkit.kernels.triton.tiles import BLOCK, STEP
 
 #: of those compiled for sm_80 to sm_120, the one that spills least at every rank
 CONFIG: dict[str, Any] = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
@@ -26,29 +25,28 @@ PROGRAMS = 256
 FAILURES = (TritonError, RuntimeError, TypeError, ValueError, OSError, subprocess.CalledProcessError)
 
 
-def delta(base: Tensor | None, structure: str, factors: Sequence[Tensor], scale: float, row: Tensor | None) -> Tensor:
-    """As peftkit.kernels.ops.delta."""
-    m, n = change(structure, factors).shape
+def hadamard(base: Tensor | None, factors: Sequence[Tensor], scale: float) -> Tensor:
+    """As `references.hadamard`."""
+    m, n = factors[0].shape[0], factors[1].shape[1]
     out = torch.empty(m, n, dtype=(factors[0] if base is None else base).dtype, device=factors[0].device)
     weight = None if base is None else _matrix(base)
-    per_row = None if row is None else row.contiguous()
     grid = (triton.cdiv(n, BLOCK.value), triton.cdiv(m, BLOCK.value))
     with torch.cuda.device_of(out):
-        delta_kernel[grid](_matrix(out), weight, per_row, _matrices(factors), scale, TILE=TILES[structure], **CONFIG)
+        hadamard_kernel[grid](_matrix(out), weight, _matrices(factors), scale, **CONFIG)
     return out
 
 
-def moments(base: Tensor, structure: str, factors: Sequence[Tensor]) -> Tensor:
-    """As peftkit.kernels.ops.moments."""
+def hadamard_moments(base: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """As `references.hadamard_moments`."""
     grid = _grid(*base.shape)
     out = torch.empty(grid[0], 2, base.shape[0], dtype=torch.float32, device=base.device)
     with torch.cuda.device_of(out):
-        moments_kernel[grid](out, _matrix(base), _matrices(factors), TILE=TILES[structure], **CONFIG)
+        hadamard_moments_kernel[grid](out, _matrix(base), _matrices(factors), **CONFIG)
     return out.sum(0)
 
 
 def hadamard_backward(gradient: Tensor, factors: Sequence[Tensor], scale: float) -> list[Tensor]:
-    """As peftkit.kernels.ops.hadamard_backward."""
+    """As `references.hadamard_backward`."""
     B1, A1, B2, A2 = factors
     dB1, dB2 = _left_gradients(gradient, factors, scale)
     dA1, dA2 = _left_gradients(gradient.mT, (A1.mT, B1.mT, A2.mT, B2.mT), scale)
@@ -75,9 +73,9 @@ def _grid(rows: int, columns: int) -> tuple[int, int]:
 
 
 def _matrices(factors: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
-    """What a tile function takes. A stack of blocks (k, b, b) becomes one matrix (k·b, b)."""
-    return tuple(_matrix(factor if factor.dim() == 2 else factor.flatten(0, 1)) for factor in factors)
+    return tuple(map(_matrix, factors))
 
 
 def _matrix(tensor: Tensor) -> tuple[Any, ...]:
+    """What a kernel takes for a matrix: its pointer, sizes and strides."""
     return (tensor, *tensor.shape, *tensor.stride())

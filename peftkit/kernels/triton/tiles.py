@@ -1,13 +1,8 @@
-"""Tile functions: a tile of ΔW (m, n) from its factors, knowing nothing of what becomes of it.
+"""Windows of matrices, and the tile of (B1·A1) ⊙ (B2·A2) that the kernels share.
 
-    tile(factors, row, column) -> (BLOCK, BLOCK) fp32, ΔW[row : row + BLOCK, column : column + BLOCK]
-
-There is one for each structure of peftkit/delta that declares `tiled`, and its `factors` are the tensors named there,
-in that order. A matrix is the tuple (pointer, rows, columns, stride of a row, stride of a column); entries beyond its
-edges read as 0. Only the operands of a product are in the factors' own dtype, all else is fp32.
+A matrix is the tuple (pointer, rows, columns, stride of a row, stride of a column); entries beyond its edges read as 0.
+Only the operands of a product are in the factors' own dtype, all else is fp32.
 """
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -41,15 +36,8 @@ def store(matrix, row, column, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @triton.jit
-def gather(matrix, i, j, inside):
-    """matrix[i, j] where `inside`, else 0. i, j: indices that broadcast to the shape of `inside`."""
-    return tl.load(matrix[0] + tl.cast(i, tl.int64) * matrix[3] + tl.cast(j, tl.int64) * matrix[4], inside, other=0.0)
-
-
-@triton.jit
-def low_rank(factors, row, column):
-    """B·A with B (m, r) and A (r, n)."""
-    B, A = factors
+def low_rank(B, A, row, column):
+    """(BLOCK, BLOCK) fp32 of B·A at (row, column), with B (m, r) and A (r, n)."""
     tile = tl.zeros((BLOCK, BLOCK), tl.float32)
     for k in range(0, A[1], STEP):
         left = load(B, row, k, BLOCK, STEP)
@@ -59,53 +47,6 @@ def low_rank(factors, row, column):
 
 @triton.jit
 def hadamard(factors, row, column):
-    """(B1·A1) ⊙ (B2·A2)."""
+    """(BLOCK, BLOCK) fp32 of (B1·A1) ⊙ (B2·A2) at (row, column)."""
     B1, A1, B2, A2 = factors
-    return low_rank((B1, A1), row, column) * low_rank((B2, A2), row, column)
-
-
-@triton.jit
-def kron(factors, row, column):
-    """C ⊗ D with C (a, c) and D (b, d); factors (C, D), or (C, right, left) with D = left·right."""
-    C = factors[0]
-    right = factors[1]
-    left = None
-    b = right[1]
-    if len(factors) == 3:
-        left = factors[2]
-        b = left[1]
-    d = right[2]
-    i = (row + tl.arange(0, BLOCK))[:, None]
-    j = (column + tl.arange(0, BLOCK))[None, :]
-    rows = i < C[1] * b
-    columns = j < C[2] * d
-    if left is None:
-        D = gather(right, i % b, j % d, rows & columns).to(tl.float32)
-    else:
-        D = tl.zeros((BLOCK, BLOCK), tl.float32)
-        for k in range(0, right[1], STEP):
-            r = k + tl.arange(0, STEP)
-            x = gather(left, i % b, r[None, :], rows & (r < right[1])[None, :])
-            y = gather(right, r[:, None], j % d, columns & (r < right[1])[:, None])
-            D = tl.dot(x, y, D, input_precision="ieee")
-    return gather(C, i // b, j // d, rows & columns).to(tl.float32) * D
-
-
-@triton.jit
-def rotation(factors, row, column):
-    """diag(K_1, …, K_k)·W with blocks (k, b, b), held as one matrix (k·b, b), and W (m, n)."""
-    K, W = factors
-    b = K[2]
-    i = (row + tl.arange(0, BLOCK))[:, None]
-    tile = tl.zeros((BLOCK, BLOCK), tl.float32)
-    first = row // b * b
-    last = tl.minimum(tl.cdiv(row + BLOCK, b) * b, K[1])
-    for start in range(first, last, STEP):
-        j = (start + tl.arange(0, STEP))[None, :]
-        blocks = gather(K, i, j % b, (i // b == j // b) & (i < K[1]) & (j < K[1]))
-        tile = tl.dot(blocks, load(W, start, column, STEP, BLOCK).to(blocks.dtype), tile, input_precision="ieee")
-    return tile
-
-
-#: the class in peftkit/delta that a tile function is of
-TILES: dict[str, Any] = {"LowRank": low_rank, "Hadamard": hadamard, "Kron": kron, "Rotation": rotation}
+    return low_rank(B1, A1, row, column) * low_rank(B2, A2, row, column)

@@ -1,0 +1,55 @@
+"""Every name of torch's that is not public, in one place: each is tested to exist, and to mean what is said here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+# looked up once: they are asked at every call of a layer, where a look-up would cost as much as the answer
+_compiling = torch.compiler.is_compiling
+_transforming = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
+
+
+def eager() -> bool:
+    """Return whether operations run as they are written.
+
+    Not so under torch.compile, torch.jit.trace, a transform of torch.func, a TorchDispatchMode or forward-mode AD:
+    these follow plain operations only, and what is remembered between calls must stay unknown to them.
+    """
+    return not (
+        _compiling() or _transforming() or _dispatch_modes() or forward_ad._current_level >= 0 or _tracing() is not None
+    )
+
+
+def transformed() -> bool:
+    """Return whether a transform of torch.func runs, which knows nothing of functions with their own backward."""
+    return not _compiling() and _transforming()
+
+
+def version(tensor: Tensor) -> int | None:
+    """Return how often autograd has seen the tensor written to; None for an inference tensor, which counts nothing."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def padding_by_side(conv: nn.Module) -> list[int]:
+    """Return how far a convolution pads each side, last dimension first, as `torch.nn.functional.pad` takes it."""
+    return list(cast(nn.Conv2d, conv)._reversed_padding_repeated_twice)
+
+
+def output_padding(conv: nn.Module, x: Tensor, output_size: Sequence[int], spatial: int) -> list[int]:
+    """Return the output padding with which a transposed convolution gives an output of `output_size`."""
+    layer = cast(nn.ConvTranspose2d, conv)
+    sizes = (layer.stride, cast("tuple[int, ...]", layer.padding), layer.kernel_size)
+    stride, padding, kernel = (list(size) for size in sizes)
+    return list(layer._output_padding(x, list(output_size), stride, padding, kernel, spatial, list(layer.dilation)))
+
+
+def convolves_as(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Return whether a convolution computes its output by the method of `cls`."""
+    return type(module)._conv_forward is cls._conv_forward  # type: ignore[attr-defined]
