@@ -7,13 +7,14 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO, Protocol
 
 from torch import Tensor, nn
 
 from peftkit.errors import FileError
 from peftkit.files.formats import container
-from peftkit.files.formats.container import Info
+from peftkit.files.formats.container import Info, Stamp
 from peftkit.files.formats.pickles import unpickle
 
 _PICKLED = (".pt", ".ckpt", ".bin", ".pth")
@@ -58,12 +59,14 @@ class Loaded:
 class Base:
     """A checkpoint. shards: path within the folder (or the file's name) -> (file, what its keys are to begin with).
 
-    where: key -> (shard, its name there). indices: index files, to be written again beside the shards.
+    where: key -> (shard, its name there). others: path within the folder of every other file -> the stamp that file had
+    before anything of the folder was read.
     """
 
     path: Path
     shards: Mapping[str, tuple[Shard, str]]
     where: Mapping[str, tuple[str, str]]
+    others: Mapping[str, Stamp]
 
     @property
     def folder(self) -> bool:
@@ -111,12 +114,20 @@ def open_base(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Ba
     if not os.path.isdir(path):
         return _joined(path, {path.name: (_shard(path, allow_pickle), "")})
     try:
+        files = dict(_stamped(path))
         found = dict(_folder(path, allow_pickle))
     except OSError as error:
         raise FileError(f"{path} could not be read: {error}") from error
     if not found:
         raise FileError(f"{path} has no *.safetensors file in it")
-    return _joined(path, found)
+    return _joined(path, found, {name: stamp for name, stamp in files.items() if name not in found})
+
+
+def _stamped(folder: Path) -> Iterator[tuple[str, Stamp]]:
+    """Every file of a folder, by its path within."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield str(path.relative_to(folder)), Stamp.of(path)
 
 
 def _folder(path: Path, allow_pickle: bool) -> Iterator[tuple[str, tuple[Shard, str]]]:
@@ -180,11 +191,13 @@ def _loaded(tensors: Mapping[str, Tensor]) -> Loaded:
     return Loaded(tensors, infos, {})
 
 
-def _joined(path: Path, shards: Mapping[str, tuple[Shard, str]]) -> Base:
+def _joined(
+    path: Path, shards: Mapping[str, tuple[Shard, str]], others: Mapping[str, Stamp] = MappingProxyType({})
+) -> Base:
     where: dict[str, tuple[str, str]] = {}
     for shard_name, (shard, prefix) in shards.items():
         for name in shard.infos:
             if prefix + name in where:
                 raise FileError(f"{path}: {prefix + name} is in {where[prefix + name][0]} and in {shard_name}")
             where[prefix + name] = (shard_name, name)
-    return Base(path, shards, where)
+    return Base(path, shards, where, others)

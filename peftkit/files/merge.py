@@ -333,17 +333,20 @@ def _window(delta: Delta, first: int, size: int) -> Delta:
 
 def _copy_rest(base: Base, folder: Path, sizes: Mapping[str, int]) -> None:
     """What else a model's folder holds: configurations, tokenizers, indices. sizes: of the shards' tensors."""
-    indices = {str(Path(name).parent) for name in base.shards}
-    for path in sorted(base.path.rglob("*")):
-        relative = path.relative_to(base.path)
-        if not path.is_file() or str(relative) in base.shards or folder in path.parents:
-            continue
-        target = folder / relative
+    indexed = {str(Path(name).parent) for name in base.shards}
+    for name, stamp in base.others.items():
+        target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-        if path.name.endswith(".safetensors.index.json") and str(relative.parent) in indices:
-            index = container.read_json(path)
-            if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
-                own = {str(relative.parent / name) for name in index["weight_map"].values()}
-                index["metadata"]["total_size"] = sum(sizes[str(Path(name))] for name in own)
-                target.write_text(json.dumps(index, indent=2) + "\n")
+        shutil.copyfile(base.path / name, target)
+        container.require_stamp(base.path / name, stamp)
+        if name.endswith(".safetensors.index.json") and str(Path(name).parent) in indexed:
+            _rewrite_sizes(target, str(Path(name).parent), sizes)
+
+
+def _rewrite_sizes(path: Path, component: str, sizes: Mapping[str, int]) -> None:
+    """Say in a copied index how large the new shards are, where the index says it of the old ones."""
+    index = container.read_json(path)
+    if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
+        own = {str(Path(component) / name) for name in index["weight_map"].values()}
+        index["metadata"]["total_size"] = sum(sizes[name] for name in own)
+        path.write_text(json.dumps(index, indent=2) + "\n")

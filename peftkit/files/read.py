@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peftkit.errors import AmbiguousFileError, FileError, MismatchError, OptionError, error_context
 from peftkit.files.formats import container, kohya, native, peft
+from peftkit.files.formats.container import Stamp
 from peftkit.files.formats.kohya import Modules, Scale
 from peftkit.files.formats.patch import AdapterFile, Patch, Patches
 from peftkit.files.formats.pickles import unpickle
@@ -78,11 +79,15 @@ def _read(
         if value not in (None, *known):
             raise OptionError(f"{option}={value!r} was given, {known[0]!r} or {known[1]!r} was expected")
     path = Path(path)
-    config = _peft_config(path)
+    beside = _peft_config(path)
+    stamp = None if beside is None else Stamp.of(beside)
+    config = None if beside is None else peft.read_config(beside)
     if os.path.isdir(path):
         path = _weights_in(path, allow_pickle)
     with error_context(path):
         source = _Source(path, allow_pickle, [ignore] if isinstance(ignore, str) else list(ignore))
+        if beside is not None and stamp is not None:  # both are of one moment
+            container.require_stamp(beside, stamp)
         if native.KEY in source.metadata:
             bundle = _native(source)
         elif config is not None:
@@ -272,14 +277,14 @@ def _refuse_unknown(path: Path, unknown: Sequence[str]) -> None:
         raise MismatchError(f"{what}; pass ignore= with patterns to leave them out:\n{listed}")
 
 
-def _peft_config(path: Path) -> dict[str, Any] | None:
+def _peft_config(path: Path) -> Path | None:
     """The configuration of a folder of PEFT, or of the weights in one."""
     if os.path.isdir(path):
         if not os.path.isfile(path / peft.CONFIG):
             raise FileError(f"{path} is a folder without {peft.CONFIG}: name an adapter file, or a folder PEFT wrote")
-        return peft.read_config(path / peft.CONFIG)
+        return path / peft.CONFIG
     beside = path.with_name(peft.CONFIG)
-    return peft.read_config(beside) if path.name == peft.WEIGHTS and os.path.isfile(beside) else None
+    return beside if path.name == peft.WEIGHTS and os.path.isfile(beside) else None
 
 
 def _weights_in(folder: Path, allow_pickle: bool) -> Path:

@@ -80,6 +80,23 @@ class Info:
 
 
 @dataclass(frozen=True)
+class Stamp:
+    """What tells a file from another one under its name, and from itself once it is written to."""
+
+    device: int
+    inode: int
+    size: int
+    written: int
+    changed: int
+
+    @classmethod
+    def of(cls, file: int | Path) -> Stamp:
+        """The stamp of an open file, by its descriptor, or of the one at a path."""
+        status = os.stat(file)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@dataclass(frozen=True)
 class Container:
     """A safetensors file whose header has been read and found sound. Tensors are read when asked for."""
 
@@ -87,6 +104,7 @@ class Container:
     infos: Mapping[str, Info]
     metadata: Mapping[str, str]
     data: int  # where the tensors' bytes begin
+    stamp: Stamp  # of the file whose header this is
 
     def tensor(self, name: str, into: Tensor | None = None) -> Tensor:
         """One tensor, in memory of its own, or in that of `into`, bytes that are at least as many (uint8)."""
@@ -97,7 +115,7 @@ class Container:
         if not info.numel:
             return torch.empty(info.shape, dtype=dtype)
         bits = torch.empty(info.size, dtype=torch.uint8) if into is None else into[: info.size]
-        with opened(self.path) as file:
+        with opened(self.path, self.stamp) as file:
             file.seek(self.data + info.start)
             if file.readinto(bits.numpy().data) != info.size:
                 raise FileError(f"{self.path} ended inside {name}: it was cut off after its header was read")
@@ -108,7 +126,7 @@ class Container:
         info = self.infos[name]
         dtype = DTYPES[info.dtype]
         chunks = []
-        with opened(self.path) as file:
+        with opened(self.path, self.stamp) as file:
             for i in index:
                 file.seek(self.data + info.start + i * dtype.itemsize)
                 chunks.append(file.read(dtype.itemsize))
@@ -123,14 +141,21 @@ class Container:
     def copy(self, name: str, to: BinaryIO) -> None:
         """Append a tensor's bytes to another file, undecoded."""
         info = self.infos[name]
-        with opened(self.path) as file:
+        with opened(self.path, self.stamp) as file:
             file.seek(self.data + info.start)
             _copy_bytes(file, to, info.size, self.path)
 
     def digest(self, name: str) -> str:
         """sha256 of one tensor's bytes, undecoded."""
         info = self.infos[name]
-        return digest(self.path, self.data + info.start, self.data + info.stop)
+        hasher = hashlib.sha256()
+        left = info.size
+        with opened(self.path, self.stamp) as file:
+            file.seek(self.data + info.start)
+            while left > 0 and (block := file.read(min(CHUNK, left))):
+                hasher.update(block)
+                left -= len(block)
+        return hasher.hexdigest()
 
 
 def read(path: str | os.PathLike[str]) -> Container:
@@ -141,7 +166,8 @@ def read(path: str | os.PathLike[str]) -> Container:
     """
     path = Path(path)
     with opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        stamp = Stamp.of(file.fileno())
+        size = stamp.size
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         sound = 2 <= length <= min(MAX_HEADER, size - 8)
@@ -167,17 +193,24 @@ def read(path: str | os.PathLike[str]) -> Container:
         raise FileError(
             f"{path} holds {size - 8 - length} bytes of tensors, its header says {end}: it is damaged or cut off"
         )
-    return Container(path, infos, metadata, 8 + length)
+    return Container(path, infos, metadata, 8 + length, stamp)
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BufferedReader]:
-    """A file to read from; FileError for what is none (a pipe would never end) and for what cannot be read."""
+def opened(path: Path, stamp: Stamp | None = None) -> Iterator[BufferedReader]:
+    """Open a file to read; FileError for what is no file (a pipe would never end) and for what cannot be read.
+
+    stamp: the one the file had when it was first opened. FileError if the file has another one now, or after the block,
+    so that what is read at several times is of one file.
+    """
     if not os.path.isfile(path):  # unlike Path.is_file, no name is too long or too odd for it
         raise FileError(f"there is no file {path}, or it may not be read")
     try:
         with open(path, "rb") as file:
+            stamp = Stamp.of(file.fileno()) if stamp is None else stamp
+            _require_unchanged(file, path, stamp)
             yield file
+            _require_unchanged(file, path, stamp)
     except OSError as error:
         raise FileError(f"{path} could not be read: {error}") from error
 
@@ -250,16 +283,10 @@ def raw(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def digest(path: Path, start: int, stop: int) -> str:
-    """sha256, in hex, of a file's bytes from start to stop."""
-    hasher = hashlib.sha256()
-    left = stop - start
-    with opened(path) as file:
-        file.seek(start)
-        while left > 0 and (block := file.read(min(CHUNK, left))):
-            hasher.update(block)
-            left -= len(block)
-    return hasher.hexdigest()
+def require_stamp(path: Path, stamp: Stamp) -> None:
+    """Raise FileError if a file is not the one that had this stamp, or was written to since."""
+    with opened(path, stamp):
+        pass
 
 
 @contextmanager
@@ -308,6 +335,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _require_unchanged(file: BinaryIO, path: Path, stamp: Stamp) -> None:
+    if Stamp.of(file.fileno()) != stamp:
+        raise FileError(
+            f"{path} was replaced, written to or cut off while it was being read; nothing was made of it. "
+            "Run this again when no other program writes there"
+        )
 
 
 def _require_folder(path: Path) -> None:

@@ -30,14 +30,8 @@ def unpickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a .pt, .ckpt or .bin file, read as data: an object that is not a plain tensor is refused."""
     with opened(path) as file:
         _refuse_bombs(file, path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of protocols that it may not know: it says so if it does not
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise FileError(f"{path} holds more than tensors, or is damaged; what else it does was not run") from error
-    except _STUMBLES as error:
-        raise FileError(f"{path} could not be read as data: {(str(error) or repr(error)).splitlines()[0]}") from error
+        file.seek(0)
+        loaded = _loaded(file, path)  # the very file that was looked through
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
@@ -57,6 +51,18 @@ def unpickle(path: Path) -> dict[str, Tensor]:
             raise FileError(f"{path}: {str(key)!r:.60} is no plain tensor, or it holds fewer numbers than it says")
         found[str(key)] = value.detach()
     return found
+
+
+def _loaded(file: BufferedReader, path: Path) -> Any:
+    """What torch makes of an open file as data."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of protocols that it may not know: it says so if it does not
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise FileError(f"{path} holds more than tensors, or is damaged; what else it does was not run") from error
+    except _STUMBLES as error:
+        raise FileError(f"{path} could not be read as data: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
 def _refuse_bombs(file: BufferedReader, path: Path) -> None:
