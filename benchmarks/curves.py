@@ -1,6 +1,7 @@
 """Cost against size, one axis at a time: output width m, input width n, rank, tokens, layers; and the slope expected.
 
     python benchmarks/curves.py [--save]
+    python benchmarks/curves.py --draw                 # the picture again, from what was saved
 
 Slopes are those of a straight line through the last points in log–log: 1 is a cost in proportion. What is not in
 proportion is expected to be below: a call costs some microseconds whatever it does.
@@ -15,6 +16,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -28,6 +30,7 @@ from peftkit.bench.peers import KINDS, randomize
 from peftkit.bench.rows import environment
 from peftkit.bench.timing import contest
 from peftkit.cli.terminal import OUT
+from peftkit.monitor.style import GREY, MARKERS, PALETTE, WIDTH, legend_below, save, styled, ticks_at
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "curves.json", ROOT / "docs" / "curves.png"
@@ -40,6 +43,10 @@ AXES: dict[str, Sequence[int]] = {
     "tokens": (128, 256, 512, 1024, 2048),
     "layers": (4, 8, 16, 32, 64),
 }
+TITLES = {"m": "output width m", "n": "input width n", "rank": "rank", "tokens": "tokens", "layers": "layers"}
+OPERATIONS = {"apply": "ΔW·x, ms", "merge": "merge, ms"}
+#: milliseconds that are labelled
+DECADES = {"apply": (0.1, 1, 10, 100), "merge": (1, 10, 100)}
 #: the option that is a kind's rank
 RANKED = {"lora": "rank", "loha": "rank", "dora": "rank", "oft": "block_size"}
 
@@ -96,29 +103,46 @@ def slope(sizes: Sequence[int], values: Sequence[float]) -> float:
     return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
-def draw(rows: Sequence[dict[str, object]]) -> None:
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    axes = figure.subplots(2, len(AXES))
-    for i, operation in enumerate(("apply", "merge")):
-        for axis, own in zip(AXES, axes[i], strict=True):
-            own.set(xscale="log", yscale="log", title=f"{operation}, {axis}", ylabel="ms")
-            for row in rows:
-                if (row["operation"], row["axis"]) == (operation, axis):
-                    own.plot(AXES[axis], row["ms"], marker=".", label=str(row["kind"]))
-            if not own.lines:
-                own.set_visible(False)
-    axes[0, 0].legend()
-    figure.savefig(PICTURE, dpi=90)
+@styled()
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw a panel for every operation and axis, a curve for every kind, and a cost in proportion to compare with."""
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    grid = figure.subplots(2, len(AXES), sharey="row", sharex="col")
+    for line, (operation, label) in zip(grid, OPERATIONS.items(), strict=True):
+        for own, (axis, sizes) in zip(line, AXES.items(), strict=True):
+            cell = [row for row in rows if (row["operation"], row["axis"]) == (operation, axis)]
+            if not cell:
+                own.set_axis_off()
+                continue
+            own.set(xscale="log", yscale="log")
+            for row in cell:
+                i = list(KINDS).index(row["kind"])
+                own.plot(sizes, row["ms"], color=PALETTE[i], marker=MARKERS[i], lw=1.3, label=row["kind"])
+            start = statistics.median(row["ms"][0] for row in cell)
+            proportional = [start * size / sizes[0] for size in sizes]
+            own.plot(sizes, proportional, color=GREY, marker="", ls="--", lw=1.1, label="in proportion")
+            ticks_at(own.xaxis, sizes[::2])
+            ticks_at(own.yaxis, DECADES[operation])
+            own.tick_params(labelbottom=True)
+        line[0].set_ylabel(label)
+    for own, title in zip(grid[0], TITLES.values(), strict=True):
+        own.set_title(title)
+    legend_below(figure, columns=len(KINDS) + 1)
+    save(figure, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results and docs")
+    parser.add_argument("--draw", action="store_true", help="draw the saved result and measure nothing")
     arguments = parser.parse_args()
+    if arguments.draw:
+        draw(json.loads(RESULTS.read_text())["rows"], PICTURE)
+        return
     torch.set_num_threads(1)
     torch.manual_seed(0)
     cells = [(k, o, a) for (o, a) in EXPECTED for k in KINDS if a != "rank" or k in RANKED]
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     shown = Table("operation", "axis", "kind", "slope", "at most")
     steep = []
     for kind, operation, axis in track(cells, description="measuring"):
@@ -142,7 +166,7 @@ def main() -> None:
     if arguments.save:
         sizes = {axis: list(values) for axis, values in AXES.items()}
         RESULTS.write_text(json.dumps({**environment("cpu"), "sizes": sizes, "rows": rows}, indent=1) + "\n")
-        draw(rows)
+        draw(rows, PICTURE)
     if steep:
         raise SystemExit("\n".join(steep))
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from peftkit.bench.timing import Spread
 from peftkit.errors import FileError
+from peftkit.monitor.style import WIDTH, legend_below, save, styled
 
 _PACKAGES = ("peftkit", "torch", "lycoris-lora", "peft", "triton", "numpy")
 _FORMAT = 1
@@ -127,12 +128,13 @@ def compared(before: Sequence[Row], after: Sequence[Row]) -> Table:
     return shown
 
 
+@styled()
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """One bar per way and row, in a picture per question. Needs matplotlib."""
+    """Draw a bar for every way of every row, with the legend under the axes. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     ways = list(dict.fromkeys(way for row in rows for way in row.ratio))
-    figure = Figure(figsize=(9, 1.2 + 0.22 * len(rows) * len(ways)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.22 * len(rows) * len(ways)), layout="constrained")
     axes = figure.subplots()
     for j, way in enumerate(ways):
         own = [(i + 0.8 * j / len(ways), row.ratio[way]) for i, row in enumerate(rows) if way in row.ratio]
@@ -142,12 +144,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             [at for at, _ in own], [s.median for _, s in own], 0.8 / len(ways), xerr=[low, high], align="edge"
         )
         bars.set_label(way)
-    axes.axvline(1, color="black", linewidth=0.8)
+    axes.axvline(1, color="black", linewidth=0.8, marker="")
+    axes.grid(visible=False, axis="y")
     axes.set_yticks([i + 0.4 for i in range(len(rows))], [f"{r.question} {r.kind} {r.case} {r.dtype}" for r in rows])
     axes.invert_yaxis()
     axes.set_xlabel(" / ".join(dict.fromkeys(row.reference for row in rows)) + " = 1")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    legend_below(figure, columns=4)
+    save(figure, path)
 
 
 def _short(spread: Spread) -> dict[str, float]:
