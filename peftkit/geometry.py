@@ -16,14 +16,13 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftkit.errors import UnsupportedLayerError
-from peftkit.kernels.torch_private import convolves_as, output_padding, padding_by_side
+from peftkit.kernels.torch_private import output_padding, padding_by_side
 
-_CONV: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *_CONV, *_TRANSPOSED)
+LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, *_TRANSPOSED)
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONVOLVE_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
     1: F.conv_transpose1d,
@@ -269,53 +268,11 @@ class Geometry:
         return batch * math.prod(map(lambda n, s: -(-n // s), size, self.stride))
 
 
-def is_layer(module: nn.Module) -> bool:
-    """Whether the module is a Linear or a convolution of any sort."""
-    return isinstance(module, _LAYERS)
-
-
-def supported(module: nn.Module) -> bool:
-    """Whether the module is a Linear or a convolution whose weight is an ordinary matrix of numbers."""
-    return isinstance(module, _LAYERS) and refusal(module) is None
-
-
-def refusal(module: nn.Module) -> str | None:
-    """Why this module cannot be adapted, or None."""
-    if not isinstance(module, _LAYERS):
-        return f"{type(module).__name__} is not a Linear or a convolution"
-    weight = module._parameters.get("weight")
+def of(layer: nn.Module) -> Geometry:
+    """The geometry of a Linear or convolution that has a weight (`wrapping.support` says which have)."""
+    weight = layer._parameters.get("weight") if isinstance(layer, LAYERS) else None
     if weight is None:
-        return f"its weight is not a parameter (a lazy, fused, weight-normed or parametrized {type(module).__name__})"
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "its weight is not initialised yet: run one batch through the model first"
-    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
-        return f"its weight is {weight.dtype}: a quantised or complex base has no ΔW to add to"
-    if weight.numel() == 0:
-        return "its weight is empty"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance (by an offloading hook or a patch), which would bypass ΔW"
-    return None
-
-
-def calls_its_weight(module: nn.Module) -> bool:
-    """Whether the module's class computes exactly what torch's own layer computes, y = W·x + b.
-
-    A subclass that overrides `forward` (weight standardisation, own padding, …) may do anything with its weight.
-    """
-    if isinstance(module, NonDynamicallyQuantizableLinear):  # the out_proj of an nn.MultiheadAttention, never called
-        return False
-    own = next(c for c in _LAYERS if isinstance(module, c))
-    plain = type(module).forward is own.forward
-    if isinstance(module, _CONV):
-        plain = plain and convolves_as(module, own)
-    return plain
-
-
-def of(module: nn.Module) -> Geometry:
-    """The geometry of a Linear or convolution."""
-    reason = refusal(module)
-    if reason is not None:
-        raise UnsupportedLayerError(f"cannot adapt this {type(module).__name__}: {reason}")
-    weight = module._parameters["weight"]
-    assert weight is not None
-    return Geometry(weight.shape, module)
+        raise UnsupportedLayerError(
+            f"a {type(layer).__name__} has no geometry: it is no Linear or convolution with a weight"
+        )
+    return Geometry(weight.shape, layer)

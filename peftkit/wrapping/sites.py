@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftkit import geometry
 from peftkit.geometry import Geometry
+from peftkit.wrapping.support import calls_its_weight, is_layer, refusal, supported
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,14 @@ def sites(model: nn.Module) -> dict[str, Site]:
             if state is not None:
                 by_other = bool(state.reads)
             else:
-                by_other = id(module) in read or bool(slot_name) or not geometry.calls_its_weight(module)
+                by_other = id(module) in read or bool(slot_name) or not calls_its_weight(module)
             found[full] = Site(full, name, module, slot_name, slot, by_other)
     return found
 
 
 def slots(module: nn.Module) -> dict[str, Slot]:
     """The module's own weight as "", or the projections of an nn.MultiheadAttention by name."""
-    if geometry.supported(module):
+    if supported(module):
         return {"": Slot("weight", geometry.of(module))}
     if not isinstance(module, nn.MultiheadAttention):
         return {}
@@ -96,7 +97,7 @@ def why_not(module: nn.Module) -> str | None:
     """Why a module has no weight that can be adapted; None if it has one or is only a container."""
     if slots(module):
         return None
-    return geometry.refusal(module) if module._parameters or geometry.is_layer(module) else None
+    return refusal(module) if module._parameters or is_layer(module) else None
 
 
 def _read_by_their_parent(model: nn.Module) -> set[int]:

@@ -1,0 +1,51 @@
+"""Which modules can be adapted, why the others cannot, and how a module uses its weight."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from peftkit.geometry import CONVOLUTIONS, LAYERS
+from peftkit.kernels.torch_private import convolves_as
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether the module is a Linear or a convolution of any sort."""
+    return isinstance(module, LAYERS)
+
+
+def supported(module: nn.Module) -> bool:
+    """Whether the module is a Linear or a convolution whose weight is an ordinary matrix of numbers."""
+    return isinstance(module, LAYERS) and refusal(module) is None
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why this module cannot be adapted, or None."""
+    if not isinstance(module, LAYERS):
+        return f"{type(module).__name__} is not a Linear or a convolution"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return f"its weight is not a parameter (a lazy, fused, weight-normed or parametrized {type(module).__name__})"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight is not initialised yet: run one batch through the model first"
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        return f"its weight is {weight.dtype}: a quantised or complex base has no ΔW to add to"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance (by an offloading hook or a patch), which would bypass ΔW"
+    return None
+
+
+def calls_its_weight(module: nn.Module) -> bool:
+    """Whether the module's class computes exactly what torch's own layer computes, y = W·x + b.
+
+    A subclass that overrides `forward` (weight standardisation, own padding, …) may do anything with its weight.
+    """
+    if isinstance(module, NonDynamicallyQuantizableLinear):  # the out_proj of an nn.MultiheadAttention, never called
+        return False
+    own = next(c for c in LAYERS if isinstance(module, c))
+    plain = type(module).forward is own.forward
+    if isinstance(module, CONVOLUTIONS):
+        plain = plain and convolves_as(module, own)
+    return plain
