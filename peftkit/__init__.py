@@ -22,12 +22,12 @@ from peftkit.wrapping.merge import restore as restore
 from peftkit.wrapping.plan import Plan as Plan
 from peftkit.wrapping.plan import Rule as Rule
 from peftkit.wrapping.plan import plan as plan
+from peftkit.wrapping.strength import disabled as disabled
+from peftkit.wrapping.strength import enabled as enabled
+from peftkit.wrapping.strength import set_strength as set_strength
 from peftkit.wrapping.wrap import adapter_parameters as adapter_parameters
 from peftkit.wrapping.wrap import adapter_state_dict as adapter_state_dict
-from peftkit.wrapping.wrap import disabled as disabled
-from peftkit.wrapping.wrap import enabled as enabled
 from peftkit.wrapping.wrap import project_ as project_
-from peftkit.wrapping.wrap import set_strength as set_strength
 from peftkit.wrapping.wrap import unwrap as unwrap
 from peftkit.wrapping.wrap import wrap as wrap
 

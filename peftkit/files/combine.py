@@ -24,7 +24,7 @@ from peftkit.files.formats.patch import AdapterFile
 from peftkit.files.read import Reading, read_all
 from peftkit.files.resolve import prefix_of
 from peftkit.geometry import Shape
-from peftkit.wrapping.wrap import require_strength
+from peftkit.wrapping.strength import require_strength
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

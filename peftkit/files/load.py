@@ -17,9 +17,11 @@ from peftkit.files.formats import native
 from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.read import Reading, read
 from peftkit.files.resolve import HINTS, Part, Resolver, common, component_of, families_of
-from peftkit.wrapping.plan import refuse_taken, tied_with
+from peftkit.wrapping.plan import refuse_taken
+from peftkit.wrapping.select import tied_with
 from peftkit.wrapping.sites import Site, dotted, sites
-from peftkit.wrapping.wrap import check_install, install, require_strength
+from peftkit.wrapping.strength import require_strength
+from peftkit.wrapping.wrap import check_install, install
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -36,7 +36,7 @@ from peftkit.files.read import Reading, read_all
 from peftkit.files.resolve import Part, families_of
 from peftkit.geometry import Shape
 from peftkit.kernels.blocks import accumulation_dtype
-from peftkit.wrapping.wrap import require_strength
+from peftkit.wrapping.strength import require_strength
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -14,7 +14,7 @@ from peftkit.errors import ExportError, FileError, OptionError, error_context
 from peftkit.files.convert import Converted, ConvertReport, Source
 from peftkit.files.export.write import HASHES, require_safetensors
 from peftkit.files.formats import container, kohya, native, peft
-from peftkit.wrapping.wrap import require_strength
+from peftkit.wrapping.strength import require_strength
 
 
 def rescale(source: Source, factor: float | Mapping[str, float], out: str | os.PathLike[str]) -> ConvertReport:

@@ -1,10 +1,8 @@
-"""The verbs on a wrapped model: wrap, unwrap, strength, enable and disable."""
+"""Put adapters on a model, and take them off."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,6 +24,7 @@ from peftkit.wrapping.layer import (
 from peftkit.wrapping.plan import Plan, Rule, plan
 from peftkit.wrapping.routes import ROUTES
 from peftkit.wrapping.sites import Site, dotted, slots
+from peftkit.wrapping.strength import require_strength
 
 # The parameters that required gradients before the first wrap, kept on the model until its last unwrap
 _TRAINABLE = "_peftkit_trainable"
@@ -199,69 +198,6 @@ def _detach(host: Adapted, baked: bool) -> None:
         host._parameters.update(state.tied)
     del host.adapters, host.adapter_state
     cast(nn.Module, host).__class__ = base_class(host)
-
-
-def require_strength(strength: float) -> None:
-    """Raise OptionError unless it is a finite number."""
-    try:
-        finite = not isinstance(strength, bool) and isinstance(strength, (int, float)) and math.isfinite(strength)
-    except OverflowError:
-        finite = False
-    if not finite:
-        raise OptionError(f"strength={strength!r:.100} was given, a finite number was expected")
-
-
-def set_strength(model: nn.Module, strength: float, name: str | None = None) -> None:
-    """λ of one adapter, or of all: the layer's weight is W + λ·ΔW. Any finite number; 0 is the base itself."""
-    require_strength(strength)
-    names = names_of(model, name)
-    for host_name, host in adapted_modules(model).items():
-        merged = host.adapter_state.merged
-        stuck = [own for own in names if merged is not None and own in merged.names]
-        if stuck:
-            where = host_name or "the model"
-            raise MergeStateError(f"{stuck[0]} is merged into {where}: restore before changing its strength")
-    for host in adapted_modules(model).values():
-        for own in names:
-            if own in host.adapter_state.strengths:
-                host.adapter_state.strengths[own].fill_(strength)
-        host.adapter_state.refresh()
-
-
-@contextmanager
-def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
-    """Inside, one adapter, or all, does not act. Blocks may nest, and an exception leaves nothing disabled."""
-    with _hidden(model, names_of(model, name)):
-        yield
-
-
-@contextmanager
-def enabled(model: nn.Module, *names: str) -> Iterator[None]:
-    """Inside, only these adapters act. Blocks may nest with each other and with `disabled`."""
-    known = names_of(model)
-    for name in names:
-        names_of(model, name)
-    with _hidden(model, [name for name in known if name not in names]):
-        yield
-
-
-@contextmanager
-def _hidden(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    hosts = adapted_modules(model).values()
-    affected = [(host.adapter_state, own) for host in hosts for own in names if own in host.adapters]
-    for state, own in affected:
-        if state.merged is not None and own in state.merged.names:
-            raise MergeStateError(f"{own} is merged into the weights: restore before disabling it")
-    block = object()
-    for state, own in affected:
-        state.hidden.setdefault(own, set()).add(block)
-        state.refresh()
-    try:
-        yield
-    finally:
-        for state, own in affected:
-            state.hidden.get(own, set()).discard(block)  # it may have been unwrapped inside the block
-            state.refresh()
 
 
 @torch.no_grad()
