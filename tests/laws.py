@@ -72,7 +72,8 @@ def terms(module: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    row_by_row = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return row_by_row.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def identity_at_start(adapter: str, layer: str, dtype: torch.dtype = torch.float64) -> None:

@@ -67,9 +67,19 @@ class Packed:
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def _flat(weight: Tensor) -> Tensor:
+    """The numbers of a weight in main memory, in order and one after another: (numel,).
+
+    Not `reshape(-1)`: a dimension of length one may have any stride, also in a tensor that is_contiguous (a 1×1 kernel
+    in channels_last, a Linear(1, n) of transposed storage), and a view in another dtype needs a last stride of one.
+    """
+    whole = weight.detach().cpu().contiguous()
+    return whole.as_strided((whole.numel(),), (1,))
+
+
 def _ordered(weight: Tensor) -> np.ndarray:
     """The bits of floats as integers in the order of the floats, a bijection. Any shape -> (numel,)."""
-    bits = weight.detach().cpu().contiguous().view(_INTEGERS[weight.itemsize]).numpy().reshape(-1)
+    bits = _flat(weight).view(_INTEGERS[weight.itemsize]).numpy()
     return bits ^ ((bits >> (8 * bits.itemsize - 1)) & np.iinfo(bits.dtype).max)
 
 
@@ -90,7 +100,7 @@ def checksum(weight: Tensor) -> int:
 
     Sums of 64-bit words go at the speed of memory, where a checksum of every byte takes longer than a merge.
     """
-    bits = weight.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
+    bits = _flat(weight).view(torch.uint8).numpy()
     whole = len(bits) // (8 * _WORDS) * 8 * _WORDS
     sums = bits[:whole].view(np.uint64).reshape(-1, _WORDS).sum(1)
     rest = zlib.crc32(bits[whole:].tobytes(), zlib.crc32(sums.tobytes()))

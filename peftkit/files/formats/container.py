@@ -280,7 +280,9 @@ def put(file: BinaryIO, data: memoryview) -> None:
 
 def raw(tensor: Tensor) -> memoryview:
     """A tensor's bytes, row by row."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    whole = tensor.detach().cpu().contiguous()
+    # not reshape(-1), which keeps the stride of a single number, whatever it is
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def require_stamp(path: Path, stamp: Stamp) -> None:
