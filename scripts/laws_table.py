@@ -17,8 +17,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests import laws
-from tests.zoo import ADAPTERS, LAYERS
+from tests.support import laws
+from tests.support.zoo import ADAPTERS, LAYERS
 
 
 def cell(adapter: str, layer: str) -> tuple[str, str | None]:

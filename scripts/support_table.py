@@ -3,7 +3,8 @@
     python scripts/support_table.py
 
 No cell is a claim: each is what became of adapters that were trained, exported and read back as the program reads
-them (`tests.files.cell`), on a Linear, a 1×1 and a 3×3 convolution. If one of them is read as another ΔW, this fails.
+them (`tests.support.cells.cell`), on a Linear, a 1×1 and a 3×3 convolution. If one of them is read as another ΔW, this
+fails.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from peftkit.files.export.programs import TARGETS
-from tests.files import ALL_LAYERS, LAYERS, Outcome, cell, exists
-from tests.zoo import ADAPTERS
+from tests.support.cells import ALL_LAYERS, LAYERS, Outcome, cell, exists
+from tests.support.zoo import ADAPTERS
 
-#: title -> the cases of tests/zoo.py; those after the first by what sets them apart
+#: title -> the cases of tests/support/zoo.py; those after the first by what sets them apart
 ROWS: dict[str, dict[str, str]] = {
     "`lora`, `locon`": {"lora": "", "lora rslora": "`rslora=True`", "lora tucker": "`tucker=True`"},
     "`loha`": {"loha": "", "loha tucker": "`tucker=True`"},
