@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.files.formats.container import raw
 from peftkit.wrapping.backup import BACKUPS, Packed, checksum
-from tests.laws import bits
-from tests.zoo import LAYERS, make, train
+from tests.support.laws import bits
+from tests.support.zoo import LAYERS, make, train
 
 
 def channels_last(weight: Tensor) -> Tensor:
