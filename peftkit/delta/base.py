@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -88,6 +88,12 @@ def total(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
+def identity_factors(M: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of M (m, n) as M·I or I·M, whichever identity is smaller."""
+    identity = torch.eye(min(M.shape), dtype=M.dtype, device=M.device)
+    return (M, identity) if M.shape[1] <= M.shape[0] else (identity, M)
+
+
 class Delta(ABC):
     """ΔW (m, n). Immutable: every method returns something new and writes nothing."""
 
@@ -95,6 +101,8 @@ class Delta(ABC):
     reads_output: bool = False
     #: whether ΔW is a matrix; not so for an `InputDependent` change, which acts by its factors only
     is_matrix: bool = True
+    #: the adapter kind whose ΔW has this structure, which is what files call it; "" where no file has a name for it
+    structure: ClassVar[str] = ""
 
     @property
     @abstractmethod
@@ -157,6 +165,21 @@ class Delta(ABC):
         """Return diag(f)·ΔW in the dtype of ΔW, f (m,), where the factors can hold f; None elsewhere."""
         del f
         return None
+
+    # -- in files ---------------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of its low-rank products, None for structures without one."""
+        return None
+
+    def low_rank_factors(self) -> tuple[Tensor, Tensor]:
+        """B (m, r) and A (r, n) with B·A = ΔW and r ≤ min(m, n)."""
+        return identity_factors(self.dense())
+
+    def as_parameters(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The options and the parameters of the adapter that has this ΔW: of `structure`, or of "full" without one."""
+        return {}, {"change": self.dense()}
 
     # -- blocks of rows ---------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from peftkit.delta.base import Delta, WeightCache
 @dataclass(frozen=True, repr=False, eq=False)
 class Dense(Delta):
     """ΔW = λ·M with M (m, n), which is not multiplied before its rows are asked for."""
+
+    structure: ClassVar[str] = "full"
 
     M: Tensor
     strength: float | Tensor = 1.0

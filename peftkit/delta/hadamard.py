@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ _NARROW = 8
 @dataclass(frozen=True, repr=False, eq=False)
 class Hadamard(Delta):
     """ΔW = (B1·A1) ⊙ (B2·A2) with Bi (m, r) and Ai (r, n); of rank at most r²."""
+
+    structure: ClassVar[str] = "loha"
 
     B1: Tensor
     A1: Tensor
@@ -63,6 +65,13 @@ class Hadamard(Delta):
     def khatri_rao(self) -> LowRank:
         """The same ΔW as one product of rank r²: row i of B is B1_i ⊗ B2_i, column j of A is A1_j ⊗ A2_j."""
         return LowRank(fused.khatri_rao(self.B1, self.B2, 1), fused.khatri_rao(self.A1, self.A2, 0))
+
+    def low_rank_factors(self) -> tuple[Tensor, Tensor]:
+        pairs = self.khatri_rao if self.rank**2 < min(self.shape) else None
+        return super().low_rank_factors() if pairs is None else (pairs.B, pairs.A)
+
+    def as_parameters(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"rank": self.rank}, {"up1": self.B1, "down1": self.A1, "up2": self.B2, "down2": self.A2}
 
     @property
     def row_multiple(self) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from peftkit.delta.base import Delta, WeightCache
+from peftkit.delta.base import Delta, WeightCache, identity_factors
 from peftkit.geometry import Geometry
 from peftkit.kernels import fused
 from peftkit.kernels.blocks import row_blocks
@@ -22,6 +23,8 @@ class Kron(Delta):
 
     Row i = (a, b) in order, so ΔW_ij = C[i // b, j // d]·D[i % b, j % d].
     """
+
+    structure: ClassVar[str] = "lokr"
 
     C: Tensor
     right: Tensor
@@ -58,6 +61,25 @@ class Kron(Delta):
 
     def scaled(self, strength: float | Tensor) -> Kron:
         return replace(self, C=self.C * strength)
+
+    def low_rank_factors(self) -> tuple[Tensor, Tensor]:
+        # (C ⊗ B)(I ⊗ A) of rank c·r, or (I ⊗ B)(C ⊗ A) of rank a·r, whichever is smaller; D = B·A, or I·D, or D·I
+        B, A = identity_factors(self.right) if self.left is None else (self.left, self.right)
+        (a, c), C = self.C.shape, self.C.contiguous()
+        if min(a, c) * A.shape[0] >= min(self.shape):
+            return super().low_rank_factors()
+        B, A = B.contiguous(), A.contiguous()
+        identity = torch.eye(min(a, c), dtype=C.dtype, device=C.device)
+        if c <= a:
+            return torch.kron(C, B), torch.kron(identity, A)
+        return torch.kron(identity, B), torch.kron(C, A)
+
+    def as_parameters(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        options: dict[str, Any] = {"outer": tuple(self.C.shape), "full": self.left is None}
+        if self.left is None:
+            return options, {"outer": self.C, "block": self.right}
+        factors = {"outer": self.C, "left": self.left, "right": self.right}
+        return options | {"rank": self.right.shape[0]}, factors
 
     @property
     def row_multiple(self) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from peftkit.delta.base import Delta, WeightCache
+from peftkit.delta.base import Delta, WeightCache, identity_factors
 from peftkit.geometry import Geometry
 from peftkit.kernels import fused
 from peftkit.kernels.blocks import row_blocks
@@ -17,6 +18,8 @@ from peftkit.kernels.cache import cached_without_grad
 @dataclass(frozen=True, repr=False, eq=False)
 class LowRank(Delta):
     """ΔW = B·A with B (m, r) and A (r, n)."""
+
+    structure: ClassVar[str] = "lora"
 
     B: Tensor
     A: Tensor
@@ -61,6 +64,12 @@ class LowRank(Delta):
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         return self.B[rows] @ self.A[:, columns]
+
+    def low_rank_factors(self) -> tuple[Tensor, Tensor]:
+        return (self.B, self.A) if self.rank <= min(self.shape) else identity_factors(self.dense())
+
+    def as_parameters(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"rank": self.rank}, {"up": self.B, "down": self.A}
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         del wx

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
+from peftkit.delta.as_low_rank import as_low_rank, of_matrix, side_by_side
 from peftkit.delta.truncation import Keep
 from peftkit.errors import MismatchError, OptionError, did_you_mean, error_context
 from peftkit.files.convert import Converted, ConvertReport, Source, alpha_of, cast, dense, relative, shown, truncated
 from peftkit.files.entries import AdapterEntry, canonical_items, delta_of
-from peftkit.files.export import forms
 from peftkit.files.export.write import write_deltas
 from peftkit.files.families import names
 from peftkit.files.formats.patch import AdapterFile
@@ -150,8 +150,8 @@ def _joined(name: str, members: Sequence[_Sum]) -> _Sum:
     def under(part: Callable[[_Sum], Delta]) -> Delta:
         deltas = [(None if one is None else part(one), rows, turned) for one, rows, turned in blocks]
         if all(delta is None or isinstance(delta, (LowRank, Hadamard, Kron)) for delta, _, _ in deltas):
-            lows = [(None if d is None else forms.low_rank(d), rows, turned) for d, rows, turned in deltas]
-            return forms.side_by_side(lows, columns)
+            lows = [(None if d is None else as_low_rank(d), rows, turned) for d, rows, turned in deltas]
+            return side_by_side(lows, columns)
         whole = [(torch.zeros(rows, columns) if d is None else dense(d), turned) for d, rows, turned in deltas]
         return Dense(torch.cat([block.roll(len(block) // 2, 0) if turned else block for block, turned in whole]))
 
@@ -180,7 +180,7 @@ def _sum(deltas: Sequence[Delta], *, cat: bool) -> Delta:
     """Σ ΔW: low-rank factors side by side, unless the matrix is smaller; of LoRAs a LoRA, since not all read others."""
     if len(deltas) == 1:
         return deltas[0]
-    lows = [forms.low_rank(delta) for delta in deltas]
+    lows = [as_low_rank(delta) for delta in deltas]
     m, n = deltas[0].shape
     rank = sum(low.rank for low in lows)
     if cat or rank * (m + n) < m * n:
@@ -188,7 +188,7 @@ def _sum(deltas: Sequence[Delta], *, cat: bool) -> Delta:
     total = dense(deltas[0]).float()
     for delta in deltas[1:]:
         total = total + delta.dense()
-    return forms.of_matrix(total) if all(isinstance(delta, LowRank) for delta in deltas) else Dense(total)
+    return of_matrix(total) if all(isinstance(delta, LowRank) for delta in deltas) else Dense(total)
 
 
 def _renamed(name: str, like: Sequence[str], canonical: str) -> str:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from peftkit.adapters.lokr import factorize
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
+from peftkit.delta.as_low_rank import as_low_rank
 from peftkit.delta.distance import distance
 from peftkit.delta.truncation import Keep, nearest, nearest_kronecker, truncate
 from peftkit.errors import ExportError, LossyError, OptionError, did_you_mean, error_context
 from peftkit.files.entries import AdapterEntry, delta_of, items_of_file
-from peftkit.files.export import forms
 from peftkit.files.export.write import write_deltas
 from peftkit.files.formats.patch import AdapterFile
 from peftkit.files.read import Reading, read
@@ -119,7 +119,7 @@ def convert(
             return delta if isinstance(delta, Kron) else _kronecker(item, delta, factor)
         if kind == "loha" and isinstance(delta, Hadamard) and keep is None:
             return delta
-        low = forms.low_rank(delta) if keep is None else truncated(delta, keep)
+        low = as_low_rank(delta) if keep is None else truncated(delta, keep)
         return low if kind == "lora" else _loha(low)
 
     return _rewrite(source, out, change, base, other_base, dtype, exact, reading)
@@ -148,7 +148,7 @@ def resize(
 def truncated(delta: Delta, keep: Keep) -> LowRank:
     """The best low-rank ΔW of the ranks to keep."""
     if isinstance(delta, (LowRank, Hadamard, Kron)):
-        low = forms.low_rank(delta)
+        low = as_low_rank(delta)
         if low.rank < min(low.shape):
             return truncate(low, keep)[0]
     return nearest(dense(delta), keep)[0]

@@ -14,7 +14,8 @@ from peftkit.adapters.glora import GLoRA
 from peftkit.adapters.ia3 import IA3
 from peftkit.adapters.lokr import factorize
 from peftkit.adapters.oft import OFT
-from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
+from peftkit.delta import Delta, Dense, Kron, LowRank
+from peftkit.delta.as_low_rank import as_low_rank
 from peftkit.errors import ExportError
 from peftkit.files.bind import placeholder_weight
 from peftkit.files.export import forms
@@ -29,13 +30,6 @@ from peftkit.files.export.forms import (
 )
 from peftkit.files.export.programs import Target
 from peftkit.geometry import Shape
-
-_STRUCTURES: tuple[tuple[type[Delta], str], ...] = (
-    (LowRank, "lora"),
-    (Hadamard, "loha"),
-    (Kron, "lokr"),
-    (Dense, "full"),
-)
 
 
 @dataclass(frozen=True)
@@ -78,11 +72,6 @@ def form_of(adapter: Adapter, shape: Shape) -> Form:
         return Additive(adapter.delta(placeholder_weight(shape)))
 
 
-def structure_of(delta: Delta) -> str:
-    """What files call the structure of a ΔW, "" where they have none for it."""
-    return next((name for cls, name in _STRUCTURES if isinstance(delta, cls)), "")
-
-
 def encode(adapter: Adapter, target: Target, shape: Shape, base: Tensor | None, *, bake: bool = False) -> Encoding:
     """How a target is told of an adapter. base: W (m, n), None if it is not at hand. bake: write ΔW itself.
 
@@ -107,12 +96,12 @@ def encode(adapter: Adapter, target: Target, shape: Shape, base: Tensor | None, 
 
 
 def _additive(delta: Delta, target: Target, shape: Shape, kind: str = "") -> Encoding:
-    structure = structure_of(delta)
+    structure = delta.structure
     if structure in target.reads and not target.refusal(structure, shape) and _constructible(delta, target, shape):
         return Encoding("exact" if structure == kind else "low rank", structure, Additive(delta))
     dense_size = shape.rows * shape.columns
     with torch.no_grad():
-        low = forms.low_rank(delta) if structure else forms.of_matrix(delta.dense())
+        low = as_low_rank(delta)
     fits = "lora" in target.reads and not target.refusal("lora", shape)
     if target.dense and (not fits or low.rank * sum(delta.shape) >= dense_size):
         return Encoding("low rank", "full", Additive(Dense(delta.dense())))
@@ -126,7 +115,7 @@ def _additive(delta: Delta, target: Target, shape: Shape, kind: str = "") -> Enc
 def _native(form: Form, target: Target, shape: Shape) -> tuple[str, str]:
     """The structure the target has for a form that reads its base, or why it has none."""
     if isinstance(form, Decomposition):
-        inner = structure_of(form.inner)
+        inner = form.inner.structure
         why = target.refusal(inner, shape)
         if (inner, form.axis) in target.decomposes and not why and _constructible(form.inner, target, shape):
             return "dora", ""

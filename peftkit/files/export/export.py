@@ -19,11 +19,12 @@ from torch import nn
 
 from peftkit.adapters.base import require_dtype
 from peftkit.delta import Delta, Dense, LowRank
+from peftkit.delta.as_low_rank import as_low_rank, side_by_side
 from peftkit.delta.distance import distance
 from peftkit.errors import ExportError, FileError, OptionError, error_context
 from peftkit.files.bind import bind, placeholder_weight
 from peftkit.files.entries import AdapterEntry, items_of_file, items_of_model
-from peftkit.files.export import forms, metadata, programs
+from peftkit.files.export import metadata, programs
 from peftkit.files.export.encode import Encoding, encode
 from peftkit.files.export.forms import Additive
 from peftkit.files.export.names import family_of, named_modules
@@ -250,9 +251,9 @@ def _fuse(
             continue
         own = encode(item.adapter, goal, item.shape, item.base, bake=bake)
         assert isinstance(own.form, Additive)
-        blocks.append((forms.low_rank(own.form.delta), rows, turned))
+        blocks.append((as_low_rank(own.form.delta), rows, turned))
         hows.add(own.how if own.structure == "lora" else "low rank")
-    delta = forms.side_by_side(blocks, columns)
+    delta = side_by_side(blocks, columns)
     how = next(h for h in ("baked", "low rank", "exact") if h in hows)
     shape = Shape(sum(rows for _, rows, _ in parts), columns)
     return Job(ModuleTensors(module, Encoding(how, "lora", Additive(delta)), shape), kinds, members, tuple(parts))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
+from peftkit.delta.as_low_rank import of_matrix
 from peftkit.geometry import Shape
 
 #: OFT's alpha bounds ‖Q‖: one that no loader ever reaches, where 0 means "none" to some and "nothing" to others
@@ -73,54 +73,6 @@ class BaseProduct:
 Form = Additive | Decomposition | RotationForm | ButterflyForm | ChannelScaleForm | BaseProduct
 
 
-def side_by_side(blocks: Sequence[tuple[LowRank | None, int, bool]], columns: int) -> LowRank:
-    """ΔW of a layer fused of others, row block under row block: rank Σ r.
-
-    blocks: ΔW or None, its rows, and whether its halves change places.
-    """
-    found = []
-    for low, rows, swapped in blocks:
-        if low is None:
-            low = LowRank(torch.zeros(rows, 0), torch.zeros(0, columns))
-        found.append(LowRank(low.B.roll(rows // 2, 0), low.A) if swapped else low)
-    return LowRank(torch.block_diag(*(low.B for low in found)), torch.cat([low.A for low in found]))
-
-
-def low_rank(delta: Delta) -> LowRank:
-    """The same ΔW as one product B·A: by its structure, or as ΔW times the identity where that is smaller."""
-    m, n = delta.shape
-    if isinstance(delta, Hadamard) and delta.rank**2 < min(m, n):
-        return delta.khatri_rao
-    if isinstance(delta, Kron):
-        found = _kron_low_rank(delta)
-        if found.rank < min(m, n):
-            return found
-    if isinstance(delta, LowRank) and delta.rank <= min(m, n):
-        return delta
-    return of_matrix(delta.dense())
-
-
-def of_matrix(M: Tensor) -> LowRank:
-    """M (m, n) as M·I or I·M, exact at full rank."""
-    identity = torch.eye(min(M.shape), dtype=M.dtype, device=M.device)
-    return LowRank(M, identity) if M.shape[1] <= M.shape[0] else LowRank(identity, M)
-
-
-def _kron_low_rank(delta: Kron) -> LowRank:
-    """(C ⊗ B)(I ⊗ A) of rank c·r, or (I ⊗ B)(C ⊗ A) of rank a·r, whichever is smaller; D = B·A, or I·D, or D·I."""
-    if delta.left is not None:
-        B, A = delta.left, delta.right
-    else:
-        D = of_matrix(delta.right)
-        B, A = D.B, D.A
-    (a, c), C = delta.C.shape, delta.C.contiguous()
-    I_c, I_a = (torch.eye(size, dtype=C.dtype, device=C.device) for size in (c, a))
-    B, A = B.contiguous(), A.contiguous()
-    if c <= a:
-        return LowRank(torch.kron(C, B), torch.kron(I_c, A))
-    return LowRank(torch.kron(I_a, B), torch.kron(C, A))
-
-
 # -- the tensors of one module, as kohya, LyCORIS and the WebUIs name them --------------------------------------------
 
 
@@ -162,6 +114,13 @@ def oft(turn: RotationForm, shape: Shape) -> dict[str, Tensor]:
     return tensors
 
 
+def skew(turn: RotationForm) -> Tensor:
+    """oft_R of a rotation of the input: the upper triangles of Q, or of −Q for the exact one, which PEFT inverts."""
+    i, j = torch.triu_indices(turn.Q.shape[1], turn.Q.shape[1], 1)
+    upper = turn.Q[:, i, j]
+    return upper if turn.terms is not None else -upper
+
+
 def boft(stages: ButterflyForm, shape: Shape) -> dict[str, Tensor]:
     """Blocks A with Q = A − Aᵀ. LyCORIS reads all stages there can be: those that are missing turn nothing."""
     blocks = stages.Q.triu(1)
@@ -194,12 +153,3 @@ def dora_scale(form: Decomposition, shape: Shape) -> Tensor:
     """The magnitudes in the shape that tells their axis: (m, 1, …) or (1, channels, …)."""
     ones = (1,) * len(shape.kernel)
     return form.magnitude.reshape((-1, 1, *ones) if form.axis == "out" else (1, -1, *ones))
-
-
-def balanced(delta: LowRank) -> LowRank:
-    """The same product with the norms of B's columns and A's rows alike, which is what narrow dtypes hold best."""
-    up, down = torch.linalg.vector_norm(delta.B, dim=0), torch.linalg.vector_norm(delta.A, dim=1)
-    live = (up > 0) & (down > 0)
-    by = torch.where(live, (down / up.masked_fill(~live, 1.0)).sqrt(), torch.ones_like(up))
-    by = by.masked_fill(by == 0, 1.0)
-    return LowRank(delta.B * by, delta.A / by[:, None])

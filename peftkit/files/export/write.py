@@ -17,9 +17,10 @@ from torch import Tensor
 from peftkit._version import __version__
 from peftkit.adapters import registry
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
+from peftkit.delta.as_low_rank import as_low_rank, balanced
 from peftkit.errors import FileError, OptionError
 from peftkit.files.export import forms, programs
-from peftkit.files.export.encode import Encoding, structure_of
+from peftkit.files.export.encode import Encoding
 from peftkit.files.export.forms import Additive, ButterflyForm, ChannelScaleForm, Decomposition, RotationForm
 from peftkit.files.export.programs import Target
 from peftkit.files.formats import container, native, peft
@@ -72,7 +73,7 @@ def _module_tensors(piece: ModuleTensors, goal: Target, alpha: float) -> dict[st
             return tensors | {"lora_magnitude_vector": vector}
         return tensors | {"dora_scale": forms.dora_scale(form, shape)}
     if isinstance(form, RotationForm):
-        return {"oft_R.weight": peft.skew(form)} if goal.name == "peft" else forms.oft(form, shape)
+        return {"oft_R.weight": forms.skew(form)} if goal.name == "peft" else forms.oft(form, shape)
     if isinstance(form, ButterflyForm):
         return forms.boft(form, shape)
     if isinstance(form, ChannelScaleForm):
@@ -83,7 +84,7 @@ def _module_tensors(piece: ModuleTensors, goal: Target, alpha: float) -> dict[st
 def _delta_tensors(delta: Delta, shape: Shape, goal: Target, alpha: float, balance: bool = False) -> dict[str, Tensor]:
     bare = goal.name in ("diffusers", "peft")  # PEFT's spelling, which has no alpha tensor
     if isinstance(delta, LowRank):
-        delta = forms.balanced(delta) if balance else delta
+        delta = balanced(delta) if balance else delta
         if not bare:
             return forms.lora(delta, shape, alpha)
         own = forms.lora(delta, shape, float(max(1, delta.rank)))
@@ -169,11 +170,11 @@ def write_deltas(
 
     transposed: the modules that are transposed convolutions, which only this library's own format can say.
     """
-    named = [(name, shape, delta if structure_of(delta) else Dense(delta.dense())) for name, shape, delta in deltas]
+    named = [(name, shape, delta if delta.structure else Dense(delta.dense())) for name, shape, delta in deltas]
     if like.format == "native":
         base = {name: like.base[name] for name, _, _ in named if name in like.base}
         return write_native(out, named, base, like.name, dtype, like.training, transposed)
-    spelled = [(name, Encoding("exact", structure_of(delta), Additive(delta)), shape) for name, shape, delta in named]
+    spelled = [(name, Encoding("exact", delta.structure, Additive(delta)), shape) for name, shape, delta in named]
     if like.format == "peft":
         pieces = [ModuleTensors(peft.PREFIX + name, own, shape) for name, own, shape in spelled]
         structures = {own.structure for _, own, _ in spelled}
@@ -202,8 +203,7 @@ def _as_lora(piece: ModuleTensors) -> ModuleTensors:
     """The same ΔW as a low-rank product, of full rank if need be."""
     assert isinstance(piece.spelled.form, Additive)
     delta = piece.spelled.form.delta
-    low = forms.of_matrix(delta.dense()) if isinstance(delta, Dense) else forms.low_rank(delta)
-    return ModuleTensors(piece.module, Encoding("exact", "lora", Additive(low)), piece.shape)
+    return ModuleTensors(piece.module, Encoding("exact", "lora", Additive(as_low_rank(delta))), piece.shape)
 
 
 def _flipped(piece: ModuleTensors, out: Path) -> ModuleTensors:
@@ -230,7 +230,7 @@ def write_native(
     tensors: dict[str, Tensor] = {}
     records: dict[str, WeightRecord] = {}
     for weight, shape, delta in deltas:
-        kind, options, own = _state(delta)
+        kind, (options, own) = delta.structure or "full", delta.as_parameters()
         records[weight] = WeightRecord(kind, registry.get(kind).convention, options, shape, weight in transposed)
         for key, tensor in own.items():
             cast = tensor.detach().cpu().to(tensor.dtype if dtype is None else dtype).contiguous()
@@ -240,22 +240,6 @@ def write_native(
     header = Header(name, records, dict(base), training=dict(training or {}), version=__version__, portable=True)
     container.write(out, tensors, native.encode(header))
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _state(delta: Delta) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """The kind, options and parameters of the adapter whose ΔW this is."""
-    if isinstance(delta, LowRank):
-        return "lora", {"rank": delta.rank}, {"up": delta.B, "down": delta.A}
-    if isinstance(delta, Hadamard):
-        factors = {"up1": delta.B1, "down1": delta.A1, "up2": delta.B2, "down2": delta.A2}
-        return "loha", {"rank": delta.rank}, factors
-    if isinstance(delta, Kron):
-        options: dict[str, Any] = {"outer": tuple(delta.C.shape), "full": delta.left is None}
-        if delta.left is None:
-            return "lokr", options, {"outer": delta.C, "block": delta.right}
-        options["rank"] = delta.right.shape[0]
-        return "lokr", options, {"outer": delta.C, "left": delta.left, "right": delta.right}
-    return "full", {}, {"change": delta.dense()}
 
 
 def _kept(bundle: AdapterFile) -> dict[str, str]:

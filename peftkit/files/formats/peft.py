@@ -15,7 +15,6 @@ from torch import Tensor
 
 from peftkit.adapters.lokr import factorize
 from peftkit.errors import FileError
-from peftkit.files.export.forms import RotationForm
 from peftkit.files.formats import container, kohya
 from peftkit.files.formats.kohya import Modules, Scale
 from peftkit.files.formats.patch import Patch
@@ -243,13 +242,6 @@ def config(kind: str, ranks: Mapping[str, int], options: Mapping[str, Any]) -> d
         **scale,
         **options,
     }
-
-
-def skew(turn: RotationForm) -> Tensor:
-    """oft_R of a rotation of the input: the upper triangles of Q, or of −Q for the exact one, which PEFT inverts."""
-    i, j = torch.triu_indices(turn.Q.shape[1], turn.Q.shape[1], 1)
-    upper = turn.Q[:, i, j]
-    return upper if turn.terms is not None else -upper
 
 
 def decompose_factor(shapes: Sequence[tuple[Sequence[int], tuple[int, int]]]) -> int | None:
