@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, TypedDict
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ class Adapter(nn.Module, ABC):
     #: what the same file means on another base, for the error a user meets there
     on_another_base: ClassVar[str] = "adds the same ΔW"
 
+    #: the tensors to which all of ΔW is proportional: times c, those that are there make it c·ΔW; none if ΔW is not so
+    scaling_parameters: ClassVar[frozenset[str]] = frozenset()
+
     #: every option with its value, as `registry.build` resolved them
     options: dict[str, Any]
     #: probability of dropping an element of the layer's input before ΔW is applied to it
@@ -59,6 +63,32 @@ class Adapter(nn.Module, ABC):
                 return self.at(weight, strength)
         return self.at(weight, strength)
 
+    @classmethod
+    def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str] | None:
+        """The tensors that have a row for every row of W, where row i of ΔW needs no other row; None if it does.
+
+        Args:
+            options: as in `Stored`.
+        """
+        del options
+        return None
+
+    @classmethod
+    def of_rows(cls, stored: Stored, shape: Shape, rows: Tensor) -> Stored | None:
+        """Take the adapter of some rows of W, with the same ΔW row by row; None where the algorithm mixes rows.
+
+        Args:
+            stored: the adapter of the whole W.
+            shape: of W.
+            rows: (k,) the numbers of the rows.
+        """
+        del shape
+        by_row = cls.row_parameters(stored.options)
+        if by_row is None:
+            return None
+        tensors = {key: t[rows] if key in by_row else t.clone() for key, t in stored.tensors.items()}
+        return stored._replace(tensors=tensors)
+
     def project_(self) -> None:
         """Move the parameters, in place, into the set the algorithm allows. Most algorithms allow everything."""
 
@@ -74,6 +104,14 @@ class Adapter(nn.Module, ABC):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
+class Stored(NamedTuple):
+    """An adapter as a file holds it: its kind, its options and its tensors as `state_dict` names them."""
+
+    kind: str
+    options: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
 class Factory(TypedDict):
     device: torch.device
     dtype: torch.dtype
@@ -82,6 +120,11 @@ class Factory(TypedDict):
 def factory(weight: Tensor) -> Factory:
     """Where and how an adapter of this weight keeps its parameters: its device, in at least fp32."""
     return {"device": weight.device, "dtype": accumulation_dtype(weight.dtype)}
+
+
+def placeholder_weight(shape: Shape) -> Tensor:
+    """A weight (m, n) for adapters that never look at it: one zero, seen everywhere."""
+    return torch.zeros(()).expand(shape.rows, shape.columns)
 
 
 def rank_scale(kind: str, rank: int, alpha: float | None, rslora: bool = False) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters import registry
-from peftkit.adapters.base import Adapter, require
+from peftkit.adapters.base import Adapter, Stored, require
 from peftkit.delta import Decomposed, Delta
 from peftkit.delta.base import recomputed
 from peftkit.geometry import Shape
@@ -58,6 +58,23 @@ class DoRA(Adapter):
         norm = self._per_scale(self._base_sqnorms(weight)).sqrt()
         self.magnitude = nn.Parameter(norm.clone())
         self.register_buffer("base_norm", norm)
+
+    @classmethod
+    def of_rows(cls, stored: Stored, shape: Shape, rows: Tensor) -> Stored | None:
+        options, own = stored.options, ("inner", "axis", "detach_norm")
+        if options["axis"] != "out":
+            return None
+        inner = Stored(
+            options["inner"],
+            {name: value for name, value in options.items() if name not in own},
+            {key.removeprefix("inner."): t for key, t in stored.tensors.items() if key.startswith("inner.")},
+        )
+        taken = registry.get(inner.kind).of_rows(inner, shape, rows)
+        if taken is None:
+            return None
+        kept = {name: options[name] for name in own if name in options} | {"inner": taken.kind, **taken.options}
+        tensors = {key: t[rows] for key, t in stored.tensors.items() if not key.startswith("inner.")}
+        return Stored(stored.kind, kept, tensors | {f"inner.{key}": t for key, t in taken.tensors.items()})
 
     def delta(self, weight: Tensor) -> Decomposed:
         V = self.inner.delta(weight)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,16 @@ class Full(Adapter):
 
     paper: ClassVar[str] = "https://github.com/KohakuBlueleaf/LyCORIS"
     convention: ClassVar[str] = "change"
+    scaling_parameters: ClassVar[frozenset[str]] = frozenset({"change"})
 
     def __init__(self, shape: Shape, weight: Tensor) -> None:
         super().__init__()
         self.change = nn.Parameter(torch.zeros(shape.rows, shape.columns, **factory(weight)))
+
+    @classmethod
+    def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str]:
+        del options
+        return frozenset({"change"})
 
     def delta(self, weight: Tensor) -> Dense:
         del weight

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class GLoRA(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.07967"
     convention: ClassVar[str] = "gamma*(W@base_up@base_down+up@down)"
+    scaling_parameters: ClassVar[frozenset[str]] = frozenset({"base_up", "up"})
     reads_base: ClassVar[bool] = True
     on_another_base: ClassVar[str] = "multiplies the new base by the same matrix, and adds the same one"
 
@@ -38,6 +40,11 @@ class GLoRA(Adapter):
         self.base_down = nn.Parameter(torch.zeros(rank, shape.columns, **new))
         self.up = nn.Parameter(uniform_fan_in_(torch.empty(shape.rows, rank, **new), rank))
         self.down = nn.Parameter(torch.zeros(rank, shape.columns, **new))
+
+    @classmethod
+    def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str]:
+        del options
+        return frozenset({"up"})
 
     def delta(self, weight: Tensor) -> LowRank:
         projected = weight.to(self.base_up.dtype) @ self.base_up

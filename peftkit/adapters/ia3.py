@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class IA3(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.05638"
     convention: ClassVar[str] = "gate*W"
+    scaling_parameters: ClassVar[frozenset[str]] = frozenset({"gate"})
     reads_base: ClassVar[bool] = True
     on_another_base: ClassVar[str] = "scales the channels of the new base"
 
@@ -32,6 +34,10 @@ class IA3(Adapter):
         require(side in ("out", "in"), "ia3", "side", side, "'out' or 'in'")
         self.columns, self.positions = side == "in", shape.positions
         self.gate = nn.Parameter(torch.zeros(shape.channels if self.columns else shape.rows, **factory(weight)))
+
+    @classmethod
+    def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str]:
+        return frozenset({"gate"} if options.get("side", "out") == "out" else ())
 
     def delta(self, weight: Tensor) -> ChannelScale:
         gate = self.gate.repeat_interleave(self.positions) if self.columns else self.gate

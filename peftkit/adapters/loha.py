@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ class LoHa(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2108.06098"
     convention: ClassVar[str] = "gamma*(up1@down1)*(up2@down2)"
+    scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up1"})
 
     def __init__(
         self,
@@ -80,6 +82,11 @@ class LoHa(Adapter):
                 nn.init.normal_(core, std=0.1)
             else:
                 uniform_fan_in_(core, rank * shape.positions)
+
+    @classmethod
+    def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str]:
+        del options
+        return frozenset({"up1", "up2"})
 
     def delta(self, weight: Tensor) -> Hadamard:
         del weight

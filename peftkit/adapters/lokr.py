@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import (
     Adapter,
+    Stored,
     factory,
+    placeholder_weight,
     rank_scale,
     require,
     require_kernel,
@@ -53,6 +55,7 @@ class LoKr(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.10650"
     convention: ClassVar[str] = "gamma*kron(outer,block)"
+    scaling_parameters: ClassVar[frozenset[str]] = frozenset({"outer", "outer_left"})
 
     def __init__(
         self,
@@ -121,6 +124,14 @@ class LoKr(Adapter):
         for parameter in start:
             if parameter is not None:
                 nn.init.zeros_(parameter)
+
+    @classmethod
+    def of_rows(cls, stored: Stored, shape: Shape, rows: Tensor) -> Stored:
+        # No Kronecker product has any rows but all those of a block: they are written whole
+        weight = placeholder_weight(shape)
+        adapter = cls(shape, weight, **stored.options)
+        adapter.load_state_dict(stored.tensors, assign=True)
+        return Stored("full", {}, {"change": adapter.delta(weight).dense().detach()[rows]})
 
     def delta(self, weight: Tensor) -> Kron:
         del weight

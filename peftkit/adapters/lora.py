@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class LoRA(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
     convention: ClassVar[str] = "gamma*up@down"
+    scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})
 
     def __init__(
         self,
@@ -69,6 +71,11 @@ class LoRA(Adapter):
         else:
             self.down = nn.Parameter(uniform_fan_in_(torch.empty(rank, shape.columns, **new), shape.columns))
             self.core = None
+
+    @classmethod
+    def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str]:
+        del options
+        return frozenset({"up"})
 
     def delta(self, weight: Tensor) -> LowRank:
         del weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -99,6 +99,10 @@ class OFT(Adapter):
         self.rescale = nn.Parameter(torch.ones(size, **new)) if rescale else None
         self.register_buffer("upper", upper_triangle(b, weight.device), persistent=False)
         self._memo: Memo[Tensor] = Memo()
+
+    @classmethod
+    def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str] | None:
+        return frozenset() if options.get("side", "out") == "in" else None
 
     def delta(self, weight: Tensor) -> Rotation:
         return self._rotation(weight, self._memo(lambda: self._turn(bounded(self.skew, self.bound)), self.skew))

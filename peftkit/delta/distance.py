@@ -39,6 +39,18 @@ def distance(delta: Delta, other: Delta) -> tuple[float, float]:
     return math.sqrt(gap), math.sqrt(norm)
 
 
+def relative(truth: Delta, other: Delta) -> float:
+    """‖other − truth‖/‖truth‖; 0 for two that are equal, infinity where there is nothing to be relative to."""
+    return ratio(*distance(truth, other))
+
+
+def ratio(gap: float, norm: float) -> float:
+    """gap/norm as a relative error: 0 without a gap, infinity without a norm."""
+    if gap == 0:
+        return 0.0
+    return gap / norm if norm else math.inf
+
+
 @torch.no_grad()
 def product(delta: Delta, other: Delta) -> float:
     """<delta, other>_F in float64, without a matrix of their size. Both (m, n)."""

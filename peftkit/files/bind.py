@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from peftkit.adapters import registry
-from peftkit.adapters.base import Adapter
-from peftkit.errors import FileError, OptionError, UnknownAdapterError, WrongBaseError, error_context
-from peftkit.files.formats import native
+from peftkit.adapters.base import Adapter, Stored
+from peftkit.adapters.base import placeholder_weight as placeholder_weight
+from peftkit.errors import FileError, OptionError, UnknownAdapterError, error_context
 from peftkit.files.formats.patch import Patch
 from peftkit.geometry import Shape
-
-_SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -102,32 +99,6 @@ def is_of_its_base(patch: Patch, shape: Shape) -> bool:
     return bool(make(patch, shape, weight, patch.kind).derived())
 
 
-def require_same_base(
-    file: object,
-    base: str,
-    distances: Mapping[str, float],
-    kinds: Mapping[str, str],
-    bound: Collection[str],
-    told: bool,
-) -> None:
-    """Raise WrongBaseError if a file's fingerprints are of other weights than the base's.
-
-    distances: weight -> how far it is from its fingerprint. kinds: weight -> kind. bound: the weights whose ΔW is made
-    of factors of their base. told: whether the user said other_base=True, which does not help those.
-    """
-    far = [name for name, distance in distances.items() if distance > native.SAME_BASE]
-    if not far or (told and not set(bound) & set(far)):
-        return
-    lost = [name for name in far if name in bound]
-    worst = max(far, key=lambda name: distances[name])
-    meaning = "; ".join(f"{k} {registry.get(k).on_another_base}" for k in sorted({kinds[n] for n in lost or far}))
-    advice = "" if lost else " To use it there on purpose, pass other_base=True."
-    raise WrongBaseError(
-        f"{file} was trained on another base than {base}: {len(far)} of {len(distances)} weights differ, most of all "
-        f"{worst or 'its own'} by {100 * distances[worst]:.3g} %. On another base, {meaning}.{advice}"
-    )
-
-
 def stored_keys(adapter: Adapter, portable: bool) -> list[str]:
     """The tensors a file holds: all of the adapter's, without what its base can give again unless portable."""
     derived = adapter.derived()
@@ -163,55 +134,27 @@ def shown(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}" if tensor.is_floating_point() else f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
-def sample_index(size: int) -> Tensor:
-    """Where a fingerprint looks in a weight of that many entries, row by row."""
-    return torch.linspace(0, size - 1, _SAMPLES, dtype=torch.float64).long()
-
-
-def samples(weight: Tensor) -> np.ndarray:
-    """Entries of W (m, n) spread evenly over it, in float32: a fingerprint that survives a cast."""
-    index = sample_index(weight.numel()).to(weight.device)
-    return weight.detach()[index // weight.shape[1], index % weight.shape[1]].float().cpu().numpy()
-
-
 def take_rows(patch: Patch, rows: Tensor, where: str) -> Patch:
-    """The patch of some rows of its weight, the same ΔW row by row. rows: (k,) their numbers.
+    """Make the patch of some rows of its weight, with the same ΔW row by row.
 
-    Exact for every kind but those that mix rows, which raise FileError; a Kronecker product becomes its dense rows.
+    Args:
+        patch: the patch of the whole weight.
+        rows: (k,) the numbers of the rows.
+        where: file and weight, for errors.
+
+    Raises:
+        FileError: the algorithm mixes rows, so that no adapter of its kind has these rows alone.
     """
-    t = patch.tensors
+    try:
+        taken = registry.get(patch.kind).of_rows(Stored(patch.kind, patch.options, patch.tensors), patch.shape, rows)
+    except (OptionError, TypeError, RuntimeError) as error:
+        raise FileError(f"{where}: {str(error).splitlines()[0]}") from error
+    if taken is None:
+        raise FileError(
+            f"{where}: {patch.kind} mixes the rows of its weight, which this model keeps in several layers; merge the "
+            "file into the checkpoint it was made for, or export it as low rank against its base first"
+        )
     shape = Shape(len(rows), patch.shape.channels, patch.shape.kernel)
-    if patch.kind in ("lora", "loha"):
-        by_row = ("up",) if patch.kind == "lora" else ("up1", "up2")
-        return replace(patch, shape=shape, tensors={k: v[rows] if k in by_row else v.clone() for k, v in t.items()})
-    if patch.kind == "full":
-        return replace(patch, shape=shape, tensors={"change": t["change"][rows]})
-    if patch.kind == "ia3" and patch.options.get("side") == "out":
-        return replace(patch, shape=shape, tensors={"gate": t["gate"][rows]})
-    if patch.kind == "dora" and patch.options["axis"] == "out":
-        inner = take_rows(inner_of(patch), rows, where)
-        same = inner.kind == patch.options["inner"]
-        options = patch.options if same else {"inner": inner.kind, "axis": "out"}
-        tensors = {f"inner.{k}": v for k, v in inner.tensors.items()}
-        tensors |= {k: v[rows] for k, v in t.items() if not k.startswith("inner.")}
-        return replace(patch, options=options, shape=shape, tensors=tensors)
-    if patch.kind == "lokr":
-        base = placeholder_weight(patch.shape)
-        change = bind(patch, patch.shape, base, where).delta(base).dense().detach()
-        return Patch("full", {}, shape, {"change": change[rows]})
-    raise FileError(
-        f"{where}: {patch.kind} mixes the rows of its weight, which this model keeps in several layers; merge the file "
-        "into the checkpoint it was made for, or export it as low rank against its base first"
-    )
-
-
-def inner_of(patch: Patch) -> Patch:
-    """The adapter inside a DoRA."""
-    options = {k: v for k, v in patch.options.items() if k not in ("inner", "axis", "detach_norm")}
-    tensors = {k.removeprefix("inner."): v for k, v in patch.tensors.items() if k.startswith("inner.")}
-    return replace(patch, kind=patch.options["inner"], options=options, tensors=tensors, convention=None)
-
-
-def placeholder_weight(shape: Shape) -> Tensor:
-    """A weight (m, n) for adapters that never look at it: one zero, seen everywhere."""
-    return torch.zeros(()).expand(shape.rows, shape.columns)
+    if taken.kind != patch.kind:  # what describes the other kind does not describe this one
+        return Patch(taken.kind, taken.options, shape, taken.tensors)
+    return replace(patch, options=taken.options, tensors=taken.tensors, shape=shape)

@@ -14,9 +14,10 @@ from torch import nn
 
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
 from peftkit.delta.as_low_rank import as_low_rank, of_matrix, side_by_side
+from peftkit.delta.distance import relative
 from peftkit.delta.truncation import Keep
 from peftkit.errors import MismatchError, OptionError, did_you_mean, error_context
-from peftkit.files.convert import Converted, ConvertReport, Source, alpha_of, cast, dense, relative, shown, truncated
+from peftkit.files.convert import Converted, ConvertReport, Source, alpha_of, cast, dense, shown, truncated
 from peftkit.files.entries import AdapterEntry, canonical_items, delta_of
 from peftkit.files.export.write import write_deltas
 from peftkit.files.families import names

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftkit.adapters.lokr import factorize
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
 from peftkit.delta.as_low_rank import as_low_rank
-from peftkit.delta.distance import distance
+from peftkit.delta.distance import relative
 from peftkit.delta.truncation import Keep, nearest, nearest_kronecker, truncate
 from peftkit.errors import ExportError, LossyError, OptionError, did_you_mean, error_context
 from peftkit.files.entries import AdapterEntry, delta_of, items_of_file
@@ -197,12 +197,6 @@ def alpha_of(like: AdapterFile, deltas: Sequence[Delta]) -> float | None:
     """The alpha that all low-rank modules of a file of this format share; None where they have none."""
     ranks = [delta.rank for delta in deltas if isinstance(delta, LowRank)]
     return float(Counter(ranks).most_common(1)[0][0]) if ranks and like.format == "kohya" else None
-
-
-def relative(truth: Delta, written: Delta) -> float:
-    """‖written − truth‖/‖truth‖, or the former where there is nothing to be relative to."""
-    gap, norm = distance(truth, written)
-    return gap / norm if norm else gap
 
 
 def shown(delta: Delta) -> str:

@@ -21,11 +21,11 @@ from peftkit.files.bind import (
     misfit,
     needs_base,
     placeholder_weight,
-    require_same_base,
     take_rows,
 )
 from peftkit.files.families import names
 from peftkit.files.families.names import Family
+from peftkit.files.fingerprint import require_same_base
 from peftkit.files.formats import native
 from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.place import resolver_of, samples_of, shape_of, whole

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from peftkit.adapters.lokr import factorize
 from peftkit.delta import Delta, Dense, Kron
-from peftkit.delta.distance import distance
+from peftkit.delta.distance import relative
 from peftkit.delta.truncation import Keep, nearest, nearest_kronecker
 from peftkit.errors import MismatchError, OptionError, did_you_mean
 from peftkit.files.base import Base, open_base
-from peftkit.files.bind import samples
 from peftkit.files.convert import cast
 from peftkit.files.export.write import write_native
+from peftkit.files.families.layouts import Placement
+from peftkit.files.fingerprint import samples
 from peftkit.files.place import FLOATS, paths_of
-from peftkit.files.resolve import Part
 from peftkit.geometry import Shape
 
 #: a LoKr of a difference that is not a Kronecker product says little: above this the report warns
@@ -131,7 +131,7 @@ def extract(
     left: list[str] = []
     left_square = 0.0
     used: set[str] = set()
-    places: defaultdict[str, list[tuple[str, Part]]] = defaultdict(list)
+    places: defaultdict[str, list[tuple[str, Placement]]] = defaultdict(list)
     for name, part in paths_of(before):
         if len(before.info(part.weight).shape) > 1:
             places[part.weight].append((name, part))
@@ -155,7 +155,7 @@ def extract(
                 if norm:
                     shape = Shape(len(rows), info.shape[1], tuple(info.shape[2:]))
                     delta = _adapter(rows, shape, kind, keep, factor, seed)
-                    lost = distance(Dense(rows), cast(delta, dtype))[0] / norm
+                    lost = relative(Dense(rows), cast(delta, dtype))
                     deltas.append((name, shape, delta))
                     prints[name] = samples(W[part.start : part.stop])
                     weights.append(Extracted(name, getattr(delta, "rank", None), norm, lost))

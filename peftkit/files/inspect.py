@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.table import Table
 
-from peftkit.delta.distance import distance, norm
+from peftkit.delta.distance import norm, relative
 from peftkit.errors import ExportError, PeftkitError
 from peftkit.files.bind import bind, described, misfit, needs_base, placeholder_weight
 from peftkit.files.entries import canonical_items, delta_of
@@ -199,11 +199,7 @@ def diff(
     distances: dict[str, float] = {}
     for name in ours.keys() & theirs.keys():
         one, other = delta_of(ours[name]), delta_of(theirs[name])
-        if one.shape != other.shape:
-            distances[name] = math.inf
-            continue
-        gap, size = distance(one, other)
-        distances[name] = gap / size if size else (0.0 if gap == 0 else math.inf)
+        distances[name] = relative(one, other) if one.shape == other.shape else math.inf
     ordered = {name: distances[name] for name in ours if name in distances}
     return Difference(ordered, (tuple(n for n in ours if n not in theirs), tuple(n for n in theirs if n not in ours)))
 

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from peftkit.errors import MismatchError, OptionError, TiedWeightsError, did_you_mean, error_context
-from peftkit.files.bind import Misfit, bind, misfit, require_same_base, samples, take_rows
+from peftkit.files.bind import Misfit, bind, misfit, take_rows
+from peftkit.files.families.layouts import Placement
 from peftkit.files.families.names import Family
+from peftkit.files.fingerprint import require_same_base, samples
 from peftkit.files.formats import native
 from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.read import Reading, read
-from peftkit.files.resolve import HINTS, Part, Resolver, common, component_of, families_of
+from peftkit.files.resolve import HINTS, Resolver, common, component_of, families_of
 from peftkit.wrapping.plan import refuse_taken
 from peftkit.wrapping.select import tied_with
 from peftkit.wrapping.sites import Site, dotted, sites
@@ -163,26 +165,26 @@ def _compare(
 
 def _resolve(
     bundle: AdapterFile, ours: Mapping[str, Site], component: str | None
-) -> tuple[dict[str, tuple[Part, ...]], tuple[Family, ...], dict[str, str]]:
+) -> tuple[dict[str, tuple[Placement, ...]], tuple[Family, ...], dict[str, str]]:
     """Patch -> parts of the model, the families it may be of, and the hints for patches that have no part."""
     if bundle.format == "native":
-        targets = {name: (Part(name),) for name in bundle.patches if name in ours}
+        targets = {name: (Placement(name),) for name in bundle.patches if name in ours}
         lost = [name for name in bundle.patches if name not in ours]
         return targets, (), {name: did_you_mean(name, ours) if i < HINTS else "" for i, name in enumerate(lost)}
     families = families_of(bundle)
 
-    def place(canonical: str) -> Part | None:
+    def place(canonical: str) -> Placement | None:
         own, _, rest = canonical.partition(".")
         if canonical in ours:
-            return Part(canonical)
+            return Placement(canonical)
         if rest not in ours:  # transformers 5 leaves out a level of its text encoders
             rest = rest.removeprefix("text_model.")
         clear = component is None and any(own in [part.name for part in family.alone] for family in families)
-        return Part(rest) if rest in ours and (own == component or clear) else None
+        return Placement(rest) if rest in ours and (own == component or clear) else None
 
-    paths = {name: Part(name) for name in ours}
+    paths = {name: Placement(name) for name in ours}
     if component is not None:
-        paths |= {f"{component}.{name}": Part(name) for name in ours}
+        paths |= {f"{component}.{name}": Placement(name) for name in ours}
     resolver = Resolver(paths, place)
     targets, unresolved = {}, {}
     for name in bundle.patches:
@@ -197,7 +199,7 @@ def _resolve(
     return targets, families, unresolved
 
 
-def _pieces(patch: Patch, parts: Sequence[Part], ours: Mapping[str, Site], where: str) -> list[tuple[Site, Patch]]:
+def _pieces(patch: Patch, parts: Sequence[Placement], ours: Mapping[str, Site], where: str) -> list[tuple[Site, Patch]]:
     """The patch, or its rows where they belong to several layers or come in another order."""
     if len(parts) == 1 and not parts[0].swapped:
         return [(ours[parts[0].weight], patch)]

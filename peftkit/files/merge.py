@@ -14,7 +14,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from peftkit._version import __version__
 from peftkit.delta import Delta, Dense
 from peftkit.delta.addition import MergedWeight, add_, overflows, refuse_inert, rounded_to
+from peftkit.delta.window import window
 from peftkit.errors import FileError, MergeError, OptionError, error_context
 from peftkit.files.base import Base
 from peftkit.files.bind import bind
@@ -118,37 +119,6 @@ def _merge(plan: MergePlan, out: Path, verify: bool, progress: Progress) -> Merg
         refuse_inert(writer.weights)
         _copy_rest(plan.base, folder, writer.sizes)
     return MergeReport(tuple(writer.weights))
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class _Window(Delta):
-    """Rows [first, first + size) of another ΔW."""
-
-    of: Delta
-    first: int
-    size: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.size, self.of.shape[1]
-
-    def dense(self) -> Tensor:
-        return self.rows(slice(0, self.size))
-
-    def scaled(self, strength: float | Tensor) -> Delta:
-        return replace(self, of=self.of.scaled(strength))
-
-    @property
-    def row_multiple(self) -> int:
-        aligned = self.first % self.of.row_multiple == 0 and self.size % self.of.row_multiple == 0
-        return self.of.row_multiple if aligned else self.size
-
-    def rows(self, block: slice) -> Tensor:
-        start, stop, unit = self.first + block.start, self.first + block.stop, self.of.row_multiple
-        if unit == 1:
-            return self.of.rows(slice(start, stop, block.step))
-        outer = slice(start // unit * unit, min(-(-stop // unit) * unit, self.of.shape[0]))
-        return self.of.rows(outer)[start - outer.start : stop - outer.start]
 
 
 class _Writer:
@@ -280,7 +250,7 @@ class _Writer:
         sums = np.zeros(3)
         for start, stop in regions:
             here = [
-                _window(delta, span.first + start - span.start, stop - start)
+                window(delta, span.first + start - span.start, stop - start)
                 for delta, (_, span) in zip(deltas, claims, strict=True)
                 if span.start <= start and stop <= span.start + span.size
             ]
@@ -325,10 +295,6 @@ def _squares(result: tuple[float, float, float]) -> np.ndarray:
     """‖ΔW‖², ‖moved‖² and ‖lost‖², which add up over regions."""
     norm, change, lost = result
     return np.array([norm, change, lost * norm]) ** 2
-
-
-def _window(delta: Delta, first: int, size: int) -> Delta:
-    return delta if (first, size) == (0, delta.shape[0]) else _Window(delta, first, size)
 
 
 def _copy_rest(base: Base, folder: Path, sizes: Mapping[str, int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import os
 from collections import defaultdict
@@ -15,10 +14,12 @@ import torch
 from rich.table import Table
 
 from peftkit.adapters import registry
-from peftkit.delta.distance import distance
+from peftkit.delta.distance import relative
 from peftkit.errors import MismatchError, OptionError, error_context
 from peftkit.files.base import Base, open_base
-from peftkit.files.bind import bind, is_of_its_base, misfit, require_same_base
+from peftkit.files.bind import bind, is_of_its_base, misfit
+from peftkit.files.families.layouts import Placement
+from peftkit.files.fingerprint import require_same_base
 from peftkit.files.formats import container, native
 from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.place import (
@@ -33,16 +34,14 @@ from peftkit.files.place import (
     whole,
 )
 from peftkit.files.read import Reading, read_all
-from peftkit.files.resolve import Part, families_of
+from peftkit.files.resolve import families_of
+from peftkit.files.strengths import Strength, Strengths
 from peftkit.geometry import Shape
 from peftkit.kernels.blocks import accumulation_dtype
-from peftkit.wrapping.strength import require_strength
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-#: strength of a file: one number, or by patterns over its weights, of which the first that matches counts
-Strength = float | Mapping[str, float]
 #: file -> its strength
 Adapters = Mapping[str, Strength] | Mapping[Path, Strength] | Mapping[str | Path, Strength]
 
@@ -57,7 +56,7 @@ class Planned:
     file: str
     name: str
     kind: str
-    parts: tuple[Part, ...]
+    parts: tuple[Placement, ...]
     shape: Shape
     strength: float
     law: str
@@ -185,7 +184,8 @@ class _Planner:
         if lost and not self.families:
             families = families_of(bundle, lost)
             targets |= {name: self.resolver(name, families) for name in lost}
-        used: set[str] = set()
+        with error_context(file):
+            strengths = Strengths(strength)
         distances: dict[str, float] = {}
         taken: defaultdict[str, list[tuple[float, float, str]]] = defaultdict(list)
         for name, parts in targets.items():
@@ -197,15 +197,13 @@ class _Planner:
             if not parts:
                 self.unresolved.append(f"{file}: {name}.{self.resolver.hint(name)}")
                 continue
-            factor = _strength(strength, (name, *(part.weight for part in parts)), file, used)
+            factor = _required(strengths, (name, *(part.weight for part in parts)), file)
             if factor:
                 self._patch(file, name, bundle, parts, factor, distances)
         for key in bundle.vectors:
-            self._vector(file, key, bundle, strength, used)
-        if isinstance(strength, Mapping) and set(strength) - used:
-            raise OptionError(
-                f"{file}: the strength pattern {sorted(set(strength) - used)[0]!r} matches none of its weights"
-            )
+            self._vector(file, key, bundle, strengths)
+        if strengths.unmatched:
+            raise OptionError(f"{file}: the strength pattern {strengths.unmatched[0]!r} matches none of its weights")
         if not targets and not bundle.vectors:
             self.unresolved.append(f"{file}: there is no adapter in it")
         self._check_base(file, bundle, distances)
@@ -215,7 +213,7 @@ class _Planner:
         file: str,
         name: str,
         bundle: AdapterFile,
-        parts: tuple[Part, ...],
+        parts: tuple[Placement, ...],
         strength: float,
         distances: dict[str, float],
     ) -> None:
@@ -255,7 +253,7 @@ class _Planner:
                 difference = _difference(patch, parts, shape, self.base, self.origin, where)
         self.patches.append(Planned(file, name, patch.kind, parts, shape, strength, law, difference))
 
-    def _vector(self, file: str, key: str, bundle: AdapterFile, strength: Strength, used: set[str]) -> None:
+    def _vector(self, file: str, key: str, bundle: AdapterFile, strengths: Strengths) -> None:
         module, _, what = key.rpartition(".")
         parts, vector, where = self.resolver(module, self.families), bundle.vectors[key], f"{file}: {key}"
         targets = [part.bias if what == "bias" else part.weight for part in parts]
@@ -270,7 +268,7 @@ class _Planner:
             self.misfits.append(f"{where}: {vector.numel()} entries in the file, {size} in the base")
         elif not torch.isfinite(vector.float()).all():
             self.misfits.append(f"{where}: it is not finite")
-        factor = _strength(strength, (module, key, *map(str, targets)), file, used)
+        factor = _required(strengths, (module, key, *map(str, targets)), file)
         if factor:
             self.vectors.append(PlannedVector(file, key, places, factor))
 
@@ -292,24 +290,17 @@ class _Planner:
             raise MismatchError(f"{self.base.path}: nothing was merged\n" + "\n".join(said))
 
 
-def _strength(strength: Strength, called: Sequence[str], file: str, used: set[str]) -> float:
-    with error_context(file):
-        if not isinstance(strength, Mapping):
-            require_strength(strength)
-            return float(strength)
-        for pattern, value in strength.items():
-            if any(fnmatch.fnmatchcase(name, pattern) for name in called):
-                require_strength(value)
-                used.add(pattern)
-                return float(value)
-    raise OptionError(f"{file}: no strength pattern matches {called[0]}; add '*' for the rest")
+def _required(strengths: Strengths, names: Sequence[str], file: str) -> float:
+    found = strengths.of(*names)
+    if found is None:
+        raise OptionError(f"{file}: no strength pattern matches {names[0]}; add '*' for the rest")
+    return found
 
 
 @torch.no_grad()
-def _difference(patch: Patch, parts: Sequence[Part], shape: Shape, base: Base, origin: Base, where: str) -> float:
+def _difference(patch: Patch, parts: Sequence[Placement], shape: Shape, base: Base, origin: Base, where: str) -> float:
     """How far what the adapter does to this base is from what it did to its own, relative to the latter."""
     transplanted, reapplied = (
         bind(patch, shape, W, where)(W, 1.0) for W in (whole(b, parts, patch) for b in (origin, base))
     )
-    gap, norm = distance(transplanted, reapplied)
-    return gap / norm if norm else 0.0
+    return relative(transplanted, reapplied)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from peftkit.errors import MismatchError, UnsupportedLayerError
 from peftkit.files.base import Base
-from peftkit.files.bind import sample_index
 from peftkit.files.families import layouts, names
+from peftkit.files.families.layouts import Placement
+from peftkit.files.fingerprint import sample_index
 from peftkit.files.formats.patch import Patch
-from peftkit.files.resolve import Part, Resolver
+from peftkit.files.resolve import Resolver
 from peftkit.geometry import Geometry, Shape
 
 #: dtypes by the container's names that ΔW can be added to
@@ -24,32 +25,30 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 def resolver_of(base: Base) -> tuple[Resolver, tuple[names.Family, ...]]:
     layout = layouts.of_checkpoint(base.shapes)
 
-    def place(canonical: str) -> Part | None:
+    def place(canonical: str) -> Placement | None:
         found = None if layout is None else layout.locate(canonical)
-        if found is None or found.weight not in base.where:
-            return None
-        return Part(found.weight, found.start, found.stop, found.swapped, found.transposed, found.bias)
+        return found if found is not None and found.weight in base.where else None
 
     return Resolver(dict(paths_of(base)), place), () if layout is None else (layout.family,)
 
 
-def paths_of(base: Base) -> Iterator[tuple[str, Part]]:
+def paths_of(base: Base) -> Iterator[tuple[str, Placement]]:
     """Module path -> its weight, and the projections of an nn.MultiheadAttention."""
     for key in base.where:
         path, _, last = key.rpartition(".")
         if last == "weight":
             bias = f"{path}.bias"
-            yield path, Part(key, bias=bias if bias in base.where else None)
+            yield path, Placement(key, bias if bias in base.where else None)
         elif last == "in_proj_weight" and len(base.info(key).shape) == 2:
             rows = base.info(key).shape[0] // 3
             bias = f"{path}.in_proj_bias".lstrip(".")
             own = bias if bias in base.where else None
             for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
-                yield f"{path}.{name}".lstrip("."), Part(key, i * rows, (i + 1) * rows, bias=own)
+                yield f"{path}.{name}".lstrip("."), Placement(key, own, i * rows, (i + 1) * rows)
         elif last in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
-            yield key.removesuffix("_weight"), Part(key)
+            yield key.removesuffix("_weight"), Placement(key)
     if "weight" in base.where:
-        yield "", Part("weight", bias="bias" if "bias" in base.where else None)
+        yield "", Placement("weight", "bias" if "bias" in base.where else None)
 
 
 def require_addable(base: Base, key: str, where: str) -> None:
@@ -70,7 +69,7 @@ def require_addable(base: Base, key: str, where: str) -> None:
             )
 
 
-def shape_of(base: Base, parts: Sequence[Part], patch: Patch) -> Shape:
+def shape_of(base: Base, parts: Sequence[Placement], patch: Patch) -> Shape:
     """The weight that a patch's parts make together. Raises MismatchError for one that no layer has."""
     for part in parts:
         sizes = base.info(part.weight).shape
@@ -87,7 +86,7 @@ def shape_of(base: Base, parts: Sequence[Part], patch: Patch) -> Shape:
     return Shape(rows, info.shape[1], kernel, patch.shape.groups)
 
 
-def rows_of(base: Base, part: Part) -> int:
+def rows_of(base: Base, part: Placement) -> int:
     """How many outputs a part is."""
     shape = base.info(part.weight).shape
     if part.start is not None and part.stop is not None:
@@ -105,7 +104,7 @@ class Span:
     size: int
 
 
-def spans(base: Base, parts: Sequence[Part], *, bias: bool = False) -> tuple[Span, ...]:
+def spans(base: Base, parts: Sequence[Placement], *, bias: bool = False) -> tuple[Span, ...]:
     """Where the rows of a patch on these parts go; or the entries of a change of their bias."""
     found: list[Span] = []
     first = 0
@@ -122,7 +121,7 @@ def spans(base: Base, parts: Sequence[Part], *, bias: bool = False) -> tuple[Spa
     return tuple(found)
 
 
-def samples_of(base: Base, part: Part, patch: Patch) -> np.ndarray:
+def samples_of(base: Base, part: Placement, patch: Patch) -> np.ndarray:
     """The fingerprint of a weight, read from its file entry by entry."""
     info, shape = base.info(part.weight), shape_of(base, [part], patch)
     index = sample_index(shape.rows * shape.columns)
@@ -139,7 +138,7 @@ def samples_of(base: Base, part: Part, patch: Patch) -> np.ndarray:
     return base.elements(part.weight, index.tolist()).float().numpy()
 
 
-def _matrix(base: Base, part: Part, patch: Patch) -> Tensor:
+def _matrix(base: Base, part: Placement, patch: Patch) -> Tensor:
     """The rows of a weight that a part means, in the patch's order: (rows, n)."""
     weight = base.tensor(part.weight)
     if part.transposed:
@@ -150,14 +149,14 @@ def _matrix(base: Base, part: Part, patch: Patch) -> Tensor:
     return rows.roll(len(rows) // 2, 0) if part.swapped else rows
 
 
-def whole(base: Base, parts: Sequence[Part], patch: Patch) -> Tensor:
+def whole(base: Base, parts: Sequence[Placement], patch: Patch) -> Tensor:
     """W (m, n) of a patch, with fp8 decoded."""
     rows = [_matrix(base, part, patch) for part in parts]
     W = rows[0] if len(rows) == 1 else torch.cat(rows)
     return W.float() if W.itemsize < 2 else W
 
 
-def require_same_keys(base: Base, origin: Base, parts: Sequence[Part]) -> None:
+def require_same_keys(base: Base, origin: Base, parts: Sequence[Placement]) -> None:
     """Raise MismatchError unless the origin has the base's tensors of these parts."""
     for part in parts:
         if part.weight not in origin.where:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,105 +9,109 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peftkit.adapters import registry
 from peftkit.errors import ExportError, FileError, OptionError, error_context
 from peftkit.files.convert import Converted, ConvertReport, Source
 from peftkit.files.export.write import HASHES, require_safetensors
 from peftkit.files.formats import container, kohya, native, peft
-from peftkit.wrapping.strength import require_strength
+from peftkit.files.formats.container import Container, Stamp
+from peftkit.files.strengths import Strength, Strengths
 
 
-def rescale(source: Source, factor: float | Mapping[str, float], out: str | os.PathLike[str]) -> ConvertReport:
-    """Write the file with ΔW times a factor, or factors by patterns over modules; the first that matches counts.
+def rescale(source: Source, factor: Strength, out: str | os.PathLike[str]) -> ConvertReport:
+    """Write an adapter file again with ΔW times a factor; every other tensor and entry stays as it is.
 
-    Every other tensor and entry stays as it is. The error is of the tensors that were scaled, in their dtype. Adapters
-    whose ΔW does not scale by a tensor of theirs (DoRA, OFT) raise ExportError: their strength is given where they are
-    merged.
+    Args:
+        source: the adapter file, or a folder of PEFT.
+        factor: one number, or numbers by patterns over modules, of which the first that matches counts; a module that
+            no pattern matches stays as it is.
+        out: the file or the folder to write.
+
+    Returns:
+        A report of every module. Its errors are those of the tensors that were scaled, in their dtype.
+
+    Raises:
+        ExportError: a module whose ΔW is not proportional to a tensor of the file (DoRA, OFT): give its strength where
+            the file is merged.
+        FileError: a scaled tensor that its dtype cannot hold, or a source that is no adapter file.
+        OptionError: a pattern that matches no module, or a factor that is no finite number.
+
+    Example:
+        >>> report = peftkit.rescale("style.safetensors", 0.8, "weaker.safetensors")  # doctest: +SKIP
     """
     with error_context(source, out):
-        return _rescale(source, factor, Path(out))
+        return _rescale(source, Strengths(factor), Path(out))
 
 
-def _rescale(source: Source, factor: float | Mapping[str, float], target: Path) -> ConvertReport:
-    path = _one_file(source)
+def _rescale(source: Source, factor: Strengths, target: Path) -> ConvertReport:
+    folder = Path(source) if os.path.isdir(source) else None
+    path = Path(source) if folder is None else folder / peft.WEIGHTS
+    before = None if folder is None else Stamp.of(folder / peft.CONFIG)
+    config = None if folder is None else (folder / peft.CONFIG).read_bytes()
     file = container.read(path)
-    modules = _scaling_keys(path, file)
-    used: set[str] = set()
-    factors = {module: _factor(factor, module, used) for module in modules}
-    if isinstance(factor, Mapping) and set(factor) - used:
-        raise OptionError(f"the pattern {sorted(set(factor) - used)[0]!r} matches no module of {path}.")
-    tensors = file.tensors()
-    errors = dict.fromkeys(modules, 0.0)
-    for module, keys in modules.items():
-        for key in keys:
-            exact = tensors[key].double() * factors[module]
-            tensors[key] = exact.to(tensors[key].dtype)
-            if not torch.isfinite(tensors[key].float()).all():
-                raise FileError(f"{path}: {key} times {factors[module]:g} is not finite as {tensors[key].dtype}")
-            norm, gap = exact.norm().item(), (tensors[key].double() - exact).norm().item()
-            errors[module] = max(errors[module], gap / norm if norm else 0.0)
-    if not os.path.isdir(source):
-        require_safetensors(target)
-    _write_like(source, target, tensors, {k: v for k, v in file.metadata.items() if not k.startswith(HASHES)})
-    entries = tuple(Converted(m, "", f"× {f:g}", errors[m]) for m, f in factors.items())
-    size = sum(info.size for info in file.infos.values())
-    return ConvertReport(target, entries, size, size)
-
-
-def _scaling_keys(path: Path, file: container.Container) -> dict[str, list[str]]:
-    """Module -> the tensors that multiply its whole ΔW."""
-    if native.KEY in file.metadata:
-        header = native.decode(file.metadata, path)
-        owned = native.sorted_by_weight(file.infos, header.records)
-        found = {w: [k for k in owned.get(w, ()) if k.rpartition(".")[2] in _NATIVE] for w in header.records}
-        kinds = {w: record.kind for w, record in header.records.items()}
+    keys = _native_keys(path, file) if native.KEY in file.metadata else _foreign_keys(path, file)
+    factors = {module: factor.of(module) for module in keys}
+    if factor.unmatched:
+        raise OptionError(f"the pattern {factor.unmatched[0]!r} matches no module of {path}")
+    tensors, report = file.tensors(), []
+    for module, own in keys.items():
+        by = 1.0 if factors[module] is None else float(factors[module] or 0)
+        errors = [_scale(tensors, key, by, path) for key in own]
+        report.append(Converted(module, "", f"× {by:g}", max(errors)))
+    entries = {name: value for name, value in file.metadata.items() if not name.startswith(HASHES)}
+    if folder is not None and before is not None and config is not None:
+        container.require_stamp(folder / peft.CONFIG, before)
+        _write_folder(target, config, tensors, entries)
     else:
-        modules, _ = peft.modules(list(file.infos)) if path.name == peft.WEIGHTS else kohya.split(file.infos)
-        found = {m: [key for role, key in roles.items() if role in _ROLES] for m, roles in modules.items()}
-        bound = ("dora_scale", "magnitude", "oft_blocks", "oft_R", "ia3_l")
-        kinds = {m: next((role for role in roles if role in bound), "lora") for m, roles in modules.items()}
-    for module, kind in kinds.items():
-        if (
-            kind in ("dora", "oft", "boft", "loldu", "dora_scale", "magnitude", "oft_blocks", "oft_R", "ia3_l")
-            or not found[module]
-        ):
-            raise ExportError(
-                f"{path}: {module} ({kind}) has no tensor that scales its ΔW alone; give its strength where it is "
-                "merged, or convert it to lora first"
-            )
+        require_safetensors(target)
+        container.write(target, tensors, entries)
+    size = sum(info.size for info in file.infos.values())
+    return ConvertReport(target, tuple(report), size, size)
+
+
+def _native_keys(path: Path, file: Container) -> dict[str, list[str]]:
+    """Weight -> the tensors of a file of this library that its whole ΔW is proportional to."""
+    header = native.decode(file.metadata, path)
+    owned = native.sorted_by_weight(file.infos, header.records)
+    found: dict[str, list[str]] = {}
+    for weight, record in header.records.items():
+        factors = registry.get(record.kind).scaling_parameters
+        found[weight] = [key for key in owned.get(weight, ()) if key[len(weight) :].removeprefix(".") in factors]
+        _require_keys(found[weight], path, weight, record.kind)
     return found
 
 
-#: tensors that are a factor of the whole ΔW, by role in other formats and by name in this library's
-_ROLES = frozenset(
-    {"up", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff", "diff_b", "w_norm", "b_norm", "a1", "b1", "ia3_weight"}
-)
+def _foreign_keys(path: Path, file: Container) -> dict[str, list[str]]:
+    """Module -> the tensors of a foreign file that its whole ΔW is proportional to."""
+    modules, _ = peft.modules(list(file.infos)) if path.name == peft.WEIGHTS else kohya.split(file.infos)
+    found: dict[str, list[str]] = {}
+    for module, roles in modules.items():
+        bound = kohya.DISPROPORTIONATE & set(roles)
+        found[module] = [] if bound else [key for role, key in roles.items() if role in kohya.PROPORTIONAL]
+        _require_keys(found[module], path, module, ", ".join(sorted(bound or roles)))
+    return found
 
 
-_NATIVE = frozenset({"up", "up1", "outer", "outer_left", "change", "gate", "base_up"})
+def _require_keys(keys: list[str], path: Path, module: str, what: str) -> None:
+    if not keys:
+        raise ExportError(
+            f"{path}: {module} ({what}) has no tensor that scales its ΔW alone; give its strength where it is merged, "
+            "or convert it to lora first"
+        )
 
 
-def _factor(factor: float | Mapping[str, float], module: str, used: set[str]) -> float:
-    if not isinstance(factor, Mapping):
-        require_strength(factor)
-        return float(factor)
-    for pattern, value in factor.items():
-        if fnmatch.fnmatchcase(module, pattern):
-            require_strength(value)
-            used.add(pattern)
-            return float(value)
-    return 1.0
+def _scale(tensors: dict[str, Tensor], key: str, by: float, path: Path) -> float:
+    """Multiply a tensor in its dtype; ‖error‖/‖exact‖."""
+    exact = tensors[key].double() * by
+    tensors[key] = exact.to(tensors[key].dtype)
+    if not torch.isfinite(tensors[key].float()).all():
+        raise FileError(f"{path}: {key} times {by:g} is not finite as {tensors[key].dtype}")
+    norm, gap = exact.norm().item(), (tensors[key].double() - exact).norm().item()
+    return gap / norm if norm else 0.0
 
 
-def _one_file(source: Source) -> Path:
-    path = Path(source)
-    return path / peft.WEIGHTS if os.path.isdir(path) else path
-
-
-def _write_like(source: Source, out: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> None:
-    if not os.path.isdir(source):
-        container.write(out, tensors, entries)
-        return
+def _write_folder(out: Path, config: bytes, tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> None:
     with container.atomic_folder(out) as folder:
-        (folder / peft.CONFIG).write_bytes((Path(source) / peft.CONFIG).read_bytes())
+        (folder / peft.CONFIG).write_bytes(config)
         with (folder / peft.WEIGHTS).open("xb") as file:
             container.emit(file, tensors, entries)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from peftkit.errors import AmbiguousFileError, did_you_mean
 from peftkit.files.families import names
+from peftkit.files.families.layouts import Placement
 from peftkit.files.families.names import Family
 from peftkit.files.formats.patch import AdapterFile
 
@@ -38,43 +39,27 @@ _LEVEL = "text_model."
 _WEIGHT_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
 
 
-@dataclass(frozen=True)
-class Part:
-    """Where rows of a patch go: a weight, or its rows [start, stop).
-
-    swapped: the two halves of the rows change places. transposed: the weight is kept as (in, out). bias: what goes with
-    the weight, where there is one.
-    """
-
-    weight: str
-    start: int | None = None
-    stop: int | None = None
-    swapped: bool = False
-    transposed: bool = False
-    bias: str | None = None
-
-
 class Resolver:
     """Names of a file -> the parts of weights they mean, in the order of the patch's rows.
 
     paths: module path -> its weight. places: canonical name of a family's module -> its weight, None where it is not.
     """
 
-    def __init__(self, paths: Mapping[str, Part], places: Callable[[str], Part | None]) -> None:
-        self._dotted: defaultdict[str, dict[str, Part]] = defaultdict(dict)
+    def __init__(self, paths: Mapping[str, Placement], places: Callable[[str], Placement | None]) -> None:
+        self._dotted: defaultdict[str, dict[str, Placement]] = defaultdict(dict)
         for path, part in paths.items():
             for prefix in _WEIGHT_PREFIXES:
                 if path.startswith(prefix):
                     self._dotted[path.removeprefix(prefix)][path] = part
             for spelled in _of_text_encoder(path):
                 self._dotted[spelled][path] = part
-        self._underscored: defaultdict[str, dict[str, Part]] = defaultdict(dict)
+        self._underscored: defaultdict[str, dict[str, Placement]] = defaultdict(dict)
         for spelled, found in self._dotted.items():
             self._underscored[spelled.replace(".", "_")] |= found
         self._places = places
         self._hints = HINTS
 
-    def __call__(self, name: str, families: Sequence[Family] = ()) -> tuple[Part, ...]:
+    def __call__(self, name: str, families: Sequence[Family] = ()) -> tuple[Placement, ...]:
         """() for a name that means nothing here."""
         own = self._by_path(name)
         if own is not None:
@@ -91,7 +76,7 @@ class Resolver:
         self._hints -= 1
         return did_you_mean(name, self._dotted) if self._hints >= 0 else ""
 
-    def _by_path(self, name: str) -> Part | None:
+    def _by_path(self, name: str) -> Placement | None:
         for table in (self._dotted, self._underscored):
             for prefix in _FILE_PREFIXES:
                 found = table.get(name.removeprefix(prefix)) if name.startswith(prefix) else None

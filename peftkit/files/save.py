@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from peftkit._version import __version__
 from peftkit.adapters.base import require_dtype
 from peftkit.errors import FileError, OptionError
-from peftkit.files.bind import fill, samples, stored_keys
+from peftkit.files.bind import fill, stored_keys
+from peftkit.files.fingerprint import samples
 from peftkit.files.formats import container, native
 from peftkit.files.formats.native import Header, WeightRecord
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name

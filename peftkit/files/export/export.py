@@ -20,7 +20,7 @@ from torch import nn
 from peftkit.adapters.base import require_dtype
 from peftkit.delta import Delta, Dense, LowRank
 from peftkit.delta.as_low_rank import as_low_rank, side_by_side
-from peftkit.delta.distance import distance
+from peftkit.delta.distance import distance, ratio
 from peftkit.errors import ExportError, FileError, OptionError, error_context
 from peftkit.files.bind import bind, placeholder_weight
 from peftkit.files.entries import AdapterEntry, items_of_file, items_of_model
@@ -308,7 +308,7 @@ def _error(patch: Patch, job: Job) -> tuple[float | None, float | None]:
     back = bind(patch, job.piece.shape, W, job.piece.module)(W, 1.0)
     truth = _fused_truth(job) if job.parts else job.members[0][1].adapter(W, 1.0)
     gap, norm = distance(truth, back)
-    return gap / norm if norm else gap, norm
+    return ratio(gap, norm), norm
 
 
 def _fused_truth(job: Job) -> Delta:

@@ -18,11 +18,20 @@ SHARE = 0.75
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a checkpoint has a module: as in `Module`, but with the keys of that file."""
+class Placement:
+    """Where a checkpoint or a model has the rows of a patch: a weight, or its rows [start, stop).
+
+    Attributes:
+        weight: the weight's key.
+        bias: the key of the bias beside it, None without one.
+        start: the first row, None for a whole weight.
+        stop: the row after the last, None for a whole weight.
+        swapped: whether the two halves of the rows change places.
+        transposed: whether the weight is kept as (in, out).
+    """
 
     weight: str
-    bias: str | None
+    bias: str | None = None
     start: int | None = None
     stop: int | None = None
     swapped: bool = False
@@ -35,9 +44,9 @@ class Layout:
 
     family: Family
     kind: str  # "original" or "diffusers": whose names and whose rows
-    places: Mapping[str, Place]  # canonical name -> its place
+    places: Mapping[str, Placement]  # canonical name -> its place
 
-    def locate(self, name: str) -> Place | None:
+    def locate(self, name: str) -> Placement | None:
         """The place of a module, None if this checkpoint does not have it."""
         return self.places.get(name)
 
@@ -58,7 +67,7 @@ def of_checkpoint(shapes: Mapping[str, Sequence[int]], families: Iterable[Family
     return best
 
 
-def _held(part: Component, kind: str, shapes: Mapping[str, Sequence[int]]) -> tuple[int, Mapping[str, Place]]:
+def _held(part: Component, kind: str, shapes: Mapping[str, Sequence[int]]) -> tuple[int, Mapping[str, Placement]]:
     """How many weights of a component are there in the right shape, and all its places; (0, {}) if it is not there."""
     prefixes = (f"{part.name}.", "") if kind == "diffusers" else (part.original, f"{part.comfy}.", "")
     for prefix, level in product(prefixes, ("", "text_model.")):
@@ -73,19 +82,19 @@ def _held(part: Component, kind: str, shapes: Mapping[str, Sequence[int]]) -> tu
     return 0, {}
 
 
-def _expected(part: Component, kind: str, prefix: str, level: str, module: ModuleSpec) -> Place:
+def _expected(part: Component, kind: str, prefix: str, level: str, module: ModuleSpec) -> Placement:
     """Where a module is if all keys have this prefix, and lack this level."""
 
     def key(relative: str) -> str:
         return prefix + relative.removeprefix(level)
 
     if kind == "diffusers":
-        return Place(key(f"{module.path}.weight"), key(f"{module.path}.bias") if module.bias else None)
+        return Placement(key(f"{module.path}.weight"), key(f"{module.path}.bias") if module.bias else None)
     weight, bias = (k and key(k.removeprefix(part.original)) for k in (module.original, module.original_bias))
-    return Place(weight or "", bias, module.start, module.stop, module.swapped, module.transposed)
+    return Placement(weight or "", bias, module.start, module.stop, module.swapped, module.transposed)
 
 
-def _fits(module: ModuleSpec, place: Place, shapes: Mapping[str, Sequence[int]]) -> bool:
+def _fits(module: ModuleSpec, place: Placement, shapes: Mapping[str, Sequence[int]]) -> bool:
     shape = tuple(shapes.get(place.weight, ()))
     if place.stop is not None:
         return len(shape) == len(module.shape) and shape[0] >= place.stop and shape[1:] == module.shape[1:]

@@ -54,6 +54,13 @@ SUFFIXES: Mapping[str, str] = MappingProxyType(
     }
 )
 
+#: the tensors that all of a module's ΔW, or its change of a bias or a norm, is proportional to
+PROPORTIONAL = frozenset(
+    {"up", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff", "diff_b", "w_norm", "b_norm", "a1", "b1", "ia3_weight"}
+)
+#: the tensors beside which no other one scales ΔW
+DISPROPORTIONATE = frozenset({"dora_scale", "magnitude", "oft_blocks", "oft_R", "ia3_l"})
+
 #: (module, rank or None where no factor has one) -> the options that make γ, and where they came from in words
 Scale = Callable[[str, "int | None"], "tuple[dict[str, Any], str]"]
 
