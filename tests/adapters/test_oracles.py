@@ -274,7 +274,7 @@ INITIAL_CASES = [
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_route = pytest.mark.parametrize("route", ["factored", "dense"])
 
-# -- the peers' parameters and ours -----------------------------------------------------------------------------------
+# -- the peers' parameters and ours ------------------------------------------------------------------------------------
 
 NAMES = {
     "lora_up.weight": "up",
@@ -395,7 +395,7 @@ def distance(found: Tensor, expected: Tensor, scale: Tensor) -> float:
     return ((found - expected).norm() / scale.norm()).item()
 
 
-# -- parity -----------------------------------------------------------------------------------------------------------
+# -- parity ------------------------------------------------------------------------------------------------------------
 
 
 @every_case
@@ -457,7 +457,7 @@ def test_gradients_are_the_peers(case: Case, route: str) -> None:
     assert too_far <= case.wrong, errors
 
 
-# -- initial parameters -----------------------------------------------------------------------------------------------
+# -- initial parameters ------------------------------------------------------------------------------------------------
 
 
 def kolmogorov_smirnov(a: Tensor, b: Tensor) -> float:
@@ -503,7 +503,7 @@ def test_loha_starts_as_lycoris_says(layer: str) -> None:
     assert deviations == pytest.approx({"up1": 0.1, "down1": 1, "up2": 0, "down2": 1}, rel=0.05)
 
 
-# -- the factors of LoKr ----------------------------------------------------------------------------------------------
+# -- the factors of LoKr -----------------------------------------------------------------------------------------------
 
 SIZES, FACTORS = range(1, 601), (-1, *range(1, 41), 64, 600)
 

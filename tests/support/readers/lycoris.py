@@ -15,17 +15,7 @@ from torch import Tensor
 
 from . import algebra
 from .container import by_module, read_tensors
-from .model import (
-    TEXT,
-    Module,
-    as_is,
-    base_weights,
-    ldm_core,
-    named,
-    own_core,
-    split_components,
-    text_encoder,
-)
+from .model import TEXT, Module, as_is, base_weights, ldm_core, named, own_core, split_components, text_encoder
 from .result import Read, Refused, result
 
 Own = Mapping[str, Tensor]

@@ -1,0 +1,125 @@
+"""The family and layout of a checkpoint are found from its names and shapes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from diffusers.models.controlnets.controlnet import ControlNetModel
+from torch import nn
+
+from peftkit.files.families import layouts
+from peftkit.files.families.denoisers import Component
+from peftkit.files.families.layouts import of_checkpoint
+from peftkit.files.families.names import FAMILIES, Family
+from tests.support.classes import FAMILY, SDXL, published, real, t5
+
+
+def original_shapes(part: Component) -> dict[str, tuple[int, ...]]:
+    rows: Counter[str] = Counter()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module in part.modules.values():
+        rows[module.original] += module.shape[0]
+        fused = (rows[module.original], *module.shape[1:])
+        shapes[module.original] = module.shape[::-1] if module.transposed else fused
+        if module.original_bias:
+            shapes[module.original_bias] = fused[:1]
+    return shapes
+
+
+def state_shapes(model: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    return {prefix + key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
+
+@FAMILY
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", ""])
+def test_an_original_checkpoint(family: Family, prefix: str) -> None:
+    parts = family.parts if prefix.startswith("model") else family.parts[:1]
+    shapes = {k: s for part in parts for k, s in original_shapes(part).items()}
+    shapes = {k.replace("model.diffusion_model.", prefix): s for k, s in shapes.items()}
+    layout = of_checkpoint({**shapes, "first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3)})
+    assert layout and layout.family is family and layout.kind == "original"
+    assert len(layout.places) == sum(len(part.modules) for part in parts)
+    for module in (module for part in parts for module in part.modules.values()):
+        place = layout.locate(module.name)
+        assert place and place.weight in shapes and (place.bias in shapes) is module.bias
+        if prefix.startswith("model"):
+            ours = (module.original, module.original_bias, module.start, module.stop, module.swapped, module.transposed)
+            assert ours == (place.weight, place.bias, place.start, place.stop, place.swapped, place.transposed)
+
+
+@FAMILY
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_a_component_of_diffusers(family: Family, prefixed: bool) -> None:
+    for part in family.parts:
+        shapes = state_shapes(real(family.name, part.name), f"{part.name}." if prefixed else "")
+        layout = of_checkpoint(shapes, [family])
+        assert layout and layout.family is family and layout.kind == "diffusers"
+        assert layout.places.keys() == {module.name for module in part.modules.values()}
+        for name, place in layout.places.items():
+            assert shapes[place.weight] == family.modules[name].shape
+            assert (place.bias in shapes) is family.modules[name].bias
+            assert (place.start, place.stop, place.swapped, place.transposed) == (None, None, False, False)
+        found = of_checkpoint(shapes)
+        assert found and found.places.keys() >= layout.places.keys() if part.denoiser else found
+
+
+def test_text_encoders_alone() -> None:
+    """With and without the level "text_model". One of several families goes to the first, or as the caller says."""
+    memory = state_shapes(real("sd15", "text_encoder"))
+    disk = {published(key): size for key, size in memory.items()}
+    old = {f"cond_stage_model.transformer.{key}": size for key, size in memory.items()}
+    for shapes in (memory, disk, old):
+        layout = of_checkpoint(shapes)
+        assert layout and (layout.family.name, len(layout.places)) == ("sd15", 99)
+    for name, component, family in (("sd2", "text_encoder", "sd2"), ("sd3", "text_encoder_2", "sdxl")):
+        layout = of_checkpoint(state_shapes(real(name, component)))
+        assert layout and layout.family.name == family
+    layout = of_checkpoint(state_shapes(real("flux", "text_encoder_2")), [FAMILIES["flux"]])
+    assert layout and layout.locate("text_encoder_2.shared") == layouts.Placement("shared.weight", None)
+
+
+def test_a_checkpoint_may_lack_and_change_some_tensors() -> None:
+    """Flux schnell, inpainting models, an untied embedding, a bias left out."""
+    whole = state_shapes(real("flux", "transformer"))
+    schnell = {key: size for key, size in whole.items() if "guidance" not in key}
+    layout = of_checkpoint(schnell)
+    assert layout and layout.family.name == "flux"
+    assert layout.locate("transformer.time_text_embed.guidance_embedder.linear_1") is None
+    inpainting = {**state_shapes(real("sd15", "unet")), "conv_in.weight": (320, 9, 3, 3)}
+    del inpainting["conv_out.bias"]
+    layout = of_checkpoint(inpainting)
+    assert layout and layout.family.name == "sd15"
+    assert layout.locate("unet.conv_in") == layouts.Placement("conv_in.weight", "conv_in.bias")
+    assert layout.locate("unet.conv_out") == layouts.Placement("conv_out.weight", None)
+    t5 = state_shapes(real("flux", "text_encoder_2"))
+    del t5["encoder.embed_tokens.weight"]
+    layout = of_checkpoint(t5)
+    assert layout and layout.locate("text_encoder_3.encoder.embed_tokens") is None
+
+
+def _image_encoder(**sizes: Any) -> nn.Module:
+    return hf.CLIPVisionModel(hf.CLIPVisionConfig(num_hidden_layers=24, num_attention_heads=16, **sizes))
+
+
+STRANGERS: dict[str, Callable[[], nn.Module]] = {
+    "Sequential": lambda: nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 3)),
+    "Llama": lambda: hf.LlamaModel(hf.LlamaConfig(num_hidden_layers=2)),
+    "CLIP's image encoder": lambda: _image_encoder(hidden_size=1024, intermediate_size=4096),
+    "SigLIP's text encoder": lambda: hf.SiglipTextModel(hf.SiglipTextConfig(bos_token_id=0, eos_token_id=1)),
+    "BART": lambda: hf.BartModel(hf.BartConfig(d_model=768, encoder_ffn_dim=3072)),
+    "UMT5": lambda: hf.UMT5EncoderModel(t5(hf.UMT5Config, 256384)),
+    "a ControlNet": lambda: ControlNetModel(**SDXL),
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_other_models_are_of_no_family(stranger: str) -> None:
+    with torch.device("meta"):
+        shapes = state_shapes(STRANGERS[stranger]())
+    assert of_checkpoint(shapes) is None
+    assert of_checkpoint({}) is None

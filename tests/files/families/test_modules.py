@@ -1,0 +1,92 @@
+"""The families' modules against the real classes and the original checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers.loaders import single_file_utils as single_file
+from torch import Tensor, nn
+
+from peftkit.files.families.denoisers import Component, flux
+from peftkit.files.families.names import FAMILIES, Family
+from tests.support.classes import originals, published, real, taken
+
+PARTS = [(family, part) for family in FAMILIES.values() for part in family.parts]
+PART = pytest.mark.parametrize("family, part", PARTS, ids=[f"{family.name}-{part.name}" for family, part in PARTS])
+
+
+# -- the real classes --------------------------------------------------------------------------------------------------
+
+
+def weighted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((path, module) for path, module in model.named_modules() if getattr(module, "weight", None) is not None)
+
+
+@PART
+def test_modules_are_those_of_the_real_class(family: Family, part: Component) -> None:
+    model = real(family.name, part.name)
+    theirs = {
+        published(path): (tuple(module.weight.shape), getattr(module, "bias", None) is not None)
+        for path, module in weighted(model)
+    }
+    assert {m.path: (m.shape, m.bias) for m in part.modules.values()} == theirs
+    assert all(family.modules[f"{part.name}.{path}"] is module for path, module in part.modules.items())
+    tensors = {f"{m.path}.{kind}" for m in part.modules.values() for kind in ("weight", "bias")[: 1 + m.bias]}
+    assert set(map(published, model.state_dict())) - tensors <= {"pos_embed.pos_embed"}
+    assert all(family.find(f"{part.name}.{path}")[0].path == published(path) for path, _ in weighted(model))
+
+
+def test_counts() -> None:
+    """Of modules; and of the tensors that the published checkpoints have under model.diffusion_model."""
+    modules = {name: [len(part.modules) for part in family.parts] for name, family in FAMILIES.items()}
+    assert modules == {
+        "sd15": [391, 99],
+        "sd2": [391, 187],
+        "sdxl": [1050, 99, 260],
+        "sd3": [341, 100, 260, 220],
+        "sd35-medium": [515, 100, 260, 220],
+        "sd35-large": [689, 100, 260, 220],
+        "flux": [656, 99, 220],
+    }
+    tensors = {name: len(originals(family.parts[0])) for name, family in FAMILIES.items()}
+    assert tensors["sd15"] == tensors["sd2"] == 686
+    assert tensors["sdxl"] == 1680
+    assert tensors["flux"] == 780
+    assert len(list(flux(guidance=False))) == 654
+    assert all(key.startswith("model.diffusion_model.") for key in originals(FAMILIES["sdxl"].parts[0]))
+
+
+# -- the original checkpoint -------------------------------------------------------------------------------------------
+
+
+def _converted(family: Family, part: Component, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' own conversion."""
+    if part.name == "unet":
+        config = {"layers_per_block": 2, "addition_embed_type": "text_time" if family.name == "sdxl" else None}
+        return single_file.convert_ldm_unet_checkpoint(tensors, config)
+    if part.name == "transformer" and family.name == "flux":
+        return single_file.convert_flux_transformer_checkpoint_to_diffusers(tensors)
+    if part.name == "transformer":
+        tensors["model.diffusion_model.pos_embed"] = torch.zeros(1)
+        return single_file.convert_sd3_transformer_checkpoint_to_diffusers(tensors)
+    if "t5" in part.original:
+        return single_file.convert_sd3_t5_checkpoint_to_diffusers(tensors)
+    if part.original.endswith("model."):
+        text_model = SimpleNamespace(config=SimpleNamespace(hidden_size=1024))
+        return single_file.convert_open_clip_checkpoint(text_model, tensors, prefix=part.original)
+    return single_file.convert_ldm_clip_checkpoint(tensors, part.original)
+
+
+@PART
+def test_diffusers_converts_the_original_to_what_the_table_says(family: Family, part: Component) -> None:
+    tensors = originals(part)
+    converted = _converted(family, part, dict(tensors))
+    converted.pop("pos_embed.pos_embed", None)
+    expected = {f"{m.path}.weight": taken(tensors, m, m.original) for m in part.modules.values()}
+    expected |= {f"{m.path}.bias": taken(tensors, m, m.original_bias) for m in part.modules.values() if m.bias}
+    assert converted.keys() == expected.keys()
+    assert all(torch.equal(converted[key], tensor) for key, tensor in expected.items())

@@ -1,0 +1,129 @@
+"""The real classes of every model family, in full size and without memory, and the spellings of their modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
+
+from peftkit.errors import OptionError
+from peftkit.files.families import layouts
+from peftkit.files.families.denoisers import Component, ModuleSpec
+from peftkit.files.families.names import FAMILIES, Family
+
+STYLES = ("kohya", "diffusers", "ldm", "transformer", "lycoris", "peft")
+FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+with torch.device("meta"):
+    torch.empty(0)  # torch remembers its constructors at the first use: here, before a fixture wraps torch.empty
+
+SDXL: dict[str, Any] = {
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+_UNETS: dict[str, dict[str, Any]] = {
+    "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd2": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+    "sdxl": {**SDXL, "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]},
+}
+_SD3: dict[str, dict[str, Any]] = {
+    "sd3": {"num_layers": 24},
+    "sd35-medium": {"num_layers": 24, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
+    "sd35-large": {"num_layers": 38, "qk_norm": "rms_norm"},
+}
+
+
+def _clip(kind: Callable[[Any], nn.Module], width: int, layers: int) -> nn.Module:
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
+    return kind(hf.CLIPTextConfig(**sizes, num_hidden_layers=layers, num_attention_heads=width // 64))
+
+
+def t5(config: type[Any], vocab_size: int) -> Any:
+    sizes = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_kv": 64}
+    return config(**sizes, vocab_size=vocab_size, feed_forward_proj="gated-gelu")
+
+
+def _sd3(num_layers: int, **options: Any) -> nn.Module:
+    text: dict[str, Any] = {"joint_attention_dim": 4096, "pooled_projection_dim": 2048}
+    width: dict[str, Any] = {"num_attention_heads": num_layers, "caption_projection_dim": 64 * num_layers}
+    return SD3Transformer2DModel(num_layers=num_layers, attention_head_dim=64, **width, **text, **options)
+
+
+@cache
+def real(family: str, component: str) -> nn.Module:
+    """The class that diffusers' pipeline of the family has, in its published configuration."""
+    with torch.device("meta"):
+        match family, component:
+            case _, "unet":
+                return UNet2DConditionModel(**_UNETS[family])
+            case "flux", "transformer":
+                return FluxTransformer2DModel(guidance_embeds=True)
+            case _, "transformer":
+                return _sd3(**_SD3[family])
+            case ("flux", "text_encoder_2") | (_, "text_encoder_3"):
+                return hf.T5EncoderModel(t5(hf.T5Config, 32128))
+            case _, "text_encoder_2":
+                return _clip(hf.CLIPTextModelWithProjection, 1280, 32)
+            case "sd2", _:
+                return _clip(hf.CLIPTextModel, 1024, 23)
+            case "sd15" | "sdxl" | "flux", _:
+                return _clip(hf.CLIPTextModel, 768, 12)
+            case _:
+                return _clip(hf.CLIPTextModelWithProjection, 768, 12)
+
+
+def published(path: str) -> str:
+    """With the level of CLIPTextModel that transformers 5.6 left out."""
+    return f"text_model.{path}" if re.match(r"(embeddings|encoder\.layers|final_layer_norm)\b", path) else path
+
+
+@cache
+def originals(part: Component) -> Mapping[str, Tensor]:
+    """A checkpoint of a component in its original layout, in which every row is another number."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module in part.modules.values():
+        rows = max(module.stop or module.shape[0], *shapes.get(module.original, (0,)))
+        shape = (rows,) if len(module.shape) == 1 else (rows, 1)
+        shapes[module.original] = module.shape[::-1] if module.transposed else shape
+        if module.original_bias:
+            shapes[module.original_bias] = (rows,)
+    sizes = {key: torch.Size(shape).numel() for key, shape in shapes.items()}
+    numbers = torch.arange(sum(sizes.values()), dtype=torch.float64).split(list(sizes.values()))
+    return {key: n.view(shapes[key]) for key, n in zip(sizes, numbers, strict=True)}
+
+
+def taken(tensors: Mapping[str, Tensor], place: ModuleSpec | layouts.Placement, key: str | None) -> Tensor:
+    """What ModuleSpec and Placement say of a tensor, done."""
+    assert key is not None
+    tensor = tensors[key][place.start : place.stop]
+    if place.swapped:
+        tensor = torch.cat(tensor.chunk(2)[::-1])
+    return tensor.T if place.transposed and tensor.ndim == 2 else tensor
+
+
+def spellings(family: Family, style: str) -> Iterator[tuple[ModuleSpec, str]]:
+    for module in family.modules.values():
+        with suppress(OptionError):
+            yield module, family.spell(module.name, style)
+
+
+def shape(family: Family, foreign: str) -> tuple[int, int]:
+    modules = family.find(foreign)
+    return sum(m.shape[0] for m in modules), torch.Size(modules[0].shape[1:]).numel()
