@@ -101,5 +101,5 @@ def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
     if len(word) > _LONGEST_TYPED:
         return ""
     known = (other for other in known if len(other) <= _LONGEST_TYPED)
-    close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=count, cutoff=0.5)
     return f" Did you mean {', '.join(repr(c) for c in close)}?" if close else ""

@@ -1,10 +1,10 @@
-"""Which layer gets which adapter. Patterns, presets, and a dry run that checks everything wrap would do."""
+"""What wrapping would do: which layer gets which adapter, with every check that wrapping makes."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,23 +16,33 @@ from torch import nn
 
 from peftkit.adapters import registry
 from peftkit.adapters.base import require_dtype
-from peftkit.errors import (
-    DuplicateNameError,
-    OptionError,
-    TargetError,
-    TiedWeightsError,
-    UnsupportedLayerError,
-)
+from peftkit.errors import DuplicateNameError, OptionError, TargetError, TiedWeightsError, UnsupportedLayerError
 from peftkit.kernels.blocks import accumulation_dtype
+from peftkit.wrapping.foreign import refuse_foreign
 from peftkit.wrapping.routes import choose
-from peftkit.wrapping.select import Selector, listed, patterns, tied_with
+from peftkit.wrapping.select import Selector, listed, patterns, reasons, tied_with
 from peftkit.wrapping.sites import Site
 
 
 class Rule:
-    """Layers and the adapter they get: Rule("*.attn*", "loha", rank=4).
+    """Pair target patterns with an adapter; `wrap` and `plan` take a list of rules, and the first that matches wins.
 
-    targets, exclude: patterns, one or several. Where rules overlap, the first that matches a layer wins.
+    Args:
+        targets: one pattern or several, as in `wrap`.
+        kind: the adapter, as in `wrap`.
+        exclude: patterns of layers that this rule leaves alone.
+        **options: the adapter's own options.
+
+    Raises:
+        TargetError: targets is empty, or no strings.
+        UnknownAdapterError: no adapter is called `kind`.
+        OptionError: an option is another library's; the message names this one's.
+
+    Example:
+        >>> model = nn.TransformerEncoderLayer(16, 2, 32)
+        >>> plan = pk.wrap(model, rules=[pk.Rule("*.out_proj", "loha", rank=4), pk.Rule("Linear", "lora", rank=8)])
+        >>> [(entry.site.name, entry.kind) for entry in plan.entries]
+        [('self_attn.out_proj', 'loha'), ('linear1', 'lora'), ('linear2', 'lora')]
     """
 
     def __init__(
@@ -43,6 +53,7 @@ class Rule:
             raise TargetError("targets is empty: name at least one layer, class or preset")
         self.exclude = patterns(exclude)
         self.kind = registry.get(kind).kind
+        refuse_foreign(self.kind, options)
         self.options = options
 
     def __repr__(self) -> str:
@@ -52,7 +63,18 @@ class Rule:
 
 @dataclass(frozen=True)
 class Entry:
-    """One weight and the adapter planned for it."""
+    """One weight and the adapter planned for it.
+
+    Attributes:
+        site: the weight; `site.name` is its name in the model.
+        kind: the adapter's registered name.
+        options: the adapter's options as the rule gives them.
+        pattern: the target that selected the weight.
+        parameters: how many numbers the adapter trains.
+        bytes: the memory they take.
+        route: how a training step on 4096 tokens or pixels computes: "factored", "dense", or "weight" where the weight
+            is read without its layer being called.
+    """
 
     site: Site
     kind: str
@@ -65,7 +87,20 @@ class Entry:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What `wrap` will do, or did. str(plan) is a table."""
+    """Say what `wrap` will do, or did. str(plan) is a table.
+
+    Attributes:
+        entries: the weights that get an adapter, in the order of the rules and of the model.
+        skipped: (name, reason) of what a glob, an expression or a preset matches and does not adapt.
+        untie: names of weights that get a copy of their own, with tied="untie".
+
+    Example:
+        >>> plan = pk.plan(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), "lora", targets="*", rank=2)
+        >>> plan.modules, plan.parameters
+        (('0',), 32)
+        >>> plan.skipped
+        (('1', 'LayerNorm is not a Linear or a convolution'),)
+    """
 
     entries: tuple[Entry, ...]
     skipped: tuple[tuple[str, str], ...] = field(default=())
@@ -73,11 +108,12 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters in all."""
+        """The number of trainable parameters."""
         return sum(entry.parameters for entry in self.entries)
 
     @property
     def modules(self) -> tuple[str, ...]:
+        """The names of the weights that get an adapter."""
         return tuple(entry.site.name for entry in self.entries)
 
     def __str__(self) -> str:
@@ -93,11 +129,8 @@ class Plan:
         out = io.StringIO()
         console = Console(file=out, width=110)
         console.print(table)
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.skipped:
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            console.print(f"skipped {listed(names)}: {reason}", markup=False, highlight=False)
+        for line in reasons(dict(self.skipped)):
+            console.print(f"skipped {line}", markup=False, highlight=False)
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip()
 
     __repr__ = __str__
@@ -115,54 +148,106 @@ def plan(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Plan:
-    """Resolve targets to layers and check every adapter against its layer, without touching the model.
+    """Show what `wrap` would do with the same arguments, with all its checks, and leave the model untouched.
 
-    A target is a module name, a glob over names ("*.to_q"), "re:…" matched against the whole name, a class name
-    ("Linear", "BasicTransformerBlock"), or a preset ("full", "attn-mlp", "attn-only"). A name or class of a module
-    with layers inside selects them all. Every pattern, of exclude too, must select something.
-    tied: what to do with a targeted weight another module shares: "skip" or "untie"; without it, raises.
-    The table's route is that of a training step on 4096 tokens or pixels.
+    Args:
+        model: the model, wrapped already or not.
+        kind: the adapter: one of `peftkit.kinds()`, as "lora".
+        targets: patterns of layers; help(peftkit.wrap) lists the sorts of pattern.
+        exclude: patterns of layers to leave out.
+        rules: `Rule`s, in place of kind, targets, exclude and options.
+        name: what the adapter would be called.
+        tied: "skip" or "untie" a targeted weight that another module shares.
+        dtype: of the adapters' parameters; by default at least float32.
+        **options: the adapter's own options, as rank=8.
 
-    Raises TargetError, OptionError, UnsupportedLayerError, TiedWeightsError, DuplicateNameError.
+    Returns:
+        The plan: entries with counts, bytes and routes, and what was skipped and why. The model is read, not changed,
+        and no memory is taken for adapters.
+
+    Raises:
+        TargetError: a pattern matches no layer, or only layers that are taken or excluded.
+        OptionError: an option is unknown, or its value is not possible for a layer.
+        UnsupportedLayerError: what a pattern matches cannot be adapted.
+        TiedWeightsError: a targeted weight is shared, and tied was not given.
+        DuplicateNameError: a targeted layer has an adapter of that name.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1))
+        >>> pk.plan(model, "lora", rank=4).parameters
+        204
+        >>> pk.plan(model, "lora", targets="1", rank=4).modules
+        ('1',)
     """
-    if rules is None:
-        if kind is None:
-            raise OptionError("wrap needs an adapter kind, as in wrap(model, 'lora'), or rules=[Rule(…), …]")
-        rules = [Rule(targets, kind, exclude=exclude, **options)]
-    elif kind is not None or options or exclude or targets != "full":
-        raise OptionError("give either a kind with targets and options, or rules, which carry their own")
-    if not rules:
-        raise OptionError("rules is empty")
+    rules = _rules(kind, targets, exclude, rules, options)
     require_dtype(dtype)
     if tied not in (None, "skip", "untie"):
         raise OptionError(f"tied={tied!r} was given, 'skip', 'untie' or None was expected")
-    finder = Selector(model)
-    chosen: dict[str, tuple[Rule, str]] = {}
-    for rule in rules:
-        excluded = {site for pattern in rule.exclude for site in finder.find(pattern)}
-        for pattern in rule.targets:
-            found = [site for site in finder.find(pattern) if site not in excluded]
-            fresh = [site for site in found if site not in chosen]
-            if not fresh:
-                taken = "are taken by earlier targets" if found else f"are excluded by {', '.join(rule.exclude)}"
-                raise TargetError(f"target {pattern!r} of {rule!r} adapts nothing: the layers it matches {taken}")
-            chosen.update(dict.fromkeys(fresh, (rule, pattern)))
-    shared = tied_with(model, [finder.sites[name] for name in chosen])
+    selector = Selector(model)
+    chosen, skipped = _choose(selector, rules)
+    shared = tied_with(model, [selector.sites[site] for site in chosen])
     if shared and tied is None:
         raise TiedWeightsError(
             f"{listed(f'{a} shares its weight with {b}' for a, b in shared.items())}: merged into one, an "
             "adapter would change both. Pass tied='untie' to give the layer its own copy, or tied='skip'"
         )
-    skipped = list(finder.skipped.items())
     if tied == "skip":
-        skipped += [(site, f"shares its weight with {shared[site]}") for site in chosen if site in shared]
-        chosen = {site: choice for site, choice in chosen.items() if site not in shared}
-        if not chosen:
-            raise TargetError("every targeted layer shares its weight with another and tied='skip' leaves none")
+        chosen, skipped = _without_shared(chosen, skipped, shared)
     dry = _DryRun(dtype)
-    entries = tuple(dry.entry(finder.sites[site], rule, pattern) for site, (rule, pattern) in chosen.items())
+    entries = tuple(dry.entry(selector.sites[site], rule, pattern) for site, (rule, pattern) in chosen.items())
     refuse_taken([entry.site for entry in entries], name)
-    return Plan(entries, tuple(skipped), frozenset(shared) if tied == "untie" else frozenset())
+    return Plan(entries, tuple(skipped.items()), frozenset(shared) if tied == "untie" else frozenset())
+
+
+#: site -> the rule and the pattern that selected it
+_Choice = Mapping[str, "tuple[Rule, str]"]
+
+
+def _rules(
+    kind: str | None,
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str],
+    rules: Sequence[Rule] | None,
+    options: Mapping[str, Any],
+) -> Sequence[Rule]:
+    """The rules as given, or the one that a kind with its targets and options stands for."""
+    if rules is None:
+        if kind is None:
+            raise OptionError("wrap needs an adapter kind, as in wrap(model, 'lora'), or rules=[Rule(…), …]")
+        return [Rule(targets, kind, exclude=exclude, **options)]
+    if kind is not None or options or exclude or targets != "full":
+        raise OptionError("give either a kind with targets and options, or rules, which carry their own")
+    if not rules:
+        raise OptionError("rules is empty: give at least one Rule")
+    return rules
+
+
+def _choose(selector: Selector, rules: Sequence[Rule]) -> tuple[_Choice, dict[str, str]]:
+    """The first rule that matches each site, and what matched and is not adapted, with the reasons."""
+    chosen: dict[str, tuple[Rule, str]] = {}
+    skipped: dict[str, str] = {}
+    for rule in rules:
+        excluded = {site for pattern in rule.exclude for site in selector.find(pattern).sites}
+        for pattern in rule.targets:
+            matched = selector.find(pattern)
+            found = [site for site in matched.sites if site not in excluded]
+            fresh = [site for site in found if site not in chosen]
+            if not fresh:
+                taken = "are taken by earlier targets" if found else f"are excluded by {', '.join(rule.exclude)}"
+                raise TargetError(f"target {pattern!r} of {rule!r} adapts nothing: the layers it matches {taken}")
+            chosen.update(dict.fromkeys(fresh, (rule, pattern)))
+            skipped |= matched.refused
+    return chosen, {name: reason for name, reason in skipped.items() if name not in chosen}
+
+
+def _without_shared(
+    chosen: _Choice, skipped: Mapping[str, str], shared: Mapping[str, str]
+) -> tuple[_Choice, dict[str, str]]:
+    """The choice without the sites whose weight is shared, which are skipped."""
+    kept = {site: choice for site, choice in chosen.items() if site not in shared}
+    if not kept:
+        raise TargetError("every targeted layer shares its weight with another and tied='skip' leaves none")
+    return kept, {**skipped, **{site: f"shares its weight with {other}" for site, other in shared.items()}}
 
 
 class _DryRun:
@@ -175,31 +260,33 @@ class _DryRun:
         self.seen: dict[Any, tuple[int, int, str]] = {}
 
     def entry(self, site: Site, rule: Rule, pattern: str) -> Entry:
-        geometry = site.slot.geometry
-        key = (geometry.shape, site.parameter.dtype, site.read, id(rule))
+        """The entry for one site."""
+        key = (site.slot.geometry.shape, site.parameter.dtype, site.read, id(rule))
         if key not in self.seen:
-            weight = torch.empty(geometry.shape.rows, geometry.shape.columns, dtype=site.parameter.dtype, device="meta")
-            try:
-                adapter = registry.build(rule.kind, geometry.shape, weight, self.dtype, **rule.options)
-            except OptionError as error:
-                raise type(error)(f"{site.label}: {error}") from None
-            except TypeError as error:
-                raise OptionError(f"{site.name}: {rule!r}: {error}") from error
-            if site.read and adapter.input_dropout:
-                raise UnsupportedLayerError(
-                    f"{site.name}: {rule.kind} with dropout={adapter.input_dropout} drops elements of the layer's "
-                    "input, but this weight is read without calling its layer; use rank_dropout or leave it out"
-                )
-            parameters = [p for p in adapter.parameters() if p.requires_grad]
-            count, size = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
-            if site.read:
-                route = "weight"
-            else:
-                compute = accumulation_dtype(weight.dtype)
-                delta = adapter.delta(weight)
-                route = choose([delta], geometry.shape, self.OUTPUTS, training=True, narrow=compute != weight.dtype)
-            self.seen[key] = count, size, route
+            self.seen[key] = self._measure(site, rule)
         return Entry(site, rule.kind, dict(rule.options), pattern, *self.seen[key])
+
+    def _measure(self, site: Site, rule: Rule) -> tuple[int, int, str]:
+        """Parameters, bytes and route of the rule's adapter on one site."""
+        shape = site.slot.geometry.shape
+        weight = torch.empty(shape.rows, shape.columns, dtype=site.parameter.dtype, device="meta")
+        try:
+            adapter = registry.build(rule.kind, shape, weight, self.dtype, **rule.options)
+        except OptionError as error:
+            raise type(error)(f"{site.label}: {error}") from None
+        except TypeError as error:
+            raise OptionError(f"{site.label}: {rule!r}: {error}") from error
+        if site.read and adapter.input_dropout:
+            raise UnsupportedLayerError(
+                f"{site.label}: {rule.kind} with dropout={adapter.input_dropout} drops elements of the layer's "
+                "input, but this weight is read without calling its layer; use rank_dropout or leave it out"
+            )
+        parameters = [p for p in adapter.parameters() if p.requires_grad]
+        route = "weight"
+        if not site.read:
+            narrow = accumulation_dtype(weight.dtype) != weight.dtype
+            route = choose([adapter.delta(weight)], shape, self.OUTPUTS, training=True, narrow=narrow)
+        return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters), route
 
 
 def refuse_taken(targeted: Sequence[Site], name: str) -> None:

@@ -1,37 +1,53 @@
-"""Which weights a pattern selects: names, globs, classes and presets; and which of them are shared."""
+"""Which weights a pattern selects: names, globs, classes and presets; and which weights are shared."""
 
 from __future__ import annotations
 
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from peftkit.errors import TargetError, UnsupportedLayerError, did_you_mean
-from peftkit.wrapping.sites import Site, dotted, sites, why_not
+from peftkit.wrapping.layer import Adapted, base_class
+from peftkit.wrapping.sites import Site, base_modules, dotted, sites, why_not
 
-_ATTENTION = r".*(Attention|Attn)\d*"
-_MLP = r".*(MLP|Mlp|FeedForward|FFN|LayerFF|Intermediate|Output)|.*Transformer(2DModel|Block)|.*(Encoder|Decoder)Layer"
+# A block of a U-Net that is named for the attention in it, UNetMidBlock2DCrossAttn, holds resnets too
+_ATTENTION = r"(?!.*Block\dD).*(Attention|Attn)\d*"
+_MLP = r".*(MLP|Mlp|FeedForward|FFN|LayerFF|Intermediate|Output)"
+# Transformer2DModel is a part of a U-Net; FluxTransformer2DModel and its like are whole networks
+_BLOCK = r"Transformer2DModel|.*TransformerBlock|.*(Encoder|Decoder)Layer"
 
 #: preset -> classes inside which every layer is adapted, after the three presets of the LyCORIS paper, section 5
 PRESETS: Mapping[str, str] = {
     "full": r".*",
-    "attn-mlp": f"{_ATTENTION}|{_MLP}",
+    "attn-mlp": f"{_ATTENTION}|{_MLP}|{_BLOCK}",
     "attn-only": _ATTENTION,
 }
 
+_HEAD = "it is the model's output head, which presets leave out; name it to adapt it"
+_ALL_LINEAR = (
+    " PEFT's 'all-linear' is 'full' here, every Linear and convolution but the output head, "
+    "or 'Linear', every Linear layer."
+)
+
+
+class Selection(NamedTuple):
+    """What a pattern matches: names of sites, and names of what it does not adapt with the reasons."""
+
+    sites: list[str]
+    refused: dict[str, str]
+
 
 class Selector:
-    """Patterns to sites of one model."""
+    """The weights of one model that can be adapted, by pattern."""
 
     def __init__(self, model: nn.Module) -> None:
         self.sites = sites(model)
-        self.skipped: dict[str, str] = {}
-        self.modules = dict(model.named_modules(remove_duplicate=False))
-        first = {id(module): name for name, module in model.named_modules()}
+        self.modules = dict(base_modules(model, every_name=True))
+        first = {id(module): name for name, module in base_modules(model)}
         #: every name of a module -> the one its sites go by
         self.canonical = {name: first[id(module)] for name, module in self.modules.items()}
         self.within: dict[str, list[str]] = {}
@@ -42,28 +58,39 @@ class Selector:
             for end in range(len(parts) + 1):
                 self.within.setdefault(".".join(parts[:end]), []).append(site.name)
 
-    def find(self, pattern: str) -> list[str]:
-        """The sites a pattern selects, in model order; raises if there are none."""
-        if pattern in PRESETS and pattern not in self.modules:
-            found, refused = self._inside_classes(re.compile(PRESETS[pattern]))
-        elif pattern.startswith("re:"):
-            found, refused = self._by_name(_regex(pattern[3:]))
-        elif any(c in pattern for c in "*?["):
-            found, refused = self._by_name(re.compile(fnmatch.translate(pattern)))
-        else:
-            found, refused = self._exactly(pattern)
+    def find(self, pattern: str) -> Selection:
+        """Return the sites that a pattern selects, in model order, at least one.
+
+        Raises:
+            TargetError: the pattern matches no layer.
+            UnsupportedLayerError: nothing that it matches can be adapted.
+        """
+        found, refused = self._match(pattern)
         if found:
-            self.skipped.update(refused)
-            return [site for site in self.sites if site in found]
+            return Selection([site for site in self.sites if site in found], refused)
         if refused:
-            name, reason = next(iter(refused.items()))
-            more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
             raise UnsupportedLayerError(
-                f"target {pattern!r} matches only {name}{more}, which cannot be adapted: {reason}"
+                f"target {pattern!r} matches nothing that it adapts. {'. '.join(reasons(refused))}"
             )
         raise TargetError(f"target {pattern!r} matches no layer of the model.{self._hint(pattern)}")
 
+    def _match(self, pattern: str) -> tuple[set[str], dict[str, str]]:
+        if pattern in PRESETS and pattern not in self.modules:
+            return self._by_preset(re.compile(PRESETS[pattern]))
+        if pattern.startswith("re:"):
+            return self._by_name(_regex(pattern[3:]))
+        if any(c in pattern for c in "*?["):
+            return self._by_name(re.compile(fnmatch.translate(pattern)))
+        if pattern in self.sites:
+            return {pattern}, {}
+        if pattern in self.modules:
+            return self._inside([pattern])
+        # Every class that a module is an instance of counts: "Linear" finds subclasses of nn.Linear too
+        typed = [name for name, module in self.modules.items() if pattern in _class_names(module)]
+        return self._inside(typed) if typed else self._by_name(re.compile(rf".*\.{re.escape(pattern)}"))
+
     def _by_name(self, regex: re.Pattern[str]) -> tuple[set[str], dict[str, str]]:
+        """The sites and the modules whose whole name matches."""
         found = {site for site in self.sites if regex.fullmatch(site)}
         refused: dict[str, str] = {}
         for name, module in self.modules.items():
@@ -76,53 +103,65 @@ class Selector:
                 refused[name] = reason
         return found, refused
 
-    def _exactly(self, pattern: str) -> tuple[set[str], dict[str, str]]:
-        if pattern in self.sites:
-            return {pattern}, {}
-        named = [pattern] if pattern in self.modules else []
-        # typed: every class a module is an instance of counts, so "Linear" finds subclasses of nn.Linear too
-        typed = [n for n, m in self.modules.items() if any(c.__name__ == pattern for c in type(m).__mro__)]
-        found: set[str] = set()
-        refused: dict[str, str] = {}
-        for name in named or typed:
-            inside = self.within.get(self.canonical[name], [])
-            found.update(inside)
-            if not inside:
-                refused[name] = why_not(self.modules[name]) or "there is no Linear or convolution inside it"
-        return found, refused
+    def _inside(self, names: Iterable[str]) -> tuple[set[str], dict[str, str]]:
+        """All sites inside the modules of these names; a module without any is refused."""
+        inside = {name: self.within.get(self.canonical[name], []) for name in names}
+        refused = {
+            name: why_not(self.modules[name]) or "there is no Linear or convolution inside it"
+            for name, found in inside.items()
+            if not found
+        }
+        return {site for found in inside.values() for site in found}, refused
 
-    def _inside_classes(self, classes: re.Pattern[str]) -> tuple[set[str], dict[str, str]]:
-        holders = [n for n, m in self.modules.items() if any(classes.fullmatch(c.__name__) for c in _own_classes(m))]
+    def _by_preset(self, classes: re.Pattern[str]) -> tuple[set[str], dict[str, str]]:
+        """All sites inside the modules of these classes but the output head, which is refused."""
+        holders = [name for name, module in self.modules.items() if any(map(classes.fullmatch, _class_names(module)))]
         found = {site for name in holders for site in self.within.get(self.canonical[name], [])}
-        refused = {}
-        for name, module in self.modules.items():
-            matrices = any(p is not None and p.dim() > 1 for p in module._parameters.values())
-            if matrices and not self.within.get(name) and any(_inside(name, holder) for holder in holders):
-                reason = why_not(module)
-                if reason is not None:
-                    refused[name] = reason
-        return found, refused
+        refused = {
+            name: reason
+            for name, module in self.modules.items()
+            if _holds_matrices(module) and not self.within.get(name) and any(_below(name, h) for h in holders)
+            if (reason := why_not(module)) is not None
+        }
+        heads = found & self._output_heads()
+        return found - heads, refused | dict.fromkeys(sorted(heads), _HEAD)
+
+    def _output_heads(self) -> set[str]:
+        """The sites of output embeddings, as the models of transformers name them by a method."""
+        getters = [getattr(module, "get_output_embeddings", None) for module in self.modules.values()]
+        heads = {id(getter()) for getter in getters if callable(getter)}
+        return {site.name for site in self.sites.values() if id(site.module) in heads}
 
     def _hint(self, pattern: str) -> str:
+        """What the user may have meant, of what would be selected."""
         if not self.sites:
             return " It has no Linear or convolution at all."
-        tails = {name: name.rsplit(".", 1)[-1] for name in self.sites}
-        if any(tail == pattern for tail in tails.values()):
-            return f" Layers of that last name are matched by '*.{pattern}'."
-        classes = {c.__name__ for m in self.modules.values() for c in _own_classes(m)}
-        hint = did_you_mean(pattern, [*self.modules, *self.sites, *classes, *PRESETS, *tails.values()])
+        if pattern == "all-linear":
+            return _ALL_LINEAR
+        holders = [name for name in self.modules if name and self.within.get(self.canonical[name])]
+        if any(name.endswith(f".{pattern}") for name in holders):
+            return f" The layers inside modules of that last name are matched by '*.{pattern}.*'."
+        classes = [name for holder in holders for name in _class_names(self.modules[holder])]
+        presets = [preset for preset in PRESETS if preset != pattern and self._match(preset)[0]]
+        ends = [name.rpartition(".")[2] for name in self.sites]
+        hint = did_you_mean(pattern, dict.fromkeys([*holders, *self.sites, *classes, *presets, *ends]))
         return hint or f" Its layers are named like {', '.join(map(repr, list(self.sites)[:3]))}."
 
 
-def _inside(name: str, holder: str) -> bool:
-    """Whether a module of that name is the holder or below it."""
+def _below(name: str, holder: str) -> bool:
+    """Whether a module of that name is the holder or inside it."""
     return not holder or name == holder or name.startswith(f"{holder}.")
 
 
-def _own_classes(module: nn.Module) -> list[type]:
-    """The module's classes below nn.Module."""
-    mro = type(module).__mro__
-    return list(mro[: mro.index(nn.Module)])
+def _holds_matrices(module: nn.Module) -> bool:
+    """Whether the module has a parameter of two or more dimensions."""
+    return any(p is not None and p.dim() > 1 for p in module._parameters.values())
+
+
+def _class_names(module: nn.Module) -> list[str]:
+    """The names of the module's classes below nn.Module, without what wrapping made of them."""
+    mro = (base_class(module) if isinstance(module, Adapted) else type(module)).__mro__
+    return [cls.__name__ for cls in mro[: mro.index(nn.Module)]]
 
 
 def _regex(source: str) -> re.Pattern[str]:
@@ -133,6 +172,7 @@ def _regex(source: str) -> re.Pattern[str]:
 
 
 def patterns(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one pattern or several as a tuple; raises TargetError unless they are strings."""
     given = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else (value,)
     if not all(isinstance(p, str) and p for p in given):
         raise TargetError(f"targets are strings, {value!r} was given")
@@ -140,7 +180,7 @@ def patterns(value: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def tied_with(model: nn.Module, targeted: Sequence[Site]) -> dict[str, str]:
-    """Targeted site -> the names of other parameters with the same memory."""
+    """Return, for each targeted site that shares its memory, the names of the other parameters in it."""
     owners: dict[Any, list[str]] = {}
     for module_name, module in model.named_modules():
         for parameter_name, parameter in module._parameters.items():
@@ -156,6 +196,7 @@ def tied_with(model: nn.Module, targeted: Sequence[Site]) -> dict[str, str]:
 
 
 def _memory(parameter: torch.Tensor) -> Any:
+    """What two parameters have in common if one is written through the other."""
     if parameter.is_meta or parameter.numel() == 0:
         return id(parameter)
     try:
@@ -164,7 +205,16 @@ def _memory(parameter: torch.Tensor) -> Any:
         return id(parameter)
 
 
+def reasons(refused: Mapping[str, str]) -> list[str]:
+    """Return one line for each reason: the first names that are refused for it, and the reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        names.setdefault(reason, []).append(name or "the model")
+    return [f"{listed(own)}: {reason}" for reason, own in names.items()]
+
+
 def listed(items: Iterable[str], most: int = 3) -> str:
+    """Return the first items in one line, and how many more there are."""
     items = list(items)
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return "; ".join(items[:most]) + more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,11 +60,28 @@ def dotted(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
+def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the model's modules by name, in order, without adapters and what is inside them.
+
+    Args:
+        every_name: a module in several places comes under each of its names, not just the first.
+    """
+    adapters = {
+        id(inside)
+        for module in model.modules()
+        if "adapter_state" in module.__dict__
+        for inside in module.get_submodule("adapters").modules()
+    }
+    for name, module in model.named_modules(remove_duplicate=not every_name):
+        if id(module) not in adapters:
+            yield name, module
+
+
 def sites(model: nn.Module) -> dict[str, Site]:
     """Every weight that can be adapted, by name, in the order of the model's modules."""
     found: dict[str, Site] = {}
     read = _read_by_their_parent(model)
-    for name, module in model.named_modules():
+    for name, module in base_modules(model):
         for slot_name, slot in slots(module).items():
             full = dotted(name, slot_name)
             state = module.__dict__.get("adapter_state")  # an adapted module stays as it was adapted first

@@ -88,6 +88,8 @@ MLP = [f"blocks.{i}.mlp.{p}" for i in range(2) for p in ("up", "down")]
     [
         (["blocks.0.attn.to_q"], Q[:1]),
         (["*.to_q"], Q),
+        (["to_q"], Q),
+        (["attn.to_q"], Q),
         (["*.to_[qk]"], [n for n in ATTENTION if n[-1] in "qk"]),
         ([r"re:blocks\.\d\.attn\.to_q"], Q),
         (["Attention"], ATTENTION),
@@ -114,7 +116,7 @@ def test_exclude(net: Net) -> None:
     "targets, exclude, said",
     [
         ("*.to_qq", (), "matches no layer"),
-        ("to_q", (), "'*.to_q'"),
+        ("attn", (), "'*.attn.*'"),
         ("blocks.0.attn.to_p", (), "blocks.0.attn.to_"),
         ("Atention", (), "Attention"),
         ("re:(", (), "not a regular expression"),
