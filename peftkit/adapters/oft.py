@@ -181,7 +181,7 @@ class _Cayley(torch.autograd.Function):
         g, KT = grads[0].flatten(0, -3), K.mT.flatten(0, -3)
         left = torch.baddbmm(g, KT, g, alpha=0.5)  # (I + K/2)ᵀ·g
         gQ = torch.baddbmm(left, left, KT, beta=2.0)
-        return (gQ - gQ.mT).flatten(1).index_select(1, upper).unflatten(0, K.shape[:-2]), None, None
+        return (gQ - gQ.mT).flatten(1).index_select(1, upper).view(*K.shape[:-2], len(upper)), None, None
 
 
 def _series(Q: Tensor, terms: int) -> Tensor:

@@ -13,6 +13,7 @@ from peftkit.geometry import Geometry
 from peftkit.kernels import outputs
 from peftkit.kernels.blocks import row_blocks, row_dots
 from peftkit.kernels.cache import cached_without_grad
+from peftkit.kernels.torch_private import eager
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -50,7 +51,7 @@ class Decomposed(Delta):
         return v if self.columns else v[block, None]
 
     def dense(self) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not eager():
             scaled = self._along(self.f) * self.V.dense()
             return torch.addcmul(scaled, self.W.to(scaled.dtype), self._along(self.e))
         return self.dense_blockwise()

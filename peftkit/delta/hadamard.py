@@ -14,7 +14,7 @@ from peftkit.geometry import Geometry
 from peftkit.kernels import fused, operators
 from peftkit.kernels.blocks import BLOCK
 from peftkit.kernels.cache import cached_without_grad
-from peftkit.kernels.torch_private import transformed
+from peftkit.kernels.torch_private import eager, transformed
 
 #: the highest rank at which a 4096² ΔW in bf16 is built faster as one product of rank r²: in 19 ms in place of 41 where
 #: the processor has matrix units, and as fast where it has none
@@ -51,7 +51,7 @@ class Hadamard(Delta):
     def dense(self) -> Tensor:
         if not self._plain():
             return operators.differentiable_hadamard(None, self.factors, 1.0)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not eager():
             return self.rows(slice(None))
         # One product of 16-bit numbers is less than a pass over two; fp16 is slow to multiply on a processor
         if self.dtype == torch.bfloat16 and self.rank <= _NARROW:

@@ -12,6 +12,7 @@ from peftkit.delta.base import Delta, WeightCache, total
 from peftkit.geometry import Geometry
 from peftkit.kernels import outputs
 from peftkit.kernels.blocks import row_blocks
+from peftkit.kernels.torch_private import eager
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -47,7 +48,7 @@ class Rotation(Delta):
         return self.K.shape[-1]
 
     def dense(self) -> Tensor:
-        return self.rows(slice(0, self.shape[0])) if torch.is_grad_enabled() else self.dense_blockwise()
+        return self.rows(slice(0, self.shape[0])) if torch.is_grad_enabled() or not eager() else self.dense_blockwise()
 
     def scaled(self, strength: float | Tensor) -> Rotation:
         return replace(self, K=self.K * strength)

@@ -49,7 +49,8 @@ def as_planes(x: Tensor, run: int, spatial: int) -> Tensor:
 
 def as_blocks(x: Tensor, K: Tensor, spatial: int) -> Tensor:
     """Rearrange "… (k b) *s -> k (… *s) b" for K (k, b, b); of innermost channels a view."""
-    return as_tokens(x, K.shape[0] * K.shape[-1], spatial).unflatten(1, (K.shape[0], -1)).transpose(0, 1)
+    rows = as_tokens(x, K.shape[0] * K.shape[-1], spatial)
+    return rows.view(len(rows), K.shape[0], K.shape[-1]).transpose(0, 1)
 
 
 def beside(v: Tensor, spatial: int) -> Tensor:

@@ -117,6 +117,7 @@ def pair_gradients(
     gradient: Tensor, F: Tensor, G: Tensor, dim: int, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of F and G in khatri_rao(F, G, dim), where wanted, given the gradient of the result."""
-    pairs = gradient.to(F.dtype).unflatten(dim, (F.shape[dim], G.shape[dim]))
+    shape = gradient.shape  # .unflatten has no rule for a batch of gradients
+    pairs = gradient.to(F.dtype).reshape(*shape[:dim], F.shape[dim], G.shape[dim], *shape[dim + 1 :])
     gF = (pairs * G.unsqueeze(dim)).sum(dim + 1) if wanted[0] else None
     return gF, (pairs * F.unsqueeze(dim + 1)).sum(dim) if wanted[1] else None

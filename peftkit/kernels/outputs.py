@@ -50,7 +50,7 @@ class _Rotated(torch.autograd.Function):
                 gK = torch.bmm(as_blocks(g, K, spatial).mT, as_blocks(y, K, spatial))
             else:
                 pair = as_planes(g, K.shape[-1], spatial), as_planes(y, K.shape[-1], spatial)
-                gK = torch.bmm(pair[0], pair[1].mT).unflatten(0, (-1, len(K))).sum(0)
+                gK = torch.bmm(pair[0], pair[1].mT).view(-1, *K.shape).sum(0)
         if bias is not None and (for_K or for_bias):
             total = over_channels(g, spatial).view(len(K), -1, 1).to(K.dtype)
             if gK is not None:
