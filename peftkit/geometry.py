@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -200,9 +199,10 @@ class Geometry:
             channels = A.shape[1] // self.shape.positions
             own, kernel = (self._folded(gh, len(A)), self._folded(x, channels)), self._kernel(A, 1)
         else:
-            own, kernel = (gh.unflatten(-1, (-1, len(A))), x.unflatten(-1, (-1, A.shape[1]))), A
+            runs = (t.reshape(*t.shape[:-1], -1, width) for t, width in ((gh, len(A)), (x, A.shape[1])))
+            own, kernel = tuple(runs), A
         gx, gA = self.gradients(*own, kernel, for_x)
-        return gx if gx is None else gx.reshape(x.shape), gA.flatten(1)
+        return gx if gx is None else gx.reshape(x.shape), gA.reshape(len(gA), -1)
 
     def _folded(self, x: Tensor, channels: int) -> Tensor:
         """(…, a·channels, *s) -> (b·a, channels, *s): every run an item of the batch, one small convolution for all."""
@@ -261,11 +261,11 @@ class Geometry:
         """How many output positions the layer computes for x: tokens, or pixels of the whole batch."""
         if not self.spatial:
             return x.numel() // x.shape[-1]
-        batch = x.shape[: -self.spatial - 1].numel()
-        size = x.shape[-self.spatial :]
-        if self.transposed:
-            return batch * math.prod(map(operator.mul, size, self.stride))
-        return batch * math.prod(map(lambda n, s: -(-n // s), size, self.stride))
+        count = x.shape[: -self.spatial - 1].numel()
+        for i, stride in enumerate(self.stride):  # a loop, since torch.compile follows no product of a generator
+            n = x.shape[i - self.spatial]
+            count *= n * stride if self.transposed else -(-n // stride)
+        return count
 
 
 def of(layer: nn.Module) -> Geometry:

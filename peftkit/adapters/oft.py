@@ -178,10 +178,11 @@ class _Cayley(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         K, upper = ctx.saved_tensors
-        g, KT = grads[0].flatten(0, -3), K.mT.flatten(0, -3)
+        b = K.shape[-1]  # reshape, since .flatten has no rule for a batch of gradients
+        g, KT = grads[0].reshape(-1, b, b), K.mT.reshape(-1, b, b)
         left = torch.baddbmm(g, KT, g, alpha=0.5)  # (I + K/2)ᵀ·g
         gQ = torch.baddbmm(left, left, KT, beta=2.0)
-        return (gQ - gQ.mT).flatten(1).index_select(1, upper).view(*K.shape[:-2], len(upper)), None, None
+        return (gQ - gQ.mT).reshape(-1, b * b).index_select(1, upper).view(*K.shape[:-2], len(upper)), None, None
 
 
 def _series(Q: Tensor, terms: int) -> Tensor:

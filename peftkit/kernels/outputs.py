@@ -55,7 +55,7 @@ class _Rotated(torch.autograd.Function):
             total = over_channels(g, spatial).view(len(K), -1, 1).to(K.dtype)
             if gK is not None:
                 gK = gK - total * bias.to(K.dtype).view(len(K), 1, -1)
-            gbias = -(K.mT @ total).flatten().to(bias.dtype) if for_bias else None
+            gbias = -(K.mT @ total).reshape(-1).to(bias.dtype) if for_bias else None
         return gy, gK, gbias, None
 
 
