@@ -199,8 +199,8 @@ class Geometry:
             channels = A.shape[1] // self.shape.positions
             own, kernel = (self._folded(gh, len(A)), self._folded(x, channels)), self._kernel(A, 1)
         else:
-            runs = (t.reshape(*t.shape[:-1], -1, width) for t, width in ((gh, len(A)), (x, A.shape[1])))
-            own, kernel = tuple(runs), A
+            runs_of_h, runs_of_x = (*gh.shape[:-1], -1, len(A)), (*x.shape[:-1], -1, A.shape[1])
+            own, kernel = (gh.reshape(runs_of_h), x.reshape(runs_of_x)), A
         gx, gA = self.gradients(*own, kernel, for_x)
         return gx if gx is None else gx.reshape(x.shape), gA.reshape(len(gA), -1)
 

@@ -13,6 +13,7 @@ from peftkit.delta import Decomposed, Delta
 from peftkit.delta.base import recomputed
 from peftkit.geometry import Shape
 from peftkit.kernels.blocks import row_sqnorms
+from peftkit.kernels.torch_private import constant
 
 
 @registry.register("dora")
@@ -81,7 +82,7 @@ class DoRA(Adapter):
         own = self._base_sqnorms(weight)
         if self.detach_norm:
             with torch.no_grad():
-                cross, squares = V.column_moments(weight) if self.columns else V.moments(weight)
+                cross, squares = map(constant, V.column_moments(weight) if self.columns else V.moments(weight))
         else:  # the norm takes part in the gradient, but nothing of the size of W waits for it
             cross, squares = recomputed(lambda W: self._moments(V, W), weight, lambda: V.factors)
         # t = m/‖W + V‖ is (1 + a)·(1 + b) with 1 + a = m/‖W‖ and 1 + b = ‖W‖/‖W + V‖ on the norms of the base it was

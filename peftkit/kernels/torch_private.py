@@ -32,6 +32,13 @@ def transformed() -> bool:
     return not _compiling() and _transforming()
 
 
+def constant(tensor: Tensor) -> Tensor:
+    """Return the tensor as a constant to backward and, which `detach` does not, to forward-mode AD."""
+    if not _compiling() and forward_ad._current_level >= 0:
+        tensor = forward_ad.unpack_dual(tensor).primal
+    return tensor.detach()
+
+
 def version(tensor: Tensor) -> int | None:
     """Return how often autograd has seen the tensor written to; None for an inference tensor, which counts nothing."""
     return None if tensor.is_inference() else tensor._version
