@@ -1,5 +1,6 @@
 # make demo   set up .venv and run the main job on real digits      make test       set up .venv, lint, types, tests
 # make demo-text   the same with a real language model              make test-full  the long sweeps too
+# make docs   build the site of docs/ into site/
 # make laws   print adapter × layer × law                           make bench      the measurements in benchmarks/
 # make evidence   train 156 runs past overfitting and judge the monitor's rules by them (hours)
 
@@ -11,7 +12,7 @@ STEPS := 320x320@64,320x320@512,320x320@2048,1280x1280@64,1280x1280@512,1280x128
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-text test test-full laws bench evidence readme format clean
+.PHONY: demo demo-text docs test test-full laws bench evidence readme format clean
 
 $(VENV)/ready-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,7 +26,10 @@ demo-text: $(VENV)/ready-text
 	$(BIN)/python scripts/fetch_assets.py
 	$(BIN)/python examples/text_minilm.py
 
-test: $(VENV)/ready-dev
+docs: $(VENV)/ready-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build --strict
+
+test: $(VENV)/ready-dev docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
@@ -66,4 +70,4 @@ format: $(VENV)/ready-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) out .assets
+	rm -rf $(VENV) out site .assets

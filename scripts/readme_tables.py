@@ -1,13 +1,18 @@
-"""Renew the generated tables of README.md: parameters of each adapter, and what the last `make demo` measured.
+"""Renew the generated parts of README.md and docs/: what adapters cost, which program reads them, what was measured.
 
-python scripts/readme_tables.py
+    python scripts/readme_tables.py
+
+A generated part stands between <!-- name --> and <!-- /name -->. Numbers come from benchmarks/results/ and, for the
+digits, from the last `make demo`; what programs read comes from exporting and reading (scripts/support_table.py).
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +87,8 @@ def replaced(text: str, name: str, table: str) -> str:
     """The text with what stands between <!-- name --> and <!-- /name --> replaced."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    assert pattern.search(text), f"README.md has no {start}"
-    return pattern.sub(lambda _: f"{start}\n{table}\n{end}", text)
+    assert pattern.search(text), f"there is no {start} in the document"
+    return pattern.sub(lambda _: f"{start}\n\n{table}\n\n{end}", text)
 
 
 def checkpoint_line(measured: dict[str, dict[str, Any]]) -> str:
@@ -315,31 +320,93 @@ def shortcuts_table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in found["shortcuts"].items())])
 
 
+def headlines(unet: list[Row], merges: list[Row], steps: list[Row]) -> str:
+    """Three comparisons with the peers, for README.md."""
+    dora = next(row for row in unet if row.kind == "dora")
+    lora = next(row for row in merges if row.kind == "lora")
+    against_peers = [row.against_best for row in steps if row.against_best is not None]
+    near = sum(ratio <= 1.1 for ratio in against_peers)
+    ours, peft = (f"{dora.ratio[way].median:.2f} ({dora.memory[way]:.0f} MB)" for way in ("ours", "peft"))
+    seconds = {way: lora.ratio[way].median * lora.reference_ms / 1e3 for way in ("ours", "lycoris", "peft")}
+    merging = ", ".join(f"{name} {seconds[name]:.2g} s ({lora.memory[name]:.0f} MB)" for name in ("lycoris", "peft"))
+    weights = lora.case.partition(": ")[2].partition(" layers")[0]
+    return "\n".join(
+        [
+            f"- A training step of SD 1.5's U-Net with DoRA takes {ours} times the frozen model's; with peft {peft}. "
+            "In brackets: what waits for backward.",
+            f"- Merging a LoRA for good into that U-Net's {weights} weights takes {seconds['ours']:.2g} s and "
+            f"{lora.memory['ours']:.0f} MB; {merging}.",
+            f"- A training step of one layer is the fastest or within 10 % of it in {near} of {len(against_peers)} "
+            "cells (kinds × layers × fp32 and bf16), against lycoris, its bypass and peft.",
+        ]
+    )
+
+
 def measured(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def compared(name: str) -> list[Row]:
+    """The rows of a file of `peftkit bench`."""
+    return read(RESULTS / f"{name}.json")
+
+
+#: document -> generated part -> what makes it; these take seconds together
+MEASURED: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "adapters": lambda: adapters_table(),
+        "headlines": lambda: headlines(compared("unet"), compared("merge"), compared("step")),
+    },
+    "docs/algorithms/index.md": {"adapters": lambda: adapters_table()},
+    "docs/benchmarks/training.md": {
+        "step": lambda: step_table(compared("step")),
+        "unet": lambda: unet_table(compared("unet")),
+        "overhead": lambda: overhead_table(measured("overhead")),
+        "routes": lambda: routes_line(measured("routes")),
+    },
+    "docs/benchmarks/merging.md": {
+        "merge": lambda: merge_table([*compared("merge"), *compared("merge-oft")]),
+        "checkpoint": lambda: checkpoint_line(measured("checkpoint")),
+        "ops": lambda: ops_table(compared("ops")),
+        "shortcuts": lambda: shortcuts_table(measured("shortcuts")),
+    },
+    "docs/benchmarks/monitor.md": {
+        "stopping": lambda: stopping(measured("early_stopping")),
+        "watching": lambda: watching_table(measured("monitor")),
+    },
+}
+
+
+def support() -> dict[str, dict[str, Callable[[], str]]]:
+    """As MEASURED, of what programs read: this exports and reads every cell, which takes half a minute."""
+    parts: dict[str, dict[str, Callable[[], str]]] = {
+        "README.md": {"support": support_table.short},
+        "docs/guides/programs.md": {"support": support_table.table},
+    }
+    for kind in pk.kinds():
+        parts[f"docs/algorithms/{kind}.md"] = {"support": functools.partial(support_table.table_of, kind)}
+    return parts
+
+
+def renewed(document: str, parts: dict[str, Callable[[], str]]) -> str:
+    """The document's text with its generated parts made again."""
+    text = (ROOT / document).read_text()
+    for name, make in parts.items():
+        text = replaced(text, name, make())
+    return text
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = replaced(readme.read_text(), "adapters", adapters_table())
-    text = replaced(text, "support", support_table.table())
-    text = replaced(text, "checkpoint", checkpoint_line(measured("checkpoint")))
-    text = replaced(text, "stopping", stopping(measured("early_stopping")))
-    text = replaced(text, "watching", watching_table(measured("monitor")))
-    text = replaced(text, "step", step_table(read(RESULTS / "step.json")))
-    text = replaced(text, "unet", unet_table(read(RESULTS / "unet.json")))
-    text = replaced(text, "overhead", overhead_table(measured("overhead")))
-    text = replaced(text, "routes", routes_line(measured("routes")))
-    text = replaced(text, "shortcuts", shortcuts_table(measured("shortcuts")))
-    text = replaced(text, "merge", merge_table([*read(RESULTS / "merge.json"), *read(RESULTS / "merge-oft.json")]))
-    text = replaced(text, "ops", ops_table(read(RESULTS / "ops.json")))
-    if (DEMO / "table.json").exists():
-        text = replaced(text, "digits", digits_table(json.loads((DEMO / "table.json").read_text())))
-        shutil.copy(DEMO / "samples.png", ROOT / "docs" / "digits.png")
-        shutil.copy(DEMO / "monitor.png", ROOT / "docs" / "monitor.png")
-    else:
-        print("no out/digits/table.json: run make demo to renew that table")
-    readme.write_text(text)
+    for document, parts in [*MEASURED.items(), *support().items()]:
+        (ROOT / document).write_text(renewed(document, parts))
+    if not (DEMO / "table.json").exists():
+        print("no out/digits/table.json: run make demo to renew the table of the digits")
+        return
+    digits = json.loads((DEMO / "table.json").read_text())
+    document = "docs/algorithms/index.md"
+    (ROOT / document).write_text(renewed(document, {"digits": lambda: digits_table(digits)}))
+    shutil.copy(DEMO / "samples.png", ROOT / "docs" / "digits.png")
+    shutil.copy(DEMO / "monitor.png", ROOT / "docs" / "monitor.png")
 
 
 if __name__ == "__main__":

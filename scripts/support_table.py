@@ -1,4 +1,4 @@
-"""Print which program reads which adapter how, for README.md between <!-- support --> and <!-- /support -->.
+"""Print which program reads which adapter how, as docs/guides/programs.md has it (scripts/readme_tables.py writes it).
 
     python scripts/support_table.py
 
@@ -9,7 +9,9 @@ fails.
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -43,28 +45,48 @@ RARE = {
     "transposed": "transposed convolutions",
 }
 
+LEGEND = (
+    "*exact*: in the program's own structure. *low rank*: as a LoRA of the same ΔW, or ΔW itself, on any base. "
+    "*baked*: as ΔW on the base it was exported with."
+)
+#: footnote marks at the end of a cell
+_MARKS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹˒]+")
+
 
 def table() -> str:
-    """The table and its footnotes, in Markdown."""
+    """The table with its footnotes and what is refused, in Markdown."""
+    lines, notes = _table(ROWS)
+    return "\n".join([*lines, "", LEGEND, *_footnotes(notes), "", *_refusals()]).rstrip()
+
+
+def table_of(kind: str) -> str:
+    """The rows of one kind with their footnotes."""
+    own = {row: cases for row, cases in ROWS.items() if f"`{kind}`" in row.partition(" of ")[0]}
+    lines, notes = _table(own)
+    return "\n".join([*lines, *_footnotes(notes)]).rstrip()
+
+
+def short() -> str:
+    """The table without footnotes: a cell that depends on options or on the layer ends in an asterisk."""
+    lines, _ = _table(ROWS)
+    return "\n".join([*(_MARKS.sub("\\\\*", line) for line in lines), "", LEGEND])
+
+
+def _table(chosen: Mapping[str, Mapping[str, str]]) -> tuple[list[str], list[str]]:
     titles = [target.title for target in TARGETS.values()]
     lines = [f"| adapter | {' | '.join(titles)} |", "| --- |" + " --- |" * len(titles)]
     notes: list[str] = []
-    for row, cases in ROWS.items():
+    for row, cases in chosen.items():
         shown = [_shown(cases, target, notes) for target in TARGETS]
         lines.append(f"| {row} | {' | '.join(shown)} |")
-    lines += [
-        "",
-        "*exact*: in the program's own structure. *low rank*: as a LoRA of the same ΔW, or ΔW itself, on any base. "
-        "*baked*: as ΔW on the base it was exported with.",
-        "",
-        *(f"{_mark(number)} {note}.  " for number, note in enumerate(notes, 1)),
-        "",
-        *_refusals(),
-    ]
-    return "\n".join(lines).rstrip()
+    return lines, notes
 
 
-def _shown(cases: dict[str, str], target: str, notes: list[str]) -> str:
+def _footnotes(notes: Sequence[str]) -> list[str]:
+    return ["", *(f"{_mark(number)} {note}.  " for number, note in enumerate(notes, 1))] if notes else []
+
+
+def _shown(cases: Mapping[str, str], target: str, notes: list[str]) -> str:
     """What the first case is, marked with footnotes where that depends on the layer or on options."""
     found = {(case, layer): cell(case, target, layer) for case in cases for layer in LAYERS if exists(case, layer)}
     first = next(iter(found.values()))
@@ -87,7 +109,7 @@ def _shown(cases: dict[str, str], target: str, notes: list[str]) -> str:
     return first.how + "˒".join(dict.fromkeys(marks))
 
 
-def _where(at: list[tuple[str, str]], found: dict[tuple[str, str], Outcome], cases: dict[str, str]) -> str:
+def _where(at: list[tuple[str, str]], found: dict[tuple[str, str], Outcome], cases: Mapping[str, str]) -> str:
     """ " with rescale=True", " on a 3×3 convolution", or both."""
     parts: list[str] = []
     for case in dict.fromkeys(case for case, _ in at):
