@@ -19,7 +19,19 @@ class CheckError(PeftkitError, RuntimeError):
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Adapters as "weight[name]", sorted out by what happened to them."""
+    """Say which adapters take part in training, each as "<weight>[<name>]". str(report) lists those that do not.
+
+    Attributes:
+        ran: adapters that were called in forward.
+        never_ran: adapters that were not.
+        no_gradient: adapters that ran, and whose parameters got no gradient other than zero.
+
+    Example:
+        >>> model = nn.Linear(8, 8)
+        >>> _ = pk.wrap(model, "lora", rank=2)
+        >>> print(pk.check(model, torch.randn(2, 8)))
+        1 of 1 adapters ran and got a gradient
+    """
 
     ran: tuple[str, ...]
     never_ran: tuple[str, ...]
@@ -27,6 +39,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
+        """Whether every adapter ran and got a gradient."""
         return not self.never_ran and not self.no_gradient
 
     def __str__(self) -> str:
@@ -40,10 +53,28 @@ class CheckReport:
 def check(
     model: nn.Module, batch: Any, *, loss: Callable[[Any], Tensor] | None = None, name: str | None = None
 ) -> CheckReport:
-    """Run the model once forward and backward and list adapters that never ran or got no gradient.
+    """Run the model once forward and backward, and report the adapters that never ran or got no gradient.
 
-    batch: a tensor, a tuple of positional arguments, or a dict of keyword arguments. loss: of the model's output; by
-    default the sum of squares of all its floating point tensors. Gradients, buffers and random state are put back.
+    Gradients, buffers and the random state are put back.
+
+    Args:
+        model: a wrapped model.
+        batch: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        loss: of the model's output; by default the sum of squares of all its floating point tensors.
+        name: of one adapter; by default all.
+
+    Returns:
+        The report; `ok` is True where every adapter ran and got a gradient.
+
+    Raises:
+        UnknownAdapterError: there is no adapter of that name, or none at all.
+        CheckError: the output has no floating point tensor, or depends on no trainable parameter.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        >>> _ = pk.wrap(model, "lora", rank=2)
+        >>> pk.check(model, torch.randn(2, 8)).ok
+        True
     """
     names = names_of(model, name)
     watched = [(f"{at.site}[{at.name}]", at.adapter) for at in installed_adapters(model, names)]

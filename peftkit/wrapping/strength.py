@@ -23,7 +23,23 @@ def require_strength(strength: float) -> None:
 
 
 def set_strength(model: nn.Module, strength: float, name: str | None = None) -> None:
-    """λ of one adapter, or of all: the layer's weight is W + λ·ΔW. Any finite number; 0 is the base itself."""
+    """Set λ of one adapter, or of all: the layer's weight is W + λ·ΔW.
+
+    Args:
+        model: a wrapped model.
+        strength: λ, any finite number: 1 is the adapter as trained, 0 the base itself, bit for bit.
+        name: of one adapter; by default all.
+
+    Raises:
+        OptionError: strength is not a finite number.
+        UnknownAdapterError: there is no adapter of that name, or none at all.
+        MergeStateError: the adapter is merged into a weight: restore first.
+
+    Example:
+        >>> model = nn.Linear(8, 8)
+        >>> _ = pk.wrap(model, "lora", rank=2)
+        >>> pk.set_strength(model, 0.5)
+    """
     require_strength(strength)
     names = names_of(model, name)
     for host_name, host in adapted_modules(model).items():
@@ -41,14 +57,49 @@ def set_strength(model: nn.Module, strength: float, name: str | None = None) -> 
 
 @contextmanager
 def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
-    """Inside, one adapter, or all, does not act. Blocks may nest, and an exception leaves nothing disabled."""
+    """Make a block inside which one adapter, or all, does not act.
+
+    Blocks may nest, and an exception leaves nothing disabled.
+
+    Args:
+        model: a wrapped model.
+        name: of one adapter; by default all.
+
+    Raises:
+        UnknownAdapterError: there is no adapter of that name, or none at all.
+        MergeStateError: the adapter is merged into a weight: restore first.
+
+    Example:
+        >>> model = nn.Linear(8, 8)
+        >>> _ = pk.wrap(model, "lora", rank=2)
+        >>> with pk.disabled(model):
+        ...     base = model(torch.ones(8))
+    """
     with _hidden(model, names_of(model, name)):
         yield
 
 
 @contextmanager
 def enabled(model: nn.Module, *names: str) -> Iterator[None]:
-    """Inside, only these adapters act. Blocks may nest with each other and with `disabled`."""
+    """Make a block inside which only the named adapters act; with no name, none does.
+
+    Blocks may nest with each other and with `disabled`, and an exception leaves nothing disabled.
+
+    Args:
+        model: a wrapped model.
+        *names: of adapters.
+
+    Raises:
+        UnknownAdapterError: there is no adapter of one of the names.
+        MergeStateError: another adapter is merged into a weight: restore first.
+
+    Example:
+        >>> model = nn.Linear(8, 8)
+        >>> for name in ("style", "subject"):
+        ...     _ = pk.wrap(model, "lora", rank=2, name=name)
+        >>> with pk.enabled(model, "style"):
+        ...     y = model(torch.ones(8))
+    """
     known = names_of(model)
     for name in names:
         names_of(model, name)

@@ -31,13 +31,48 @@ _TRAINABLE = "_peftkit_trainable"
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
-    """The trainable parameters of all adapters, or of one: what an optimiser takes."""
+    """Return the trainable parameters of all adapters, or of one: what an optimiser takes.
+
+    Args:
+        model: a wrapped model.
+        name: of one adapter; by default all.
+
+    Returns:
+        The parameters that require gradients, each once.
+
+    Raises:
+        UnknownAdapterError: there is no adapter of that name, or none at all.
+
+    Example:
+        >>> model = nn.Linear(8, 8)
+        >>> _ = pk.wrap(model, "lora", rank=2)
+        >>> optimizer = torch.optim.AdamW(pk.adapter_parameters(model), lr=1e-3)
+        >>> sorted(tuple(p.shape) for p in pk.adapter_parameters(model))
+        [(2, 8), (8, 2)]
+    """
     installed = installed_adapters(model, names_of(model, name))
     return list(dict.fromkeys(p for at in installed for p in at.adapter.parameters() if p.requires_grad))
 
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """{weight.parameter: tensor} of one adapter; `name` may be left out where there is only one."""
+    """Return the tensors of one adapter by name, "<weight>.<tensor>": parameters and buffers, not copied.
+
+    Args:
+        model: a wrapped model.
+        name: of the adapter; may be left out where there is only one.
+
+    Returns:
+        Name -> tensor. `peftkit.save` writes them to a file with what it takes to read them back.
+
+    Raises:
+        UnknownAdapterError: there is no adapter of that name, or several and none is named.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = pk.wrap(model, "lora", rank=2)
+        >>> sorted(pk.adapter_state_dict(model))
+        ['0.down', '0.up']
+    """
     return {
         dotted(at.site, key): tensor
         for at in installed_adapters(model, [one_name(model, name)])
@@ -58,11 +93,62 @@ def wrap(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Plan:
-    """Put an adapter on every targeted layer and freeze the rest. See `plan` for targets and what raises.
+    """Put an adapter on every targeted layer, in place, and freeze the rest of the model.
 
-    The model computes what it computed before, bit for bit, until the adapters are trained. Nothing is changed if
-    anything raises. The first wrap freezes the whole model; make a new head trainable after it.
-    route: "auto" chooses per call between the factored and the dense route; naming one pins it.
+    Until it is trained, an adapter changes no bit of the model's output. The first wrap freezes all the model's
+    parameters: make a new head trainable after it. Further wraps, under other names, add to the layer. If anything
+    raises, the model is what it was.
+
+    A target is one of, in this order:
+
+    * a preset: "full" is every Linear and convolution; "attn-mlp" is the attention and MLP layers and the transformer
+      blocks, with their projections and modulations; "attn-only" is the attention layers. No preset takes the output
+      head of a language model, the module that its `get_output_embeddings()` returns, as it is large and often
+      shares the embedding's weight; `targets=["full", "lm_head"]` takes it too. A classifier's head is a layer like any other.
+    * "re:…", a regular expression that matches the whole name of a layer;
+    * a glob over names, "*.to_q" or "blocks.[01].*";
+    * the name of a layer, or of a module, for all layers inside it;
+    * the name of a class, for all layers inside its instances: "Linear", "BasicTransformerBlock";
+    * the end of layers' names, "q_proj" or "to_out.0", where it is none of the above.
+
+    The projections of an nn.MultiheadAttention are layers of their own: q_proj, k_proj, v_proj and out_proj.
+
+    Args:
+        model: any module; its class stays, and its layers keep their identity, names and hooks.
+        kind: the adapter: one of `peftkit.kinds()`, as "lora", "dora", "lokr".
+        targets: one target or several; each must select something.
+        exclude: targets to leave out; each must select something.
+        rules: `Rule`s, in place of kind, targets, exclude and options: the first that matches a layer wins.
+        name: what the adapter is called in the other verbs: letters, digits, "_" and "-".
+        route: "auto" chooses for each call between the "factored" route, y + ΔW·x by the factors, and the "dense"
+            one, (W + ΔW)·x; naming one pins it.
+        tied: what to do with a targeted weight that another module shares: "skip" it, or "untie" it, which gives the
+            layer its own copy. By default it is refused, as merging would change both.
+        dtype: of the adapters' parameters; by default the weight's, and at least float32.
+        **options: the adapter's own: rank, alpha, dropout, …, which help(peftkit.adapters.LoRA) and its like explain.
+            decompose=True makes a DoRA of any adapter whose ΔW does not depend on the base.
+
+    Returns:
+        The plan that was carried out; print it for a table.
+
+    Raises:
+        TargetError: a target matches no layer, or only layers that are taken or excluded.
+        OptionError: an option is unknown, or its value is not possible for a layer.
+        UnknownAdapterError: no adapter is called `kind`.
+        UnsupportedLayerError: what a target matches cannot be adapted: it is quantised, no Linear or convolution, ….
+        TiedWeightsError: a targeted weight is shared, and tied was not given.
+        DuplicateNameError: a targeted layer has an adapter of that name.
+        MergeStateError: a targeted layer has adapters merged into its weight.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> x = torch.randn(2, 8)
+        >>> before = model(x)
+        >>> plan = pk.wrap(model, "lora", rank=4, alpha=8)
+        >>> plan.modules, plan.parameters
+        (('0', '2'), 176)
+        >>> torch.equal(model(x), before)
+        True
     """
     planned = plan(
         model, kind, targets=targets, exclude=exclude, rules=rules, name=name, tied=tied, dtype=dtype, **options
@@ -85,7 +171,16 @@ def install(
     route: str = "auto",
     untie: Collection[str] = (),
 ) -> None:
-    """Put adapters that are built and checked on their sites, and freeze the model if it has none yet."""
+    """Put adapters that are built and checked on their sites, and freeze the model if it has none yet.
+
+    Args:
+        model: the model of the sites.
+        built: sites with their adapters.
+        name: of the adapters.
+        strength: λ.
+        route: as in `wrap`.
+        untie: names of sites whose shared parameter is replaced by a copy.
+    """
     check_install([site for site, _ in built], strength, route)
     dropping = [site.name for site, adapter in built if route == "dense" and adapter.input_dropout]
     if dropping:
@@ -142,10 +237,30 @@ def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str
 
 
 def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = False) -> tuple[str, ...]:
-    """Take one adapter, or all, off the model; returns the names of the layers it was on.
+    """Take one adapter, or all, off the model.
 
-    The last to go gives back the very modules there were, with the gradient flags they had. keep_merged: leave
-    merged weights as they are instead of raising, which bakes the adapters in.
+    The last adapter to go leaves the modules as they were before the first wrap, with their gradient flags.
+
+    Args:
+        model: a wrapped model.
+        name: of one adapter; by default all.
+        keep_merged: leave merged weights as they are, which bakes the adapters in, where otherwise it raises.
+
+    Returns:
+        The names of the modules that the adapters were on.
+
+    Raises:
+        UnknownAdapterError: there is no adapter of that name, or none at all.
+        MergeStateError: the adapter is merged and keep_merged is False, or nothing is merged and it is True.
+        UnsupportedLayerError: the layer's class was changed after it was wrapped.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = pk.wrap(model, "lora", rank=2)
+        >>> pk.unwrap(model)
+        ('0',)
+        >>> type(model[0])
+        <class 'torch.nn.modules.linear.Linear'>
     """
     names = names_of(model, name)
     affected = {n: host for n, host in adapted_modules(model).items() if set(names) & set(host.adapters)}
@@ -202,9 +317,22 @@ def _detach(host: Adapted, baked: bool) -> None:
 
 @torch.no_grad()
 def project_(model: nn.Module, name: str | None = None) -> None:
-    """Move every adapter into the set it allows (LoLDU's ‖ΔW‖ ≤ epsilon), after an optimiser step.
+    """Move the adapters' parameters, in place, into the set that the algorithm allows, after an optimiser step.
 
-    optimizer.register_step_post_hook(lambda *_: peftkit.project_(model))
+    Only LoLDU with epsilon has such a set: ‖ΔW‖ ≤ epsilon. The parameters of the others stay as they are.
+
+    Args:
+        model: a wrapped model.
+        name: of one adapter; by default all.
+
+    Raises:
+        UnknownAdapterError: there is no adapter of that name, or none at all.
+
+    Example:
+        >>> model = nn.Linear(8, 8)
+        >>> _ = pk.wrap(model, "loldu", rank=2, epsilon=0.1)
+        >>> optimizer = torch.optim.SGD(pk.adapter_parameters(model), lr=0.1)
+        >>> hook = optimizer.register_step_post_hook(lambda *_: pk.project_(model))
     """
     for at in installed_adapters(model, names_of(model, name)):
         at.adapter.project_()
