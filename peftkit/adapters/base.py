@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
+from peftkit.adapters.form import Additive, Form
 from peftkit.delta.base import Delta
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
@@ -37,6 +38,8 @@ class Adapter(nn.Module, ABC):
     #: what the same file means on another base, for the error a user meets there
     on_another_base: ClassVar[str] = "adds the same ΔW"
 
+    #: how files hold a ΔW of this kind's structure; None for kinds whose ΔW is of another kind's structure, or of none
+    additive: ClassVar[type[Additive] | None] = None
     #: the tensors to which all of ΔW is proportional: times c, those that are there make it c·ΔW; none if ΔW is not so
     scaling_parameters: ClassVar[frozenset[str]] = frozenset()
 
@@ -99,6 +102,19 @@ class Adapter(nn.Module, ABC):
     def derived(self) -> dict[str, Tensor]:
         """What `rebase_` would recompute: with it, a file needs no base to say what ΔW is."""
         return {}
+
+    def form(self, weight: Tensor) -> Form | None:
+        """Return what files of other programs hold of an adapter that reads its base; None where they hold none of it.
+
+        weight: (m, n), of the right shape and device; its numbers are not read.
+        """
+        del weight
+        return None
+
+    @classmethod
+    def structure(cls, options: Mapping[str, Any]) -> str:
+        """Return what `Target.reads` calls the adapter that these options make, as it stands in a file."""
+        return f"{cls.kind} tucker" if options.get("tucker") else cls.kind
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

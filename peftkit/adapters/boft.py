@@ -2,24 +2,65 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter, factory, require
-from peftkit.adapters.oft import bound_on_norm, bounded, cayley, skew_blocks, upper_triangle
+from peftkit.adapters.form import Form, first_reason, per_row
+from peftkit.adapters.oft import (
+    UNBOUNDED,
+    beyond_bound,
+    bound_on_norm,
+    bounded,
+    cayley,
+    detached,
+    skew_blocks,
+    upper_triangle,
+)
 from peftkit.adapters.registry import register
 from peftkit.delta import Butterfly
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
 from peftkit.kernels.cache import Memo
 
+if TYPE_CHECKING:
+    from peftkit.files.export.programs import Target
+
 
 def butterfly_block(size: int, bound: int) -> int | None:
     """The largest even b ≤ bound with size/b a power of two, as LyCORIS splits it; None if there is none."""
     halvings = (size >> i for i in range(size.bit_length()) if size % (1 << i) == 0)
     return next((b for b in halvings if b <= bound and b % 2 == 0), None)
+
+
+@dataclass(frozen=True)
+class ButterflyForm(Form):
+    """Skew blocks Q (t, k, b, b) of every stage, and a factor per output or None."""
+
+    Q: Tensor
+    rescale: Tensor | None
+
+    def structure(self, program: Target) -> str:
+        del program
+        return "boft"
+
+    def refusal(self, program: Target, shape: Shape) -> str:
+        del shape
+        return first_reason(
+            beyond_bound(self.Q), ("boft" not in program.reads, f"{program.title} has no BOFT of outputs")
+        )
+
+    def tensors(self, program: Target, shape: Shape, alpha: float) -> dict[str, Tensor]:
+        """Blocks A with Q = A − Aᵀ. LyCORIS reads all stages there can be: missing ones are written as no rotation."""
+        del program, alpha
+        blocks = self.Q.triu(1)
+        missing = blocks.shape[1].bit_length() - len(blocks)
+        blocks = torch.cat([blocks, blocks.new_zeros(missing, *blocks.shape[1:])])
+        tensors = {"oft_blocks": blocks, "alpha": torch.tensor(UNBOUNDED)}
+        return tensors if self.rescale is None else tensors | {"rescale": per_row(self.rescale, shape)}
 
 
 @register("boft")
@@ -77,3 +118,7 @@ class BOFT(Adapter):
     def generator(self) -> Tensor:
         """Q (t, k, b, b), skew-symmetric, inside the constraint."""
         return skew_blocks(bounded(self.skew, self.bound), self.upper, self.size)
+
+    def form(self, weight: Tensor) -> ButterflyForm:
+        del weight
+        return ButterflyForm(self.generator(), detached(self.rescale))

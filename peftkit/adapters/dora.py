@@ -2,18 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter, Stored, require
-from peftkit.delta import Decomposed, Delta
+from peftkit.adapters.form import Form, PeftConfig, per_channel, per_row
+from peftkit.delta import Decomposed, Delta, LowRank
 from peftkit.delta.base import recomputed
 from peftkit.geometry import Shape
 from peftkit.kernels.blocks import row_sqnorms
 from peftkit.kernels.torch_private import constant
+
+if TYPE_CHECKING:
+    from peftkit.files.export.programs import Target
+
+
+@dataclass(frozen=True)
+class DecompositionForm(Form):
+    """Magnitudes, one per row (axis "out", (m,)) or per input channel ("in", (channels,)), around an inner ΔW."""
+
+    inner: Delta
+    magnitude: Tensor
+    axis: str
+    decomposed: ClassVar[bool] = True
+
+    @property
+    def lora(self) -> LowRank | None:
+        return registry.additive(self.inner).lora
+
+    def structure(self, program: Target) -> str:
+        del program
+        return "dora"
+
+    def refusal(self, program: Target, shape: Shape) -> str:
+        inner = registry.additive(self.inner)
+        if (self.inner.structure, self.axis) in program.decomposes and not inner.refusal(program, shape):
+            return ""
+        per = "output" if self.axis == "out" else "input channel"
+        without = f"{program.title} has no magnitudes per {per} around {self.inner.structure or 'this adapter'}"
+        return program.refusal(self.inner.structure, shape) or without
+
+    def tensors(self, program: Target, shape: Shape, alpha: float) -> dict[str, Tensor]:
+        inner = registry.additive(self.inner).tensors(program, shape, alpha)
+        if program.peft_names:
+            vector = per_channel(self.magnitude, shape) if shape.kernel else self.magnitude
+            return inner | {"lora_magnitude_vector": vector}
+        # The shape of the magnitudes tells their axis: (m, 1, …) or (1, channels, …)
+        scale = per_row(self.magnitude, shape) if self.axis == "out" else per_channel(self.magnitude, shape)
+        return inner | {"dora_scale": scale}
+
+    def peft_rank(self, shape: Shape) -> int:
+        return registry.additive(self.inner).peft_rank(shape)
+
+    @classmethod
+    def peft_config(cls, written: Sequence[tuple[Any, Shape]]) -> PeftConfig:
+        del written
+        return "LORA", {"bias": "none", "use_dora": True}
 
 
 @registry.register("dora")
@@ -95,6 +144,14 @@ class DoRA(Adapter):
         if self.columns:
             e = e.repeat_interleave(self.positions)
         return Decomposed(e, 1 + e, weight, V, self.columns, (own, cross, squares))
+
+    def form(self, weight: Tensor) -> DecompositionForm:
+        axis = "in" if self.columns else "out"
+        return DecompositionForm(self.inner.delta(weight), self.magnitude.detach(), axis)
+
+    @classmethod
+    def structure(cls, options: Mapping[str, Any]) -> str:
+        return f"dora {options['inner']} {options['axis']}"
 
     def project_(self) -> None:
         self.inner.project_()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter, factory
+from peftkit.adapters.form import Additive
 from peftkit.adapters.registry import register
 from peftkit.delta import Dense
 from peftkit.geometry import Shape
@@ -24,6 +25,7 @@ class Full(Adapter):
     paper: ClassVar[str] = "https://github.com/KohakuBlueleaf/LyCORIS"
     convention: ClassVar[str] = "change"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"change"})
+    additive = Additive
 
     def __init__(self, shape: Shape, weight: Tensor) -> None:
         super().__init__()

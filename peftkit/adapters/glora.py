@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter, factory, rank_scale, require, require_rank, uniform_fan_in_
+from peftkit.adapters.form import Form, first_reason
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
+
+if TYPE_CHECKING:
+    from peftkit.files.export.programs import Target
+
+
+@dataclass(frozen=True)
+class BaseProductForm(Form):
+    """ΔW = W·a1·a2 + b1·b2, under alpha = rank, because A1111, whose layout is the old one, ignores alpha."""
+
+    a1: Tensor
+    a2: Tensor
+    b1: Tensor
+    b2: Tensor
+
+    def structure(self, program: Target) -> str:
+        return "glora old" if "glora old" in program.reads else "glora"
+
+    def refusal(self, program: Target, shape: Shape) -> str:
+        wide = self.a1.shape[1] in (shape.rows, shape.columns)
+        return (
+            first_reason((wide, "a GLoRA as wide as its weight can be read in two layouts"))
+            or program.refusal("glora", shape)
+            or first_reason((self.structure(program) not in program.reads, f"{program.title} has no GLoRA"))
+        )
+
+    def tensors(self, program: Target, shape: Shape, alpha: float) -> dict[str, Tensor]:
+        del alpha
+        factors = (self.a1, self.a2, self.b1, self.b2)
+        names = ("a1", "a2", "b1", "b2") if self.structure(program) == "glora" else ("a2", "a1", "b2", "b1")
+        ones = (1,) * len(shape.kernel)
+        tensors = {f"{name}.weight": f.reshape(*f.shape, *ones) for name, f in zip(names, factors, strict=True)}
+        return tensors | {"alpha": torch.tensor(float(self.a1.shape[1]))}
 
 
 @register("glora")
@@ -49,3 +83,8 @@ class GLoRA(Adapter):
     def delta(self, weight: Tensor) -> LowRank:
         projected = weight.to(self.base_up.dtype) @ self.base_up
         return LowRank(self.scale * torch.cat([projected, self.up], 1), torch.cat([self.base_down, self.down]))
+
+    def form(self, weight: Tensor) -> BaseProductForm:
+        del weight
+        base_up, up = self.base_up.detach() * self.scale, self.up.detach() * self.scale
+        return BaseProductForm(base_up, self.base_down.detach(), up, self.down.detach())

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter, factory, require
+from peftkit.adapters.form import Form, first_reason, per_channel
 from peftkit.adapters.registry import register
 from peftkit.delta import ChannelScale
 from peftkit.geometry import Shape
+
+if TYPE_CHECKING:
+    from peftkit.files.export.programs import Target
+
+
+@dataclass(frozen=True)
+class ChannelScaleForm(Form):
+    """w, with ΔW = w·W over rows (side "out") or input channels ("in"), as the tensors "weight" and "on_input"."""
+
+    gate: Tensor
+    side: str
+
+    def structure(self, program: Target) -> str:
+        del program
+        return "ia3"
+
+    def refusal(self, program: Target, shape: Shape) -> str:
+        unknown = first_reason(("ia3" not in program.reads, f"{program.title} has no (IA)³"))
+        return unknown or (program.refusal("ia3", shape) if self.side == "out" else "")
+
+    def tensors(self, program: Target, shape: Shape, alpha: float) -> dict[str, Tensor]:
+        del program, alpha
+        vector = per_channel(self.gate, shape) if shape.kernel else self.gate
+        return {"weight": vector, "on_input": torch.tensor(int(self.side == "in"))}
 
 
 @register("ia3")
@@ -42,3 +68,7 @@ class IA3(Adapter):
     def delta(self, weight: Tensor) -> ChannelScale:
         gate = self.gate.repeat_interleave(self.positions) if self.columns else self.gate
         return ChannelScale(gate, weight, self.columns)
+
+    def form(self, weight: Tensor) -> ChannelScaleForm:
+        del weight
+        return ChannelScaleForm(self.gate.detach(), "in" if self.columns else "out")

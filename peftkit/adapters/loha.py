@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,37 @@ from peftkit.adapters.base import (
     times,
     uniform_fan_in_,
 )
+from peftkit.adapters.form import Additive, PeftConfig
 from peftkit.adapters.lora import tucker_down
 from peftkit.adapters.registry import register
 from peftkit.delta import Hadamard
 from peftkit.geometry import Shape
 from peftkit.kernels.cache import Memo
+
+if TYPE_CHECKING:
+    from peftkit.files.export.programs import Target
+
+
+@dataclass(frozen=True)
+class LoHaForm(Additive):
+    """(B1·A1) ⊙ (B2·A2), as hada_w1_a, …, under alpha = rank: LyCORIS' merge would apply another scale twice."""
+
+    delta: Hadamard
+
+    def tensors(self, program: Target, shape: Shape, alpha: float) -> dict[str, Tensor]:
+        del program, shape, alpha
+        delta = self.delta
+        factors = {"hada_w1_a": delta.B1, "hada_w1_b": delta.A1, "hada_w2_a": delta.B2, "hada_w2_b": delta.A2}
+        return factors | {"alpha": torch.tensor(float(delta.rank))}
+
+    def peft_rank(self, shape: Shape) -> int:
+        del shape
+        return self.delta.rank
+
+    @classmethod
+    def peft_config(cls, written: Sequence[tuple[Any, Shape]]) -> PeftConfig:
+        del written
+        return "LOHA", {"use_effective_conv2d": False}
 
 
 @register("loha")
@@ -40,6 +67,7 @@ class LoHa(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2108.06098"
     convention: ClassVar[str] = "gamma*(up1@down1)*(up2@down2)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up1"})
+    additive = LoHaForm
 
     def __init__(
         self,

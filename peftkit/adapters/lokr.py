@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +22,15 @@ from peftkit.adapters.base import (
     times,
     uniform_fan_in_,
 )
+from peftkit.adapters.form import Additive, PeftConfig
 from peftkit.adapters.lora import tucker_down
 from peftkit.adapters.registry import register
 from peftkit.delta import Kron
+from peftkit.delta.base import identity_factors
 from peftkit.geometry import Shape
+
+if TYPE_CHECKING:
+    from peftkit.files.export.programs import Target
 
 
 def factorize(size: int, factor: int) -> tuple[int, int]:
@@ -34,6 +41,87 @@ def factorize(size: int, factor: int) -> tuple[int, int]:
     limit = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))
     u = next(u for u in range(max(1, limit), 0, -1) if size % u == 0)
     return u, size // u
+
+
+@dataclass(frozen=True)
+class LoKrForm(Additive):
+    """C ⊗ D, as lokr_w1 and lokr_w2, or lokr_w2_a and lokr_w2_b, under alpha = rank, as LoHa."""
+
+    delta: Kron
+
+    def refusal(self, program: Target, shape: Shape) -> str:
+        own = super().refusal(program, shape)
+        if own or not program.infers_sizes or self._is_inferred(shape):
+            return own
+        return f"{program.title} would choose other sizes for the Kronecker factors"
+
+    def tensors(self, program: Target, shape: Shape, alpha: float) -> dict[str, Tensor]:
+        del alpha
+        delta = self.delta
+        if self._is_whole(program, shape):
+            block = delta.D.reshape(delta.block[0], -1, *shape.kernel)
+            return {"lokr_w1": delta.C, "lokr_w2": block, "alpha": torch.tensor(1.0)}
+        left, right = identity_factors(delta.right) if delta.left is None else (delta.left, delta.right)
+        rank = torch.tensor(float(right.shape[0]))
+        return {"lokr_w1": delta.C, "lokr_w2_a": left, "lokr_w2_b": right, "alpha": rank}
+
+    def peft_rank(self, shape: Shape) -> int:
+        return math.ceil(self._half(shape)) if self._is_whole_from_half(shape) else self.delta.right.shape[0]
+
+    @classmethod
+    def peft_config(cls, written: Sequence[tuple[Any, Shape]]) -> PeftConfig | None:
+        factor = peft_factor([(form.delta.C.shape, (shape.rows, shape.channels)) for form, shape in written])
+        return None if factor is None else ("LOKR", {"decompose_factor": factor, "use_effective_conv2d": False})
+
+    def _half(self, shape: Shape) -> float:
+        """Half of the larger side of D, without its kernel: from that rank on LyCORIS and PEFT keep D whole."""
+        return max(self.delta.block[0], self.delta.block[1] // shape.positions) / 2
+
+    def _is_whole_from_half(self, shape: Shape) -> bool:
+        return self.delta.left is None or self.delta.right.shape[0] >= self._half(shape)
+
+    def _is_whole(self, program: Target, shape: Shape) -> bool:
+        """Whether D is written whole. ComfyUI and Forge misread a whole D of a 1- or 3-dimensional kernel."""
+        if program.builds_lokr:
+            return self._is_whole_from_half(shape)
+        return self.delta.left is None and len(shape.kernel) in (0, 2)
+
+    def _is_inferred(self, shape: Shape) -> bool:
+        """Whether LyCORIS, which infers its option `factor` from the shapes of C and D, makes these shapes of it."""
+        (u_p, u_q), (v_p, v_d) = self.delta.C.shape, self.delta.block
+        rows, channels, v_q = u_p * v_p, shape.channels, v_d // shape.positions
+        if v_d % shape.positions or channels != u_q * v_q or u_p > v_p or u_q > v_q:
+            return False
+        if (u_p, u_q) == (factorize(rows, -1)[0], factorize(channels, -1)[0]):
+            return True
+        sizes = (max(u_p, u_q), max(v_p, v_q))
+        fits = [f for f in sizes if f in (u_p, v_p) and f in (u_q, v_q)]
+        factor = fits[0] if fits else min(sizes)
+        return (u_p, u_q) == (_lycoris_factor(rows, factor), _lycoris_factor(channels, factor))
+
+
+def _lycoris_factor(size: int, factor: int) -> int:
+    """The smaller factor LyCORIS splits a size into: a divisor as it is, else the most even split below it."""
+    return min(factor, size // factor) if size % factor == 0 else factorize(size, factor)[0]
+
+
+def peft_factor(shapes: Sequence[tuple[Sequence[int], tuple[int, int]]]) -> int | None:
+    """Return the one `decompose_factor` from which PEFT makes all these Kronecker factors, None where there is none.
+
+    shapes: of every C, with the (rows, channels) of its weight.
+    """
+    candidates = [-1, *dict.fromkeys(u for C, _ in shapes for u in C)]
+    for factor in candidates:
+        if all(
+            (_peft_split(rows, factor), _peft_split(channels, factor)) == tuple(C) for C, (rows, channels) in shapes
+        ):
+            return factor
+    return None
+
+
+def _peft_split(size: int, factor: int) -> int:
+    """The first factor PEFT splits a size into: a divisor as it is, else the most even split below it."""
+    return factor if factor > 0 and size % factor == 0 else factorize(size, factor)[0]
 
 
 @register("lokr")
@@ -56,6 +144,7 @@ class LoKr(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.10650"
     convention: ClassVar[str] = "gamma*kron(outer,block)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"outer", "outer_left"})
+    additive = LoKrForm
 
     def __init__(
         self,

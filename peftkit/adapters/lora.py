@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,46 @@ from peftkit.adapters.base import (
     times,
     uniform_fan_in_,
 )
+from peftkit.adapters.form import Additive, PeftConfig
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
+from peftkit.delta.as_low_rank import balanced
 from peftkit.geometry import Shape
+
+if TYPE_CHECKING:
+    from peftkit.files.export.programs import Target
+
+
+@dataclass(frozen=True)
+class LoRAForm(Additive):
+    """B·A, as lora_up and lora_down under an alpha, or as PEFT's lora_B and lora_A, whose α is the rank."""
+
+    delta: LowRank
+
+    @property
+    def lora(self) -> LowRank:
+        return self.delta
+
+    def balanced(self) -> LoRAForm:
+        return LoRAForm(balanced(self.delta))
+
+    def tensors(self, program: Target, shape: Shape, alpha: float) -> dict[str, Tensor]:
+        rank = self.delta.rank
+        alpha = float(max(1, rank)) if program.peft_names else alpha
+        up = (self.delta.B * (rank / alpha)).reshape(*self.delta.B.shape, *(1,) * len(shape.kernel))
+        down = self.delta.A.reshape(rank, shape.channels, *shape.kernel)
+        if program.peft_names:
+            return {"lora_A.weight": down, "lora_B.weight": up}
+        return {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(float(alpha))}
+
+    def peft_rank(self, shape: Shape) -> int:
+        del shape
+        return self.delta.rank
+
+    @classmethod
+    def peft_config(cls, written: Sequence[tuple[Any, Shape]]) -> PeftConfig:
+        del written
+        return "LORA", {"bias": "none"}
 
 
 @register("lora", "locon")
@@ -39,6 +77,7 @@ class LoRA(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
     convention: ClassVar[str] = "gamma*up@down"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})
+    additive = LoRAForm
 
     def __init__(
         self,

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter, factory, require
+from peftkit.adapters.form import Form, PeftConfig, first_reason, per_row
 from peftkit.adapters.registry import register
 from peftkit.delta import Delta, Rotation
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
 from peftkit.kernels.cache import Memo
 from peftkit.kernels.torch_private import eager
+
+if TYPE_CHECKING:
+    from peftkit.files.export.programs import Target
+
+#: the alpha of written blocks, which bounds ‖Q‖ there: large enough for no bound, where 0 means "none" to some programs
+#: and "nothing" to others
+UNBOUNDED = 1000.0
 
 
 def divisor_at_most(size: int, bound: int) -> int:
@@ -32,6 +41,61 @@ def bound_on_norm(kind: str, constraint: float | None, size: int) -> float | Non
     fits = limits.tiny <= constraint * size <= limits.max
     require(fits, kind, "constraint", constraint, f"None, or a positive number that float32 holds {size} times")
     return constraint * size
+
+
+def beyond_bound(Q: Tensor) -> tuple[bool, str]:
+    """Check that no loader scales the skew blocks Q down to the alpha that is written beside them."""
+    beyond = float(torch.linalg.vector_norm(Q)) >= UNBOUNDED
+    return beyond, "its rotation is larger than the bound that has to be written"
+
+
+@dataclass(frozen=True)
+class RotationForm(Form):
+    """Skew blocks Q (k, b, b), a factor per rotated coordinate or None, and the rotated side, "out" or "in".
+
+    terms: of the series that stands for the Cayley transform, None for the transform itself.
+    """
+
+    Q: Tensor
+    rescale: Tensor | None
+    side: str
+    terms: int | None
+
+    def structure(self, program: Target) -> str:
+        del program
+        return "oft in" if self.side == "in" else "oft" if self.rescale is None else "oft rescaled"
+
+    def refusal(self, program: Target, shape: Shape) -> str:
+        name, inwards = self.structure(program), self.side == "in"
+        blocks, size = self.Q.shape[:2]
+        overlaps = inwards and (self.rescale is not None or shape.positions > 1)
+        patches = "PEFT's OFT has no factors, and its convolutions with a kernel rotate overlapping patches twice"
+        return first_reason(
+            (name not in program.reads, f"{program.title} has no OFT that rotates the {self.side} side this way"),
+            (not inwards and self.terms is not None, f"{program.title} solves for the rotation, this one is a series"),
+            (overlaps, patches),
+        ) or first_reason(
+            (False, "") if inwards or self.rescale is not None else beyond_bound(self.Q),
+            (program.infers_sizes and size > blocks, f"{program.title} cannot reload blocks larger than their number"),
+        )
+
+    def tensors(self, program: Target, shape: Shape, alpha: float) -> dict[str, Tensor]:
+        del program, alpha
+        if self.side == "in":  # PEFT inverts an exact rotation, and not a series
+            i, j = torch.triu_indices(self.Q.shape[1], self.Q.shape[1], 1)
+            upper = self.Q[:, i, j]
+            return {"oft_R.weight": -upper if self.terms is None else upper}
+        # Blocks A with Q = Aᵀ − A, because kohya and LyCORIS apply Rᵀ
+        tensors = {"oft_blocks": -self.Q.triu(1), "alpha": torch.tensor(UNBOUNDED)}
+        return tensors if self.rescale is None else tensors | {"rescale": per_row(self.rescale, shape)}
+
+    @classmethod
+    def peft_config(cls, written: Sequence[tuple[Any, Shape]]) -> PeftConfig | None:
+        if len({(form.Q.shape[1], form.terms) for form, _ in written}) > 1:
+            return None
+        size, terms = written[0][0].Q.shape[1], written[0][0].terms
+        series = {"use_cayley_neumann": terms is not None, "num_cayley_neumann_terms": terms or 5}
+        return "OFT", {"r": 0, "oft_block_size": size, "bias": "none", **series}
 
 
 @register("oft")
@@ -116,6 +180,16 @@ class OFT(Adapter):
         """Q (k, b, b), skew-symmetric, inside the constraint."""
         return skew_blocks(bounded(self.skew, self.bound), self.upper, self.size)
 
+    def form(self, weight: Tensor) -> RotationForm:
+        del weight
+        return RotationForm(self.generator(), detached(self.rescale), self.side, self.terms)
+
+    @classmethod
+    def structure(cls, options: Mapping[str, Any]) -> str:
+        if options.get("side") == "in":
+            return "oft in"
+        return "oft rescaled" if options.get("rescale") else "oft"
+
     def _turn(self, skew: Tensor) -> Tensor:
         """R − I of the upper triangles of a generator."""
         if self.terms is None:
@@ -127,6 +201,11 @@ class OFT(Adapter):
             factor = (strength * (self.rescale.to(K.dtype) - 1)).unflatten(0, (-1, self.size))
             K = K + factor[:, :, None] * (K + torch.eye(self.size, dtype=K.dtype, device=K.device))
         return Rotation(K, weight, self.side)
+
+
+def detached(factors: Tensor | None) -> Tensor | None:
+    """Return trained factors for a file, None where there are none."""
+    return None if factors is None else factors.detach()
 
 
 def upper_triangle(size: int, device: torch.device) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from peftkit.adapters.base import Adapter, require
+from peftkit.adapters.form import Additive
+from peftkit.delta import Delta
 from peftkit.errors import DuplicateNameError, OptionError, UnknownAdapterError, did_you_mean
 from peftkit.geometry import Shape
 
@@ -62,6 +64,12 @@ def get(kind: str) -> type[Adapter]:
         hint = did_you_mean(kind, known)
         raise UnknownAdapterError(f"no adapter is called {kind!r}; there are: {', '.join(known)}.{hint}")
     return _CLASSES[name]
+
+
+def additive(delta: Delta) -> Additive:
+    """Return a ΔW in the form that files give to its structure: the matrix itself where it has none."""
+    own = get(delta.structure).additive if delta.structure else None
+    return (own or Additive)(delta)
 
 
 def option_names(cls: type[Adapter]) -> tuple[str, ...]:

@@ -8,21 +8,72 @@ it has, and what it reads wrongly it does not have here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from peftkit.errors import OptionError, did_you_mean
 from peftkit.geometry import Shape
 
+_ALL = frozenset({0, 1, 2, 3})
+_CONVOLUTIONS = frozenset({1, 2, 3})
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Weights for which a program does not read some structures, or gives them another meaning.
+
+    Attributes:
+        reason: may name the {structure}, the {dims} of the kernel and the program's {title}.
+        structures: the ones the limit is about, None for all.
+        exempt: the ones the limit is not about.
+        dims: of the kernel, 0 for a Linear.
+        grouped: whether the limit is about grouped convolutions only.
+    """
+
+    reason: str
+    structures: frozenset[str] | None = None
+    exempt: frozenset[str] = frozenset()
+    dims: frozenset[int] = _ALL
+    grouped: bool = False
+
+    def holds(self, structure: str, shape: Shape) -> bool:
+        """Whether the limit is about this structure on a weight of this shape."""
+        named = structure not in self.exempt and (self.structures is None or structure in self.structures)
+        return named and len(shape.kernel) in self.dims and (shape.groups > 1 or not self.grouped)
+
 
 @dataclass(frozen=True)
 class Target:
-    """One program.
+    """One program: what it reads, on which weights, and under which names.
 
-    reads: structures. decomposes: (structure, axis) pairs it reads inside a weight decomposition.
-    nonlinear: those whose law of strength is not W + λ·ΔW there. style, transformer_style: how modules of U-Nets and of
-    transformers are named (see `names`), None where they are not. generic: what comes before the path of a module of
-    any other model, None where only known models load.
+    Attributes:
+        name: the one that `export` takes.
+        title: the one for messages.
+        reads: the structures it rebuilds exactly.
+        decomposes: the (structure, axis) pairs it reads inside a weight decomposition.
+        nonlinear: the structures whose law of strength is not W + λ·ΔW there.
+        tucker: the structures it reads with Tucker cores.
+        limits: weights on which it does not read what it reads elsewhere.
+        style: how modules of U-Nets are named (see `families.names`).
+        transformer_style: how modules of transformers are named, None where no file of theirs is read.
+        also: the styles of a denoiser that are read beside the one that is written, by "unet", "sd3" and "flux".
+        encoder_style: another style that is read of text encoders, None where there is none.
+        generic: what comes before the path of a module of any other model, None where only known models load.
+        any_model: whether it loads on any one model by its own paths, which it then does for known models too.
+        flat: whether those paths have underscores for dots.
+        folder: whether it reads a folder with a configuration, and not a file.
+        peft_names: whether low-rank tensors have PEFT's names, without tensors of alpha.
+        builds_lokr: whether D of a LoKr is expected whole from half its rank up, whatever the kernel.
+        infers_sizes: whether it makes a module with sizes inferred from the tensors, and fails where its own differ.
+        all_decomposed: whether one module with magnitudes makes it expect them of all.
+        encoder_magnitudes: whether it keeps the magnitudes of text encoders.
+        encoder_marks: what some name of a text encoder must contain for the program to recognise the encoder, by the
+            format of the file, "" for any other format.
+        text_projection: whether it reads an adapter of a text encoder's projection.
+        whole_attentions: whether it applies an OpenCLIP attention only with all of its projections.
+        t5: whether it loads adapters of T5.
+        roots: whether it adapts a layer that is the whole model.
+        vectors: whether it applies changes of biases and norms.
     """
 
     name: str
@@ -30,127 +81,190 @@ class Target:
     reads: frozenset[str]
     decomposes: frozenset[tuple[str, str]] = frozenset()
     nonlinear: frozenset[str] = frozenset()
+    tucker: frozenset[str] = frozenset()
+    limits: tuple[Limit, ...] = ()
     style: str = "kohya"
     transformer_style: str | None = "kohya"
+    also: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    encoder_style: str | None = None
     generic: str | None = None
+    any_model: bool = False
+    flat: bool = False
+    folder: bool = False
+    peft_names: bool = False
+    builds_lokr: bool = False
+    infers_sizes: bool = False
+    all_decomposed: bool = False
+    encoder_magnitudes: bool = True
+    encoder_marks: Mapping[str, str] = field(default_factory=dict)
+    text_projection: bool = True
+    whole_attentions: bool = False
+    t5: bool = True
+    roots: bool = False
+    vectors: bool = False
 
     @property
     def dense(self) -> bool:
+        """Whether it reads a whole ΔW."""
         return "full" in self.reads
 
-    def refusal(self, structure: str, shape: Shape) -> str | None:
-        """Why it would not read this structure on such a weight, or None."""
-        spatial = len(shape.kernel)
-        if self.name == "a1111" and structure == "lora" and spatial in (1, 3):
-            return f"A1111 drops the whole file at a {spatial}-dimensional convolution"
-        if self.name == "kohya" and spatial in (1, 3):
-            return f"sd-scripts has no adapters of {spatial}-dimensional convolutions"
-        if self.name == "peft" and (spatial, structure) in ((3, "loha"), (3, "lokr"), (1, "lokr")):
-            return f"PEFT fails on {structure} of a {spatial}-dimensional convolution"
-        if structure == "ia3" and spatial and self.name == "a1111":
-            return "A1111 fails on (IA)³ of a convolution's outputs"
-        if structure == "glora" and spatial and self.name == "a1111":
-            return "A1111 fails on GLoRA of a convolution"
-        of_outputs = self.name == "peft" and structure in ("loha", "lokr")  # made from the weight's own shape
-        if shape.groups > 1 and self.name in ("kohya", "diffusers", "peft") and not of_outputs:
-            return f"{self.title} gives the adapter of a grouped convolution another meaning"
-        return None
+    def refusal(self, structure: str, shape: Shape) -> str:
+        """Return why it would not read this structure on a weight of this shape, "" where it does."""
+        found = next((limit.reason for limit in self.limits if limit.holds(structure, shape)), "")
+        return found.format(structure=structure, dims=len(shape.kernel), title=self.title)
 
 
 _WEBUI = frozenset({"lora", "loha", "lokr", "full"})
 _IN = frozenset({("lora", "in"), ("loha", "in"), ("lokr", "in")})
 _OUT = frozenset({("lora", "out"), ("loha", "out"), ("lokr", "out")})
+_TUCKER = frozenset({"lora", "loha"})
 
-TARGETS: Mapping[str, Target] = MappingProxyType(
-    {
-        target.name: target
-        for target in (
-            Target(
-                "a1111",
-                "A1111",
-                _WEBUI | {"oft", "oft rescaled", "boft", "ia3", "glora old"},
-                _IN,
-                transformer_style=None,
-            ),
-            Target(
-                "forge",
-                "Forge",
-                _WEBUI | {"glora"},
-                _IN,
-                transformer_style="transformer",
-            ),
-            Target(
-                "comfyui",
-                "ComfyUI",
-                _WEBUI | {"oft", "boft", "glora"},
-                _IN,
-                nonlinear=frozenset({"oft", "boft"}),
-                transformer_style="transformer",
-                generic="diffusion_model.",
-            ),
-            Target("kohya", "sd-scripts", frozenset({"lora"})),
-            Target(
-                "lycoris",
-                "LyCORIS",
-                _WEBUI | {"oft", "oft rescaled", "boft", "glora"},
-                _OUT,
-                nonlinear=frozenset({"oft rescaled", "boft", "dora"}),
-                style="lycoris",
-                transformer_style="lycoris",
-                generic="lycoris_",
-            ),
-            Target(
-                "diffusers",
-                "diffusers",
-                frozenset({"lora"}),
-                frozenset({("lora", "out")}),
-                nonlinear=frozenset({"dora"}),
-                style="diffusers",
-                transformer_style="diffusers",
-            ),
-            Target(
-                "peft",
-                "PEFT",
-                frozenset({"lora", "loha", "lokr", "oft in"}),
-                frozenset({("lora", "out")}),
-                nonlinear=frozenset({"dora", "oft in"}),
-                style="peft",
-                transformer_style="peft",
-                generic="base_model.model.",
-            ),
-        )
-    }
+_GROUPED = "{title} gives the adapter of a grouped convolution another meaning"
+_PEFT_FAILS = "PEFT fails on {structure} of a {dims}-dimensional convolution"
+#: made from the weight's own shape, so that groups change nothing
+_PEFT_BY_SHAPE = frozenset({"loha", "lokr"})
+
+_A1111 = Target(
+    "a1111",
+    "A1111",
+    _WEBUI | {"oft", "oft rescaled", "boft", "ia3", "glora old"},
+    _IN,
+    tucker=_WEBUI - {"full"},
+    limits=(
+        Limit(
+            "A1111 drops the whole file at a {dims}-dimensional convolution",
+            structures=frozenset({"lora"}),
+            dims=frozenset({1, 3}),
+        ),
+        Limit("A1111 fails on (IA)³ of a convolution's outputs", structures=frozenset({"ia3"}), dims=_CONVOLUTIONS),
+        Limit("A1111 fails on GLoRA of a convolution", structures=frozenset({"glora"}), dims=_CONVOLUTIONS),
+    ),
+    transformer_style=None,
+    text_projection=False,
+    whole_attentions=True,
+)
+_FORGE = Target(
+    "forge",
+    "Forge",
+    _WEBUI | {"glora"},
+    _IN,
+    tucker=_TUCKER,
+    transformer_style="transformer",
+    also={
+        "unet": frozenset({"ldm", "lycoris"}),
+        "sd3": frozenset({"kohya", "ldm"}),
+        "flux": frozenset({"kohya", "ldm", "lycoris", "diffusers"}),
+    },
+    vectors=True,
+)
+_COMFYUI = Target(
+    "comfyui",
+    "ComfyUI",
+    _WEBUI | {"oft", "boft", "glora"},
+    _IN,
+    nonlinear=frozenset({"oft", "boft"}),
+    tucker=_TUCKER,
+    transformer_style="transformer",
+    also={
+        "unet": frozenset({"ldm", "lycoris"}),
+        "sd3": frozenset({"kohya", "ldm", "lycoris", "diffusers"}),
+        "flux": frozenset({"kohya", "ldm", "lycoris", "diffusers"}),
+    },
+    encoder_style="ldm",
+    generic="diffusion_model.",
+    vectors=True,
+)
+_KOHYA = Target(
+    "kohya",
+    "sd-scripts",
+    frozenset({"lora"}),
+    limits=(
+        Limit("sd-scripts has no adapters of {dims}-dimensional convolutions", dims=frozenset({1, 3})),
+        Limit(_GROUPED, grouped=True),
+    ),
+)
+_LYCORIS = Target(
+    "lycoris",
+    "LyCORIS",
+    _WEBUI | {"oft", "oft rescaled", "boft", "glora"},
+    _OUT,
+    nonlinear=frozenset({"oft rescaled", "boft", "dora"}),
+    tucker=_TUCKER,
+    style="lycoris",
+    transformer_style="lycoris",
+    generic="lycoris_",
+    any_model=True,
+    flat=True,
+    builds_lokr=True,
+    infers_sizes=True,
+    roots=True,
+)
+_DIFFUSERS = Target(
+    "diffusers",
+    "diffusers",
+    frozenset({"lora"}),
+    frozenset({("lora", "out")}),
+    nonlinear=frozenset({"dora"}),
+    limits=(Limit(_GROUPED, grouped=True),),
+    style="diffusers",
+    transformer_style="diffusers",
+    also={"unet": frozenset({"kohya"}), "flux": frozenset({"kohya", "ldm"})},
+    encoder_style="kohya",
+    peft_names=True,
+    all_decomposed=True,
+    encoder_magnitudes=False,
+    # it knows the attention by its path in its own names, and by its output in kohya's
+    encoder_marks={"diffusers": "attn", "": "self_attn.out_proj"},
+    text_projection=False,
+    t5=False,
+)
+_PEFT = Target(
+    "peft",
+    "PEFT",
+    frozenset({"lora", "loha", "lokr", "oft in"}),
+    frozenset({("lora", "out")}),
+    nonlinear=frozenset({"dora", "oft in"}),
+    tucker=_TUCKER,
+    limits=(
+        Limit(_PEFT_FAILS, structures=_PEFT_BY_SHAPE, dims=frozenset({3})),
+        Limit(_PEFT_FAILS, structures=frozenset({"lokr"}), dims=frozenset({1})),
+        Limit(_GROUPED, exempt=_PEFT_BY_SHAPE, grouped=True),
+    ),
+    style="peft",
+    transformer_style="peft",
+    generic="base_model.model.",
+    any_model=True,
+    folder=True,
+    peft_names=True,
+    builds_lokr=True,
 )
 
-
-#: the spellings of a denoiser that a program reads beside the one written for it: (program, U-Net or family) -> styles
-_ALSO: Mapping[tuple[str, str], frozenset[str]] = MappingProxyType(
-    {
-        ("comfyui", "unet"): frozenset({"ldm", "lycoris"}),
-        ("comfyui", "sd3"): frozenset({"kohya", "ldm", "lycoris", "diffusers"}),
-        ("comfyui", "flux"): frozenset({"kohya", "ldm", "lycoris", "diffusers"}),
-        ("forge", "unet"): frozenset({"ldm", "lycoris"}),
-        ("forge", "sd3"): frozenset({"kohya", "ldm"}),
-        ("forge", "flux"): frozenset({"kohya", "ldm", "lycoris", "diffusers"}),
-        ("diffusers", "unet"): frozenset({"kohya"}),
-        ("diffusers", "flux"): frozenset({"kohya", "ldm"}),
-    }
+#: what `export` takes, by name
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {program.name: program for program in (_A1111, _FORGE, _COMFYUI, _KOHYA, _LYCORIS, _DIFFUSERS, _PEFT)}
 )
 
 
 def styles_read(target: Target, family: str, denoiser: str, component: str) -> frozenset[str]:
-    """The spellings of a component's modules that a program looks for. family, denoiser: "sdxl" and "unet", …"""
+    """Return the styles of module names that a program looks for.
+
+    Args:
+        target: the program.
+        family: of the model, such as "sdxl".
+        denoiser: the component of the family that denoises, "unet" or "transformer".
+        component: the one whose names are asked for.
+    """
     own = target.style if denoiser == "unet" else target.transformer_style
     if own is None:
         return frozenset()
     if component != denoiser:
-        return frozenset({own, {"comfyui": "ldm", "diffusers": "kohya"}.get(target.name, own)})
-    kind = denoiser if denoiser == "unet" else "flux" if family.startswith("flux") else "sd3"
-    return frozenset({own}) | _ALSO.get((target.name, kind), frozenset())
+        return frozenset({own, target.encoder_style or own})
+    network = denoiser if denoiser == "unet" else "flux" if family.startswith("flux") else "sd3"
+    return frozenset({own}) | target.also.get(network, frozenset())
 
 
 def get(name: str) -> Target:
-    """The target of that name."""
+    """Return the program of that name. Raises OptionError for a name there is no program of."""
     if name not in TARGETS:
         hint = did_you_mean(name, TARGETS)
         raise OptionError(f"target={name!r} was given, one of {', '.join(TARGETS)} was expected.{hint}")

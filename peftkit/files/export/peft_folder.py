@@ -1,0 +1,35 @@
+"""PEFT's folder: a configuration, which is of one kind for all modules, beside a file of tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftkit.adapters.form import PeftConfig
+from peftkit.files.export import programs
+from peftkit.files.export.tensors import ModuleTensors, tensors_of
+from peftkit.files.formats import container, peft
+
+
+def peft_type(pieces: Sequence[ModuleTensors]) -> PeftConfig | None:
+    """Return a folder's type and options; None where its modules share no type, and only LoRA could hold them all."""
+    forms = {type(piece.spelled.form) for piece in pieces}
+    if len({piece.spelled.structure for piece in pieces}) > 1 or len(forms) > 1:
+        return None
+    return forms.pop().peft_config([(piece.spelled.form, piece.shape) for piece in pieces])
+
+
+def write_peft(
+    folder: Path, pieces: Sequence[ModuleTensors], kind: str, options: Mapping[str, Any], dtype: torch.dtype | None
+) -> None:
+    """Fill a folder. kind, options: from `peft_type`."""
+    tensors = tensors_of(pieces, programs.get("peft"), 1.0, dtype, folder)
+    ranks = {p.module.removeprefix(peft.PREFIX): p.spelled.form.peft_rank(p.shape) for p in pieces}
+    config = json.dumps(peft.config(kind, ranks, options), indent=2, sort_keys=True)
+    (folder / peft.CONFIG).write_text(config + "\n")
+    with (folder / peft.WEIGHTS).open("xb") as file:
+        container.emit(file, tensors, {"format": "pt"})
