@@ -20,10 +20,11 @@ $(VENV)/ready-%: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/ready-demo
+	$(BIN)/python scripts/fetch_assets.py digits
 	$(BIN)/python examples/digits/demo.py
 
 demo-text: $(VENV)/ready-text
-	$(BIN)/python scripts/fetch_assets.py
+	$(BIN)/python scripts/fetch_assets.py text
 	$(BIN)/python examples/text_minilm.py
 
 docs: $(VENV)/ready-dev
@@ -42,7 +43,7 @@ laws: $(VENV)/ready-dev
 	$(BIN)/python scripts/laws_table.py
 
 bench: $(VENV)/ready-dev
-	$(BIN)/python scripts/fetch_assets.py
+	$(BIN)/python scripts/fetch_assets.py text
 	$(BIN)/python benchmarks/checkpoint.py --lycoris --save
 	$(BIN)/python benchmarks/monitor.py --save
 	$(BIN)/python benchmarks/shortcuts.py --save
@@ -58,7 +59,7 @@ bench: $(VENV)/ready-dev
 		--peers lycoris,peft --rounds 5 --json $(RESULTS)/ops.json
 
 evidence: $(VENV)/ready-dev
-	$(BIN)/python scripts/fetch_assets.py
+	$(BIN)/python scripts/fetch_assets.py text
 	$(BIN)/python benchmarks/trajectories.py
 	$(BIN)/python benchmarks/early_stopping.py --save
 

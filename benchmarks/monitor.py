@@ -58,21 +58,21 @@ class Case:
 
 
 def digits() -> Case:
-    from demo import BATCH, base_model, new_digit
-    from diffusion import loss
-    from recipes import RECIPES
+    import digits8
+    from handwriting.diffusion import loss
 
-    images, _ = new_digit()
+    images, _ = digits8.few_and_others(9, seed=5)
 
     def rules(kind: str) -> list[pk.Rule]:
-        if kind in RECIPES:
-            return RECIPES[kind].rules
+        if kind in digits8.RULES:
+            return digits8.RULES[kind]
         if kind == "glora":  # takes no kernel above 1
             return [pk.Rule("*.to_*", "glora", **KINDS[kind])]
         own = [pk.Rule("conv_out", "ia3")] if kind == "boft" else []  # one row cannot rotate
         return [*own, pk.Rule("full", kind, **KINDS[kind])]
 
-    return Case(base_model(), rules, lambda model: loss(model, images[torch.randint(0, len(images), (BATCH,))]))
+    batch = digits8.BATCH
+    return Case(digits8.base_model(), rules, lambda model: loss(model, images[torch.randint(0, len(images), (batch,))]))
 
 
 def minilm() -> Case:

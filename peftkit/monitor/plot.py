@@ -109,5 +109,5 @@ def _noted(above: Axes, rows: Sequence[Row]) -> Axes | None:
     beside.grid(visible=False)
     beside.spines["right"].set_visible(True)
     for i, (name, (at, values)) in enumerate(noted.items()):
-        beside.plot(at, values, color=_NOTED, marker="", ls=_DASHES[i % len(_DASHES)], label=name)
+        beside.plot(at, values, color=_NOTED, marker="", ls=_DASHES[i % len(_DASHES)], label=name.replace("_", " "))
     return beside

@@ -59,7 +59,7 @@ def test_every_curve_is_in_the_legend_once() -> None:
     assert sorted(text.get_text() for text in figure.legends[0].get_texts()) == [
         "CS",
         "fluctuation of CS",
-        "held_out",
+        "held out",
         "known at step 30",
         "turning point, step 20",
         "valleys",

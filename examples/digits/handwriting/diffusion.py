@@ -1,21 +1,13 @@
-"""The data and the diffusion process: real 8×8 handwritten digits, cosine schedule, DDIM sampling."""
+"""The diffusion process: noise prediction, cosine schedule, DDIM sampling."""
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 STEPS = 200  # T, the length of the noising process
-
-
-def digits() -> tuple[Tensor, np.ndarray]:
-    """The 1797 images of scikit-learn's digits set: (1797, 1, 8, 8) in [-1, 1], and their labels."""
-    flat, labels = load_digits(return_X_y=True)
-    images = torch.tensor(flat, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
-    return images, np.asarray(labels)
+NOISY = 100  # from this time on the noise outweighs the image, and the model decides which digit it will be
 
 
 def _cosine_schedule() -> Tensor:
@@ -28,26 +20,26 @@ def _cosine_schedule() -> Tensor:
 ALPHA_BAR = _cosine_schedule()
 
 
-def loss(model: nn.Module, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Mean squared error of the predicted noise at random times. x: (B, 1, 8, 8)."""
-    t = torch.randint(0, STEPS, (len(x),), generator=generator)
+def loss(model: nn.Module, x: Tensor, generator: torch.Generator | None = None, first: int = 0) -> Tensor:
+    """Mean squared error of the predicted noise at random times from `first` on. x: (B, 1, h, w)."""
+    t = torch.randint(first, STEPS, (len(x),), generator=generator)
     noise = torch.randn(x.shape, generator=generator)
     level = ALPHA_BAR[t][:, None, None, None]
     return F.mse_loss(model(level.sqrt() * x + (1 - level).sqrt() * noise, t), noise)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, x: Tensor, repeats: int = 4, seed: int = 123) -> float:
+def evaluate(model: nn.Module, x: Tensor, repeats: int = 4, seed: int = 123, first: int = 0) -> float:
     """The loss with fixed times and noise, so that two models are compared on the same draw."""
     generator = torch.Generator().manual_seed(seed)
-    return sum(loss(model, x, generator).item() for _ in range(repeats)) / repeats
+    return sum(loss(model, x, generator, first).item() for _ in range(repeats)) / repeats
 
 
 @torch.no_grad()
-def sample(model: nn.Module, count: int, steps: int = 40, seed: int = 7, eta: float = 0.5) -> Tensor:
-    """DDIM (Song et al., https://arxiv.org/abs/2010.02502) with x0 clamped; (count, 1, 8, 8) in [-1, 1]."""
+def sample(model: nn.Module, count: int, size: int = 28, steps: int = 30, seed: int = 7, eta: float = 0.5) -> Tensor:
+    """Draw images by DDIM (Song et al., https://arxiv.org/abs/2010.02502), x0 clamped: (count, 1, size, size)."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, 1, 8, 8, generator=generator)
+    x = torch.randn(count, 1, size, size, generator=generator)
     times = torch.linspace(STEPS - 1, 0, steps).long()
     x0 = x
     for now, after in zip(times, [*times[1:], None], strict=True):

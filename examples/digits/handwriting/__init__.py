@@ -1,0 +1,1 @@
+"""What the scripts beside this folder share: images, diffusion, the U-Net with its base, adapters and pictures."""
