@@ -34,6 +34,7 @@ test: $(VENV)/ready-dev docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -n 2 -m "not slow"
 
 test-full: $(VENV)/ready-dev
