@@ -2,9 +2,9 @@
 
     python benchmarks/monitor.py [--rounds 15] [--save]
 
-On the digits U-Net (40 layers, batches of 20) and on all 36 linear layers of MiniLM (batches of 16 sentences): training
-steps, measurements and naive measurements, which materialise ΔW and take its cosine, alternate in one process, and the
-figures are ratios of medians. Memory is the largest single allocation of a measurement over the largest weight.
+On the U-Net of digits8.py (40 layers, batches of 20) and on all 36 linear layers of MiniLM (batches of 16 sentences):
+training steps, measurements and naive measurements, which materialise ΔW and take its cosine, alternate in one process,
+and the figures are ratios of medians. Memory is the largest single allocation of a measurement over the largest weight.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     python benchmarks/trajectories.py [TASK …] [--seeds N] [--kinds locon,loha,…]
 
-Real tasks: a U-Net learns a handwritten digit it has never seen from ten images (digit-9, digit-8), and MiniLM the
-sentiment of reviews from 48 sentences (movies, amazon); the digits also at a third and three times the learning rate
-(-slow, -fast). Adapter and data are drawn anew from every seed: 156 runs, about two hours of two cores. One file a run
-goes to out/trajectories/; a run whose file is there is not made again. benchmarks/early_stopping.py judges by them.
+Real tasks: a U-Net learns a handwritten digit of 8×8 pixels it has never seen from ten images (digit-9, digit-8; see
+digits8.py), and MiniLM the sentiment of reviews from 48 sentences (movies, amazon); the digits also at a third and
+three times the learning rate (-slow, -fast). Adapter and data are drawn anew from every seed: 156 runs, about two hours
+of two cores. One file a run goes to out/trajectories/; a run whose file is there is not made again.
+benchmarks/early_stopping.py judges by them.
 """
 
 from __future__ import annotations

@@ -79,7 +79,12 @@ def digits_table(measured: dict[str, dict[str, Any]]) -> str:
             f"| {'(base)' if kind == 'base' else kind} | {size} | {loss:.4f} | {row['share']:.0%} "
             f"| {row['share on the other base']:.0%} |"
         )
-    rows += ["", "LoLDU's file carries its base's factors, so that it fits another base; it is small without them."]
+    rows += [
+        "",
+        "Held-out loss: of the 490 other nines, on the noisier half of the diffusion's times. Samples: 100 of every "
+        f"model, judged by a classifier that is right about {measured['base']['judge accuracy']:.1%} of real digits. "
+        "LoLDU's file carries its base's factors, so that it fits another base; it is small without them.",
+    ]
     return "\n".join(rows)
 
 
