@@ -104,7 +104,8 @@ def wrap(
     * a preset: "full" is every Linear and convolution; "attn-mlp" is the attention and MLP layers and the transformer
       blocks, with their projections and modulations; "attn-only" is the attention layers. No preset takes the output
       head of a language model, the module that its `get_output_embeddings()` returns, as it is large and often
-      shares the embedding's weight; `targets=["full", "lm_head"]` takes it too. A classifier's head is a layer like any other.
+      shares the embedding's weight; `targets=["full", "lm_head"]` takes it too. The head of a classifier is a layer
+      like any other.
     * "re:…", a regular expression that matches the whole name of a layer;
     * a glob over names, "*.to_q" or "blocks.[01].*";
     * the name of a layer, or of a module, for all layers inside it;
