@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,10 +77,33 @@ def check(
         >>> pk.check(model, torch.randn(2, 8)).ok
         True
     """
-    names = names_of(model, name)
-    watched = [(f"{at.site}[{at.name}]", at.adapter) for at in installed_adapters(model, names)]
+    watched = [(f"{at.site}[{at.name}]", at.adapter) for at in installed_adapters(model, names_of(model, name))]
     ran: set[int] = set()
     hooks = [a.register_forward_hook(lambda module, *_: ran.add(id(module))) for _, a in watched]
+    try:
+        with _left_as_it_is(model):
+            output = _call(model, batch)
+            value = _squares(output) if loss is None else loss(output)
+            if not value.requires_grad:
+                raise CheckError(
+                    "the loss depends on no trainable parameter: no adapter acts on this output "
+                    "(all disabled, at strength 0, merged, or never called)"
+                )
+            value.backward()
+            got = {id(a) for _, a in watched if any(p.grad is not None and p.grad.any() for p in a.parameters())}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return CheckReport(
+        tuple(label for label, a in watched if id(a) in ran),
+        tuple(label for label, a in watched if id(a) not in ran),
+        tuple(label for label, a in watched if id(a) in ran and id(a) not in got),
+    )
+
+
+@contextmanager
+def _left_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Make a block with gradients, without old ones, that leaves gradients, buffers and random state as they were."""
     gradients = {p: p.grad for p in model.parameters()}
     buffers = [
         (module, name, buffer, buffer.detach().clone())
@@ -91,31 +115,20 @@ def check(
         parameter.grad = None
     try:
         with torch.random.fork_rng(), torch.enable_grad():
-            if isinstance(batch, Mapping):
-                output = model(**batch)
-            else:
-                output = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-            value = _squares(output) if loss is None else loss(output)
-            if not value.requires_grad:
-                raise CheckError(
-                    "the loss depends on no trainable parameter: no adapter acts on this output "
-                    "(all disabled, at strength 0, merged, or never called)"
-                )
-            value.backward()
-        got = {id(a) for _, a in watched if any(p.grad is not None and p.grad.any() for p in a.parameters())}
+            yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         with torch.no_grad():
-            for module, buffer_name, buffer, before in buffers:
-                module._buffers[buffer_name] = buffer.copy_(before)
-    return CheckReport(
-        tuple(label for label, a in watched if id(a) in ran),
-        tuple(label for label, a in watched if id(a) not in ran),
-        tuple(label for label, a in watched if id(a) in ran and id(a) not in got),
-    )
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer.copy_(before)
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a tensor, positional arguments or keyword arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 def _squares(output: Any) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from rich.table import Table
@@ -107,18 +108,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup:
     """
     if backup is not None and backup not in BACKUPS:
         raise OptionError(f"backup={backup!r} was given, one of {', '.join(map(repr, BACKUPS))} or None was expected")
-    wanted = [names] if isinstance(names, str) else list(names_of(model) if names is None else names)
-    if not wanted:
-        raise OptionError("names is empty: name an adapter, or leave it out to merge them all")
-    for name in wanted:
-        names_of(model, name)
-    affected = {
-        host_name: (host, tuple(n for n in host.adapters if n in wanted))
-        for host_name, host in adapted_modules(model).items()
-    }
-    affected = {name: (host, own) for name, (host, own) in affected.items() if own}
-    for host_name, (host, own) in affected.items():
-        _check_state(host_name, host, own)
+    affected = _affected(model, names)
     if backup is None:
         return _bake(model, affected)
     done: list[Adapted] = []
@@ -175,9 +165,27 @@ def restore(model: nn.Module) -> tuple[str, ...]:
     return tuple(merged)
 
 
-def _check_state(host_name: str, host: Adapted, own: tuple[str, ...]) -> None:
+#: module name -> the adapted module and those of its adapters that are merged
+_Affected = Mapping[str, "tuple[Adapted, tuple[str, ...]]"]
+
+
+def _affected(model: nn.Module, names: str | Sequence[str] | None) -> _Affected:
+    """The modules with adapters of these names, or of any; raises unless they can be merged now."""
+    wanted = [names] if isinstance(names, str) else list(names_of(model) if names is None else names)
+    if not wanted:
+        raise OptionError("names is empty: name an adapter, or leave it out to merge them all")
+    for name in wanted:
+        names_of(model, name)
+    own = {at: tuple(n for n in host.adapters if n in wanted) for at, host in adapted_modules(model).items()}
+    affected = {at: (host, own[at]) for at, host in adapted_modules(model).items() if own[at]}
+    for host_name, (host, merging) in affected.items():
+        _check_state(host_name or "the model", host, merging)
+    return affected
+
+
+def _check_state(where: str, host: Adapted, own: tuple[str, ...]) -> None:
+    """Raise unless these adapters can be merged into the module's weights now."""
     state = host.adapter_state
-    where = host_name or "the model"
     if state.merged is not None:
         raise MergeStateError(f"{', '.join(state.merged.names)} is merged into {where} already: restore(model) first")
     hidden = [name for name in own if state.hidden.get(name)]
@@ -191,25 +199,40 @@ def _check_state(host_name: str, host: Adapted, own: tuple[str, ...]) -> None:
             )
 
 
+class _Job(NamedTuple):
+    """One weight and the changes to add to it."""
+
+    slot_name: str
+    site: str
+    names: tuple[str, ...]
+    deltas: list[Delta]
+    weight: Tensor
+    geometry: Geometry
+
+
+def _jobs(host_name: str, host: Adapted, own: Sequence[str]) -> Iterator[_Job]:
+    """The module's weights that adapters of these names are on."""
+    for slot_name, slot in host.adapter_state.slots.items():
+        names, deltas = _deltas(host, slot_name, own)
+        if names:
+            site = dotted(host_name, slot_name) or "the model"
+            yield _Job(slot_name, site, names, deltas, host.weight_of(slot).detach(), slot.geometry)
+
+
 @torch.no_grad()
 def _merge_host(
     host_name: str, host: Adapted, own: tuple[str, ...], mode: str, done: list[Adapted]
-) -> Iterator[MergedWeight]:
-    state = host.adapter_state
-    jobs = {slot_name: _deltas(host, slot_name, own) for slot_name in state.slots}
+) -> list[MergedWeight]:
+    """Merge into the weights of one module, which goes to `done` before the first is written."""
+    jobs = list(_jobs(host_name, host, own))
     backups: dict[str, Backup] = {}
-    merged = state.merged = Merged(own, backups, {})
+    merged = host.adapter_state.merged = Merged(own, backups, {})
     done.append(host)
     results = []
-    for slot_name, (names, deltas) in jobs.items():
-        if not names:
-            continue
-        slot = state.slots[slot_name]
-        site = dotted(host_name, slot_name) or "the model"
-        weight = host.weight_of(slot).detach()
+    for slot_name, site, names, deltas, weight, geometry in jobs:
         before = weight.clone()
         backups[slot_name] = Copy(before)  # until the merge of this weight is complete
-        norm, change, lost = add_(deltas, weight, slot.geometry)
+        norm, change, lost = add_(deltas, weight, geometry)
         if not math.isfinite(norm):
             raise MergeError(f"{site}: the ΔW of {', '.join(names)} is not finite; nothing was merged")
         if not math.isfinite(change):
@@ -217,28 +240,23 @@ def _merge_host(
         backups[slot_name] = BACKUPS[mode].of(before, weight)
         merged.checksums[slot_name] = checksum(weight)
         results.append(MergedWeight(site, names, norm, change, lost))
-    state.refresh()
-    return iter(results)
+    host.adapter_state.refresh()
+    return results
 
 
 @torch.no_grad()
-def _bake(model: nn.Module, affected: Mapping[str, tuple[Adapted, tuple[str, ...]]]) -> MergeReport:
-    """Merge for good. With nothing to go back to, whatever could fail is found before the first weight is written."""
-
-    jobs: list[tuple[str, tuple[str, ...], list[Delta], Tensor, Geometry]] = []
-    inert, weights = [], []
-    for host_name, (host, own) in affected.items():
-        for slot_name, slot in host.adapter_state.slots.items():
-            names, deltas = _deltas(host, slot_name, own)
-            if not names:
-                continue
-            site, weight = dotted(host_name, slot_name) or "the model", host.weight_of(slot).detach()
-            refuse_overflow(site, names, deltas, weight)
-            inert.append(MergedWeight(site, names, *add_(deltas, weight, slot.geometry, dry=True)))
-            jobs.append((site, names, deltas, weight, slot.geometry))
-    refuse_inert(inert)
-    for site, names, deltas, weight, geometry in jobs:
-        weights.append(MergedWeight(site, names, *add_(deltas, weight, geometry, safe=True)))
+def _bake(model: nn.Module, affected: _Affected) -> MergeReport:
+    """Merge for good. Nothing can be restored, so every check comes before the first weight is written."""
+    jobs = [job for host_name, (host, own) in affected.items() for job in _jobs(host_name, host, own)]
+    expected = []
+    for _, site, names, deltas, weight, geometry in jobs:
+        refuse_overflow(site, names, deltas, weight)
+        expected.append(MergedWeight(site, names, *add_(deltas, weight, geometry, dry=True)))
+    refuse_inert(expected)
+    weights = [
+        MergedWeight(site, names, *add_(deltas, weight, geometry, safe=True))
+        for _, site, names, deltas, weight, geometry in jobs
+    ]
     for name in dict.fromkeys(name for _, own in affected.values() for name in own):
         unwrap(model, name)
     return MergeReport(tuple(weights))

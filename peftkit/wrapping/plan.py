@@ -186,13 +186,10 @@ def plan(
     selector = Selector(model)
     chosen, skipped = _choose(selector, rules)
     shared = tied_with(model, [selector.sites[site] for site in chosen])
-    if shared and tied is None:
-        raise TiedWeightsError(
-            f"{listed(f'{a} shares its weight with {b}' for a, b in shared.items())}: merged into one, an "
-            "adapter would change both. Pass tied='untie' to give the layer its own copy, or tied='skip'"
-        )
     if tied == "skip":
         chosen, skipped = _without_shared(chosen, skipped, shared)
+    elif tied is None:
+        _refuse_shared(shared)
     dry = _DryRun(dtype)
     entries = tuple(dry.entry(selector.sites[site], rule, pattern) for site, (rule, pattern) in chosen.items())
     refuse_taken([entry.site for entry in entries], name)
@@ -238,6 +235,15 @@ def _choose(selector: Selector, rules: Sequence[Rule]) -> tuple[_Choice, dict[st
             chosen.update(dict.fromkeys(fresh, (rule, pattern)))
             skipped |= matched.refused
     return chosen, {name: reason for name, reason in skipped.items() if name not in chosen}
+
+
+def _refuse_shared(shared: Mapping[str, str]) -> None:
+    """Raise if there are sites whose weight is shared."""
+    if shared:
+        raise TiedWeightsError(
+            f"{listed(f'{a} shares its weight with {b}' for a, b in shared.items())}: merged into one, an "
+            "adapter would change both. Pass tied='untie' to give the layer its own copy, or tied='skip'"
+        )
 
 
 def _without_shared(
