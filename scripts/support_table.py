@@ -14,10 +14,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests.support.cells import ALL_LAYERS, LAYERS, Outcome, cell, exists
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from peftkit.files.export.programs import TARGETS
-from tests.support.cells import ALL_LAYERS, LAYERS, Outcome, cell, exists
 from tests.support.zoo import ADAPTERS
 
 #: title -> the cases of tests/support/zoo.py; those after the first by what sets them apart

@@ -114,7 +114,7 @@ def cells(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...], str, dict[str, A
 Cell = tuple[nn.Module, tuple[int, ...], str, dict[str, Any]]
 
 
-def trained(cell: Cell, seed: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor, bytes] | None:
+def trained_cell(cell: Cell, seed: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor, bytes] | None:
     """The wrapped and trained layer, an input and the bits of its weight; None for a typed refusal.
 
     Checks that wrapping changed nothing.
@@ -135,7 +135,7 @@ def trained(cell: Cell, seed: int, dtype: torch.dtype) -> tuple[nn.Module, Tenso
 
 def hold(cell: Cell, seed: int) -> None:
     """Identity, routes with gradients, forward = merged, restore, and the algebra, or a typed refusal."""
-    made = trained(cell, seed, torch.float64)
+    made = trained_cell(cell, seed, torch.float64)
     if made is None:
         return
     layer, x, weight = made
@@ -150,18 +150,18 @@ def hold(cell: Cell, seed: int) -> None:
     pk.set_strength(layer, -0.7)
     y = layer(x)
     pk.merge(layer)
-    laws.close(layer(x), y, torch.float64, "merged", *parts)
+    laws.agree(layer(x), y, torch.float64, "merged", *parts)
     pk.restore(layer)
     assert laws.bits(layer.weight) == weight
     delta, W = laws.the_delta(layer)
     dense = delta.dense()
-    laws.close(delta.inner(W), (dense * W).sum(), torch.float64, "inner", dense.norm() * W.norm())
-    laws.close(delta.sqnorm(), dense.square().sum(), torch.float64, "sqnorm", W.norm().square())
+    laws.agree(delta.inner(W), (dense * W).sum(), torch.float64, "inner", dense.norm() * W.norm())
+    laws.agree(delta.sqnorm(), dense.square().sum(), torch.float64, "sqnorm", W.norm().square())
 
 
 def hold_narrow(cell: Cell, seed: int, dtype: torch.dtype) -> None:
     """Identity, forward = merged at a strength, and restore, to the bounds of the dtype."""
-    made = trained(cell, seed, dtype)
+    made = trained_cell(cell, seed, dtype)
     if made is None:
         return
     layer, x, weight = made
@@ -174,7 +174,7 @@ def hold_narrow(cell: Cell, seed: int, dtype: torch.dtype) -> None:
         except MergeError:  # a ΔW too small for the dtype: nothing was written
             assert laws.bits(layer.weight) == weight
             continue
-        laws.close(layer(x), y, dtype, f"merged at {strength}", *parts)
+        laws.agree(layer(x), y, dtype, f"merged at {strength}", *parts)
         pk.restore(layer)
         assert laws.bits(layer.weight) == weight
 

@@ -17,22 +17,9 @@ import torch
 
 import peftkit as pk
 from peftkit.cli import files
-from tests.support.checkpoints import (
-    Hand,
-    State,
-    exact,
-    full,
-    hand_merge,
-    listing,
-    load,
-    loha,
-    lora,
-    metadata,
-    net,
-    require_bits,
-    state,
-    write,
-)
+from tests.support.files import listing, load, metadata, require_bits, write
+from tests.support.hands import exact, full, hand_merge, loha, lora, lycoris_tensors
+from tests.support.models import net, state
 
 COMMANDS = (
     "inspect",
@@ -89,10 +76,6 @@ def peftkit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return call
 
 
-def lycoris(hands: dict[str, Hand]) -> State:
-    return {k: t for name, hand in hands.items() for k, t in hand.keyed(f"lycoris_{name}").items()}
-
-
 HANDS = {"lin": lora(12, 8, 4, seed=1), "bare": loha(8, 8, seed=5), "k1": lora(12, 8, 2, seed=9)}
 
 
@@ -102,8 +85,8 @@ def folder(tmp_path: Path) -> Path:
     before = state(net())
     write(tmp_path / "base.safetensors", before)
     write(tmp_path / "tuned.safetensors", {**before, "lin.weight": before["lin.weight"] + exact(12, 8, seed=3)})
-    write(tmp_path / ODD, lycoris(HANDS))
-    write(tmp_path / "other.safetensors", lycoris({"lin": full(12, 8, seed=4)}))
+    write(tmp_path / ODD, lycoris_tensors(HANDS))
+    write(tmp_path / "other.safetensors", lycoris_tensors({"lin": full(12, 8, seed=4)}))
     return tmp_path
 
 
@@ -308,7 +291,8 @@ def test_json_carries_the_numbers_of_the_reports(folder: Path, peftkit: Callable
 
 def test_json_is_all_that_is_on_stdout_and_has_no_number_json_lacks(folder: Path, peftkit: Callable[..., Ran]) -> None:
     dead = write(
-        folder / "dead.safetensors", {k: t * 0 if "up" in k else t for k, t in lycoris({"lin": lora(12, 8)}).items()}
+        folder / "dead.safetensors",
+        {k: t * 0 if "up" in k else t for k, t in lycoris_tensors({"lin": lora(12, 8)}).items()},
     )
     ran = peftkit("diff", dead, folder / "other.safetensors", "--json")
     strict = json.loads(ran.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -319,7 +303,7 @@ def test_json_is_all_that_is_on_stdout_and_has_no_number_json_lacks(folder: Path
 
 
 def test_doctor_exits_with_what_it_found(folder: Path, peftkit: Callable[..., Ran]) -> None:
-    tensors = lycoris(HANDS)
+    tensors = lycoris_tensors(HANDS)
     dead = {**tensors, "lycoris_lin.lora_up.weight": torch.zeros(12, 4)}
     part = write(folder / "part.safetensors", dead)
     ran = peftkit("doctor", part)
@@ -347,7 +331,7 @@ def test_a_strength_is_told_from_a_name(
     name: str, strength: str, folder: Path, peftkit: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    write(folder / name, lycoris({"lin": full(12, 8)}))
+    write(folder / name, lycoris_tensors({"lin": full(12, 8)}))
     (patch,) = peftkit("plan", "base.safetensors", f"{name}{strength}", "--json").json["patches"]
     assert patch["file"] == name
     assert patch["strength"] == float(strength[1:] or 1)
@@ -410,7 +394,7 @@ def test_bad_input_is_one_clear_message_and_code_2(
 ) -> None:
     monkeypatch.chdir(folder)
     (folder / "rules.json").write_text('{"*": 1}')
-    write(folder / "wrong.safetensors", lycoris({"lin": lora(12, 9), "nowhere": lora(2, 2)}))
+    write(folder / "wrong.safetensors", lycoris_tensors({"lin": lora(12, 9), "nowhere": lora(2, 2)}))
     before = listing(folder)
     arguments, words = BAD[bad]
     ran = peftkit(*(argument.replace("{odd}", ODD) for argument in arguments))
@@ -431,7 +415,7 @@ def test_options_reach_the_functions(folder: Path, peftkit: Callable[..., Ran]) 
     assert {t.dtype for t in load(out).values() if t.is_floating_point()} == {torch.bfloat16}
     assert peftkit("convert", file, "-k", "full", "-o", out, "--dtype", "fp16").code == 0
     assert {t.dtype for t in load(out).values()} == {torch.float16}
-    stray = write(folder / "stray.safetensors", {**lycoris(HANDS), "epoch": torch.ones(1)})
+    stray = write(folder / "stray.safetensors", {**lycoris_tensors(HANDS), "epoch": torch.ones(1)})
     require_clear_error(peftkit("plan", base, stray), "ignore")
     assert peftkit("plan", base, stray, "--ignore", "epo*").code == 0
     torch.save(state(net()), folder / "base.ckpt")

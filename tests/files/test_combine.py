@@ -27,7 +27,9 @@ from tests.support.adapter_files import (
     source,
     true_deltas,
 )
-from tests.support.checkpoints import State, exact, listing, load, lora, metadata, net, write
+from tests.support.files import State, listing, load, metadata, write
+from tests.support.hands import exact, lora
+from tests.support.models import net
 from tests.support.zoo import train
 
 # -- combine -----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from tests.support.adapter_files import (
     source,
     truth,
 )
-from tests.support.checkpoints import accepting, listing, load, metadata, net, require_bits, state, write
+from tests.support.files import listing, load, metadata, require_bits, write
+from tests.support.models import accepting, net, state
 from tests.support.zoo import ADAPTERS
 
 # -- what is measured --------------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from torch import nn
 import peftkit as pk
 from peftkit.errors import MismatchError, OptionError, WrongBaseError
 from tests.support.adapter_files import optimum
-from tests.support.checkpoints import State, exact, key_of, load, net, same_bits, state, taken, write
+from tests.support.files import State, load, same_bits, write
+from tests.support.hands import exact
+from tests.support.models import key_of, net, state, taken
 
 
 def tuned(base: State, size: float = 0.1, seed: int = 3, rank: int | None = None) -> State:

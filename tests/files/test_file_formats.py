@@ -32,7 +32,9 @@ from tests.support.adapter_files import (
     sd15_model,
     true_deltas,
 )
-from tests.support.checkpoints import Hand, State, listing, load, loha, metadata, net, write
+from tests.support.files import State, listing, load, metadata, write
+from tests.support.hands import Hand, loha
+from tests.support.models import net
 from tests.support.readers import READERS
 
 # -- formats -----------------------------------------------------------------------------------------------------------

@@ -27,11 +27,11 @@ from tests.support.adapter_files import (
     source,
     truth,
 )
-from tests.support.checkpoints import State, exact, load, lora, metadata, net, state, write
+from tests.support.cells import TARGETS
+from tests.support.files import State, load, metadata, write
+from tests.support.hands import exact, lora
+from tests.support.models import net, state
 from tests.support.zoo import ADAPTERS, train
-
-TARGETS = ("a1111", "forge", "comfyui", "kohya", "lycoris", "diffusers", "peft")
-
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import peftkit as pk
 from peftkit.files.families.names import FAMILIES
-from tests.support.checkpoints import write
+from tests.support.files import write
 from tests.support.readers import READERS, Refused
 
 #: modules of every network of a family that adapters are usually of

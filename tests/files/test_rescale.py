@@ -19,7 +19,9 @@ from tests.support.adapter_files import (
     source,
     truth,
 )
-from tests.support.checkpoints import HANDS, accepting, exact, full, listing, load, metadata, net, same_bits, write
+from tests.support.files import listing, load, metadata, same_bits, write
+from tests.support.hands import HANDS, exact, full
+from tests.support.models import accepting, net
 from tests.support.readers import READERS
 from tests.support.zoo import ADAPTERS
 

@@ -15,7 +15,8 @@ from torch import Tensor
 import peftkit as pk
 from peftkit.delta.truncation import Keep, nearest, nearest_kronecker, truncate
 from tests.support.adapter_files import matrices, optimum, source, truth
-from tests.support.checkpoints import accepting, load
+from tests.support.files import load
+from tests.support.models import accepting
 
 KEEPS: list[dict[str, Any]] = [{"rank": 1}, {"rank": 3}, {"energy": 0.6}, {"energy": 0.95}, {"threshold": 0.5}]
 

@@ -22,6 +22,7 @@ from peftkit import kernels
 from peftkit.errors import OptionError
 from peftkit.kernels import operators
 from peftkit.kernels.triton import launch
+from tests.support.numbers import close
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -99,11 +100,6 @@ def drawn(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
 def hadamard(dtype: torch.dtype, m: int, n: int, r: int) -> list[Tensor]:
     """B1, A1, B2, A2."""
     return [drawn(dtype, *s, seed=i) for i, s in enumerate(((m, r), (r, n), (m, r), (r, n)))]
-
-
-def close(value: Tensor, exact: Tensor, bound: float) -> None:
-    error = (value.double() - exact).norm() / exact.norm()
-    assert error <= bound, f"relative error {error:.1e} above {bound:.1e}"
 
 
 def exact(factors: list[Tensor]) -> Tensor:

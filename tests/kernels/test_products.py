@@ -20,7 +20,7 @@ from peftkit.delta import Hadamard
 from peftkit.kernels import fused, outputs
 from peftkit.wrapping import layer as layer_module
 from peftkit.wrapping import routes
-from tests.support.laws import close
+from tests.support.laws import agree as agree_to_rounding
 from tests.support.zoo import ADAPTERS, LAYERS, make, smallest_kernel, train
 
 #: an activation with 12 channels by its shape, its spatial dimensions and how its memory is laid out
@@ -327,7 +327,7 @@ def test_the_fused_route_is_the_plain_one(adapter: str, layer: str, monkeypatch:
     for algorithm in ("oft", "boft"):
         monkeypatch.setattr(f"peftkit.adapters.{algorithm}.cayley", lambda *skew: oft._solved(oft.skew_blocks(*skew)))
     for ours, plain in zip(fused, step(), strict=True):
-        close(ours, plain, torch.float64, "a fused product")
+        agree_to_rounding(ours, plain, torch.float64, "a fused product")
 
 
 @pytest.mark.parametrize("kind", ["loha", "dora"])
@@ -355,7 +355,7 @@ def test_the_dense_route_differentiates_as_torch_does(layer: str, kind: str) -> 
         return [*once, *torch.autograd.grad(sum(g.square().sum() for g in once), wanted)]
 
     for a, b in zip(derivatives(module(x)), derivatives(plain()), strict=True):
-        close(a, b, torch.float64, "a gradient of the dense route")
+        agree_to_rounding(a, b, torch.float64, "a gradient of the dense route")
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ class Pairs(Dataset[dict[str, Tensor]]):
         return {"x": self.x[i], "labels": self.y[i]}
 
 
-class Net(nn.Module):
+class Regression(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -68,7 +68,7 @@ def trainer(folder: Path, callback: for_trainer.CSCallback, steps: int, **option
         **options,
     )
     return transformers.Trainer(
-        model=Net(), args=arguments, train_dataset=Pairs(), eval_dataset=Pairs(), callbacks=[callback]
+        model=Regression(), args=arguments, train_dataset=Pairs(), eval_dataset=Pairs(), callbacks=[callback]
     )
 
 
@@ -107,7 +107,7 @@ def test_trainer_resumes(tmp_path: Path) -> None:
 class Module(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.net = Net()
+        self.net = Regression()
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         return self.net(*batch)["loss"]
@@ -159,7 +159,7 @@ def test_lightning_stops_goes_back_and_resumes(tmp_path: Path) -> None:
 
 def test_accelerate_accumulates() -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
-    net, pairs = Net(), Pairs()
+    net, pairs = Regression(), Pairs()
     optimizer = torch.optim.AdamW(pk.adapter_parameters(net), lr=1e-2)
     model, optimizer, data = accelerator.prepare(
         net, optimizer, DataLoader(TensorDataset(pairs.x, pairs.y), batch_size=2)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import peftkit as pk
-from tests.support.cells import tree
-from tests.support.checkpoints import HANDS, Hand, Net, State, adapt, load, net, state, write
+from tests.support.files import State, load, write
+from tests.support.hands import HANDS, Hand, lycoris_tensors
+from tests.support.models import Net, adapt, net, state, tree
 from tests.support.zoo import ADAPTERS
 
 
@@ -192,8 +193,7 @@ LYCORIS = ("lin", "bare", "attention.out_proj")
 
 
 def lycoris_file(path: Path, hands: Mapping[str, Hand]) -> Path:
-    keyed = {f"lycoris_{name.replace('.', '_')}": hand for name, hand in hands.items()}
-    return write(path, {k: t for name, hand in keyed.items() for k, t in hand.keyed(name).items()})
+    return write(path, lycoris_tensors(hands))
 
 
 def lycoris_hands(kind: str) -> dict[str, Hand]:

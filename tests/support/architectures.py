@@ -9,18 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.support.cells import TARGETS, wrapped
 
 EACH_TARGET = pytest.mark.parametrize("target", TARGETS)
-
-
-def header(path: Path) -> dict[str, str]:
-    with safe_open(str(path), framework="pt") as file:
-        return file.metadata() or {}
 
 
 def tensors(path: Path) -> dict[str, Tensor]:

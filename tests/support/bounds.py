@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tests.support import corpus
-from tests.support.corpus import Files, Place, Verb, net, outcome
+from tests.support.corpus import Files, Place, Verb, outcome, pair
 
 #: seconds of the processor that a verb may take on a small file, and of the clock before it counts as hung
 SECONDS, HUNG = 2.0, 10.0
@@ -78,7 +78,7 @@ def put(folder: Path, content: Files) -> Path:
 def tuned_base(at: Place) -> Path:
     tuned = at.folder / "tuned.safetensors"
     if not tuned.exists():
-        model = net()
+        model = pair()
         with torch.no_grad():
             model.a.weight.add_(1)
         tuned.write_bytes(corpus.model_file(model))

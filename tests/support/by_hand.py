@@ -7,29 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.support.files import keyed, write
 from tests.support.readers import READERS
 
 TOLERANCE = 1e-5
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    file = path / "adapter.safetensors"
-    save_file(
-        {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()},
-        file,
-        metadata,
-    )
-    return file
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    return write(folder / "adapter.safetensors", tensors, metadata)
 
 
 def t(*rows: Any) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32)
 
 
-def close(a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> bool:
+def near(a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> bool:
     return a.shape == b.shape and bool((a.double() - b.double()).abs().max() < tolerance)
 
 
@@ -40,14 +34,10 @@ POINT = "unet.down_blocks.0.attentions.0.proj_in"
 CONV = "unet.down_blocks.0.resnets.0.conv1"
 
 
-def kohya(name: str) -> str:
+def kohya_key(name: str) -> str:
     """lora_unet_ or lora_te_ and the path, the name every loader takes for SD1.5."""
     component, _, path = name.partition(".")
     return {"unet": "lora_unet_", "text_encoder": "lora_te_"}[component] + path.replace(".", "_")
-
-
-def keyed(module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{module}.{name}": tensor for name, tensor in tensors.items()}
 
 
 UP, DOWN = t([1.0], [2.0]), t([3.0, 4.0])
@@ -98,5 +88,5 @@ def found(loader: str, names: Iterable[str], family: str, path: Path) -> set[str
         for key, tensor in keyed(name, {"lora_up.weight": UP, "lora_down.weight": DOWN, "alpha": torch.ones(1)}).items()
     }
     weights = {f"unet.{path}": BASE for path in names}
-    outcome = READERS[loader](write(path, tensors), weights, family)
+    outcome = READERS[loader](write_adapter(path, tensors), weights, family)
     return {name.removeprefix("unet.") for name in outcome.deltas}

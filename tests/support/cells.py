@@ -22,6 +22,7 @@ import peftkit as pk
 from peftkit.errors import ExportError, OptionError, UnsupportedLayerError
 from peftkit.files.export.export import ExportReport
 from peftkit.wrapping.layer import installed_adapters
+from tests.support.models import tree
 from tests.support.readers import READERS, Read
 from tests.support.zoo import ADAPTERS, train
 
@@ -86,30 +87,6 @@ MIXED = {
 }
 
 
-class Net(nn.Module):
-    """A small model that runs, of the layers adapters go on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(4, 8, 3, padding=1)
-        self.block = nn.ModuleDict({"point": nn.Conv2d(8, 16, 1), "down": nn.Conv2d(16, 16, 3, stride=2)})
-        self.heads = nn.ModuleList([nn.Linear(16, 24), nn.Linear(24, 8, bias=False)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.stem(x))
-        x = torch.tanh(self.block["down"](torch.tanh(self.block["point"](x))))
-        return self.heads[1](torch.tanh(self.heads[0](x.mean((2, 3)))))
-
-
-NET_LAYERS = ("stem", "block.point", "block.down", "heads.0", "heads.1")
-
-
-def net(seed: int = 0) -> tuple[Net, Tensor]:
-    """The small model and an input."""
-    torch.manual_seed(seed)
-    return Net().eval(), torch.randn(3, 4, 7, 7)
-
-
 def require_same_forward(ours: Tensor, theirs: Tensor, base: Tensor) -> None:
     """Raise AssertionError unless outputs agree to 1e-5, and the adapters changed them by a thousand times as much."""
     assert (theirs - base).norm() > 1e-2 * base.norm(), "the adapter does too little to be seen"
@@ -124,20 +101,6 @@ class Outcome:
     how: str
     structure: str = ""
     note: str = ""
-
-
-def tree(layers: Mapping[str, nn.Module]) -> nn.Module:
-    """A model that has these layers at these paths, and nothing else."""
-    root = nn.Module()
-    for path, layer in layers.items():
-        *parents, last = path.split(".")
-        at = root
-        for parent in parents:
-            if parent not in at._modules:
-                at.add_module(parent, nn.Module())
-            at = at.get_submodule(parent)
-        at.add_module(last, layer)
-    return root
 
 
 def wrapped(adapter: str, layers: Mapping[str, Callable[[], nn.Module]], seed: int = 0) -> nn.Module:

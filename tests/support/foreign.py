@@ -8,24 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit.wrapping.layer import installed_adapters
-from tests.support.cells import net
-
-Tensors = dict[str, Tensor]
-
-
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    """A safetensors file by the reference implementation."""
-    save_file({key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}, path, metadata)
-    return path
-
-
-def under(module: str, tensors: Mapping[str, Tensor]) -> Tensors:
-    return {f"{module}.{name}": tensor for name, tensor in tensors.items()}
+from tests.support.files import State, keyed, write
+from tests.support.models import conv_net
 
 
 def randomized(parameters: Iterator[tuple[str, Tensor]], size: float = 0.3) -> None:
@@ -39,7 +27,7 @@ def randomized(parameters: Iterator[tuple[str, Tensor]], size: float = 0.3) -> N
 POINTWISE = ("block.point", "heads.0", "heads.1")
 
 
-def outputs(unet: Any, text_encoder: Any) -> tuple[Tensor, Tensor]:
+def separate_outputs(unet: Any, text_encoder: Any) -> tuple[Tensor, Tensor]:
     """Of the U-Net, given states; and of the text encoder."""
     torch.manual_seed(3)
     x, states, ids = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8), torch.tensor([[0, 3, 7, 1]])
@@ -81,10 +69,10 @@ QKV = tuple(f"transformer_blocks.2.attn.to_{part}" for part in "qkv")
 HEAD = {"lora_up.weight": UP, "lora_down.weight": DOWN}
 
 
-def loaded(tensors: Mapping[str, Tensor], folder: Path, **options: Any) -> nn.Module:
+def loaded_on_head(tensors: Mapping[str, Tensor], folder: Path, **options: Any) -> nn.Module:
     """The small model with these tensors on heads.0."""
-    model, _ = net()
-    pk.load(model, write(folder / "a.safetensors", under("lora_unet_heads_0", tensors)), **options)
+    model, _ = conv_net()
+    pk.load(model, write(folder / "a.safetensors", keyed("lora_unet_heads_0", tensors)), **options)
     return model
 
 
@@ -97,7 +85,7 @@ def decomposed(W: Tensor, V: Tensor, magnitude: Tensor, axis: str) -> Tensor:
     return whole * magnitude.double().reshape(shape) / norms - W
 
 
-def dora_file(layer: nn.Module, axis: str, shape: tuple[int, ...]) -> tuple[Tensors, Tensor]:
+def dora_file(layer: nn.Module, axis: str, shape: tuple[int, ...]) -> tuple[State, Tensor]:
     W: Tensor = layer.weight.detach()  # type: ignore[assignment,operator]
     up, down = factors(W.shape[0], W.shape[1], tuple(W.shape[2:]))
     magnitude = torch.rand(W.shape[0] if axis == "out" else W.shape[1]) + 0.5

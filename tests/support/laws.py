@@ -21,6 +21,7 @@ from peftkit.delta import Decomposed, Delta
 from peftkit.delta.base import WeightCache
 from peftkit.errors import OptionError, UnsupportedLayerError
 from peftkit.wrapping.layer import Adapted
+from tests.support.numbers import close
 from tests.support.zoo import ADAPTERS, make, train
 
 #: what a cell that has no meaning raises, at wrap
@@ -51,11 +52,9 @@ def the_delta(module: nn.Module, name: str = "default", strength: float = 1.0) -
     return adapter(W, strength), W
 
 
-def close(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, *terms: Tensor) -> None:
-    """‖a − b‖ ≤ bound·(‖b‖ + Σ ‖term‖), the terms being what b is a sum of."""
-    error = (a.double() - b.double()).norm()
-    size = sum(t.double().norm() for t in (b, *terms))
-    assert error <= BOUND[dtype] * size + 1e-300, f"{what}: relative error {error / size:.2e} above {BOUND[dtype]:.0e}"
+def agree(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, *terms: Tensor) -> None:
+    """a is b to the bound of its dtype, the terms being what b is a sum of."""
+    close(a, b, BOUND[dtype], what, *terms)
 
 
 def terms(module: nn.Module, x: Tensor) -> list[Tensor]:
@@ -118,7 +117,7 @@ def routes_agree(adapter: str, layer: str, dtype: torch.dtype = torch.float64) -
     for name, a, b in zip(names, *results, strict=True):
         # Of the parameters' gradients the largest counts: some are differences of near-equals
         summed = {"output": parts, "x": [through_base]}.get(name, [*results[1][2:], *held])
-        close(a, b, dtype, name, *summed)
+        agree(a, b, dtype, name, *summed)
 
 
 def forward_is_merged(adapter: str, layer: str, dtype: torch.dtype = torch.float64) -> None:
@@ -136,7 +135,7 @@ def forward_is_merged(adapter: str, layer: str, dtype: torch.dtype = torch.float
                 assert torch.equal(y, parts[0]), "forward(0) is not the base"
                 assert bits(module.weight) == weight, "merged(0) is not the base"
             else:
-                close(y, merged, dtype, f"{route} λ={strength}", *parts)
+                agree(y, merged, dtype, f"{route} λ={strength}", *parts)
                 assert not torch.equal(merged, parts[0]), "the merge changed nothing"
             pk.restore(module)
 
@@ -153,7 +152,7 @@ def restore_is_exact(adapter: str, layer: str, dtype: torch.dtype = torch.float3
         pk.merge(module, subsets[cycle % 4], backup=("copy", "packed")[cycle % 2])
         assert bits(module.weight) != weight, "the merge changed nothing"
         if cycle < 4:
-            close(module(x), output, dtype, f"output with {subsets[cycle % 4]} merged", *parts)
+            agree(module(x), output, dtype, f"output with {subsets[cycle % 4]} merged", *parts)
         pk.restore(module)
         assert bits(module.weight) == weight, f"cycle {cycle}: bits differ"
     assert torch.equal(module(x), output)
@@ -190,35 +189,35 @@ def algebra_is_dense(adapter: str, layer: str, dtype: torch.dtype = torch.float6
     M = torch.randn(W.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(W.dtype)
     for other in (M, W):
         size = dense.norm() * other.norm()  # what cancels in an inner product
-        close(delta.inner(other), Delta.inner(delta, other), dtype, "inner", size)
+        agree(delta.inner(other), Delta.inner(delta, other), dtype, "inner", size)
         for own, default in (("moments", Delta.moments), ("column_moments", Delta.column_moments)):
             for value, expected in zip(getattr(delta, own)(other), default(delta, other), strict=True):
-                close(value, expected, dtype, own, size)
-    close(delta.sqnorm(), Delta.sqnorm(delta), dtype, "sqnorm")
+                agree(value, expected, dtype, own, size)
+    agree(delta.sqnorm(), Delta.sqnorm(delta), dtype, "sqnorm")
     own, _ = the_delta(module)  # the monitor's two numbers, with and without what is already known of W
     full, known = own.dense(), WeightCache()
     for _ in range(2):
         inner, square = own.inner_and_sqnorm(W, known)
-        close(inner, (full * W).sum(), dtype, "alignment", full.norm() * W.norm())
-        close(square, full.square().sum(), dtype, "alignment")
+        agree(inner, (full * W).sum(), dtype, "alignment", full.norm() * W.norm())
+        agree(square, full.square().sum(), dtype, "alignment")
     step = delta.row_multiple
     for start in range(0, W.shape[0], step):
         block = slice(start, start + step)
-        close(delta.rows(block), dense[block], dtype, "rows", dense)
+        agree(delta.rows(block), dense[block], dtype, "rows", dense)
         with torch.no_grad():
             written = torch.full_like(dense[block], float("nan"))
             delta.rows_(block, written)
             added = W[block].clone()
             delta.add_rows_(block, added)
-        close(written, dense[block], dtype, "rows_", dense)
-        close(added, W[block] + dense[block], dtype, "add_rows_", W)
+        agree(written, dense[block], dtype, "rows_", dense)
+        agree(added, W[block] + dense[block], dtype, "add_rows_", W)
     quick, largest = delta.cheap_sqnorm, delta.max_abs_bound(W.abs().max())
     assert largest >= dense.abs().max() * (1 - BOUND[dtype]), "an element of ΔW is larger than the bound on them"
     if quick is not None:
-        close(quick, Delta.sqnorm(delta), dtype, "quick_sqnorm")
-    close(delta.scaled(-0.5).dense(), -0.5 * dense, dtype, "scaled")
+        agree(quick, Delta.sqnorm(delta), dtype, "quick_sqnorm")
+    agree(delta.scaled(-0.5).dense(), -0.5 * dense, dtype, "scaled")
     wx = g.run(x, W)
-    close(delta.apply(x, wx, g), Delta.apply(delta, x, wx, g), dtype, "apply")
+    agree(delta.apply(x, wx, g), Delta.apply(delta, x, wx, g), dtype, "apply")
 
 
 def merge_rounds_once(adapter: str, layer: str) -> None:

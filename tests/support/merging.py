@@ -2,49 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftkit.files.families.names import Family
-from tests.support.checkpoints import Hand, State, diffusers_state, full, lora, original_state, state, write
+from tests.support.files import State, write
+from tests.support.hands import full, lora, lycoris_tensors
+from tests.support.models import state
+from tests.support.small_families import diffusers_state, original_state
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def close(ours: Tensor, theirs: Tensor, bound: float, what: str = "") -> None:
-    """‖ours − theirs‖ ≤ bound·‖theirs‖."""
-    error, size = (ours.double() - theirs.double()).norm(), theirs.double().norm()
-    assert error <= bound * size, f"{what}: relative error {error / size:.2e} above {bound:.0e}"
-
-
-def lycoris(hands: Mapping[str, Hand]) -> State:
-    """A file of LyCORIS' generic wrapper."""
-    return {
-        key: t for name, hand in hands.items() for key, t in hand.keyed(f"lycoris_{name.replace('.', '_')}").items()
-    }
-
-
-def sharded(folder: Path, tensors: State, cut: int) -> Path:
-    """Two shards with an index, as transformers writes them."""
-    keys = list(tensors)
-    files = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-    parts = {files[0]: keys[:cut], files[1]: keys[cut:]}
-    for file, own in parts.items():
-        write(folder / file, {key: tensors[key] for key in own}, {"format": "pt"})
-    total = sum(t.nbytes for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": {key: file for file, own in parts.items() for key in own}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
 
 
 #: by family: the split projections with the fused layer of the published file; and modules whose halves are swapped
@@ -97,18 +68,4 @@ def prepared(folder: Path) -> tuple[Path, Path]:
     tensors = {f"layer{i}.weight": torch.randn(64, 64) for i in range(6)} | {"big.weight": torch.randn(700, 700)}
     base = write(folder / "base.safetensors", tensors)
     hands = {"layer1": full(64, 64, seed=1), "layer4": lora(64, 64, seed=2)}
-    return base, write(folder / "a.safetensors", lycoris(hands))
-
-
-def run_python(script: str, *arguments: object) -> Any:
-    """What a fresh interpreter prints, as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return base, write(folder / "a.safetensors", lycoris_tensors(hands))

@@ -1,14 +1,31 @@
-"""A function in several processes that form a process group."""
+"""A fresh interpreter, and a function in several processes that form a process group."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def run_python(script: str, *arguments: object) -> Any:
+    """What a fresh interpreter prints, as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def distributed(function: Callable[..., Any], *arguments: Any, folder: Path, world: int = 2) -> list[Any]:

@@ -11,19 +11,9 @@ from torch import nn
 
 import peftkit as pk
 from peftkit.errors import ExportError
-from tests.support.architectures import (
-    EACH_TARGET,
-    PARTS,
-    Layers,
-    clip,
-    conv,
-    header,
-    linear,
-    of_part,
-    readable,
-    tensors,
-)
+from tests.support.architectures import EACH_TARGET, PARTS, Layers, clip, conv, linear, of_part, readable, tensors
 from tests.support.cells import out, require_equal, require_read, require_same_forward, truths, weights, wrapped
+from tests.support.files import metadata
 from tests.support.readers import READERS
 from tests.support.zoo import train
 
@@ -216,4 +206,4 @@ def test_the_family_is_found_by_names_and_true_shapes(tmp_path: Path) -> None:
     for width, family in ((768, "sd_v1"), (1024, "sd_v2_v")):
         file = tmp_path / f"{family}.safetensors"
         pk.export(wrapped("lora", {path: linear(320, width)}), file, "a1111")
-        assert header(file)["ss_base_model_version"] == family
+        assert metadata(file)["ss_base_model_version"] == family

@@ -18,7 +18,7 @@ from torch import nn
 
 import peftkit as pk
 from peftkit.errors import ExportError, FileError, OptionError, PeftkitError, UnknownAdapterError
-from tests.support.architectures import EACH_TARGET, header, linear, of_part, readable, tensors
+from tests.support.architectures import EACH_TARGET, linear, of_part, readable, tensors
 from tests.support.cells import (
     ALL_LAYERS,
     LAYERS,
@@ -30,11 +30,12 @@ from tests.support.cells import (
     out,
     require_equal,
     require_read,
-    tree,
     truths,
     weights,
     wrapped,
 )
+from tests.support.files import metadata
+from tests.support.models import tree
 from tests.support.paths import ROOT
 from tests.support.readers import READERS
 from tests.support.zoo import ADAPTERS, train
@@ -141,7 +142,7 @@ def test_the_header_says_which_model_the_file_is_for(family: str, target: str, t
     model = of_part(family, component, "lora")
     path = tmp_path / "style.safetensors"
     pk.export(model, path, target, family=family, title="A style")
-    entries = header(path)
+    entries = metadata(path)
     version, v2, architecture, implementation, resolution = LABELS[family]
     assert entries["ss_base_model_version"] == version
     assert entries["ss_v2"] == v2
@@ -155,13 +156,13 @@ def test_the_header_says_which_model_the_file_is_for(family: str, target: str, t
 @pytest.mark.parametrize("target", WEBUI)
 def test_the_header_says_what_the_network_is(target: str, tmp_path: Path) -> None:
     pk.export(ranked(), tmp_path / "style.safetensors", target, family="sd15")
-    entries = header(tmp_path / "style.safetensors")
+    entries = metadata(tmp_path / "style.safetensors")
     assert entries["ss_network_module"] == "networks.lora"
     assert (entries["ss_network_dim"], entries["ss_network_alpha"]) == ("4", "4")
     assert entries["ss_output_name"] == entries["modelspec.title"] == "style"
     pk.export(model_of("full", "linear"), tmp_path / "full.safetensors", target, family="sd15")
     module = "networks.lora" if target == "kohya" else "lycoris.kohya"
-    assert header(tmp_path / "full.safetensors")["ss_network_module"] == module
+    assert metadata(tmp_path / "full.safetensors")["ss_network_module"] == module
 
 
 def big() -> nn.Module:
@@ -179,7 +180,7 @@ def test_the_hashes_are_those_a_webui_computes(target: str, dtype: torch.dtype, 
     """sha256 after the header; and sd-scripts' older one, of 64 KiB at 1 MiB of a file with only its own entries."""
     path = tmp_path / "adapter.safetensors"
     pk.export(big(), path, target, family="sd15", dtype=dtype, training={"ss_steps": "10", "modelspec.author": "me"})
-    content, entries = path.read_bytes(), header(path)
+    content, entries = path.read_bytes(), metadata(path)
     assert len(content) > (1 << 20) + (1 << 16)
     start = 8 + int.from_bytes(content[:8], "little")
     assert content[8:10] == b'{"'
@@ -191,14 +192,13 @@ def test_the_hashes_are_those_a_webui_computes(target: str, dtype: torch.dtype, 
 
 def test_the_hash_of_a_small_file_is_kohyas_of_nothing(tmp_path: Path) -> None:
     pk.export(ranked(), tmp_path / "small.safetensors", "kohya", family="sd15")
-    assert header(tmp_path / "small.safetensors")["sshs_legacy_hash"] == "e3b0c442"
+    assert metadata(tmp_path / "small.safetensors")["sshs_legacy_hash"] == "e3b0c442"
 
 
 _EXPORT_ALL = """
 import hashlib, sys
 from pathlib import Path
 import peftkit as pk
-from tests.support.cells import MIXED, TARGETS, of_kinds, out
 for target in TARGETS:
     path = out(Path(sys.argv[1]), target)
     pk.export(of_kinds(MIXED), path, target, family="sd15", training={"ss_epoch": 3, "ss_tag_frequency": {"a": {}}})
@@ -233,7 +233,7 @@ def test_entries_of_the_user_are_kept(tmp_path: Path) -> None:
         "modelspec.date": "2026-01-01",
     }
     pk.export(ranked(), tmp_path / "adapter.safetensors", "kohya", family="sd15", training=training)
-    entries = header(tmp_path / "adapter.safetensors")
+    entries = metadata(tmp_path / "adapter.safetensors")
     assert all(isinstance(value, str) for value in entries.values())
     assert float(entries["ss_learning_rate"]) == 1e-4
     assert float(entries["ss_training_started_at"]) == 1700000000.5

@@ -17,17 +17,18 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.errors import ExportError, PeftkitError
 from tests.support.architectures import outputs
-from tests.support.cells import NET_LAYERS, net, require_same_forward
+from tests.support.cells import require_same_forward
+from tests.support.models import CONV_NET_LAYERS, conv_net
 from tests.support.real import stable_diffusion
 from tests.support.zoo import ADAPTERS, train
 
 
 def adapted_net(adapter: str) -> tuple[nn.Module, nn.Module, Tensor]:
     """The base, the same with the adapter on every layer that can have it, and an input."""
-    base, x = net()
+    base, x = conv_net()
     model, case = copy.deepcopy(base), ADAPTERS[adapter]
     fitting = []
-    for name in NET_LAYERS:
+    for name in CONV_NET_LAYERS:
         try:
             pk.plan(model, case.kind, targets=name, **case.options)
         except PeftkitError:

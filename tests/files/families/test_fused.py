@@ -21,12 +21,12 @@ MODULATION, TURNED = "transformer.norm_out.linear", "lora_unet_final_layer_adaLN
 OTHERS = ("comfyui", "forge", "lycoris", "diffusers", "peft")
 
 
-def kohya(name: str, rows: int, rank: int = 2, columns: int = WIDTH) -> dict[str, Tensor]:
+def kohya_lora(name: str, rows: int, rank: int = 2, columns: int = WIDTH) -> dict[str, Tensor]:
     up, down = torch.randn(rows, rank) * 0.1, torch.randn(rank, columns) * 0.1
     return {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(float(rank))}
 
 
-def diffusers(name: str, rows: int, rank: int = 2) -> dict[str, Tensor]:
+def diffusers_lora(name: str, rows: int, rank: int = 2) -> dict[str, Tensor]:
     return {f"{name}.lora_A.weight": torch.randn(rank, WIDTH) * 0.1, f"{name}.lora_B.weight": torch.randn(rows, rank)}
 
 
@@ -43,14 +43,14 @@ def product(file: Path, name: str) -> Tensor:
 @pytest.fixture
 def fused(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    save_file({**kohya(PROJ, WIDTH), **kohya(QKV, 3 * WIDTH)}, tmp_path / "fused.safetensors")
+    save_file({**kohya_lora(PROJ, WIDTH), **kohya_lora(QKV, 3 * WIDTH)}, tmp_path / "fused.safetensors")
     return tmp_path / "fused.safetensors"
 
 
 @pytest.fixture
 def apart(tmp_path: Path) -> Path:
     torch.manual_seed(1)
-    modules = [diffusers(BLOCK + name, WIDTH) for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    modules = [diffusers_lora(BLOCK + name, WIDTH) for name in ("to_q", "to_k", "to_v", "to_out.0")]
     save_file({key: tensor for module in modules for key, tensor in module.items()}, tmp_path / "apart.safetensors")
     return tmp_path / "apart.safetensors"
 
@@ -59,7 +59,7 @@ def apart(tmp_path: Path) -> Path:
 def straight(tmp_path: Path) -> Path:
     """Of diffusers' order."""
     torch.manual_seed(2)
-    tensors = {**diffusers(MODULATION, 2 * WIDTH), **diffusers(f"{BLOCK}to_out.0", WIDTH)}
+    tensors = {**diffusers_lora(MODULATION, 2 * WIDTH), **diffusers_lora(f"{BLOCK}to_out.0", WIDTH)}
     save_file(tensors, tmp_path / "straight.safetensors")
     return tmp_path / "straight.safetensors"
 
@@ -138,7 +138,7 @@ def test_a_module_that_only_the_second_file_has_comes_in_the_order_of_the_firsts
     straight: Path, tmp_path: Path
 ) -> None:
     first, out = tmp_path / "first.safetensors", tmp_path / "out.safetensors"
-    save_file(kohya(PROJ, WIDTH), first)
+    save_file(kohya_lora(PROJ, WIDTH), first)
     pk.combine({first: 1.0, straight: 1.0}, out)
     assert torch.allclose(product(out, TURNED).roll(WIDTH, 0), product(straight, MODULATION), atol=1e-5)
 

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit.errors import FileError, MismatchError
-from tests.support.cells import NET_LAYERS, net, require_same_forward
-from tests.support.foreign import POINTWISE, outputs, randomized, write
+from tests.support.cells import require_same_forward
+from tests.support.files import write
+from tests.support.foreign import POINTWISE, randomized, separate_outputs
+from tests.support.models import CONV_NET_LAYERS, conv_net
 from tests.support.real import clip_text_model, sd15_unet
 
 KERNELS = ("stem", "block.down")
@@ -29,38 +31,42 @@ LOW: dict[str, Any] = {"lora_dim": 3, "alpha": 2}
 KRON: dict[str, Any] = {"lora_dim": 1, "alpha": 2, "factor": 4}
 #: What LyCORIS can train: algorithm, options, layers
 LYCORIS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "LoCon": ("locon", LOW, NET_LAYERS),
-    "LoCon of rank-stabilised scale": ("locon", {**LOW, "rs_lora": True}, NET_LAYERS),
-    "LoCon with a scalar": ("locon", {**LOW, "use_scalar": True}, NET_LAYERS),
-    "LoCon Tucker": ("locon", {**LOW, "use_tucker": True}, NET_LAYERS),
-    "LoHa": ("loha", LOW, NET_LAYERS),
-    "LoHa Tucker": ("loha", {**LOW, "use_tucker": True}, NET_LAYERS),
-    "LoHa with a scalar": ("loha", {**LOW, "use_scalar": True}, NET_LAYERS),
-    "LoKr": ("lokr", KRON, NET_LAYERS),
-    "LoKr of two low-rank factors": ("lokr", {**KRON, "decompose_both": True}, NET_LAYERS),
-    "LoKr full": ("lokr", {**KRON, "full_matrix": True}, NET_LAYERS),
-    "LoKr Tucker": ("lokr", {**KRON, "use_tucker": True}, NET_LAYERS),
-    "LoKr Tucker of two low-rank factors": ("lokr", {**KRON, "use_tucker": True, "decompose_both": True}, NET_LAYERS),
-    "LoKr of an unbalanced split": ("lokr", {**KRON, "unbalanced_factorization": True}, NET_LAYERS),
-    "LoKr with a scalar": ("lokr", {**KRON, "use_scalar": True}, NET_LAYERS),
+    "LoCon": ("locon", LOW, CONV_NET_LAYERS),
+    "LoCon of rank-stabilised scale": ("locon", {**LOW, "rs_lora": True}, CONV_NET_LAYERS),
+    "LoCon with a scalar": ("locon", {**LOW, "use_scalar": True}, CONV_NET_LAYERS),
+    "LoCon Tucker": ("locon", {**LOW, "use_tucker": True}, CONV_NET_LAYERS),
+    "LoHa": ("loha", LOW, CONV_NET_LAYERS),
+    "LoHa Tucker": ("loha", {**LOW, "use_tucker": True}, CONV_NET_LAYERS),
+    "LoHa with a scalar": ("loha", {**LOW, "use_scalar": True}, CONV_NET_LAYERS),
+    "LoKr": ("lokr", KRON, CONV_NET_LAYERS),
+    "LoKr of two low-rank factors": ("lokr", {**KRON, "decompose_both": True}, CONV_NET_LAYERS),
+    "LoKr full": ("lokr", {**KRON, "full_matrix": True}, CONV_NET_LAYERS),
+    "LoKr Tucker": ("lokr", {**KRON, "use_tucker": True}, CONV_NET_LAYERS),
+    "LoKr Tucker of two low-rank factors": (
+        "lokr",
+        {**KRON, "use_tucker": True, "decompose_both": True},
+        CONV_NET_LAYERS,
+    ),
+    "LoKr of an unbalanced split": ("lokr", {**KRON, "unbalanced_factorization": True}, CONV_NET_LAYERS),
+    "LoKr with a scalar": ("lokr", {**KRON, "use_scalar": True}, CONV_NET_LAYERS),
     "LoKr of rank-stabilised scale": ("lokr", {**KRON, "lora_dim": 2, "factor": 2, "rs_lora": True}, POINTWISE),
-    "DoRA per output": ("locon", {**LOW, "weight_decompose": True, "wd_on_out": True}, NET_LAYERS),
-    "DoRA per input": ("locon", {**LOW, "weight_decompose": True, "wd_on_out": False}, NET_LAYERS),
-    "DoRA Tucker": ("locon", {**LOW, "weight_decompose": True, "use_tucker": True}, NET_LAYERS),
-    "DoRA of LoHa per output": ("loha", {**LOW, "weight_decompose": True}, NET_LAYERS),
-    "DoRA of LoHa per input": ("loha", {**LOW, "weight_decompose": True, "wd_on_out": False}, NET_LAYERS),
-    "DoRA of LoKr per output": ("lokr", {**KRON, "weight_decompose": True}, NET_LAYERS),
-    "DoRA of LoKr per input": ("lokr", {**KRON, "weight_decompose": True, "wd_on_out": False}, NET_LAYERS),
-    "OFT": ("diag-oft", {"lora_dim": 4, "alpha": 1}, NET_LAYERS),
-    "OFT rescaled": ("diag-oft", {"lora_dim": 4, "alpha": 1, "rescaled": True}, NET_LAYERS),
-    "OFT constrained": ("diag-oft", {"lora_dim": 4, "alpha": 1, "constraint": 0.02}, NET_LAYERS),
-    "BOFT": ("boft", {"lora_dim": 12, "alpha": 1}, NET_LAYERS),
-    "BOFT rescaled": ("boft", {"lora_dim": 12, "alpha": 1, "rescaled": True}, NET_LAYERS),
-    "BOFT constrained": ("boft", {"lora_dim": 12, "alpha": 1, "constraint": 0.02}, NET_LAYERS),
+    "DoRA per output": ("locon", {**LOW, "weight_decompose": True, "wd_on_out": True}, CONV_NET_LAYERS),
+    "DoRA per input": ("locon", {**LOW, "weight_decompose": True, "wd_on_out": False}, CONV_NET_LAYERS),
+    "DoRA Tucker": ("locon", {**LOW, "weight_decompose": True, "use_tucker": True}, CONV_NET_LAYERS),
+    "DoRA of LoHa per output": ("loha", {**LOW, "weight_decompose": True}, CONV_NET_LAYERS),
+    "DoRA of LoHa per input": ("loha", {**LOW, "weight_decompose": True, "wd_on_out": False}, CONV_NET_LAYERS),
+    "DoRA of LoKr per output": ("lokr", {**KRON, "weight_decompose": True}, CONV_NET_LAYERS),
+    "DoRA of LoKr per input": ("lokr", {**KRON, "weight_decompose": True, "wd_on_out": False}, CONV_NET_LAYERS),
+    "OFT": ("diag-oft", {"lora_dim": 4, "alpha": 1}, CONV_NET_LAYERS),
+    "OFT rescaled": ("diag-oft", {"lora_dim": 4, "alpha": 1, "rescaled": True}, CONV_NET_LAYERS),
+    "OFT constrained": ("diag-oft", {"lora_dim": 4, "alpha": 1, "constraint": 0.02}, CONV_NET_LAYERS),
+    "BOFT": ("boft", {"lora_dim": 12, "alpha": 1}, CONV_NET_LAYERS),
+    "BOFT rescaled": ("boft", {"lora_dim": 12, "alpha": 1, "rescaled": True}, CONV_NET_LAYERS),
+    "BOFT constrained": ("boft", {"lora_dim": 12, "alpha": 1, "constraint": 0.02}, CONV_NET_LAYERS),
     "full": ("full", {"lora_dim": 1, "alpha": 1}, ("heads.1",)),  # the one without a bias
     "GLoRA": ("glora", LOW, POINTWISE),
-    "(IA)³ per output": ("ia3", {"lora_dim": 1, "alpha": 1}, NET_LAYERS),
-    "(IA)³ per input": ("ia3", {"lora_dim": 1, "alpha": 1, "train_on_input": True}, NET_LAYERS),
+    "(IA)³ per output": ("ia3", {"lora_dim": 1, "alpha": 1}, CONV_NET_LAYERS),
+    "(IA)³ per input": ("ia3", {"lora_dim": 1, "alpha": 1, "train_on_input": True}, CONV_NET_LAYERS),
 }
 
 
@@ -79,7 +85,7 @@ def lycoris(algorithm: str, options: Mapping[str, Any], model: nn.Module, layers
 def lycoris_file(label: str, folder: Path) -> tuple[Path, nn.Module, nn.Module, Tensor]:
     """A file LyCORIS wrote, the model it trained, the base, and an input."""
     algorithm, options, layers = LYCORIS[label]
-    base, x = net()
+    base, x = conv_net()
     theirs = copy.deepcopy(base)
     network = lycoris(algorithm, {"conv_lora_dim": 4, "conv_alpha": 2, **options}, theirs, layers)
     network.save_weights(str(folder / "theirs.safetensors"), torch.float32, {})
@@ -113,7 +119,7 @@ def test_a_file_of_lycoris_computes_what_lycoris_did(label: str, prefix: str, tm
 def test_what_is_not_read_of_lycoris_says_so(
     algorithm: str, options: dict[str, Any], what: str, tmp_path: Path
 ) -> None:
-    base, _ = net()
+    base, _ = conv_net()
     layer = "stem" if algorithm == "glora" else "heads.0"
     network = lycoris(algorithm, options, copy.deepcopy(base), (layer,))
     network.save_weights(str(tmp_path / "a.safetensors"), torch.float32, {})
@@ -178,6 +184,9 @@ def test_a_file_of_the_kohya_trainer_goes_to_each_of_its_models(options: dict[st
     for model, component in zip(ours, ("unet", "text_encoder"), strict=True):
         pk.load(model, path, component=component)
     for found, theirs, base in zip(
-        outputs(*ours), outputs(their_unet, their_text_encoder), outputs(unet, text_encoder), strict=True
+        separate_outputs(*ours),
+        separate_outputs(their_unet, their_text_encoder),
+        separate_outputs(unet, text_encoder),
+        strict=True,
     ):
         require_same_forward(found, theirs, base)

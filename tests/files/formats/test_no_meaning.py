@@ -11,10 +11,11 @@ from torch import nn
 
 import peftkit as pk
 from peftkit.errors import AmbiguousFileError, FileError, MismatchError, OptionError
-from tests.support.cells import net, tree
-from tests.support.foreign import DOWN, HEAD, PRODUCT, UP, Tensors, loaded, require_delta, under, write
+from tests.support.files import State, keyed, write
+from tests.support.foreign import DOWN, HEAD, PRODUCT, UP, loaded_on_head, require_delta
+from tests.support.models import conv_net, tree
 
-BROKEN: dict[str, tuple[Tensors, str]] = {
+BROKEN: dict[str, tuple[State, str]] = {
     "a lone up": ({"lora_up.weight": UP}, "down"),
     "a lone down": ({"lora_down.weight": DOWN}, "up"),
     "a lone alpha": ({"alpha": torch.tensor(1.0)}, "alpha"),
@@ -44,14 +45,14 @@ BROKEN: dict[str, tuple[Tensors, str]] = {
 def test_a_set_that_is_no_adapter_is_refused_by_name(label: str, tmp_path: Path) -> None:
     """The message names the module and the tensor, and nothing is changed."""
     tensors, what = BROKEN[label]
-    model, _ = net()
+    model, _ = conv_net()
     with pytest.raises(FileError, match=what) as error:
-        pk.load(model, write(tmp_path / "a.safetensors", under("lora_unet_heads_0", tensors)))
+        pk.load(model, write(tmp_path / "a.safetensors", keyed("lora_unet_heads_0", tensors)))
     assert "heads_0" in str(error.value)
     assert not any(hasattr(module, "adapters") for module in model.modules())
 
 
-WRONG: dict[str, tuple[Tensors, str]] = {
+WRONG: dict[str, tuple[State, str]] = {
     "other rows": ({"lora_up.weight": torch.randn(12, 3), "lora_down.weight": DOWN}, "12×16"),
     "other columns": ({"lora_up.weight": UP, "lora_down.weight": torch.randn(3, 8)}, "24×8"),
     "the transpose, of as many numbers": ({"lora_up.weight": torch.randn(16, 3), "lora_down.weight": UP.mT}, "16×24"),
@@ -70,15 +71,15 @@ WRONG: dict[str, tuple[Tensors, str]] = {
 def test_an_adapter_of_another_weight_is_refused(label: str, tmp_path: Path) -> None:
     """A1111, Forge and ComfyUI apply one of as many numbers garbled."""
     tensors, what = WRONG[label]
-    model, _ = net()
+    model, _ = conv_net()
     with pytest.raises(MismatchError, match=what) as error:
-        pk.load(model, write(tmp_path / "a.safetensors", under("lora_unet_heads_0", tensors)))
+        pk.load(model, write(tmp_path / "a.safetensors", keyed("lora_unet_heads_0", tensors)))
     assert "heads.0" in str(error.value)
 
 
 def test_a_kernel_of_as_many_numbers_is_another_weight(tmp_path: Path) -> None:
     model = nn.ModuleDict({"layer": nn.Conv2d(4, 8, (1, 3))})
-    file = under(
+    file = keyed(
         "lycoris_layer", {"lora_up.weight": torch.randn(8, 2, 1, 1), "lora_down.weight": torch.randn(2, 4, 3, 1)}
     )
     with pytest.raises(MismatchError, match="3×1"):
@@ -92,24 +93,24 @@ def test_flattened_factors_fit_the_weight_they_are_of(tmp_path: Path) -> None:
         {"lora_up.weight": up, "lora_down.weight": down.flatten(1)},
         {"lora_up.weight": up[..., None, None], "lora_down.weight": down},
     ):
-        model, _ = net()
-        pk.load(model, write(tmp_path / "a.safetensors", under("lycoris_stem", tensors)))
+        model, _ = conv_net()
+        pk.load(model, write(tmp_path / "a.safetensors", keyed("lycoris_stem", tensors)))
         require_delta(model, "stem", up @ down.flatten(1))
     four = {"lora_up.weight": UP[..., None, None], "lora_down.weight": DOWN[..., None, None]}
-    require_delta(loaded(four, tmp_path), "heads.0", PRODUCT)
+    require_delta(loaded_on_head(four, tmp_path), "heads.0", PRODUCT)
 
 
 def test_two_keys_of_one_role_are_refused(tmp_path: Path) -> None:
-    file = {**under("heads.0", HEAD), "heads.0.lora_B.weight": UP}
+    file = {**keyed("heads.0", HEAD), "heads.0.lora_B.weight": UP}
     with pytest.raises(FileError, match=r"lora_up.*lora_B|lora_B.*lora_up"):
-        pk.load(net()[0], write(tmp_path / "a.safetensors", file))
+        pk.load(conv_net()[0], write(tmp_path / "a.safetensors", file))
 
 
 def test_two_names_of_one_weight_are_refused(tmp_path: Path) -> None:
     """Which would win depends on the program."""
-    file = {**under("lora_unet_heads_0", HEAD), **under("lycoris_heads_0", HEAD)}
+    file = {**keyed("lora_unet_heads_0", HEAD), **keyed("lycoris_heads_0", HEAD)}
     with pytest.raises(FileError, match=r"heads.0"):
-        pk.load(net()[0], write(tmp_path / "a.safetensors", file))
+        pk.load(conv_net()[0], write(tmp_path / "a.safetensors", file))
 
 
 @pytest.mark.parametrize(
@@ -118,30 +119,30 @@ def test_two_names_of_one_weight_are_refused(tmp_path: Path) -> None:
 def test_a_tensor_of_no_known_role_is_listed(suffix: str, tmp_path: Path) -> None:
     """Some programs read these; a file that has them means something else without."""
     with pytest.raises(MismatchError, match=f"lora_unet_heads_0.{suffix}"):
-        loaded({**HEAD, suffix: torch.ones(2)}, tmp_path)
+        loaded_on_head({**HEAD, suffix: torch.ones(2)}, tmp_path)
 
 
 def test_tensors_that_are_no_adapters_are_listed_and_can_be_ignored(tmp_path: Path) -> None:
-    file = {**under("lora_unet_heads_0", HEAD), "logit_scale": torch.ones(1), "emb.token": torch.ones(3)}
+    file = {**keyed("lora_unet_heads_0", HEAD), "logit_scale": torch.ones(1), "emb.token": torch.ones(3)}
     path = write(tmp_path / "a.safetensors", file)
     with pytest.raises(MismatchError) as error:
-        pk.load(net()[0], path)
+        pk.load(conv_net()[0], path)
     assert all(part in str(error.value) for part in ("logit_scale", "emb.token", "ignore="))
     with pytest.raises(MismatchError, match=r"emb\.token"):
-        pk.load(net()[0], path, ignore="logit_scale")
-    model, _ = net()
+        pk.load(conv_net()[0], path, ignore="logit_scale")
+    model, _ = conv_net()
     pk.load(model, path, ignore=["logit_scale", "emb.*"])
     require_delta(model, "heads.0", PRODUCT)
     with pytest.raises(OptionError, match="nothing_like"):
-        pk.load(net()[0], path, ignore=["logit_scale", "emb.*", "nothing_like*"])
+        pk.load(conv_net()[0], path, ignore=["logit_scale", "emb.*", "nothing_like*"])
 
 
 def test_modules_the_model_lacks_are_listed_and_the_rest_loads_if_told(tmp_path: Path) -> None:
-    file = {**under("lora_unet_heads_0", HEAD), **under("lora_unet_heads_7", HEAD)}
+    file = {**keyed("lora_unet_heads_0", HEAD), **keyed("lora_unet_heads_7", HEAD)}
     path = write(tmp_path / "a.safetensors", file)
     with pytest.raises(MismatchError, match="lora_unet_heads_7"):
-        pk.load(net()[0], path)
-    model, _ = net()
+        pk.load(conv_net()[0], path)
+    model, _ = conv_net()
     report = pk.load(model, path, strict=False)
     assert report.loaded == ("heads.0",)
     assert all("heads_7" in key for key in report.unexpected)
@@ -152,24 +153,24 @@ def test_modules_the_model_lacks_are_listed_and_the_rest_loads_if_told(tmp_path:
 def test_weights_of_peft_without_their_configuration_ask_for_it(tmp_path: Path) -> None:
     file = {"base_model.model.heads.0.lora_B.weight": UP, "base_model.model.heads.0.lora_A.weight": DOWN}
     with pytest.raises(AmbiguousFileError, match=r"adapter_config\.json"):
-        pk.load(net()[0], write(tmp_path / "adapter_model.safetensors", file))
+        pk.load(conv_net()[0], write(tmp_path / "adapter_model.safetensors", file))
 
 
 def test_a_scale_that_is_said_twice_asks(tmp_path: Path) -> None:
     """diffusers refuses a file with its configuration and with alphas."""
     config = json.dumps({"unet.r": 3, "unet.lora_alpha": 6})
     file = {"unet.heads.0.lora_B.weight": UP, "unet.heads.0.lora_A.weight": DOWN}
-    model, _ = net()
+    model, _ = conv_net()
     pk.load(model, write(tmp_path / "a.safetensors", file, {"lora_adapter_metadata": config}))
     require_delta(model, "heads.0", 2 * PRODUCT)
     file["unet.heads.0.alpha"] = torch.tensor(6.0)
     with pytest.raises(AmbiguousFileError, match="twice"):
-        pk.load(net()[0], write(tmp_path / "a.safetensors", file, {"lora_adapter_metadata": config}))
+        pk.load(conv_net()[0], write(tmp_path / "a.safetensors", file, {"lora_adapter_metadata": config}))
 
 
 def test_an_ambiguous_underscored_name_asks(tmp_path: Path) -> None:
     model = tree({"a.b_c": nn.Linear(16, 24), "a_b.c": nn.Linear(16, 24)})
     with pytest.raises(AmbiguousFileError, match=r"a\.b_c or a_b\.c"):
-        pk.load(model, write(tmp_path / "a.safetensors", under("lycoris_a_b_c", HEAD)))
-    pk.load(model, write(tmp_path / "b.safetensors", under("a.b_c", HEAD)))
+        pk.load(model, write(tmp_path / "a.safetensors", keyed("lycoris_a_b_c", HEAD)))
+    pk.load(model, write(tmp_path / "b.safetensors", keyed("a.b_c", HEAD)))
     require_delta(model, "a.b_c", PRODUCT)

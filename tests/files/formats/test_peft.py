@@ -20,8 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 import peftkit as pk
 from peftkit.errors import FileError
-from tests.support.cells import NET_LAYERS, net, require_same_forward
-from tests.support.foreign import POINTWISE, outputs, randomized
+from tests.support.cells import require_same_forward
+from tests.support.foreign import POINTWISE, randomized, separate_outputs
+from tests.support.models import CONV_NET_LAYERS, conv_net
 from tests.support.real import stable_diffusion
 
 # -- PEFT --------------------------------------------------------------------------------------------------------------
@@ -34,33 +35,33 @@ PATTERNS: dict[str, Any] = {
 }
 #: What PEFT can train: configuration, options, layers
 PEFT: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], tuple[str, ...]]] = {
-    "LoRA": (peft.LoraConfig, P_LORA, NET_LAYERS),
-    "LoRA of rank-stabilised scale": (peft.LoraConfig, {**P_LORA, "use_rslora": True}, NET_LAYERS),
-    "LoRA of many ranks and alphas": (peft.LoraConfig, {**P_LORA, **PATTERNS}, NET_LAYERS),
+    "LoRA": (peft.LoraConfig, P_LORA, CONV_NET_LAYERS),
+    "LoRA of rank-stabilised scale": (peft.LoraConfig, {**P_LORA, "use_rslora": True}, CONV_NET_LAYERS),
+    "LoRA of many ranks and alphas": (peft.LoraConfig, {**P_LORA, **PATTERNS}, CONV_NET_LAYERS),
     "LoRA of many ranks and alphas, rank-stabilised": (
         peft.LoraConfig,
         {**P_LORA, **PATTERNS, "use_rslora": True},
-        NET_LAYERS,
+        CONV_NET_LAYERS,
     ),
-    "DoRA": (peft.LoraConfig, {**P_LORA, "use_dora": True}, NET_LAYERS),
+    "DoRA": (peft.LoraConfig, {**P_LORA, "use_dora": True}, CONV_NET_LAYERS),
     "DoRA of many ranks, rank-stabilised": (
         peft.LoraConfig,
         {**P_LORA, **PATTERNS, "use_dora": True, "use_rslora": True},
-        NET_LAYERS,
+        CONV_NET_LAYERS,
     ),
-    "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 2}, NET_LAYERS),
-    "LoHa of many ranks": (peft.LoHaConfig, {"r": 3, "alpha": 2, **PATTERNS}, NET_LAYERS),
-    "LoHa Tucker": (peft.LoHaConfig, {"r": 3, "alpha": 2, "use_effective_conv2d": True}, NET_LAYERS),
-    "LoKr": (peft.LoKrConfig, P_KRON, NET_LAYERS),
-    "LoKr of two low-rank factors": (peft.LoKrConfig, {**P_KRON, "decompose_both": True}, NET_LAYERS),
-    "LoKr full": (peft.LoKrConfig, {**P_KRON, "r": 16}, NET_LAYERS),
+    "LoHa": (peft.LoHaConfig, {"r": 3, "alpha": 2}, CONV_NET_LAYERS),
+    "LoHa of many ranks": (peft.LoHaConfig, {"r": 3, "alpha": 2, **PATTERNS}, CONV_NET_LAYERS),
+    "LoHa Tucker": (peft.LoHaConfig, {"r": 3, "alpha": 2, "use_effective_conv2d": True}, CONV_NET_LAYERS),
+    "LoKr": (peft.LoKrConfig, P_KRON, CONV_NET_LAYERS),
+    "LoKr of two low-rank factors": (peft.LoKrConfig, {**P_KRON, "decompose_both": True}, CONV_NET_LAYERS),
+    "LoKr full": (peft.LoKrConfig, {**P_KRON, "r": 16}, CONV_NET_LAYERS),
     "LoKr full, of many ranks": (
         peft.LoKrConfig,
         {**P_KRON, "r": 16, "rank_pattern": {"heads.0": 32}, "alpha_pattern": {"stem": 5}},
-        NET_LAYERS,
+        CONV_NET_LAYERS,
     ),
-    "LoKr Tucker": (peft.LoKrConfig, {**P_KRON, "use_effective_conv2d": True}, NET_LAYERS),
-    "LoKr of the most even split": (peft.LoKrConfig, {"r": 2, "alpha": 3}, NET_LAYERS),
+    "LoKr Tucker": (peft.LoKrConfig, {**P_KRON, "use_effective_conv2d": True}, CONV_NET_LAYERS),
+    "LoKr of the most even split": (peft.LoKrConfig, {"r": 2, "alpha": 3}, CONV_NET_LAYERS),
     "OFT by its series": (peft.OFTConfig, {"r": 0, "oft_block_size": 4}, POINTWISE),
     "OFT by eight terms": (
         peft.OFTConfig,
@@ -91,7 +92,7 @@ def peft_folder(
     config: type[peft.PeftConfig], options: Mapping[str, Any], layers: tuple[str, ...], folder: Path
 ) -> tuple[Path, Any, nn.Module, Tensor]:
     """A folder PEFT wrote, the model it trained, the base, and an input."""
-    base, x = net()
+    base, x = conv_net()
     theirs: Any = peft.get_peft_model(copy.deepcopy(base), config(target_modules=list(layers), **options))  # type: ignore[call-arg]
     own = [(name, p) for name, p in theirs.named_parameters() if p.requires_grad]
     randomized(iter(own), 0.1 if config is peft.OFTConfig else 0.3)
@@ -184,7 +185,7 @@ def test_a_file_of_diffusers_computes_what_diffusers_reads_of_it(
     pipe.text_encoder.add_adapter(text_config)
     for model in (pipe.unet, pipe.text_encoder):
         randomized(((name, p) for name, p in model.named_parameters() if "lora" in name), 0.1)
-    trained = outputs(pipe.unet, pipe.text_encoder)
+    trained = separate_outputs(pipe.unet, pipe.text_encoder)
     entries: dict[str, Any] = {}
     if metadata:
         entries = {
@@ -202,11 +203,13 @@ def test_a_file_of_diffusers_computes_what_diffusers_reads_of_it(
     again.text_encoder.load_state_dict(base[1].state_dict())
     path = tmp_path / "pytorch_lora_weights.safetensors"
     again.load_lora_weights(str(tmp_path), weight_name=path.name)
-    theirs = outputs(again.unet, again.text_encoder)
+    theirs = separate_outputs(again.unet, again.text_encoder)
     ours = copy.deepcopy(base)
     for model, component in zip(ours, ("unet", "text_encoder"), strict=True):
         pk.load(model, path, component=component)
-    for found, expected, before, first in zip(outputs(*ours), theirs, outputs(*base), trained, strict=True):
+    for found, expected, before, first in zip(
+        separate_outputs(*ours), theirs, separate_outputs(*base), trained, strict=True
+    ):
         require_same_forward(found, expected, before)
         assert ((found - first).norm() < 1e-4 * first.norm()) == metadata
 

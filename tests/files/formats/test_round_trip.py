@@ -16,20 +16,10 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.errors import ExportError
 from peftkit.wrapping.layer import installed_adapters
-from tests.support.cells import (
-    LAYERS,
-    MIXED,
-    TARGETS,
-    exists,
-    model_of,
-    of_kinds,
-    out,
-    require_equal,
-    tree,
-    truths,
-    weights,
-)
-from tests.support.foreign import HEAD, QKV, SD15_Q, XL_Q, Tensors, delta_of, dora_file, factors, under, write
+from tests.support.cells import LAYERS, MIXED, TARGETS, exists, model_of, of_kinds, out, require_equal, truths, weights
+from tests.support.files import State, keyed, write
+from tests.support.foreign import HEAD, QKV, SD15_Q, XL_Q, delta_of, dora_file, factors
+from tests.support.models import tree
 from tests.support.readers import READERS
 from tests.support.zoo import ADAPTERS
 
@@ -153,7 +143,7 @@ def test_a_foreign_file_of_a_known_family_needs_no_base(name: str, target: str, 
     """Its names and shapes say which model it is for."""
     family, canonical, rows, columns = FOREIGN[name]
     up, down = torch.randn(rows, 2), torch.randn(2, columns)
-    tensors = under(name, {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(4.0)})
+    tensors = keyed(name, {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(4.0)})
     source = write(tmp_path / "foreign.safetensors", tensors)
     if target == "a1111" and family in ("sd3", "flux"):
         with pytest.raises(ExportError, match="A1111"):
@@ -173,7 +163,7 @@ def test_a_foreign_file_of_a_known_family_needs_no_base(name: str, target: str, 
 def test_a_fused_foreign_file_is_exported_by_the_layers_it_is_of(target: str, tmp_path: Path) -> None:
     """qkv of sd-scripts' SD 3 is one module there, and three in diffusers."""
     up, down = torch.randn(4608, 2), torch.randn(2, 1536)
-    file = under("lora_unet_joint_blocks_2_x_block_attn_qkv", {"lora_up.weight": up, "lora_down.weight": down})
+    file = keyed("lora_unet_joint_blocks_2_x_block_attn_qkv", {"lora_up.weight": up, "lora_down.weight": down})
     source = write(tmp_path / "foreign.safetensors", file)
     base = {f"transformer.{path}": torch.zeros(()).expand(1536, 1536) for path in QKV}
     try:
@@ -189,7 +179,7 @@ def test_a_fused_foreign_file_is_exported_by_the_layers_it_is_of(target: str, tm
 
 
 def test_vectors_are_not_dropped_in_silence_by_an_export(tmp_path: Path) -> None:
-    file = {**under("lora_unet_heads_0", HEAD), "lora_unet_heads_0.diff_b": torch.ones(24)}
+    file = {**keyed("lora_unet_heads_0", HEAD), "lora_unet_heads_0.diff_b": torch.ones(24)}
     with pytest.raises(ExportError, match="bias"):
         pk.export(write(tmp_path / "a.safetensors", file), tmp_path / "b.safetensors", "comfyui")
 
@@ -209,12 +199,12 @@ drawn = settings(
 
 
 def imported(
-    tensors: Tensors, alpha: float | None, rows: int, channels: int, kernel: tuple[int, ...], at: Path
+    tensors: State, alpha: float | None, rows: int, channels: int, kernel: tuple[int, ...], at: Path
 ) -> Tensor:
     """ΔW (m, n) of a file on a fresh layer of that shape."""
     layer = CONVOLUTIONS[len(kernel)](channels, rows, kernel) if kernel else nn.Linear(channels, rows)
     model = nn.ModuleDict({"a": nn.ModuleDict({"layer": layer})})
-    file = under("lora_unet_a_layer", tensors | ({} if alpha is None else {"alpha": torch.tensor(alpha)}))
+    file = keyed("lora_unet_a_layer", tensors | ({} if alpha is None else {"alpha": torch.tensor(alpha)}))
     pk.load(model, write(at / "drawn.safetensors", file))
     return delta_of(model, "a.layer")
 
@@ -279,7 +269,7 @@ def test_any_loha_is_its_product(
     torch.manual_seed(seed)
     tucker, kernel = core
     positions = torch.Size(kernel).numel()
-    file: Tensors = {}
+    file: State = {}
     expected, size = torch.ones((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     for half in "12":
         a = torch.randn(rank, rows) if tucker else torch.randn(rows, rank)
@@ -323,7 +313,7 @@ def test_any_lokr_is_its_kronecker_product(
     torch.manual_seed(seed)
     tucker, kernel = core[0] and second is not None, core[1]
     positions = torch.Size(kernel).numel()
-    file: Tensors = {}
+    file: State = {}
     if first is None:
         file["lokr_w1"] = w1 = torch.randn(*outer)
     else:
@@ -357,6 +347,6 @@ def test_any_dora_is_its_decomposition(rows: int, columns: int, axis: str, seed:
     model = nn.ModuleDict({"layer": nn.Linear(columns, rows)})
     tensors, expected = dora_file(model["layer"], axis, (rows, 1) if axis == "out" else (1, columns))
     W: Any = model["layer"].weight
-    pk.load(model, write(tmp_path / "a.safetensors", under("lycoris_layer", tensors)))
+    pk.load(model, write(tmp_path / "a.safetensors", keyed("lycoris_layer", tensors)))
     whole = W.detach().double() + (tensors["lora_up.weight"] @ tensors["lora_down.weight"]).double()
     assert (delta_of(model, "layer") - expected).norm() <= 1e-5 * (expected.norm() + W.norm() + whole.norm())

@@ -17,13 +17,13 @@ from peftkit.errors import FileError, PeftkitError, WrongBaseError
 from peftkit.files.formats import container
 from tests.support import corpus
 from tests.support.bounds import put
-from tests.support.corpus import GOOD, LORA, Entry, net, ones, safetensors
+from tests.support.corpus import GOOD, LORA, Entry, ones, pair, safetensors
 from tests.support.zoo import train
 
 
 def _saved(at: Path, kind: str, model: nn.Module | None = None, **options: Any) -> tuple[Path, dict[str, Tensor]]:
-    """An adapter of `Net` in this library's format, and its ΔW."""
-    model = net() if model is None else model
+    """An adapter of `Pair` in this library's format, and its ΔW."""
+    model = pair() if model is None else model
     portable, targets = options.pop("portable", False), options.pop("targets", ["a"])
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     pk.wrap(model, kind, targets=targets, **options)
@@ -50,7 +50,7 @@ def test_another_base_than_a_file_was_trained_on_is_refused_wherever_it_decides_
     path, _ = _saved(tmp_path / "bound.safetensors", "loldu", rank=4)
     twin = shutil.copy(path, tmp_path / "twin.safetensors")
     torch.manual_seed(7)
-    other, out = corpus.Net(), tmp_path / "out.safetensors"
+    other, out = corpus.Pair(), tmp_path / "out.safetensors"
     base = tmp_path / "other.safetensors"
     base.write_bytes(corpus.model_file(other))
     verbs: dict[str, Callable[[], Any]] = {

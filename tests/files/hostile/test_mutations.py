@@ -25,8 +25,8 @@ from tests.support.corpus import (
     Files,
     Place,
     Verb,
-    net,
     ones,
+    pair,
     safetensors,
 )
 from tests.support.zoo import ADAPTERS, train
@@ -34,12 +34,12 @@ from tests.support.zoo import ADAPTERS, train
 
 @cache
 def sound() -> dict[str, bytes]:
-    """Files of several formats and kinds, for `Net`."""
+    """Files of several formats and kinds, for `Pair`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
-        found = {"kohya lora": GOOD, "base": corpus.model_file(net())}
+        found = {"kohya lora": GOOD, "base": corpus.model_file(pair())}
         for case in ("lora", "loha tucker", "lokr", "dora", "oft", "loldu", "ia3 in", "glora"):
-            model = net()
+            model = pair()
             targets = ["a"] if case == "glora" else ["a", "c"] if "tucker" not in case else ["c"]
             pk.wrap(model, ADAPTERS[case].kind, targets=targets, **ADAPTERS[case].options)
             train(model)

@@ -19,7 +19,7 @@ import peftkit as pk
 from peftkit.errors import FileError, PeftkitError
 from tests.support import corpus
 from tests.support.bounds import bounded, put, tuned_base
-from tests.support.corpus import GOOD, INDEX, PRECIOUS, Place, net, ones, safetensors
+from tests.support.corpus import GOOD, INDEX, PRECIOUS, Place, ones, pair, safetensors
 from tests.support.zoo import train
 
 
@@ -49,7 +49,7 @@ WRITERS: dict[str, Callable[[Place], Any]] = {
 
 
 def _wrapped() -> nn.Module:
-    model = net()
+    model = pair()
     pk.wrap(model, "lora", targets=["a"])
     train(model)
     return model
@@ -178,7 +178,7 @@ def test_a_refused_merge_onto_the_base_itself_leaves_the_base(at: Place) -> None
         pk.merge_checkpoint(at.base, {path: 1.0}, at.base)
     assert at.base.read_bytes() == before
     pk.merge_checkpoint(at.base, {at.good: 1.0}, at.base)
-    expected = net().a.weight.detach() + 0.5 * 2 * torch.ones(12, 8)
+    expected = pair().a.weight.detach() + 0.5 * 2 * torch.ones(12, 8)
     assert torch.allclose(load_file(at.base)["a.weight"], expected)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from peftkit.files.families.names import Family
-from tests.support.checkpoints import use_small_families
+from tests.support.small_families import use_small_families
 
 
 @pytest.fixture

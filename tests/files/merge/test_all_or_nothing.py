@@ -12,8 +12,11 @@ import pytest
 
 import peftkit as pk
 from peftkit.errors import FileError
-from tests.support.checkpoints import full, listing, load, load_folder, net, same_bits, state, write
-from tests.support.merging import lycoris, prepared, run_python, sharded
+from tests.support.files import listing, load, load_folder, same_bits, sharded, write
+from tests.support.hands import full, lycoris_tensors
+from tests.support.merging import prepared
+from tests.support.models import net, state
+from tests.support.processes import run_python
 
 
 def test_the_base_may_be_overwritten_by_the_result(tmp_path: Path) -> None:
@@ -34,7 +37,7 @@ def test_the_same_merge_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_folder_is_never_written_over_another(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "model", state(net()), 6)
-    file = write(tmp_path / "a.safetensors", lycoris({"lin": full(12, 8)}))
+    file = write(tmp_path / "a.safetensors", lycoris_tensors({"lin": full(12, 8)}))
     before = listing(tmp_path)
     with pytest.raises(FileError, match="there already"):
         pk.merge_checkpoint(folder, {file: 1.0}, folder)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit.errors import MismatchError, OptionError, WrongBaseError
-from tests.support.checkpoints import adapt, listing, load, net, require_bits, state, write
-from tests.support.merging import close, other
+from tests.support.files import listing, load, require_bits, write
+from tests.support.merging import other
+from tests.support.models import adapt, net, state
+from tests.support.numbers import close
 from tests.support.zoo import ADAPTERS, train
 
 

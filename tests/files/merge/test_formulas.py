@@ -9,21 +9,11 @@ import torch
 
 import peftkit as pk
 from peftkit.errors import MergeError, MismatchError, OptionError, UnsupportedLayerError
-from tests.support.checkpoints import (
-    HANDS,
-    exact,
-    hand_merge,
-    listing,
-    load,
-    loha,
-    lora,
-    net,
-    require_bits,
-    same_bits,
-    state,
-    write,
-)
-from tests.support.merging import DTYPE, DTYPES, close, lycoris
+from tests.support.files import listing, load, require_bits, same_bits, write
+from tests.support.hands import HANDS, exact, hand_merge, loha, lora, lycoris_tensors
+from tests.support.merging import DTYPE, DTYPES
+from tests.support.models import net, state
+from tests.support.numbers import close
 
 # -- against formulas by hand ------------------------------------------------------------------------------------------
 
@@ -34,7 +24,7 @@ def test_a_foreign_file_adds_what_its_formula_says(kind: str, tmp_path: Path) ->
     before = state(model)
     base = write(tmp_path / "base.safetensors", before)
     hands = {"lin": HANDS[kind](12, 8, seed=1), "bare": HANDS[kind](8, 8, seed=20)}
-    file = write(tmp_path / "adapter.safetensors", lycoris(hands))
+    file = write(tmp_path / "adapter.safetensors", lycoris_tensors(hands))
     pk.merge_checkpoint(base, {file: 0.75}, tmp_path / "out.safetensors")
     expected = hand_merge(before, {f"{name}.weight": [(hand, 0.75)] for name, hand in hands.items()})
     merged = load(tmp_path / "out.safetensors")
@@ -53,7 +43,7 @@ def test_the_result_is_the_fp32_sum_rounded_once_to_the_dtype_asked_for(
     before = state(model)
     base = write(tmp_path / "base.safetensors", before)
     hand, vector = loha(12, 8, seed=3), exact(12, seed=9)
-    file = write(tmp_path / "a.safetensors", lycoris({"lin": hand}) | {"lycoris_norm.w_norm": vector})
+    file = write(tmp_path / "a.safetensors", lycoris_tensors({"lin": hand}) | {"lycoris_norm.w_norm": vector})
     pk.merge_checkpoint(base, {file: 0.75}, tmp_path / "out.safetensors", dtype=target)
     merged = load(tmp_path / "out.safetensors")
     wide = torch.float64 if torch.float64 in (source, target) else torch.float32
@@ -82,7 +72,7 @@ def test_plain_fp8_weights_are_summed_in_fp32(kind: str, dtype: torch.dtype, tmp
     before = {key: t.to(dtype) if t.dim() > 1 and t.is_floating_point() else t for key, t in state(net()).items()}
     base = write(tmp_path / "base.safetensors", before)
     hands = {"lin": HANDS[kind](12, 8, seed=1), "bare": HANDS[kind](8, 8, seed=20)}
-    file = write(tmp_path / "adapter.safetensors", lycoris(hands))
+    file = write(tmp_path / "adapter.safetensors", lycoris_tensors(hands))
     pk.merge_checkpoint(base, {file: -0.5}, tmp_path / "out.safetensors")
     merged = load(tmp_path / "out.safetensors")
     expected = hand_merge(before, {f"{name}.weight": [(hand, -0.5)] for name, hand in hands.items()})

@@ -19,33 +19,12 @@ import peftkit as pk
 from peftkit.errors import FileError, MismatchError
 from peftkit.files.families.names import FAMILIES, Family
 from peftkit.files.formats import container
-from tests.support.cells import tree
-from tests.support.checkpoints import (
-    FLUX_COLUMNS,
-    HANDS,
-    Hand,
-    State,
-    diffusers_state,
-    exact,
-    full,
-    hand_merge,
-    kohya,
-    listing,
-    load,
-    load_folder,
-    loha,
-    lokr,
-    lora,
-    metadata,
-    net,
-    original_state,
-    require_bits,
-    same_bits,
-    small_families,
-    state,
-    write,
-)
-from tests.support.merging import FUSED, both_layouts, close, sharded
+from tests.support.files import State, listing, load, load_folder, metadata, require_bits, same_bits, sharded, write
+from tests.support.hands import HANDS, Hand, exact, full, hand_merge, loha, lokr, lora
+from tests.support.merging import FUSED, both_layouts
+from tests.support.models import net, state, tree
+from tests.support.numbers import close
+from tests.support.small_families import FLUX_COLUMNS, diffusers_state, kohya_name, original_state, small_families
 
 
 def small_text_encoder() -> CLIPTextModel:
@@ -154,7 +133,7 @@ def sd15_hands() -> dict[str, Hand]:
 def kohya_file(path: Path, family: Family, hands: Mapping[str, Hand], te: str = "lora_te_") -> Path:
     tensors: State = {}
     for name, hand in hands.items():
-        spelled = kohya(family, name)
+        spelled = kohya_name(family, name)
         tensors |= hand.keyed(spelled.replace("lora_te1_", te) if te else spelled)
     return write(path, tensors)
 
@@ -445,7 +424,7 @@ def test_an_openclip_text_encoder_keeps_its_projection_transposed_and_its_attent
     file = kohya_file(tmp_path / "a.safetensors", family, hands, te="")
     change = exact(32, seed=7)
     bias = f"{layer}.self_attn.v_proj"
-    write(file, load(file) | {f"{kohya(family, bias)}.diff_b": change})
+    write(file, load(file) | {f"{kohya_name(family, bias)}.diff_b": change})
     expected = hand_merge(base, {f"{name}.weight": [(hand, 0.75)] for name, hand in hands.items()})
     expected[f"{bias}.bias"] = base[f"{bias}.bias"] + 0.75 * change
     split = write(tmp_path / "split.safetensors", base)
@@ -486,12 +465,12 @@ def test_the_plan_of_a_real_sd15_finds_every_module_in_either_layout(layout: str
     tensors: State = {}
     matrices = [m for m in family.modules.values() if len(m.shape) > 1]
     for m in matrices:
-        name = kohya(family, m.name)
+        name = kohya_name(family, m.name)
         tensors[f"{name}.lora_up.weight"] = torch.ones(m.shape[0], 1, *[1] * len(m.shape[2:])).half()
         tensors[f"{name}.lora_down.weight"] = torch.ones(1, *m.shape[1:]).half()
     adapter = write(tmp_path / "a.safetensors", tensors)
     plan = pk.plan_merge(base, {adapter: 1.0})
-    places = {kohya(family, m.name): m.original if layout == "original" else f"{m.name}.weight" for m in matrices}
+    places = {kohya_name(family, m.name): m.original if layout == "original" else f"{m.name}.weight" for m in matrices}
     assert {p.name: p.weight for p in plan.patches} == places
     assert set(plan.touched) == set(places.values())
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from peftkit.files.formats import container
-from tests.support.checkpoints import write
-from tests.support.merging import run_python
+from tests.support.files import write
+from tests.support.processes import run_python
 
 MEMORY = """
 import json, os, sys, threading

@@ -23,23 +23,11 @@ from peftkit.errors import (
 )
 from peftkit.files.families.names import Family
 from peftkit.files.formats.container import Container
-from tests.support.checkpoints import (
-    State,
-    accepting,
-    adapt,
-    full,
-    hand_merge,
-    listing,
-    load,
-    lora,
-    merged_in_memory,
-    metadata,
-    net,
-    require_bits,
-    state,
-    write,
-)
-from tests.support.merging import FUSED, both_layouts, close, lycoris, other
+from tests.support.files import State, listing, load, metadata, require_bits, write
+from tests.support.hands import full, hand_merge, lora, lycoris_tensors
+from tests.support.merging import FUSED, both_layouts, other
+from tests.support.models import accepting, adapt, merged_in_memory, net, state
+from tests.support.numbers import close
 
 # -- strengths ---------------------------------------------------------------------------------------------------------
 
@@ -48,7 +36,7 @@ def test_strengths_go_by_the_first_pattern_that_matches(tmp_path: Path) -> None:
     before = state(net())
     base = write(tmp_path / "base.safetensors", before)
     hands = {"lin": full(12, 8, seed=1), "bare": full(8, 8, seed=2), "k1": full(12, 8, seed=3)}
-    file = write(tmp_path / "a.safetensors", lycoris(hands))
+    file = write(tmp_path / "a.safetensors", lycoris_tensors(hands))
     rules = {"lycoris_lin": -0.75, "bare.weight": 0.0, "*": 1.5}
     plan = pk.plan_merge(base, {file: rules})
     assert {p.name: p.strength for p in plan.patches} == {"lycoris_lin": -0.75, "lycoris_k1": 1.5}
@@ -62,7 +50,7 @@ def test_strengths_go_by_the_first_pattern_that_matches(tmp_path: Path) -> None:
 def test_strength_0_of_everything_copies_the_base(tmp_path: Path) -> None:
     before = state(net())
     base = write(tmp_path / "base.safetensors", before, {"modelspec.title": "a", "sshs_model_hash": "b"})
-    file = write(tmp_path / "a.safetensors", lycoris({"lin": full(12, 8)}))
+    file = write(tmp_path / "a.safetensors", lycoris_tensors({"lin": full(12, 8)}))
     report = pk.merge_checkpoint(base, {file: 0.0}, tmp_path / "out.safetensors")
     require_bits(load(tmp_path / "out.safetensors"), before)
     assert report.weights == ()
@@ -84,7 +72,7 @@ def test_strength_0_of_everything_copies_the_base(tmp_path: Path) -> None:
 )
 def test_strengths_that_do_not_say_what_is_meant_raise(rules: Any, message: str, tmp_path: Path) -> None:
     base = write(tmp_path / "base.safetensors", state(net()))
-    file = write(tmp_path / "a.safetensors", lycoris({"lin": full(12, 8), "bare": full(8, 8)}))
+    file = write(tmp_path / "a.safetensors", lycoris_tensors({"lin": full(12, 8), "bare": full(8, 8)}))
     before = listing(tmp_path)
     with pytest.raises(OptionError, match=message):
         pk.merge_checkpoint(base, {file: rules}, tmp_path / "out.safetensors")
@@ -93,7 +81,7 @@ def test_strengths_that_do_not_say_what_is_meant_raise(rules: Any, message: str,
 
 def test_adapters_given_twice_or_not_at_all_raise(tmp_path: Path) -> None:
     base = write(tmp_path / "base.safetensors", state(net()))
-    file = write(tmp_path / "a.safetensors", lycoris({"lin": full(12, 8)}))
+    file = write(tmp_path / "a.safetensors", lycoris_tensors({"lin": full(12, 8)}))
     for adapters in ({}, {file: 1.0, str(file): 1.0}):
         with pytest.raises(OptionError):
             pk.merge_checkpoint(base, adapters, tmp_path / "out.safetensors")

@@ -10,22 +10,10 @@ import torch
 
 import peftkit as pk
 from peftkit.errors import FileError, MergeError, OptionError
-from tests.support.checkpoints import (
-    exact,
-    full,
-    hand_merge,
-    header,
-    listing,
-    load,
-    loha,
-    lora,
-    metadata,
-    net,
-    require_bits,
-    state,
-    write,
-)
-from tests.support.merging import lycoris, prepared
+from tests.support.files import header, listing, load, metadata, require_bits, write
+from tests.support.hands import exact, full, hand_merge, loha, lora, lycoris_tensors
+from tests.support.merging import prepared
+from tests.support.models import net, state
 
 
 def test_metadata_stays_but_for_what_a_merge_makes_untrue(tmp_path: Path) -> None:
@@ -37,7 +25,7 @@ def test_metadata_stays_but_for_what_a_merge_makes_untrue(tmp_path: Path) -> Non
         "modelspec.hash_sha256": "0x3",
     }
     base = write(tmp_path / "base.safetensors", state(net()), own)
-    one = write(tmp_path / "one.safetensors", lycoris({"lin": full(12, 8)}))
+    one = write(tmp_path / "one.safetensors", lycoris_tensors({"lin": full(12, 8)}))
     two = write(tmp_path / "sub" / "one.safetensors", {"lycoris_norm.w_norm": exact(12, seed=3)})
     pk.merge_checkpoint(base, {one: 0.7, two: -0.5}, tmp_path / "out.safetensors")
     found = metadata(tmp_path / "out.safetensors")
@@ -49,7 +37,7 @@ def test_metadata_stays_but_for_what_a_merge_makes_untrue(tmp_path: Path) -> Non
 
 def test_a_cast_makes_hashes_untrue_too(tmp_path: Path) -> None:
     base = write(tmp_path / "base.safetensors", state(net()), {"sshs_model_hash": "1"})
-    file = write(tmp_path / "a.safetensors", lycoris({"lin": full(12, 8)}))
+    file = write(tmp_path / "a.safetensors", lycoris_tensors({"lin": full(12, 8)}))
     pk.merge_checkpoint(base, {file: 0.0}, tmp_path / "out.safetensors", dtype=torch.float16)
     assert "sshs_model_hash" not in metadata(tmp_path / "out.safetensors")
 
@@ -64,7 +52,7 @@ def test_tensors_of_every_dtype_and_name_are_carried_over(verify: bool, tmp_path
     others |= {"bool": numbers > 50, "complex": numbers.to(torch.complex64), "fp8": numbers.to(torch.float8_e5m2)}
     others |= {'"quoted" and ☃\n': numbers.double(), "empty": torch.zeros(0, 3), "one": torch.tensor(2.5)}
     base = write(tmp_path / "base.safetensors", {**others, "lin.weight": torch.ones(12, 8)})
-    file = write(tmp_path / "a.safetensors", lycoris({"lin": full(12, 8)}))
+    file = write(tmp_path / "a.safetensors", lycoris_tensors({"lin": full(12, 8)}))
     pk.merge_checkpoint(base, {file: 1.0}, tmp_path / "out.safetensors", verify=verify)
     merged = load(tmp_path / "out.safetensors")
     require_bits({k: t for k, t in merged.items() if k != "lin.weight"}, others)
@@ -73,7 +61,7 @@ def test_tensors_of_every_dtype_and_name_are_carried_over(verify: bool, tmp_path
 def test_tensors_keep_their_order_and_the_file_its_form(tmp_path: Path) -> None:
     """As the reference reads it: no holes, offsets in order, the header a JSON object that begins with a quote."""
     base = write(tmp_path / "base.safetensors", state(net()))
-    file = write(tmp_path / "a.safetensors", lycoris({"lin": full(12, 8)}))
+    file = write(tmp_path / "a.safetensors", lycoris_tensors({"lin": full(12, 8)}))
     pk.merge_checkpoint(base, {file: 1.0}, tmp_path / "out.safetensors")
 
     def order(path: Path) -> list[str]:
@@ -86,8 +74,8 @@ def test_tensors_keep_their_order_and_the_file_its_form(tmp_path: Path) -> None:
 
 def test_a_plan_says_what_will_be_done(tmp_path: Path) -> None:
     base = write(tmp_path / "base.safetensors", state(net()))
-    one = write(tmp_path / "one.safetensors", lycoris({"lin": full(12, 8), "bare": lora(8, 8)}))
-    two = write(tmp_path / "two.safetensors", lycoris({"k1": loha(12, 8)}))
+    one = write(tmp_path / "one.safetensors", lycoris_tensors({"lin": full(12, 8), "bare": lora(8, 8)}))
+    two = write(tmp_path / "two.safetensors", lycoris_tensors({"k1": loha(12, 8)}))
     plan = pk.plan_merge(base, {one: 0.7, two: -0.5})
     assert [(Path(p.file).name, p.name, p.kind, p.weight, p.strength) for p in plan.patches] == [
         ("one.safetensors", "lycoris_bare", "lora", "bare.weight", 0.7),
@@ -102,7 +90,7 @@ def test_a_plan_says_what_will_be_done(tmp_path: Path) -> None:
 def test_a_pickled_base_is_refused_unless_it_may_be_read_as_data(tmp_path: Path) -> None:
     before = state(net())
     torch.save({"state_dict": before}, tmp_path / "base.ckpt")
-    file = write(tmp_path / "a.safetensors", lycoris({"lin": full(12, 8)}))
+    file = write(tmp_path / "a.safetensors", lycoris_tensors({"lin": full(12, 8)}))
     with pytest.raises(FileError, match="pickle"):
         pk.merge_checkpoint(tmp_path / "base.ckpt", {file: 1.0}, tmp_path / "out.safetensors")
     pk.merge_checkpoint(tmp_path / "base.ckpt", {file: 1.0}, tmp_path / "out.safetensors", allow_pickle=True)
@@ -116,7 +104,7 @@ def test_a_component_that_is_kept_as_a_pickle_is_not_lost(tmp_path: Path) -> Non
     (folder / "model_index.json").write_text("{}")
     (folder / "safety_checker").mkdir()
     torch.save({"a": torch.ones(2)}, folder / "safety_checker" / "pytorch_model.bin")
-    file = write(tmp_path / "a.safetensors", lycoris({"lin": full(12, 8)}))
+    file = write(tmp_path / "a.safetensors", lycoris_tensors({"lin": full(12, 8)}))
     try:
         pk.merge_checkpoint(folder, {file: 1.0}, tmp_path / "out")
     except FileError:

@@ -9,20 +9,11 @@ import torch
 from torch import nn
 
 import peftkit as pk
-from tests.support.checkpoints import (
-    accepting,
-    adapt,
-    exact,
-    key_of,
-    load,
-    merged_in_memory,
-    net,
-    require_bits,
-    same_bits,
-    state,
-    write,
-)
-from tests.support.merging import DTYPE, close
+from tests.support.files import load, require_bits, same_bits, write
+from tests.support.hands import exact
+from tests.support.merging import DTYPE
+from tests.support.models import accepting, adapt, key_of, merged_in_memory, net, state
+from tests.support.numbers import close
 from tests.support.zoo import ADAPTERS, train
 
 #: of each sort one, for the 16-bit dtypes

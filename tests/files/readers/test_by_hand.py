@@ -25,12 +25,12 @@ from tests.support.by_hand import (
     PRODUCT,
     QUERY,
     UP,
-    close,
-    keyed,
-    kohya,
+    kohya_key,
+    near,
     t,
-    write,
+    write_adapter,
 )
+from tests.support.files import keyed
 from tests.support.readers import READERS, Refused
 
 NORM = "unet.down_blocks.0.resnets.0.norm1"
@@ -38,7 +38,7 @@ TURN = t([0.0, 0.5], [0.0, 0.0])  # Q = ((0, .5), (-.5, 0)): R = ((.6, .8), (-.8
 
 
 @dataclass
-class Hand:
+class ByHand:
     """A file of one module worked out by hand: what each loader makes of it, or the word of its refusal."""
 
     label: str
@@ -58,17 +58,17 @@ def each(**by_loader: Any) -> dict[str, Any]:
 
 
 HANDS = [
-    Hand("alpha 2 of rank 1", {**LORA, "alpha": torch.tensor(2.0)}, each(rest=2 * PRODUCT)),
-    Hand("alpha [1]", {**LORA, "alpha": t(2.0)}, each(rest=2 * PRODUCT)),
-    Hand("strength", {**LORA, "alpha": torch.tensor(1.0)}, each(rest=0.5 * PRODUCT), strength=0.5),
-    Hand("no alpha", LORA, each(rest=PRODUCT, lycoris="TypeError")),
-    Hand("alpha 0", {**LORA, "alpha": torch.tensor(0.0)}, each(lycoris=PRODUCT, kohya=PRODUCT)),
-    Hand(
+    ByHand("alpha 2 of rank 1", {**LORA, "alpha": torch.tensor(2.0)}, each(rest=2 * PRODUCT)),
+    ByHand("alpha [1]", {**LORA, "alpha": t(2.0)}, each(rest=2 * PRODUCT)),
+    ByHand("strength", {**LORA, "alpha": torch.tensor(1.0)}, each(rest=0.5 * PRODUCT), strength=0.5),
+    ByHand("no alpha", LORA, each(rest=PRODUCT, lycoris="TypeError")),
+    ByHand("alpha 0", {**LORA, "alpha": torch.tensor(0.0)}, each(lycoris=PRODUCT, kohya=PRODUCT)),
+    ByHand(
         "scale beside alpha",
         {**LORA, "alpha": torch.tensor(2.0), "scale": torch.tensor(5.0)},
         each(rest=2 * PRODUCT, a1111=5 * PRODUCT, diffusers="not correctly renamed"),
     ),
-    Hand(
+    ByHand(
         "lora_A, lora_B",
         {"lora_A.weight": DOWN, "lora_B.weight": UP, "alpha": torch.tensor(2.0)},
         each(
@@ -79,7 +79,7 @@ HANDS = [
             diffusers="not correctly renamed",
         ),
     ),
-    Hand(
+    ByHand(
         "DoRA per output, s = 1/2",
         # V = ((6, 4), (6, 12)), its rows √52 and √180, its columns √72 and √160; W's rows 3 and 4
         {**LORA, "alpha": torch.tensor(1.0), "dora_scale": t([6.0], [8.0])},
@@ -93,7 +93,7 @@ HANDS = [
         ),
         strength=0.5,
     ),
-    Hand(
+    ByHand(
         "DoRA per input, s = 1/2",
         {**LORA, "alpha": torch.tensor(1.0), "dora_scale": t([6.0, 8.0])},
         each(
@@ -104,7 +104,7 @@ HANDS = [
         ),
         strength=0.5,
     ),
-    Hand(
+    ByHand(
         "LoHa",  # (1, 2)ᵀ(3, 4) ∘ (1, 1)ᵀ(2, 1)
         {
             "hada_w1_a": UP,
@@ -115,12 +115,12 @@ HANDS = [
         },
         each(rest=0.5 * t([6.0, 4.0], [12.0, 8.0]), kohya=None, diffusers="not correctly renamed"),
     ),
-    Hand(
+    ByHand(
         "LoKr full, alpha ignored",
         {"lokr_w1": t([2.0]), "lokr_w2": PRODUCT, "alpha": torch.tensor(0.5)},
         each(rest=2 * PRODUCT, kohya=None, diffusers="not correctly renamed"),
     ),
-    Hand(
+    ByHand(
         "LoKr of unequal ranks: the divisor is w2's",
         {
             "lokr_w1_a": t([1.0, 1.0]),
@@ -131,8 +131,8 @@ HANDS = [
         },
         each(rest=6 * PRODUCT, lycoris="AttributeError", kohya=None, diffusers="not correctly renamed"),
     ),
-    Hand("diff", {"diff": PRODUCT}, each(rest=0.5 * PRODUCT, kohya=None, diffusers="not correctly"), strength=0.5),
-    Hand(
+    ByHand("diff", {"diff": PRODUCT}, each(rest=0.5 * PRODUCT, kohya=None, diffusers="not correctly"), strength=0.5),
+    ByHand(
         "set_weight",
         {"set_weight": PRODUCT},
         each(
@@ -143,7 +143,7 @@ HANDS = [
             diffusers="not correctly renamed",
         ),
     ),
-    Hand(
+    ByHand(
         "OFT, s = 1/2",  # R − 1 = ((-.4, .8), (-.8, -.4)), transposed times W; comfyui: s²
         {"oft_blocks": TURN[None], "alpha": torch.tensor(0.0)},
         each(
@@ -154,7 +154,7 @@ HANDS = [
         ),
         strength=0.5,
     ),
-    Hand(
+    ByHand(
         "OFT without alpha",
         {"oft_blocks": TURN[None]},
         each(
@@ -165,7 +165,7 @@ HANDS = [
             diffusers="not correctly renamed",
         ),
     ),
-    Hand(
+    ByHand(
         "(IA)³ per output",
         {"weight": t(2.0, 3.0), "on_input": torch.tensor(0)},
         each(
@@ -175,7 +175,7 @@ HANDS = [
         ),
         strength=0.5,
     ),
-    Hand(
+    ByHand(
         "(IA)³ per input",
         {"weight": t(2.0, 3.0), "on_input": torch.tensor(1)},
         each(
@@ -185,7 +185,7 @@ HANDS = [
         ),
         weight=t([1.5, 1.0], [3.0, 2.0]),
     ),
-    Hand(
+    ByHand(
         "GLoRA, old layout: alpha only in ComfyUI and Forge",
         {
             "a1.weight": t([1.0, 2.0, 3.0], [0.0, 1.0, 0.0]),
@@ -203,7 +203,7 @@ HANDS = [
         ),
         weight=t([3.0, 0.0, 1.0], [0.0, 4.0, 1.0]),
     ),
-    Hand(
+    ByHand(
         "only lora_up",
         {"lora_up.weight": UP},
         each(
@@ -214,7 +214,7 @@ HANDS = [
             diffusers="not correctly",
         ),
     ),
-    Hand(
+    ByHand(
         "only alpha",
         {"alpha": torch.tensor(1.0)},
         each(
@@ -223,8 +223,8 @@ HANDS = [
             diffusers="not correctly renamed",
         ),
     ),
-    Hand("only dora_scale", {"dora_scale": t([1.0], [1.0])}, each(a1111="no module type", lycoris="no module type")),
-    Hand(
+    ByHand("only dora_scale", {"dora_scale": t([1.0], [1.0])}, each(a1111="no module type", lycoris="no module type")),
+    ByHand(
         "only w_norm",
         {"w_norm": t(1.0, 2.0)},
         each(
@@ -236,7 +236,7 @@ HANDS = [
         ),
         weight=t(1.0, 1.0),
     ),
-    Hand(
+    ByHand(
         "diff on a norm",
         {"diff": t(1.0, 2.0)},
         each(
@@ -248,7 +248,7 @@ HANDS = [
         ),
         weight=t(1.0, 1.0),
     ),
-    Hand(
+    ByHand(
         "4-D factors on a Linear",
         {
             "lora_up.weight": UP[..., None, None],
@@ -264,7 +264,7 @@ HANDS = [
             diffusers="size mismatch",
         ),
     ),
-    Hand(
+    ByHand(
         "of the same size, garbled",
         {**LORA, "alpha": torch.tensor(1.0)},
         each(
@@ -275,7 +275,7 @@ HANDS = [
         ),
         weight=t([1.0, 2.0, 3.0, 4.0]),
     ),
-    Hand(
+    ByHand(
         "too few inputs",
         {**LORA, "alpha": torch.tensor(1.0)},
         each(
@@ -286,7 +286,7 @@ HANDS = [
         ),
         weight=torch.ones(2, 3),
     ),
-    Hand(
+    ByHand(
         "too many inputs",
         {**LORA, "alpha": torch.tensor(1.0)},
         each(
@@ -302,11 +302,11 @@ HANDS = [
 
 @pytest.mark.parametrize("loader", sorted(ALL))
 @pytest.mark.parametrize("hand", HANDS, ids=lambda hand: hand.label)
-def test_by_hand(hand: Hand, loader: str, tmp_path: Path) -> None:
-    module = kohya(LINEAR)
+def test_by_hand(hand: ByHand, loader: str, tmp_path: Path) -> None:
+    module = kohya_key(LINEAR)
     if loader == "kohya" and "oft_blocks" in hand.tensors:
         module = module.replace("lora_unet_", "oft_unet_")
-    file = write(tmp_path, keyed(module, hand.tensors))
+    file = write_adapter(tmp_path, keyed(module, hand.tensors))
     expected = hand.expected[loader]
     if isinstance(expected, str):
         with pytest.raises(Refused, match=re.escape(expected)):
@@ -317,41 +317,44 @@ def test_by_hand(hand: Hand, loader: str, tmp_path: Path) -> None:
         assert all(float(delta.abs().max()) < 1e-7 for delta in outcome.deltas.values())
     else:
         assert list(outcome.deltas) == [LINEAR]
-        assert close(outcome.deltas[LINEAR], expected)
+        assert near(outcome.deltas[LINEAR], expected)
         assert outcome.deltas[LINEAR].dtype == torch.float64
 
 
 def test_ignored_and_biases(tmp_path: Path) -> None:
     bias = t(1.0, 2.0)
-    beside = {**keyed(kohya(LINEAR), {**LORA, "alpha": torch.tensor(1.0), "diff_b": bias}), "lora_unet_x.alpha": bias}
-    with_bias = {f"{kohya(LINEAR)}.diff_b", "lora_unet_x.alpha"}
+    beside = {
+        **keyed(kohya_key(LINEAR), {**LORA, "alpha": torch.tensor(1.0), "diff_b": bias}),
+        "lora_unet_x.alpha": bias,
+    }
+    with_bias = {f"{kohya_key(LINEAR)}.diff_b", "lora_unet_x.alpha"}
     weights = {LINEAR: BASE}
     for loader, biases in {"a1111": {}, "comfyui": {LINEAR: bias}, "forge": {LINEAR: bias}}.items():
-        outcome = READERS[loader](write(tmp_path, beside), weights, "sd15")
+        outcome = READERS[loader](write_adapter(tmp_path, beside), weights, "sd15")
         assert outcome.biases.keys() == biases.keys()
         assert all(torch.equal(outcome.biases[name].float(), biases[name]) for name in biases)
         assert set(outcome.ignored) == (with_bias if not biases else {"lora_unet_x.alpha"})
-    alone = write(tmp_path, keyed(kohya(LINEAR), {"diff_b": bias}))
+    alone = write_adapter(tmp_path, keyed(kohya_key(LINEAR), {"diff_b": bias}))
     with pytest.raises(Refused):
         READERS["a1111"](alone, weights, "sd15")
     for loader in ("comfyui", "forge"):
         outcome = READERS[loader](alone, weights, "sd15", 0.5)
         assert not outcome.deltas
         assert torch.equal(outcome.biases[LINEAR].float(), bias / 2)
-    norm = write(tmp_path, keyed(kohya(NORM), {"w_norm": bias, "b_norm": bias}))
+    norm = write_adapter(tmp_path, keyed(kohya_key(NORM), {"w_norm": bias, "b_norm": bias}))
     for loader in ("a1111", "comfyui", "forge", "lycoris"):
         outcome = READERS[loader](norm, {NORM: torch.ones(2)}, "sd15", 0.5)
         assert torch.equal(outcome.deltas[NORM].float(), bias / 2)
         assert torch.equal(outcome.biases[NORM].float(), bias / 2)
-    full = write(tmp_path, keyed(kohya(LINEAR), {"diff": PRODUCT, "diff_b": bias}))
+    full = write_adapter(tmp_path, keyed(kohya_key(LINEAR), {"diff": PRODUCT, "diff_b": bias}))
     for loader in ("a1111", "comfyui", "forge", "lycoris"):
         assert torch.equal(READERS[loader](full, weights, "sd15").biases[LINEAR].float(), bias)
 
 
 def test_forge_refuses_more_than_twelve_leftovers(tmp_path: Path) -> None:
-    fits = keyed(kohya(LINEAR), {**LORA, "alpha": torch.tensor(1.0)})
+    fits = keyed(kohya_key(LINEAR), {**LORA, "alpha": torch.tensor(1.0)})
     for count in (12, 13):
-        file = write(tmp_path, {**fits, **{f"lora_unet_x{n}.alpha": UP for n in range(count)}})
+        file = write_adapter(tmp_path, {**fits, **{f"lora_unet_x{n}.alpha": UP for n in range(count)}})
         if count > 12:
             with pytest.raises(Refused, match="13 tensors"):
                 READERS["forge"](file, {LINEAR: BASE}, "sd15")
@@ -361,14 +364,14 @@ def test_forge_refuses_more_than_twelve_leftovers(tmp_path: Path) -> None:
 
 def test_last_adapter_wins_in_comfyui_and_the_first_in_a1111(tmp_path: Path) -> None:
     both = {**LORA, "alpha": torch.tensor(1.0), "lokr_w1": t([2.0]), "lokr_w2": PRODUCT}
-    file = write(tmp_path, keyed(kohya(LINEAR), both))
+    file = write_adapter(tmp_path, keyed(kohya_key(LINEAR), both))
     for loader, factor in {"a1111": 1, "lycoris": 1, "comfyui": 2, "forge": 2, "kohya": 1}.items():
-        assert close(READERS[loader](file, {LINEAR: BASE}, "sd15").deltas[LINEAR], factor * PRODUCT)
-    file = write(tmp_path, keyed(kohya(LINEAR), {**both, "diff": 5 * PRODUCT}))
+        assert near(READERS[loader](file, {LINEAR: BASE}, "sd15").deltas[LINEAR], factor * PRODUCT)
+    file = write_adapter(tmp_path, keyed(kohya_key(LINEAR), {**both, "diff": 5 * PRODUCT}))
     for loader in ("comfyui", "forge"):
         outcome = READERS[loader](file, {LINEAR: BASE}, "sd15")
-        assert close(outcome.deltas[LINEAR], 5 * PRODUCT)
-        assert f"{kohya(LINEAR)}.lokr_w2" in outcome.ignored
+        assert near(outcome.deltas[LINEAR], 5 * PRODUCT)
+        assert f"{kohya_key(LINEAR)}.lokr_w2" in outcome.ignored
 
 
 def test_key_variants(tmp_path: Path) -> None:
@@ -382,11 +385,11 @@ def test_key_variants(tmp_path: Path) -> None:
         "{}.lora_B.default.weight": "{}.lora_A.default.weight",
     }
     for number, (up, down) in enumerate(pairs.items()):
-        module = kohya(LINEAR)
-        file = write(tmp_path, {up.format(module): UP, down.format(module): DOWN})
+        module = kohya_key(LINEAR)
+        file = write_adapter(tmp_path, {up.format(module): UP, down.format(module): DOWN})
         comfyui = READERS["comfyui"](file, {LINEAR: BASE}, "sd15")
         forge = READERS["forge"](file, {LINEAR: BASE}, "sd15")
-        assert close(comfyui.deltas[LINEAR], PRODUCT)
+        assert near(comfyui.deltas[LINEAR], PRODUCT)
         assert not comfyui.ignored
         assert bool(forge.deltas) == (number < 5)
 
@@ -397,7 +400,7 @@ def test_diffusers_loses_the_alphas_of_attention(tmp_path: Path) -> None:
     alphas = {QUERY: 1.0, KEY: 2.0, POINT: 2.0, LINEAR: 1.0}
     factors = {"lora_up.weight": torch.rand(4, 4), "lora_down.weight": torch.rand(4, 4)}
     product = factors["lora_up.weight"] @ factors["lora_down.weight"]
-    tensors = {k: v for n, a in alphas.items() for k, v in keyed(kohya(n), {**factors, "alpha": t(a)}).items()}
-    deltas = READERS["diffusers"](write(tmp_path, tensors), weights, "sd15").deltas
+    tensors = {k: v for n, a in alphas.items() for k, v in keyed(kohya_key(n), {**factors, "alpha": t(a)}).items()}
+    deltas = READERS["diffusers"](write_adapter(tmp_path, tensors), weights, "sd15").deltas
     for name, alpha in {**alphas, QUERY: 2.0}.items():
-        assert close(deltas[name], product * alpha / 4)
+        assert near(deltas[name], product * alpha / 4)

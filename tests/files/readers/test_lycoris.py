@@ -27,7 +27,8 @@ from lycoris.modules.tlora import TLoraModule
 from peft.tuners.lokr.layer import factorization as peft_factorization
 from torch import Tensor, nn
 
-from tests.support.by_hand import BASE, CONV, LINEAR, LORA, POINT, close, keyed, kohya, write
+from tests.support.by_hand import BASE, CONV, LINEAR, LORA, POINT, kohya_key, near, write_adapter
+from tests.support.files import keyed
 from tests.support.readers import READERS, Read, Refused
 from tests.support.readers.lycoris import factorization as read_factorization
 from tests.support.readers.peft import factorization as read_peft_factorization
@@ -75,7 +76,7 @@ def forward_weight(forward: Callable[[Tensor], Tensor], weight: Tensor) -> Tenso
     return outputs.flatten(1).mT.reshape(weight.shape)
 
 
-def trained(module: Any, layer: Any, strength: float = 1.0) -> Tensor:
+def forward_delta(module: Any, layer: Any, strength: float = 1.0) -> Tensor:
     """The change of the weight in the real module's forward."""
     module.multiplier = strength
     return forward_weight(module, layer.weight) - layer.weight.detach()
@@ -185,21 +186,21 @@ def verdict(loader: str, file: Path, name: str, weight: Tensor, delta: Tensor, s
         return REFUSED
     if not outcome.deltas or float(outcome.deltas[name].abs().max()) < 1e-6:
         return NOTHING
-    return SAME if close(outcome.deltas[name], delta) else DIFFERS
+    return SAME if near(outcome.deltas[name], delta) else DIFFERS
 
 
 def cells(form: str, kind: str, strength: float, path: Path) -> tuple[str, ...]:
     layer, name = LAYERS[kind](), NAMES[kind]
     cls, options = FORMS[form]
     module = written(cls, layer, **options)
-    delta = trained(module, layer, strength)
+    delta = forward_delta(module, layer, strength)
     assert float(delta.abs().max()) > 1e-2
     found = []
     for loader in WEBUIS:
-        key = kohya(name)
+        key = kohya_key(name)
         if loader == "kohya" and cls in (DiagOFTModule, ButterflyOFTModule):
             key = key.replace("lora_unet_", "oft_unet_")
-        file = write(path, keyed(key, tensors_of(module)))
+        file = write_adapter(path, keyed(key, tensors_of(module)))
         found.append(verdict(loader, file, name, layer.weight.detach(), delta, strength))
     return tuple(found)
 
@@ -219,7 +220,7 @@ def test_agreement_at_another_strength(form: str, expected: tuple[str, ...], tmp
     assert dict(zip(WEBUIS, found, strict=True)) == dict(zip(WEBUIS, expected, strict=True))
 
 
-class Net(nn.Module):
+class OneLayer(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.block = nn.Module()
@@ -228,25 +229,25 @@ class Net(nn.Module):
 
 def reloaded(tensors: Mapping[str, Tensor], layer: nn.Module, strength: float) -> Tensor | None:
     """The change of the weight after the real loader, or None if it raises."""
-    net = Net(layer)
+    net = OneLayer(layer)
     try:
         network, _ = create_lycoris_from_weights(strength, "", net, dict(keyed("lycoris_block_layer", tensors)))
     except (TypeError, AttributeError, ValueError, RuntimeError):
         return None
-    return trained(network.loras[0], layer, strength)
+    return forward_delta(network.loras[0], layer, strength)
 
 
 def agree_with_lycoris(tensors: Mapping[str, Tensor], layer: Any, strength: float, path: Path) -> bool:
     """Whether the reader and the real loader say the same; True where both load."""
     real = reloaded(tensors, layer, strength)
-    file = write(path, keyed("lycoris_block_layer", tensors))
+    file = write_adapter(path, keyed("lycoris_block_layer", tensors))
     weights = {"block.layer": layer.weight.detach()}
     if real is None:
         with pytest.raises(Refused):
             READERS["lycoris"](file, weights, None, strength)
         return False
     outcome = READERS["lycoris"](file, weights, None, strength)
-    assert close(outcome.deltas.get("block.layer", torch.zeros_like(layer.weight)), real, 2e-5)
+    assert near(outcome.deltas.get("block.layer", torch.zeros_like(layer.weight)), real, 2e-5)
     return True
 
 
@@ -299,9 +300,9 @@ def test_lycoris_norm(tmp_path: Path) -> None:
     module = NormModule("layer", layer)
     module.w_norm.data.normal_()
     module.b_norm.data.normal_()
-    file = write(tmp_path, keyed("lycoris_block_layer", tensors_of(module)))
+    file = write_adapter(tmp_path, keyed("lycoris_block_layer", tensors_of(module)))
     outcome = READERS["lycoris"](file, {"block.layer": layer.weight.detach()}, None, 0.5)
-    network, _ = create_lycoris_from_weights(0.5, str(file), Net(layer))
+    network, _ = create_lycoris_from_weights(0.5, str(file), OneLayer(layer))
     x = torch.randn(3, 8)
     changed = nn.functional.layer_norm(
         x,
@@ -309,7 +310,7 @@ def test_lycoris_norm(tmp_path: Path) -> None:
         layer.weight + outcome.deltas["block.layer"].float(),
         layer.bias + outcome.biases["block.layer"].float(),
     )
-    assert close(network.loras[0](x), changed)
+    assert near(network.loras[0](x), changed)
 
 
 def test_factorizations() -> None:
@@ -321,5 +322,5 @@ def test_factorizations() -> None:
 
 def test_lycoris_silently_ignores_other_names(tmp_path: Path) -> None:
     tensors = {**keyed("lora_unet_block_layer", LORA), **keyed("lycoris_other", LORA)}
-    outcome = READERS["lycoris"](write(tmp_path, tensors), {"block.layer": BASE}, None)
+    outcome = READERS["lycoris"](write_adapter(tmp_path, tensors), {"block.layer": BASE}, None)
     assert outcome == Read({}, {}, sorted(tensors))

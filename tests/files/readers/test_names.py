@@ -17,14 +17,14 @@ from tests.support.by_hand import (
     POINT,
     QUERY,
     UP,
-    close,
     found,
-    keyed,
-    kohya,
+    kohya_key,
+    near,
     t,
     unet_paths,
-    write,
+    write_adapter,
 )
+from tests.support.files import keyed
 from tests.support.paths import ROOT
 from tests.support.readers import READERS, Refused, dit_names, unet_names
 
@@ -79,11 +79,11 @@ def test_diffusers_peft_names_lose_attention_in_comfyui(tmp_path: Path) -> None:
         for name in (QUERY, KEY, LINEAR)
         for letter, tensor in (("A", DOWN), ("B", UP))
     }
-    file, weights = write(tmp_path, tensors), {QUERY: BASE, KEY: BASE, LINEAR: BASE}
+    file, weights = write_adapter(tmp_path, tensors), {QUERY: BASE, KEY: BASE, LINEAR: BASE}
     assert READERS["diffusers"](file, weights, "sd15").deltas.keys() == weights.keys()
     assert READERS["comfyui"](file, weights, "sd15").deltas.keys() == {LINEAR}
     spelled = {key.replace("attn1.to_", "attn1.processor.to_"): tensor for key, tensor in tensors.items()}
-    assert READERS["comfyui"](write(tmp_path, spelled), weights, "sd15").deltas.keys() == weights.keys()
+    assert READERS["comfyui"](write_adapter(tmp_path, spelled), weights, "sd15").deltas.keys() == weights.keys()
 
 
 def text_names(family: str) -> dict[str, str]:
@@ -110,13 +110,13 @@ def test_text_encoders(family: str, tmp_path: Path) -> None:
     }
     weights = dict.fromkeys(whole, BASE)
     for loader in ("comfyui", "forge", "kohya", "lycoris", "a1111", "diffusers"):
-        assert READERS[loader](write(tmp_path, every), weights, family).deltas.keys() == whole.keys()
+        assert READERS[loader](write_adapter(tmp_path, every), weights, family).deltas.keys() == whole.keys()
     for loader in ("comfyui", "forge", "kohya", "lycoris"):
-        assert READERS[loader](write(tmp_path, tensors), weights, family).deltas.keys() == names.keys()
-    alone = READERS["a1111"](write(tmp_path, tensors), weights, family)
+        assert READERS[loader](write_adapter(tmp_path, tensors), weights, family).deltas.keys() == names.keys()
+    alone = READERS["a1111"](write_adapter(tmp_path, tensors), weights, family)
     assert alone.deltas.keys() == ({next(iter(names))} if family != "sd2" else set())
     with pytest.raises(Refused, match="infer"):  # no to_out and no mlp to tell the format from
-        READERS["diffusers"](write(tmp_path, tensors), weights, family)
+        READERS["diffusers"](write_adapter(tmp_path, tensors), weights, family)
 
 
 BLOCK = "transformer.transformer_blocks.0"
@@ -143,11 +143,11 @@ def test_fused_attention(tmp_path: Path) -> None:
             readers["diffusers"] = (fused,)
         for loader, files in readers.items():
             for file in files:
-                outcome = READERS[loader](write(tmp_path, file), QKV, family)
-                assert all(close(outcome.deltas[name], expected[name]) for name in QKV)
+                outcome = READERS[loader](write_adapter(tmp_path, file), QKV, family)
+                assert all(near(outcome.deltas[name], expected[name]) for name in QKV)
                 assert not outcome.ignored
         with pytest.raises(ValueError, match="fused"):
-            READERS["comfyui"](write(tmp_path, fused), {next(iter(QKV)): torch.randn(3, 4)}, family)
+            READERS["comfyui"](write_adapter(tmp_path, fused), {next(iter(QKV)): torch.randn(3, 4)}, family)
 
 
 def test_fused_norms_are_of_the_slice(tmp_path: Path) -> None:
@@ -155,13 +155,13 @@ def test_fused_norms_are_of_the_slice(tmp_path: Path) -> None:
     name = next(iter(QKV))
     tensors = {"lora_up.weight": torch.randn(3, 1), "lora_down.weight": torch.randn(1, 4), "alpha": t(1.0)}
     magnitude = torch.rand(1, 4) + 0.5
-    file = write(
+    file = write_adapter(
         tmp_path, keyed("lora_transformer_transformer_blocks_0_attn_to_q", {**tensors, "dora_scale": magnitude})
     )
     merged = QKV[name] + tensors["lora_up.weight"] @ tensors["lora_down.weight"]
     for loader in ("comfyui", "forge"):
         delta = READERS[loader](file, QKV, "flux").deltas[name]
-        assert close(delta, merged * magnitude / merged.norm(dim=0) - QKV[name])
+        assert near(delta, merged * magnitude / merged.norm(dim=0) - QKV[name])
 
 
 def test_swapped_halves(tmp_path: Path) -> None:
@@ -171,8 +171,8 @@ def test_swapped_halves(tmp_path: Path) -> None:
     own = keyed("lora_unet_final_layer_adaLN_modulation_1", {"lora_up.weight": up, "lora_down.weight": down})
     theirs = keyed("transformer.norm_out.linear", {"lora_B.weight": up, "lora_A.weight": down})
     swapped = torch.cat([up[2:], up[:2]]) @ down
-    assert close(READERS["comfyui"](write(tmp_path, own), weights, "flux").deltas.popitem()[1], swapped)
-    assert close(READERS["comfyui"](write(tmp_path, theirs), weights, "flux").deltas.popitem()[1], up @ down)
+    assert near(READERS["comfyui"](write_adapter(tmp_path, own), weights, "flux").deltas.popitem()[1], swapped)
+    assert near(READERS["comfyui"](write_adapter(tmp_path, theirs), weights, "flux").deltas.popitem()[1], up @ down)
 
 
 def test_every_place_is_its_own() -> None:
@@ -188,11 +188,11 @@ def test_a1111_with_sd3(tmp_path: Path) -> None:
         for name in QKV
         for letter, tensor in (("A", torch.ones(1, 4)), ("B", torch.ones(3, 1)))
     }
-    assert READERS["a1111"](write(tmp_path, tensors), QKV, "sd3").deltas.keys() == QKV.keys()
+    assert READERS["a1111"](write_adapter(tmp_path, tensors), QKV, "sd3").deltas.keys() == QKV.keys()
     first = {key: tensor for key, tensor in tensors.items() if "to_q" in key}
-    assert not READERS["a1111"](write(tmp_path, first), QKV, "sd3").deltas
+    assert not READERS["a1111"](write_adapter(tmp_path, first), QKV, "sd3").deltas
     with pytest.raises(Refused, match="two dots"):
-        READERS["a1111"](write(tmp_path, {**tensors, "lora_unet_x.alpha": UP}), QKV, "sd3")
+        READERS["a1111"](write_adapter(tmp_path, {**tensors, "lora_unet_x.alpha": UP}), QKV, "sd3")
 
 
 def test_generic_models(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_generic_models(tmp_path: Path) -> None:
     }
     names = [name for own in accepted.values() for name in own]
     for name in names:
-        file = write(tmp_path, keyed(name, {**LORA, "alpha": t(1.0)}))
+        file = write_adapter(tmp_path, keyed(name, {**LORA, "alpha": t(1.0)}))
         for loader in ("lycoris", "comfyui", "forge", "a1111", "kohya"):
             outcome = READERS[loader](file, weights, None)
             assert bool(outcome.deltas) == (name in accepted.get(loader, ()))
@@ -219,19 +219,23 @@ def test_kohya_oft_is_of_one_size(tmp_path: Path) -> None:
         key: tensor
         for name, own in blocks.items()
         for key, tensor in keyed(
-            kohya(name).replace("lora_unet_", "oft_unet_"), {"oft_blocks": own, "alpha": t(1e3)}
+            kohya_key(name).replace("lora_unet_", "oft_unet_"), {"oft_blocks": own, "alpha": t(1e3)}
         ).items()
     }
     with pytest.raises(Refused, match="blocks"):
-        READERS["kohya"](write(tmp_path, tensors), {LINEAR: torch.randn(4, 3), POINT: torch.randn(4, 3, 1, 1)}, "sd15")
+        READERS["kohya"](
+            write_adapter(tmp_path, tensors), {LINEAR: torch.randn(4, 3), POINT: torch.randn(4, 3, 1, 1)}, "sd15"
+        )
 
 
 def test_a1111_pads_four_channels_to_nine(tmp_path: Path) -> None:
     """conv_in of an inpainting model."""
     weights = {"unet.conv_in": torch.randn(3, 9, 1, 1)}
     delta = torch.randn(3, 4, 1, 1)
-    found = READERS["a1111"](write(tmp_path, {"lora_unet_conv_in.diff": delta}), weights, "sd15").deltas["unet.conv_in"]
-    assert close(found[:, :4], delta)
+    found = READERS["a1111"](write_adapter(tmp_path, {"lora_unet_conv_in.diff": delta}), weights, "sd15").deltas[
+        "unet.conv_in"
+    ]
+    assert near(found[:, :4], delta)
     assert not found[:, 4:].any()
 
 
@@ -239,10 +243,10 @@ def test_a_1x1_factor_on_a_kernel(tmp_path: Path) -> None:
     """Added in place, it spreads over the kernel in A1111 and kohya; elsewhere it does not fit."""
     weights = {CONV: torch.randn(3, 2, 3, 3)}
     factors = {"lora_up.weight": torch.randn(3, 1, 1, 1), "lora_down.weight": torch.randn(1, 2, 1, 1), "alpha": t(1.0)}
-    file = write(tmp_path, keyed(kohya(CONV), factors))
+    file = write_adapter(tmp_path, keyed(kohya_key(CONV), factors))
     spread = (factors["lora_up.weight"].flatten(1) @ factors["lora_down.weight"].flatten(1))[..., None, None]
     for loader in ("a1111", "kohya"):
-        assert close(READERS[loader](file, weights, "sd15").deltas[CONV], spread.expand(3, 2, 3, 3))
+        assert near(READERS[loader](file, weights, "sd15").deltas[CONV], spread.expand(3, 2, 3, 3))
     assert not READERS["comfyui"](file, weights, "sd15").deltas
     for loader in ("forge", "diffusers"):
         with pytest.raises(Refused):
@@ -251,7 +255,7 @@ def test_a_1x1_factor_on_a_kernel(tmp_path: Path) -> None:
 
 def test_unknown_names_and_families_are_errors(tmp_path: Path) -> None:
     """Of the test that calls, not verdicts of a loader."""
-    file = write(tmp_path, keyed(kohya(LINEAR), LORA))
+    file = write_adapter(tmp_path, keyed(kohya_key(LINEAR), LORA))
     for weights, family in (({"unet.conv_inn": BASE}, "sd15"), ({"conv_in": BASE}, "sd15"), ({LINEAR: BASE}, "sd1")):
         with pytest.raises(ValueError, match=r"conv_in|sd1"):
             READERS["comfyui"](file, weights, family)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.by_hand import BASE, DOWN, KEY, PRODUCT, QUERY, UP, close, write
+from tests.support.by_hand import BASE, DOWN, KEY, PRODUCT, QUERY, UP, near, write_adapter
 from tests.support.readers import READERS, Refused
 
 # -- By hand -----------------------------------------------------------------------------------------------------------
@@ -117,15 +117,15 @@ def test_peft(label: str, strength: float, tmp_path: Path) -> None:
     assert len(weights) >= 2 or label == "all-linear"
     assert outcome.deltas.keys() == weights.keys()
     assert outcome.biases.keys() == biases.keys()
-    assert all(close(outcome.deltas[name], weights[name]) for name in weights)
-    assert all(close(outcome.biases[name], biases[name]) for name in biases)
+    assert all(near(outcome.deltas[name], weights[name]) for name in weights)
+    assert all(near(outcome.biases[name], biases[name]) for name in biases)
     assert not outcome.ignored
 
 
 def test_peft_strength_of_oft_and_ia3(tmp_path: Path) -> None:
     base, change = saved_by_peft(PEFT_CONFIGS["OFT exact"](), tmp_path, 1.0)
     outcome = READERS["peft"](tmp_path, base, None, 0.5)
-    assert all(close(outcome.deltas[name], change[name]) for name in change)
+    assert all(near(outcome.deltas[name], change[name]) for name in change)
     saved_by_peft(PEFT_CONFIGS["IA3"](), tmp_path, 1.0)
     with pytest.raises(Refused, match="scale"):
         READERS["peft"](tmp_path, base, None, 0.5)
@@ -133,7 +133,7 @@ def test_peft_strength_of_oft_and_ia3(tmp_path: Path) -> None:
 
 def directory(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
     (path / "adapter_config.json").write_text(json.dumps(config))
-    write(path, tensors).rename(path / "adapter_model.safetensors")
+    write_adapter(path, tensors).rename(path / "adapter_model.safetensors")
     return path
 
 
@@ -144,7 +144,7 @@ PEFT_LORA = {"base_model.model.block.layer.lora_A.weight": DOWN, "base_model.mod
 def test_peft_by_hand(tmp_path: Path) -> None:
     read, weights = READERS["peft"], {"block.layer": BASE, "block.other": BASE}
     outcome = read(directory(tmp_path, LORA_CONFIG, PEFT_LORA), weights, None, 0.5)
-    assert close(outcome.deltas["block.layer"], PRODUCT)
+    assert near(outcome.deltas["block.layer"], PRODUCT)
     extra = {**PEFT_LORA, "base_model.model.block.other.lora_A.weight": DOWN, "block.layer.lora_A.weight": DOWN}
     outcome = read(directory(tmp_path, LORA_CONFIG, extra), weights, None)
     assert outcome.ignored == ["base_model.model.block.other.lora_A.weight", "block.layer.lora_A.weight"]

@@ -19,7 +19,7 @@ from peftkit.errors import PeftkitError
 from .build import ones, safetensors
 
 
-class Net(nn.Module):
+class Pair(nn.Module):
     """What the adapters below are for: a Linear and a convolution."""
 
     def __init__(self) -> None:
@@ -28,9 +28,9 @@ class Net(nn.Module):
         self.c = nn.Conv2d(8, 12, 3)
 
 
-def net() -> Net:
+def pair() -> Pair:
     torch.manual_seed(0)
-    return Net()
+    return Pair()
 
 
 def model_file(model: nn.Module) -> bytes:
@@ -90,7 +90,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-SOUND_BASE = model_file(net())
+SOUND_BASE = model_file(pair())
 Verb = Callable[[Path, Place], Any]
 
 
@@ -116,8 +116,8 @@ ADAPTER_VERBS: Mapping[str, Verb] = {
     "read": _read,
     "inspect": _inspect,
     "doctor": lambda path, at: pk.doctor(path),
-    "load": lambda path, at: pk.load(net(), path),
-    "load loosely": lambda path, at: pk.load(net(), path, strict=False, other_base=True),
+    "load": lambda path, at: pk.load(pair(), path),
+    "load loosely": lambda path, at: pk.load(pair(), path, strict=False, other_base=True),
     "plan_merge": lambda path, at: str(pk.plan_merge(at.base, {path: 1.0}, **at.pickles)),
     "merge_checkpoint": _merge,
     "convert": lambda path, at: pk.convert(path, at.out, "lora"),
