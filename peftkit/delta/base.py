@@ -103,6 +103,8 @@ class Delta(ABC):
     is_matrix: bool = True
     #: the adapter kind whose ΔW has this structure, which is what files call it; "" where no file has a name for it
     structure: ClassVar[str] = ""
+    #: whether ΔW is a product of smaller factors, which then tell its rank
+    factored: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -172,6 +174,10 @@ class Delta(ABC):
     def rank(self) -> int | None:
         """The rank of its low-rank products, None for structures without one."""
         return None
+
+    def folded(self) -> Delta:
+        """Return the same ΔW with every number of its structure in a factor."""
+        return self
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor]:
         """B (m, r) and A (r, n) with B·A = ΔW and r ≤ min(m, n)."""

@@ -35,6 +35,9 @@ class Dense(Delta):
     def dense(self) -> Tensor:
         return self.M * self.strength
 
+    def folded(self) -> Dense:
+        return Dense(self.dense())
+
     def scaled(self, strength: float | Tensor) -> Dense:
         return Dense(self.M, self.strength * strength)
 

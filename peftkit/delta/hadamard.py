@@ -26,6 +26,7 @@ class Hadamard(Delta):
     """ΔW = (B1·A1) ⊙ (B2·A2) with Bi (m, r) and Ai (r, n); of rank at most r²."""
 
     structure: ClassVar[str] = "loha"
+    factored: ClassVar[bool] = True
 
     B1: Tensor
     A1: Tensor

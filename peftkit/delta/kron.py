@@ -25,6 +25,7 @@ class Kron(Delta):
     """
 
     structure: ClassVar[str] = "lokr"
+    factored: ClassVar[bool] = True
 
     C: Tensor
     right: Tensor

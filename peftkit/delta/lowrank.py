@@ -20,6 +20,7 @@ class LowRank(Delta):
     """ΔW = B·A with B (m, r) and A (r, n)."""
 
     structure: ClassVar[str] = "lora"
+    factored: ClassVar[bool] = True
 
     B: Tensor
     A: Tensor

@@ -7,21 +7,23 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
+from peftkit.delta import Delta, Dense, LowRank
 from peftkit.delta.as_low_rank import as_low_rank, of_matrix, side_by_side
 from peftkit.delta.distance import relative
 from peftkit.delta.truncation import Keep
 from peftkit.errors import MismatchError, OptionError, did_you_mean, error_context
-from peftkit.files.convert import Converted, ConvertReport, Source, alpha_of, cast, dense, shown, truncated
+from peftkit.files.convert import Converted, ConvertReport, Source, alpha_of
 from peftkit.files.entries import AdapterEntry, canonical_items, delta_of
 from peftkit.files.export.write import write_deltas
 from peftkit.files.families import names
 from peftkit.files.formats.patch import AdapterFile
+from peftkit.files.kinds import cast, computing, dense, keep_of, shown, truncated
 from peftkit.files.read import Reading, read_all
 from peftkit.files.resolve import prefix_of
 from peftkit.geometry import Shape
@@ -29,9 +31,6 @@ from peftkit.wrapping.strength import require_strength
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-METHODS = ("linear", "cat", "svd", "ties", "dare")
 
 
 def combine(
@@ -48,33 +47,133 @@ def combine(
     dtype: torch.dtype | None = None,
     **reading: Unpack[Reading],
 ) -> ConvertReport:
-    """Write Σ weight·ΔW of several files as one, module by module; each module in as many files as have it.
+    """Write Σ weight·ΔW of several adapter files as one file, module by module, in the format of the first.
 
-    method: "linear" is the sum itself, of factors side by side where that is smaller than ΔW; "cat" always side by
-    side, of rank Σ r; "svd" the sum's best part of a `rank` or `energy`. "ties" keeps of each file the `density` of
-    largest entries, elects a sign per entry and averages those that have it (https://arxiv.org/abs/2306.01708);
-    "dare" drops entries at random and scales up the `density` kept (https://arxiv.org/abs/2311.03099), by `seed`. rank,
-    energy: truncate the result of any method. The error is against the weighted sum. base, other_base: as in `convert`.
-    reading: as in `read`.
+    Args:
+        sources: {file: weight}. A module is the sum over the files that have it.
+        out: the file or the folder to write.
+        method: "linear" is the sum itself, of factors side by side where that is smaller than ΔW; "cat" always side by
+            side, of rank Σ r; "svd" the sum's best part of a `rank` or `energy`. "ties" keeps of each file the share
+            `density` of largest entries, elects a sign per entry and averages those that have it
+            (https://arxiv.org/abs/2306.01708); "dare" drops entries at random and scales up the `density` kept
+            (https://arxiv.org/abs/2311.03099).
+        rank: how many ranks to keep of the result of any method.
+        energy: the share of ‖·‖² to keep of the result of any method.
+        density: the share of entries that "ties" and "dare" keep, in (0, 1].
+        seed: of what "dare" drops.
+        base: for adapters that read theirs, whose ΔW holds for that base from then on.
+        other_base: accept a base that a file was not trained on.
+        dtype: of the tensors, by default that of the factors.
+        **reading: as in `read`.
+
+    Returns:
+        A report of every module, with the error of what was written against the weighted sum.
+
+    Raises:
+        OptionError: an unknown method, fewer than two files, a density or a weight that is none.
+        MismatchError: modules that differ in shape, or that the first file's names cannot tell apart.
+        ExportError: a ΔW that depends on a base that is not given, or that memory cannot hold.
+        FileError: a source that is no adapter file, or whose ΔW is not finite.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = pk.wrap(model, "full")
+        >>> with torch.no_grad():
+        ...     _ = pk.adapter_parameters(model)[0].fill_(0.5)
+        >>> path = pk.save(model, "style.safetensors")
+        >>> _ = pk.rescale(path, -1, "opposite.safetensors")
+        >>> _ = pk.combine({path: 1, "opposite.safetensors": 0.5}, "both.safetensors")
+        >>> pk.inspect("both.safetensors").modules[0].norm
+        2.0
     """
+    way = _way(method, keep_of(rank, energy, None), density, seed)
+    if len(sources) < 2:
+        raise OptionError(f"{len(sources)} file was given to combine, at least two were expected")
+    for weight in sources.values():
+        require_strength(weight)
+    with error_context(out, *sources):
+        bundles = list(zip(sources, read_all(list(sources), **reading), strict=True))
+        files = list(zip(canonical_items(bundles, base, other_base), sources.values(), strict=True))
+        return _written(_sums(files, way), [bundle for _, bundle in bundles], Path(out), dtype)
+
+
+# -- sums of ΔW --------------------------------------------------------------------------------------------------------
+
+
+def _side_by_side(deltas: Sequence[Delta], density: float, generator: torch.Generator) -> Delta:
+    """Σ ΔW as one product of Σ r ranks."""
+    del density, generator
+    return deltas[0] if len(deltas) == 1 else _stacked([as_low_rank(delta) for delta in deltas])
+
+
+def _stacked(lows: Sequence[LowRank]) -> LowRank:
+    return LowRank(torch.cat([low.B for low in lows], 1), torch.cat([low.A for low in lows]))
+
+
+def _smaller(deltas: Sequence[Delta], density: float, generator: torch.Generator) -> Delta:
+    """Σ ΔW, side by side unless the matrix is smaller; of LoRAs a LoRA, since not all programs read others."""
+    del density, generator
+    if len(deltas) == 1:
+        return deltas[0]
+    lows, (m, n) = [as_low_rank(delta) for delta in deltas], deltas[0].shape
+    if sum(low.rank for low in lows) * (m + n) < m * n:
+        return _stacked(lows)
+    total = dense(deltas[0]).float()
+    for delta in deltas[1:]:
+        total = total + dense(delta)
+    return of_matrix(total) if {delta.structure for delta in deltas} == {LowRank.structure} else Dense(total)
+
+
+def _dare(deltas: Sequence[Delta], density: float, generator: torch.Generator) -> Delta:
+    changes = torch.stack([dense(delta).float() for delta in deltas])
+    kept = torch.rand(changes.shape, generator=generator) < density
+    return Dense((changes * kept / density).sum(0))
+
+
+def _ties(deltas: Sequence[Delta], density: float, generator: torch.Generator) -> Delta:
+    del generator
+    changes = torch.stack([dense(delta).float() for delta in deltas])
+    count = max(1, math.ceil(density * changes[0].numel()))
+    bounds = changes.abs().flatten(1).kthvalue(changes[0].numel() - count + 1).values
+    trimmed = changes * (changes.abs() >= bounds[:, None, None])
+    sign = trimmed.sum(0).sign()
+    agreeing = (trimmed.sign() == sign) & (sign != 0)
+    return Dense((trimmed * agreeing).sum(0) / agreeing.sum(0).clamp(min=1))
+
+
+Method = Callable[[Sequence[Delta], float, torch.Generator], Delta]
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {"linear": _smaller, "cat": _side_by_side, "svd": _smaller, "ties": _ties, "dare": _dare}
+)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How ΔW are combined, and which ranks are kept of the result."""
+
+    method: Method
+    density: float
+    generator: torch.Generator
+    keep: Keep | None
+
+    def __call__(self, deltas: Sequence[Delta]) -> Delta:
+        result = self.method(deltas, self.density, self.generator)
+        return result if self.keep is None else truncated(result, self.keep)
+
+
+def _way(method: str, keep: Keep | None, density: float, seed: int) -> _Way:
     if method not in METHODS:
         raise OptionError(
             f"method={method!r} was given, one of {', '.join(METHODS)} was expected.{did_you_mean(method, METHODS)}"
         )
     if not 0 < density <= 1:
         raise OptionError(f"density={density!r} was given, a number in (0, 1] was expected")
-    if len(sources) < 2:
-        raise OptionError(f"{len(sources)} file was given to combine, at least two were expected")
-    keep = None if rank is None and energy is None else Keep(rank, energy)
     if method == "svd" and keep is None:
         raise OptionError("method='svd' needs rank= or energy=")
-    for weight in sources.values():
-        require_strength(weight)
-    with error_context(out, *sources):
-        bundles = list(zip(sources, read_all(list(sources), **reading), strict=True))
-        files = list(zip(canonical_items(bundles, base, other_base), sources.values(), strict=True))
-        found = _sums(files, method, keep, density, torch.Generator().manual_seed(seed))
-        return _written(found, [bundle for _, bundle in bundles], Path(out), dtype)
+    return _Way(METHODS[method], density, torch.Generator().manual_seed(seed), keep)
+
+
+# -- modules -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,24 +188,16 @@ class _Sum:
 
 
 @torch.no_grad()
-def _sums(
-    files: Sequence[tuple[dict[str, AdapterEntry], float]],
-    method: str,
-    keep: Keep | None,
-    density: float,
-    generator: torch.Generator,
-) -> Iterator[_Sum]:
+def _sums(files: Sequence[tuple[dict[str, AdapterEntry], float]], way: _Way) -> Iterator[_Sum]:
     for name in dict.fromkeys(name for items, _ in files for name in items):
         own = [(items[name], weight) for items, weight in files if name in items]
         first = own[0][0]
         for item, _ in own:
             if (item.shape.rows, item.shape.columns) != (first.shape.rows, first.shape.columns):
                 raise MismatchError(f"{name} is {first.shape} in one file and {item.shape} in another")
-        deltas = [delta_of(item).scaled(weight) for item, weight in own]
-        result = _combined(deltas, method, density, generator)
-        if keep is not None:
-            result = truncated(result, keep)
-        truth = deltas[0] if len(deltas) == 1 else _sum(deltas, cat=True)
+        with computing(" + ".join(item.file for item, _ in own), name):
+            deltas = [delta_of(item).scaled(weight) for item, weight in own]
+            truth, result = _side_by_side(deltas, way.density, way.generator), way(deltas)
         yield _Sum(name, first, "+".join(item.adapter.kind for item, _ in own), truth, result)
 
 
@@ -121,7 +212,10 @@ def _written(
     for one in sums:
         name = one.item.name if one.item.name in own_names else _renamed(one.item.name, own_names, one.name)
         named.setdefault(name, []).append(one)
-    results = [_joined(name, members) for name, members in named.items()]
+    results: list[_Sum] = []
+    for name, members in named.items():
+        with computing(out, name):
+            results.append(_joined(name, members))
     alpha = alpha_of(like, [one.result for one in results])
     report = tuple(
         Converted(one.name, one.kinds, shown(one.result), relative(one.truth, cast(one.result, dtype, alpha)))
@@ -150,7 +244,7 @@ def _joined(name: str, members: Sequence[_Sum]) -> _Sum:
 
     def under(part: Callable[[_Sum], Delta]) -> Delta:
         deltas = [(None if one is None else part(one), rows, turned) for one, rows, turned in blocks]
-        if all(delta is None or isinstance(delta, (LowRank, Hadamard, Kron)) for delta, _, _ in deltas):
+        if all(delta is None or delta.factored for delta, _, _ in deltas):
             lows = [(None if d is None else as_low_rank(d), rows, turned) for d, rows, turned in deltas]
             return side_by_side(lows, columns)
         whole = [(torch.zeros(rows, columns) if d is None else dense(d), turned) for d, rows, turned in deltas]
@@ -160,36 +254,6 @@ def _joined(name: str, members: Sequence[_Sum]) -> _Sum:
     shape = Shape(truth.shape[0], columns)
     kinds = "+".join(sorted({one.kinds for one in members}))
     return _Sum(name, replace(first.item, shape=shape), kinds, truth, result)
-
-
-def _combined(deltas: Sequence[Delta], method: str, density: float, generator: torch.Generator) -> Delta:
-    if method in ("linear", "cat", "svd"):
-        return _sum(deltas, cat=method == "cat")
-    changes = torch.stack([dense(delta).float() for delta in deltas])
-    if method == "dare":
-        kept = torch.rand(changes.shape, generator=generator) < density
-        return Dense((changes * kept / density).sum(0))
-    count = max(1, math.ceil(density * changes[0].numel()))
-    bounds = changes.abs().flatten(1).kthvalue(changes[0].numel() - count + 1).values
-    trimmed = changes * (changes.abs() >= bounds[:, None, None])
-    sign = trimmed.sum(0).sign()
-    agreeing = (trimmed.sign() == sign) & (sign != 0)
-    return Dense((trimmed * agreeing).sum(0) / agreeing.sum(0).clamp(min=1))
-
-
-def _sum(deltas: Sequence[Delta], *, cat: bool) -> Delta:
-    """Σ ΔW: low-rank factors side by side, unless the matrix is smaller; of LoRAs a LoRA, since not all read others."""
-    if len(deltas) == 1:
-        return deltas[0]
-    lows = [as_low_rank(delta) for delta in deltas]
-    m, n = deltas[0].shape
-    rank = sum(low.rank for low in lows)
-    if cat or rank * (m + n) < m * n:
-        return LowRank(torch.cat([low.B for low in lows], 1), torch.cat([low.A for low in lows]))
-    total = dense(deltas[0]).float()
-    for delta in deltas[1:]:
-        total = total + delta.dense()
-    return of_matrix(total) if all(isinstance(delta, LowRank) for delta in deltas) else Dense(total)
 
 
 def _renamed(name: str, like: Sequence[str], canonical: str) -> str:

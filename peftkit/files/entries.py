@@ -74,7 +74,7 @@ def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]
 def items_of_file(
     path: str | os.PathLike[str],
     bundle: AdapterFile,
-    base: nn.Module | str | os.PathLike[str] | None,
+    base: Base | nn.Module | str | os.PathLike[str] | None,
     other_base: bool = False,
     *,
     apart: bool = False,
@@ -90,10 +90,16 @@ def items_of_file(
         )
     with error_context(path):
         if base is not None:
-            opened = of_model(base) if isinstance(base, nn.Module) else open_base(base)
-            yield from _on_base(path, bundle, opened, other_base, apart)
+            yield from _on_base(path, bundle, opened(base), other_base, apart)
         else:
             yield from _without_base(path, bundle, apart)
+
+
+def opened(base: Base | nn.Module | str | os.PathLike[str]) -> Base:
+    """The base at a path or in memory, which several files can then share."""
+    if isinstance(base, Base):
+        return base
+    return of_model(base) if isinstance(base, nn.Module) else open_base(base)
 
 
 def _without_base(path: object, bundle: AdapterFile, apart: bool) -> Iterator[AdapterEntry]:
@@ -204,10 +210,11 @@ def canonical_items(
     other_base: bool,
 ) -> list[dict[str, AdapterEntry]]:
     """The items of several files under the same names; apart where one has fused what another has not."""
-    found = [_canonical(list(items_of_file(path, bundle, base, other_base))) for path, bundle in files]
+    shared = None if base is None else opened(base)  # the same one for every file
+    found = [_canonical(list(items_of_file(path, bundle, shared, other_base))) for path, bundle in files]
     if _alike(found):
         return found
-    return [_canonical(list(items_of_file(path, bundle, base, other_base, apart=True))) for path, bundle in files]
+    return [_canonical(list(items_of_file(path, bundle, shared, other_base, apart=True))) for path, bundle in files]
 
 
 def _alike(files: Sequence[dict[str, AdapterEntry]]) -> bool:

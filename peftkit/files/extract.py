@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +14,16 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from peftkit.adapters.lokr import factorize
-from peftkit.delta import Delta, Dense, Kron
+from peftkit.delta import Delta, Dense
 from peftkit.delta.distance import relative
-from peftkit.delta.truncation import Keep, nearest, nearest_kronecker
-from peftkit.errors import MismatchError, OptionError, did_you_mean
+from peftkit.delta.truncation import Keep
+from peftkit.errors import MismatchError, OptionError, error_context
 from peftkit.files.base import Base, open_base
-from peftkit.files.convert import cast
 from peftkit.files.export.write import write_native
 from peftkit.files.families.layouts import Placement
 from peftkit.files.fingerprint import samples
+from peftkit.files.kinds import Kind, Recipe, cast, computing, keep_of, kind_of
+from peftkit.files.patterns import Selection
 from peftkit.files.place import FLOATS, paths_of
 from peftkit.geometry import Shape
 
@@ -100,95 +99,132 @@ def extract(
 ) -> ExtractReport:
     """Write what a tuned checkpoint adds to its base as an adapter file of this library; `export` takes it further.
 
-    kind: "lora" the best of so many ranks (by `rank`, by the share `energy` of ‖difference‖², or singular values of
-    at least `threshold` of the largest); "lokr" the nearest Kronecker product, its small factor bounded by `factor`;
-    "full" the difference itself. targets: patterns of weights. seed: of the random projections. progress: called with
-    bytes read and bytes in all.
+    Two weights at a time are in memory.
 
-    Two weights at a time are in memory. Raises MismatchError for checkpoints of different models, or of equal ones.
+    Args:
+        tuned: the checkpoint of which the difference is taken: a file, an index or a folder.
+        base: the checkpoint that was tuned.
+        out: the *.safetensors file to write.
+        kind: "lora", the best of so many ranks; "lokr", the nearest Kronecker product; "full", the difference itself.
+        rank: for lora, how many ranks to keep.
+        energy: for lora, the share of ‖difference‖² to keep.
+        threshold: for lora, keep the singular values of at least this share of the largest.
+        factor: the bound on the small factor of lokr.
+        targets: patterns of modules and weights.
+        dtype: of the tensors, by default that of the factors.
+        seed: of the random projections.
+        allow_pickle: read checkpoints that are pickles, as data.
+        progress: called with bytes read and bytes in all.
+
+    Returns:
+        A report of every weight, and of what is not in the file.
+
+    Raises:
+        MismatchError: checkpoints of different models, equal ones, or a difference that is not finite.
+        OptionError: an unknown kind, ranks for a kind that has none, or a pattern that matches nothing.
+        FileError: a checkpoint that is damaged, or that is written to meanwhile.
+
+    Example:
+        >>> from safetensors.torch import save_file
+        >>> save_file({"0.weight": torch.zeros(8, 8)}, "base.safetensors")
+        >>> save_file({"0.weight": torch.ones(8, 8)}, "tuned.safetensors")
+        >>> report = pk.extract("tuned.safetensors", "base.safetensors", "difference.safetensors", rank=1)
+        >>> report.weights[0].weight, report.weights[0].norm
+        ('0', 8.0)
     """
-    kinds = ("lora", "lokr", "full")
-    if kind not in kinds:
-        hint = did_you_mean(kind, kinds)
-        raise OptionError(f"kind={kind!r} was given, one of {', '.join(kinds)} was expected.{hint}")
-    chosen = (rank, energy, threshold) != (None, None, None)
-    if chosen != (kind == "lora"):
-        raise OptionError(f"{kind} takes {'one of' if kind == 'lora' else 'none of'} rank, energy and threshold")
-    keep = Keep(rank, energy, threshold) if chosen else None
+    goal, keep = kind_of(kind, _KINDS), keep_of(rank, energy, threshold)
+    if (keep is not None) != goal.ranked:
+        raise OptionError(f"{kind} takes {'one of' if goal.ranked else 'none of'} rank, energy and threshold")
     before, after = open_base(base, allow_pickle=allow_pickle), open_base(tuned, allow_pickle=allow_pickle)
-    _require_same_model(before, after)
-    patterns = [targets] if isinstance(targets, str) else list(targets)
-
-    def targeted(*names: str) -> bool:
-        matching = {p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in names)}
-        used.update(matching)
-        return bool(matching)
-
-    deltas: list[tuple[str, Shape, Delta]] = []
-    prints: dict[str, np.ndarray] = {}
-    weights: list[Extracted] = []
-    unchanged: list[str] = []
-    left: list[str] = []
-    left_square = 0.0
-    used: set[str] = set()
-    places: defaultdict[str, list[tuple[str, Placement]]] = defaultdict(list)
-    for name, part in paths_of(before):
-        if len(before.info(part.weight).shape) > 1:
-            places[part.weight].append((name, part))
-    done = 0
-    for key in before.where:
-        info = before.info(key)
-        wanted = [(name, part) for name, part in places[key] if targeted(name, key)]
-        if info.dtype in FLOATS and (wanted or (not places[key] and targeted(key))):
-            W, X = _difference(before, after, key)
-            norm = float(torch.linalg.vector_norm(X, dtype=torch.float64))
-            if not math.isfinite(norm):
-                raise MismatchError(f"{key}: the difference of {tuned} and {base} is not finite")
-            if norm == 0:
-                unchanged.append(key)
-            elif not wanted:
-                left.append(key)
-                left_square += norm**2
-            for name, part in wanted if norm else ():
-                rows = X[part.start : part.stop]
-                norm = float(torch.linalg.vector_norm(rows, dtype=torch.float64))
-                if norm:
-                    shape = Shape(len(rows), info.shape[1], tuple(info.shape[2:]))
-                    delta = _adapter(rows, shape, kind, keep, factor, seed)
-                    lost = relative(Dense(rows), cast(delta, dtype))
-                    deltas.append((name, shape, delta))
-                    prints[name] = samples(W[part.start : part.stop])
-                    weights.append(Extracted(name, getattr(delta, "rank", None), norm, lost))
-        done += info.size
-        if progress is not None:
-            progress(done, before.size)
-    if set(patterns) - used:
-        raise OptionError(f"targets: {sorted(set(patterns) - used)[0]!r} matches no tensor of {base}")
-    if not deltas:
+    chosen, made = Selection(targets), _Extraction(goal, keep, factor, seed, dtype)
+    with error_context(f"{tuned} and {base}", tuned, base):
+        _require_same_model(before, after)
+        made.take(before, after, chosen, progress or (lambda done, total: None))
+    if chosen.unmatched:
+        raise OptionError(f"targets: {chosen.unmatched[0]!r} matches no tensor of {base}")
+    if not made.deltas:
         raise MismatchError(
-            f"{tuned} and {base} have no matrix that differs and that {patterns} match: nothing to extract"
+            f"{tuned} and {base} have no matrix that differs and that {chosen} matches: nothing to extract"
         )
-    size = write_native(Path(out), deltas, prints, Path(tuned).stem, dtype)
-    return ExtractReport(Path(out), tuple(weights), tuple(unchanged), tuple(left), size, math.sqrt(left_square))
+    size = write_native(Path(out), made.deltas, made.prints, Path(tuned).stem, dtype)
+    return made.report(Path(out), size)
+
+
+#: the kinds that a difference can be written as
+_KINDS = ("lora", "lokr", "full")
+
+
+class _Extraction:
+    """Collects the ΔW of one weight after another."""
+
+    def __init__(self, kind: Kind, keep: Keep | None, factor: int, seed: int, dtype: torch.dtype | None) -> None:
+        self.kind, self.keep, self.factor, self.seed, self.dtype = kind, keep, factor, seed, dtype
+        self.deltas: list[tuple[str, Shape, Delta]] = []
+        self.prints: dict[str, np.ndarray] = {}
+        self.weights: list[Extracted] = []
+        self.unchanged: list[str] = []
+        self.left: dict[str, float] = {}  # changed tensors that are no layer's -> ‖X‖
+
+    def take(self, before: Base, after: Base, chosen: Selection, progress: Callable[[int, int], None]) -> None:
+        """Take the differences of the chosen tensors, one after another."""
+        done = 0
+        for key, parts in _parts_of(before):
+            info = before.info(key)
+            wanted = [(name, part) for name, part in parts if chosen.has(name, key)]
+            if info.dtype in FLOATS and (wanted or (not parts and chosen.has(key))):
+                self._add(key, *_difference(before, after, key), wanted)
+            done += info.size
+            progress(done, before.size)
+
+    def _add(self, key: str, W: Tensor, X: Tensor, parts: Sequence[tuple[str, Placement]]) -> None:
+        """Take the difference X of a tensor W. parts: the modules that it is the weight of, and their rows."""
+        norm = _norm(X)
+        if not math.isfinite(norm):
+            raise MismatchError(f"{key}: the difference of the checkpoints is not finite")
+        if norm == 0:
+            self.unchanged.append(key)
+        elif not parts:
+            self.left[key] = norm
+        for name, part in parts if norm else ():
+            rows = slice(part.start, part.stop)
+            self._add_module(name, W[rows], X[rows])
+
+    def _add_module(self, name: str, W: Tensor, X: Tensor) -> None:
+        norm, (rows, channels, *kernel) = _norm(X), X.shape
+        if not norm:
+            return
+        shape = Shape(rows, channels, tuple(kernel))
+        change = Dense(X.flatten(1))
+        with computing("the difference of the checkpoints", name):
+            delta = self.kind.make(change, Recipe(shape, self.keep, self.factor, self.seed))
+            lost = relative(change, cast(delta, self.dtype))
+        self.deltas.append((name, shape, delta))
+        self.prints[name] = samples(W.flatten(1))
+        self.weights.append(Extracted(name, delta.rank, norm, lost))
+
+    def report(self, path: Path, size: int) -> ExtractReport:
+        left_norm = math.sqrt(sum(norm**2 for norm in self.left.values()))
+        return ExtractReport(path, tuple(self.weights), tuple(self.unchanged), tuple(self.left), size, left_norm)
+
+
+def _norm(X: Tensor) -> float:
+    return float(torch.linalg.vector_norm(X, dtype=torch.float64))
+
+
+def _parts_of(base: Base) -> Iterator[tuple[str, list[tuple[str, Placement]]]]:
+    """Every tensor of a checkpoint, with the modules that it is the weight of where it is a matrix."""
+    parts: defaultdict[str, list[tuple[str, Placement]]] = defaultdict(list)
+    for name, part in paths_of(base):
+        if len(base.info(part.weight).shape) > 1:
+            parts[part.weight].append((name, part))
+    yield from ((key, parts[key]) for key in base.where)
 
 
 def _difference(before: Base, after: Base, key: str) -> tuple[Tensor, Tensor]:
-    """W and tuned − W as matrices, the latter in at least fp32."""
-    W, tuned = (
-        base.tensor(key).flatten(1) if len(base.info(key).shape) > 1 else base.tensor(key) for base in (before, after)
-    )
+    """W and tuned − W, the latter in at least fp32."""
+    W, tuned = before.tensor(key), after.tensor(key)
     wide = torch.float64 if torch.float64 in (W.dtype, tuned.dtype) else torch.float32
     return W, tuned.to(wide) - W.to(wide)
-
-
-def _adapter(X: Tensor, shape: Shape, kind: str, keep: Keep | None, factor: int, seed: int) -> Delta:
-    if kind == "full":
-        return Dense(X)
-    if kind == "lokr":
-        C, D, _ = nearest_kronecker(X, (factorize(shape.rows, factor)[0], factorize(shape.channels, factor)[0]))
-        return Kron(C, D)
-    assert keep is not None
-    return nearest(X, keep, seed=seed)[0]
 
 
 def _require_same_model(before: Base, after: Base) -> None:

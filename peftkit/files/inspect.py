@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from rich.table import Table
 
+from peftkit.adapters import registry
 from peftkit.delta.distance import norm, relative
-from peftkit.errors import ExportError, PeftkitError
+from peftkit.errors import PeftkitError
 from peftkit.files.bind import bind, described, misfit, needs_base, placeholder_weight
 from peftkit.files.entries import canonical_items, delta_of
-from peftkit.files.export import programs
-from peftkit.files.export.names import require_readable
-from peftkit.files.export.programs import Target
 from peftkit.files.families import names
-from peftkit.files.families.names import Family
-from peftkit.files.formats.patch import AdapterFile, Patch
+from peftkit.files.formats.patch import Patch
+from peftkit.files.loads import loads
 from peftkit.files.read import Reading, read, read_all
 
 if TYPE_CHECKING:
@@ -92,9 +90,29 @@ class Inspection:
 
 
 def inspect(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Inspection:
-    """Read a file and say what is in it: kinds, ranks, scales and their origin, ‖ΔW‖, dead or broken modules.
+    """Say what is in an adapter file: kinds, ranks, scales and their origin, ‖ΔW‖, dead or broken modules.
 
-    reading: as in `read`.
+    No base and no model is needed.
+
+    Args:
+        path: the file, or a folder of PEFT.
+        **reading: as in `read`.
+
+    Returns:
+        All that the file says, and which programs read it as it is.
+
+    Raises:
+        FileError: a file that is no adapter file, or is damaged as a whole.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = pk.wrap(model, "full")
+        >>> with torch.no_grad():
+        ...     _ = pk.adapter_parameters(model)[0].fill_(0.5)
+        >>> path = pk.save(model, "style.safetensors")
+        >>> found = pk.inspect(path)
+        >>> found.modules[0].kind, found.modules[0].norm
+        ('full', 4.0)
     """
     bundle = read(path, **reading)
     modules: list[Inspected] = []
@@ -105,9 +123,9 @@ def inspect(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Inspect
         modules.append(_inspected(name, patch, bundle.portable))
         sizes = (patch.shape.rows, patch.shape.columns)
         shapes[name] = sizes if all(sizes) else None
-        structures |= {_structure(patch)} if bundle.format != "native" else set()
+        if bundle.format != "native":  # its kinds and options are checked when they are bound
+            structures.add(registry.get(patch.kind).structure(patch.options))
     family = next(iter(names.guess(shapes)), None)
-    loads = {target.name: _why_not(target, bundle, structures, family) for target in programs.TARGETS.values()}
     notes = [f"{key}: no adapter in the header has it" for key in bundle.unclaimed]
     title = "" if family is None else family.title
     damage = [f"{key} is not finite" for key, v in bundle.vectors.items() if not torch.isfinite(v.float()).all()]
@@ -119,7 +137,7 @@ def inspect(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Inspect
         tuple(modules),
         tuple(bundle.vectors),
         dict(bundle.metadata),
-        loads,
+        loads(bundle, structures, family),
         tuple(notes),
         tuple(damage),
     )
@@ -138,9 +156,23 @@ class Diagnosis:
 
 
 def doctor(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Diagnosis:
-    """Whether an adapter file can be used, with a code for scripts. Never raises for what is in the file.
+    """Say whether an adapter file can be used, with a code for scripts. Nothing in a file makes it raise.
 
-    reading: as in `read`.
+    Args:
+        path: the file, or a folder of PEFT.
+        **reading: as in `read`.
+
+    Returns:
+        The code and what was found.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = pk.wrap(model, "full")
+        >>> with torch.no_grad():
+        ...     _ = pk.adapter_parameters(model)[0].fill_(0.5)
+        >>> path = pk.save(model, "style.safetensors")
+        >>> print(pk.doctor(path))
+        sound
     """
     try:
         found = inspect(path, **reading)
@@ -190,9 +222,31 @@ def diff(
     other_base: bool = False,
     **reading: Unpack[Reading],
 ) -> Difference:
-    """How far the ΔW of two adapter files are apart, whatever their formats and kinds.
+    """Measure how far the ΔW of two adapter files are apart, whatever their formats and kinds.
 
-    base: for adapters that read theirs. other_base: accept one they were not trained on. reading: as in `read`.
+    Args:
+        first: an adapter file, or a folder of PEFT.
+        second: another one.
+        base: for adapters that read theirs.
+        other_base: accept a base that a file was not trained on.
+        **reading: as in `read`.
+
+    Returns:
+        The relative distance of every module that both files have, and the modules that one of them has alone.
+
+    Raises:
+        ExportError: a ΔW that depends on a base that is not given.
+        FileError: a file that is no adapter file.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = pk.wrap(model, "full")
+        >>> with torch.no_grad():
+        ...     _ = pk.adapter_parameters(model)[0].fill_(0.5)
+        >>> path = pk.save(model, "style.safetensors")
+        >>> _ = pk.rescale(path, 1.5, "stronger.safetensors")
+        >>> pk.diff(path, "stronger.safetensors").distances
+        {'0': 0.5}
     """
     files = list(zip((first, second), read_all([first, second], **reading), strict=True))
     ours, theirs = canonical_items(files, base, other_base)
@@ -234,69 +288,3 @@ def _inspected(name: str, patch: Patch, portable: bool) -> Inspected:
     if not math.isfinite(size):
         return said(None, "ΔW is not finite")
     return said(size, "" if size else _DEAD)
-
-
-def _structure(patch: Patch) -> str:
-    """What a target calls this patch as it stands in its file."""
-    if patch.kind == "dora":
-        return f"dora {patch.options['inner']} {patch.options['axis']}"
-    if patch.kind == "oft":
-        return (
-            "oft in" if patch.options.get("side") == "in" else "oft rescaled" if patch.options.get("rescale") else "oft"
-        )
-    tucker = " tucker" if patch.options.get("tucker") else ""
-    return patch.kind + tucker
-
-
-def _why_not(target: Target, bundle: AdapterFile, structures: set[str], family: Family | None) -> str:
-    """Why a program does not read the file as it is, or ""."""
-    if bundle.format == "native":
-        return "it is this library's own format: export it"
-    if (target.name == "peft") != (bundle.format == "peft"):
-        return "PEFT reads a folder with its configuration, and nobody else does"
-    for structure in sorted(structures):
-        if not _reads(target, structure):
-            return f"{target.title} has no {structure}"
-    if target.name == "peft":
-        return ""
-    if family is None and target.generic is None:
-        return f"{target.title} loads adapters of the models it knows"
-    denoiser = "" if family is None else family.components[0]
-    if family is not None and not programs.styles_read(target, family.name, denoiser, denoiser):
-        return f"{target.title} does not load adapters of {family.title}"
-    for name in bundle.patches:
-        if not _named_for(target, name, family):
-            return f"{target.title} does not look for {name!r}"
-    if bundle.vectors and target.name not in ("comfyui", "forge"):
-        return f"{target.title} leaves out changes of biases and norms, or fails on them"
-    if family is not None:
-        modules = [module for name in bundle.patches for module in family.find(name)]
-        try:
-            require_readable(modules, target, named=bundle.format)
-        except ExportError as error:
-            return str(error)
-    return ""
-
-
-def _reads(target: Target, structure: str) -> bool:
-    word, *rest = structure.split(" ")
-    if word == "dora":
-        return (rest[0], rest[1]) in target.decomposes
-    if rest == ["tucker"]:
-        return (
-            word in target.reads
-            and target.name not in ("kohya", "diffusers")
-            and (word != "lokr" or target.name == "a1111")
-        )
-    return structure in target.reads or (structure == "glora" and "glora old" in target.reads)
-
-
-def _named_for(target: Target, name: str, family: Family | None) -> bool:
-    if family is None:
-        return target.generic is not None and name.startswith(target.generic)
-    denoiser = family.components[0]
-    return any(
-        family.spelled(module.name, style) == name
-        for module in family.find(name)
-        for style in programs.styles_read(target, family.name, denoiser, module.name.partition(".")[0])
-    )

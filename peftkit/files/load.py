@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from peftkit.adapters.base import Adapter
 from peftkit.errors import MismatchError, OptionError, TiedWeightsError, did_you_mean, error_context
 from peftkit.files.bind import Misfit, bind, misfit, take_rows
 from peftkit.files.families.layouts import Placement
@@ -69,16 +70,44 @@ def load(
     component: str | None = None,
     **reading: Unpack[Reading],
 ) -> LoadReport:
-    """Wrap the model as the file says and fill in its tensors.
+    """Wrap a model as an adapter file says, with the tensors of the file.
 
-    path: a file of `save`, of kohya, LyCORIS, diffusers or a WebUI, or a folder of PEFT. name: to give the adapter; by
-    default the one it was saved under. strict: raise unless every key of the file goes to the model and every parameter
-    comes from the file; with strict=False load the weights that fit whole, and read the report. other_base: accept a
-    base that is not the one the file was trained on. tied: as in `wrap`. component: which part of a pipeline the model
-    is ("unet", "text_encoder", …), where the file is of several; the others' keys are then left alone. reading:
-    as in `read`. Nothing is changed if anything raises. Never unpickles, unless as data only with allow_pickle=True.
+    Nothing is changed if anything raises. Nothing is unpickled, unless as data only with allow_pickle=True.
 
-    Raises FileError, AmbiguousFileError, MismatchError, WrongBaseError.
+    Args:
+        model: any model that has the weights.
+        path: a file of `save`, of kohya, LyCORIS, diffusers or a WebUI, or a folder of PEFT.
+        name: to give the adapter; by default the one it was saved under.
+        strength: λ of the adapter.
+        strict: raise unless every key of the file goes to the model and every parameter comes from the file. With
+            strict=False the weights that fit whole are loaded: read the report.
+        other_base: accept a base that is not the one the file was trained on.
+        tied: "untie" to give a shared weight a copy of its own, as in `wrap`.
+        route: how ΔW is applied, as in `wrap`.
+        component: which part of a pipeline the model is ("unet", "text_encoder", …), where the file is of several; the
+            keys of the others are left alone.
+        **reading: as in `read`.
+
+    Returns:
+        What was loaded, and what was not.
+
+    Raises:
+        MismatchError: a file that does not fit the model.
+        WrongBaseError: a model that is not the base the file was trained on.
+        AmbiguousFileError: a file that can mean two things; the message names the option that decides.
+        FileError: a file that is no adapter file, or is damaged.
+        TiedWeightsError: a weight that is shared with a layer that the file does not adapt.
+        OptionError: a value that an option does not have.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = pk.wrap(model, "full")
+        >>> with torch.no_grad():
+        ...     _ = pk.adapter_parameters(model)[0].fill_(0.5)
+        >>> path = pk.save(model, "style.safetensors")
+        >>> _ = pk.unwrap(model)
+        >>> pk.load(model, path).loaded
+        ('0',)
     """
     if tied not in (None, "untie"):
         raise OptionError(f"tied={tied!r} was given, 'untie' or None was expected")
@@ -87,10 +116,9 @@ def load(
     name = bundle.name if name is None else name
     with error_context(path):
         fitting, distances, report = _compare(path, name, bundle, sites(model), component)
-        if strict and not report.complete:
-            raise MismatchError(f"{path} does not fit this model\n{report}")
-        if not fitting:
-            raise MismatchError(f"nothing in {path} fits this model\n{report}")
+        if not fitting or (strict and not report.complete):
+            what = f"{path} does not fit this model" if fitting else f"nothing in {path} fits this model"
+            raise MismatchError(f"{what}\n{report}")
         targeted = [site for site, _ in fitting]
         refuse_taken(targeted, name)
         check_install(targeted, strength, route)
@@ -100,18 +128,30 @@ def load(
             raise TiedWeightsError(
                 f"{site_name} shares its weight with {other}: pass tied='untie' to give it its own copy"
             )
-        built = [
-            (site, bind(patch, site.slot.geometry.shape, site.matrix.detach(), f"{path}: {site.label}").train())
-            for site, patch in fitting
-        ]
-        kinds = {site.name: adapter.kind for site, adapter in built}
-        bound = [site.name for site, adapter in built if adapter.derived() and not bundle.portable]
-        require_same_base(path, "this model", distances, kinds, bound, other_base)
+        built = _built(path, fitting, bundle, distances, other_base)
         install(model, built, name, strength=strength, route=route, untie=set(shared))
         return report
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _built(
+    path: object,
+    fitting: Sequence[tuple[Site, Patch]],
+    bundle: AdapterFile,
+    distances: Mapping[str, float],
+    other_base: bool,
+) -> list[tuple[Site, Adapter]]:
+    """The adapters of the patches, on the base they were trained on."""
+    built = [
+        (site, bind(patch, site.slot.geometry.shape, site.matrix.detach(), f"{path}: {site.label}").train())
+        for site, patch in fitting
+    ]
+    kinds = {site.name: adapter.kind for site, adapter in built}
+    bound = [site.name for site, adapter in built if adapter.derived() and not bundle.portable]
+    require_same_base(path, "this model", distances, kinds, bound, other_base)
+    return built
 
 
 def _compare(

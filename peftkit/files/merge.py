@@ -64,26 +64,46 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Write base + Σ strength·ΔW to `out`, a file for a file and a folder for shards or a pipeline.
 
-    adapters: {file: strength}, or {file: {pattern: strength}} over its modules' and the base's tensors' names, of which
-    the first pattern that matches counts. dtype: of the result's floating point tensors; by default each keeps its own.
-    rebase: what adapters that read their base do on this one: "reapply" what they learnt to it, or "transplant" the ΔW
-    they have on `origin`, the base they were trained on. other_base: accept a base that is not that one, where a file
-    says which it was. verify: read everything back before it takes its name. progress: called with bytes written and
-    bytes in all. reading: as in `read`.
+    All or nothing: if anything raises, `out` is what it was before. The same weights come out, bit for bit, as from
+    merging in memory.
 
-    All or nothing: raises MismatchError for anything without a place, WrongBaseError, UnsupportedLayerError for a
-    weight that cannot be added to, MergeError for a ΔW that is not finite or lost whole to rounding; `out` is then what
-    it was before. The same weights come out, bit for bit, as from merging in memory.
+    Args:
+        base: the checkpoint: a *.safetensors file, an index, or a folder of shards or of a pipeline.
+        adapters: {file: strength}, or {file: {pattern: strength}} over the names of the file's modules and the base's
+            tensors, of which the first pattern that matches counts.
+        out: the file or the folder to write.
+        dtype: of the result's floating point tensors; by default each keeps its own.
+        rebase: what adapters that read their base do on this one: "reapply" what they learnt, or "transplant" the ΔW
+            they have on `origin`.
+        origin: the base that the adapters were trained on.
+        other_base: accept a base that a file was not trained on.
+        verify: read everything back before it takes its name.
+        progress: called with bytes written and bytes in all.
+        **reading: as in `read`.
+
+    Returns:
+        What happened to every weight that changed.
+
+    Raises:
+        MismatchError: a tensor of an adapter file without a place in the base, or that does not fit there.
+        WrongBaseError: a base that a file was not trained on.
+        UnsupportedLayerError: a weight that ΔW cannot be added to, such as a quantised one.
+        MergeError: a ΔW that is not finite, or that rounding loses whole.
+        FileError: a damaged file, or one that is replaced or written to while it is read.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = pk.wrap(model, "full")
+        >>> with torch.no_grad():
+        ...     _ = pk.adapter_parameters(model)[0].fill_(0.5)
+        >>> path = pk.save(model, "style.safetensors")
+        >>> from safetensors.torch import save_file
+        >>> save_file(nn.Sequential(nn.Linear(8, 8)).state_dict(), "base.safetensors")
+        >>> report = pk.merge_checkpoint("base.safetensors", {path: 0.5}, "merged.safetensors", other_base=True)
+        >>> report.changed, report.norm
+        (('0.weight',), 2.0)
     """
-    plan = plan_merge(
-        base,
-        adapters,
-        dtype=dtype,
-        rebase=rebase,
-        origin=origin,
-        other_base=other_base,
-        **reading,
-    )
+    plan = plan_merge(base, adapters, dtype=dtype, rebase=rebase, origin=origin, other_base=other_base, **reading)
     out = Path(out)
     for path in adapters:
         if os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):

@@ -20,8 +20,10 @@ from peftkit.files.base import Base, open_base
 from peftkit.files.bind import bind, is_of_its_base, misfit
 from peftkit.files.families.layouts import Placement
 from peftkit.files.fingerprint import require_same_base
-from peftkit.files.formats import container, native
+from peftkit.files.formats import container, native, peft
+from peftkit.files.formats.container import Stamp
 from peftkit.files.formats.patch import AdapterFile, Patch
+from peftkit.files.patterns import Strength, Strengths
 from peftkit.files.place import (
     FLOATS,
     Span,
@@ -35,7 +37,6 @@ from peftkit.files.place import (
 )
 from peftkit.files.read import Reading, read_all
 from peftkit.files.resolve import families_of
-from peftkit.files.strengths import Strength, Strengths
 from peftkit.geometry import Shape
 from peftkit.kernels.blocks import accumulation_dtype
 
@@ -136,9 +137,39 @@ def plan_merge(
     other_base: bool = False,
     **reading: Unpack[Reading],
 ) -> MergePlan:
-    """Find a place in the base for every tensor of every adapter file, and check that all of it can be done.
+    """Find a place in the base for every tensor of every adapter file, and check that all of it can be merged.
 
-    Reads headers and adapters, not the base's data. See `merge_checkpoint` for the arguments and what raises.
+    Headers and adapters are read, not the base's data.
+
+    Args:
+        base: the checkpoint, as in `merge_checkpoint`.
+        adapters: the files and their strengths, as in `merge_checkpoint`.
+        dtype: of the result's floating point tensors, by default that of the base's.
+        rebase: "reapply" or "transplant", as in `merge_checkpoint`.
+        origin: the base that the adapters were trained on.
+        other_base: accept a base that a file was not trained on.
+        **reading: as in `read`.
+
+    Returns:
+        What `merge_checkpoint` would do, weight by weight.
+
+    Raises:
+        MismatchError: a tensor of an adapter file without a place in the base, or that does not fit there.
+        WrongBaseError: a base that a file was not trained on.
+        UnsupportedLayerError: a weight that ΔW cannot be added to, such as a quantised one.
+        OptionError: strengths that match nothing, or options without a meaning.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = pk.wrap(model, "full")
+        >>> with torch.no_grad():
+        ...     _ = pk.adapter_parameters(model)[0].fill_(0.5)
+        >>> path = pk.save(model, "style.safetensors")
+        >>> from safetensors.torch import save_file
+        >>> save_file(nn.Sequential(nn.Linear(8, 8)).state_dict(), "base.safetensors")
+        >>> plan = pk.plan_merge("base.safetensors", {path: {"0": 0.5}}, other_base=True)
+        >>> plan.touched, plan.patches[0].strength
+        (('0.weight',), 0.5)
     """
     if rebase not in ("reapply", "transplant"):
         raise OptionError(f"rebase={rebase!r} was given, 'reapply' or 'transplant' was expected")
@@ -149,10 +180,7 @@ def plan_merge(
     pickles = reading.get("allow_pickle", False)
     opened = open_base(base, allow_pickle=pickles)
     own = None if origin is None else open_base(origin, allow_pickle=pickles)
-    files = [str(path) for path in adapters]
-    twice = next((file for file in files if files.count(file) > 1), None)
-    if twice is not None:
-        raise OptionError(f"{twice} is among the adapters twice: give it once, with the sum of its strengths")
+    files = _distinct(adapters)
     bundles = dict(zip(files, read_all(files, **reading), strict=True))
     planner = _Planner(opened, own, rebase, other_base)
     with error_context(base, *adapters):
@@ -163,6 +191,19 @@ def plan_merge(
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _distinct(adapters: Adapters) -> list[str]:
+    """The paths of the adapters, of which no two may lead to the same file."""
+    found: dict[object, str] = {}
+    for path in map(str, adapters):
+        weights = os.path.join(path, peft.WEIGHTS) if os.path.isdir(path) else path
+        file = os.path.realpath(weights) if not os.path.exists(weights) else Stamp.of(Path(weights))
+        if file in found:
+            also = "" if found[file] == path else f", as {found[file]} too"
+            raise OptionError(f"{path} is among the adapters twice{also}: give it once, with the sum of its strengths")
+        found[file] = path
+    return list(found.values())
 
 
 class _Planner:
@@ -187,13 +228,8 @@ class _Planner:
         with error_context(file):
             strengths = Strengths(strength)
         distances: dict[str, float] = {}
-        taken: defaultdict[str, list[tuple[float, float, str]]] = defaultdict(list)
+        self._find_overlaps(file, targets)
         for name, parts in targets.items():
-            for part in parts:
-                start, stop = part.start or 0, math.inf if part.stop is None else part.stop
-                for other in (n for a, b, n in taken[part.weight] if a < stop and start < b):
-                    self.misfits.append(f"{file}: {other} and {name} are both of {part.weight}")
-                taken[part.weight].append((start, stop, name))
             if not parts:
                 self.unresolved.append(f"{file}: {name}.{self.resolver.hint(name)}")
                 continue
@@ -207,6 +243,15 @@ class _Planner:
         if not targets and not bundle.vectors:
             self.unresolved.append(f"{file}: there is no adapter in it")
         self._check_base(file, bundle, distances)
+
+    def _find_overlaps(self, file: str, targets: Mapping[str, Sequence[Placement]]) -> None:
+        """Two patches of one file may not be of the same rows."""
+        taken: defaultdict[str, list[tuple[float, float, str]]] = defaultdict(list)
+        for name, part in ((name, part) for name, parts in targets.items() for part in parts):
+            start, stop = part.start or 0, math.inf if part.stop is None else part.stop
+            for other in (n for a, b, n in taken[part.weight] if a < stop and start < b):
+                self.misfits.append(f"{file}: {other} and {name} are both of {part.weight}")
+            taken[part.weight].append((start, stop, name))
 
     def _patch(
         self,
@@ -239,19 +284,24 @@ class _Planner:
         if name in bundle.base and len(parts) == 1:
             trained_on = self.base if self.origin is None else self.origin
             distances[name] = native.distance(samples_of(trained_on, parts[0], patch), bundle.base[name])
-        law, difference = "additive", None
-        if not bundle.portable and is_of_its_base(patch, shape):
-            self.bound.add(name)
-            law = "additive" if self.origin is None else "transplant"  # its factors are those of the origin
-        elif registry.get(patch.kind).reads_base:
-            law = self.rebase
-            if law == "transplant" and self.origin is None:
-                raise OptionError(
-                    f"{where}: to transplant what {patch.kind} does, give origin=, the base it was trained on"
-                )
-            if self.origin is not None:
-                difference = _difference(patch, parts, shape, self.base, self.origin, where)
+        bound = not bundle.portable and is_of_its_base(patch, shape)
+        self.bound |= {name} if bound else set()
+        law, difference = self._law(patch, bound, where), None
+        if registry.get(patch.kind).reads_base and not bound and self.origin is not None:
+            difference = _difference(patch, parts, shape, self.base, self.origin, where)
         self.patches.append(Planned(file, name, patch.kind, parts, shape, strength, law, difference))
+
+    def _law(self, patch: Patch, bound: bool, where: str) -> str:
+        """What a patch does on this base. bound: its ΔW is made of factors of the base it was trained on."""
+        if bound:
+            return "additive" if self.origin is None else "transplant"
+        if not registry.get(patch.kind).reads_base:
+            return "additive"
+        if self.rebase == "transplant" and self.origin is None:
+            raise OptionError(
+                f"{where}: to transplant what {patch.kind} does, give origin=, the base it was trained on"
+            )
+        return self.rebase
 
     def _vector(self, file: str, key: str, bundle: AdapterFile, strengths: Strengths) -> None:
         module, _, what = key.rpartition(".")
@@ -291,8 +341,8 @@ class _Planner:
 
 
 def _required(strengths: Strengths, names: Sequence[str], file: str) -> float:
-    found = strengths.of(*names)
-    if found is None:
+    found = strengths.of(*names, default=math.nan)
+    if math.isnan(found):  # a strength that was given is finite
         raise OptionError(f"{file}: no strength pattern matches {names[0]}; add '*' for the rest")
     return found
 

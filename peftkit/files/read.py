@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from peftkit.files.formats.container import Stamp
 from peftkit.files.formats.kohya import Modules, Scale
 from peftkit.files.formats.patch import AdapterFile, Patch, Patches
 from peftkit.files.formats.pickles import unpickle
+from peftkit.files.patterns import Selection
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -26,7 +26,7 @@ _DIFFUSERS = "lora_adapter_metadata"
 
 
 class Reading(TypedDict, total=False):
-    """What every function that reads adapter files passes on to `read`."""
+    """The options of `read`, which every function that reads adapter files takes."""
 
     dora_axis: str | None
     alpha_zero: str | None
@@ -42,11 +42,35 @@ def read(
     ignore: str | Sequence[str] = (),
     allow_pickle: bool = False,
 ) -> AdapterFile:
-    """An adapter file of this library, kohya, LyCORIS, diffusers or a WebUI, or a folder of PEFT.
+    """Read an adapter file of this library, kohya, LyCORIS, diffusers or a WebUI, or a folder of PEFT.
 
-    Every tensor is accounted for, or MismatchError lists those that are not; `ignore`: patterns of keys to leave out.
-    Where a file can mean two things AmbiguousFileError says which option decides: dora_axis ("out" or "in") and
-    alpha_zero ("off" or "rank"). Pickles are refused unless allow_pickle, and then read as data that runs nothing.
+    Every tensor is accounted for, and what a file does not say is not guessed. Tensors are read when asked for.
+
+    Args:
+        path: the file or the folder.
+        dora_axis: "out" or "in", where magnitudes do not say which axis they are of.
+        alpha_zero: "off" or "rank", what α = 0 means.
+        ignore: patterns of keys to leave out.
+        allow_pickle: read .pt, .ckpt and .bin files too, as data that runs nothing.
+
+    Returns:
+        The adapters by the names that the file has for their weights.
+
+    Raises:
+        MismatchError: tensors that are no adapter's.
+        AmbiguousFileError: a file that can mean two things; the message names the option that decides.
+        FileError: a file that is none, is damaged, or is replaced or written to while it is read.
+        OptionError: a value that an option does not have, or a pattern that matches nothing.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = pk.wrap(model, "full")
+        >>> with torch.no_grad():
+        ...     _ = pk.adapter_parameters(model)[0].fill_(0.5)
+        >>> path = pk.save(model, "style.safetensors")
+        >>> found = pk.read(path)
+        >>> found.format, found.patches["0"].kind
+        ('native', 'full')
     """
     (bundle,) = read_all([path], dora_axis=dora_axis, alpha_zero=alpha_zero, ignore=ignore, allow_pickle=allow_pickle)
     return bundle
@@ -54,53 +78,39 @@ def read(
 
 def read_all(paths: Sequence[str | os.PathLike[str]], **reading: Unpack[Reading]) -> list[AdapterFile]:
     """Several files in one way. A pattern of `ignore` has to match in one of them."""
-    given = reading.get("ignore", ())
-    unmatched = set([given] if isinstance(given, str) else given)
-    bundles = []
-    for path in paths:
-        bundle, missed = _read(path, **reading)
-        bundles.append(bundle)
-        unmatched &= missed
-    if unmatched:
-        files = ", ".join(map(str, paths))
-        raise OptionError(f"ignore={sorted(unmatched)[0]!r} matches no tensor of {files}")
+    for option, known in (("dora_axis", ("out", "in")), ("alpha_zero", ("off", "rank"))):
+        value = reading.get(option)
+        if value not in (None, *known):
+            raise OptionError(f"{option}={value!r} was given, {known[0]!r} or {known[1]!r} was expected")
+    ignored = Selection(reading.get("ignore", ()))
+    bundles = [_read(Path(path), reading, ignored) for path in paths]
+    if ignored.unmatched:
+        raise OptionError(f"ignore={ignored.unmatched[0]!r} matches no tensor of {', '.join(map(str, paths))}")
     return bundles
 
 
-def _read(
-    path: str | os.PathLike[str],
-    dora_axis: str | None = None,
-    alpha_zero: str | None = None,
-    ignore: str | Sequence[str] = (),
-    allow_pickle: bool = False,
-) -> tuple[AdapterFile, set[str]]:
-    """A file, and the patterns of `ignore` that match nothing in it."""
-    for option, value, known in (("dora_axis", dora_axis, ("out", "in")), ("alpha_zero", alpha_zero, ("off", "rank"))):
-        if value not in (None, *known):
-            raise OptionError(f"{option}={value!r} was given, {known[0]!r} or {known[1]!r} was expected")
-    path = Path(path)
+def _read(path: Path, reading: Reading, ignored: Selection) -> AdapterFile:
+    pickles = reading.get("allow_pickle", False)
     beside = _peft_config(path)
     stamp = None if beside is None else Stamp.of(beside)
     config = None if beside is None else peft.read_config(beside)
     if os.path.isdir(path):
-        path = _weights_in(path, allow_pickle)
+        path = _weights_in(path, pickles)
     with error_context(path):
-        source = _Source(path, allow_pickle, [ignore] if isinstance(ignore, str) else list(ignore))
+        source = _Source(path, pickles, ignored)
         if beside is not None and stamp is not None:  # both are of one moment
             container.require_stamp(beside, stamp)
         if native.KEY in source.metadata:
-            bundle = _native(source)
-        elif config is not None:
-            bundle = _peft(source, config)
-        else:
-            bundle = _foreign(source, dora_axis, alpha_zero)
-    return bundle, source.unmatched
+            return _native(source)
+        if config is not None:
+            return _peft(source, config)
+        return _foreign(source, reading.get("dora_axis"), reading.get("alpha_zero"))
 
 
 class _Source:
     """The tensors of a file, read one by one, less the ignored ones."""
 
-    def __init__(self, path: Path, allow_pickle: bool, ignore: Sequence[str]) -> None:
+    def __init__(self, path: Path, allow_pickle: bool, ignored: Selection) -> None:
         self.path = path
         if allow_pickle and path.suffix in (".pt", ".ckpt", ".bin", ".pth"):
             loaded = unpickle(path)
@@ -111,8 +121,7 @@ class _Source:
             file = container.read(path)
             self.size = sum(info.size for info in file.infos.values())
             self.metadata, names, self._tensor = file.metadata, list(file.infos), file.tensor
-        self.keys = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)]
-        self.unmatched = {p for p in ignore if not any(fnmatch.fnmatchcase(name, p) for name in names)}
+        self.keys = [name for name in names if not ignored.has(name)]
         if not self.keys:
             raise FileError(f"{path} holds no tensors")
 

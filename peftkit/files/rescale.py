@@ -15,7 +15,7 @@ from peftkit.files.convert import Converted, ConvertReport, Source
 from peftkit.files.export.write import HASHES, require_safetensors
 from peftkit.files.formats import container, kohya, native, peft
 from peftkit.files.formats.container import Container, Stamp
-from peftkit.files.strengths import Strength, Strengths
+from peftkit.files.patterns import Strength, Strengths
 
 
 def rescale(source: Source, factor: Strength, out: str | os.PathLike[str]) -> ConvertReport:
@@ -37,7 +37,15 @@ def rescale(source: Source, factor: Strength, out: str | os.PathLike[str]) -> Co
         OptionError: a pattern that matches no module, or a factor that is no finite number.
 
     Example:
-        >>> report = peftkit.rescale("style.safetensors", 0.8, "weaker.safetensors")  # doctest: +SKIP
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = pk.wrap(model, "full")
+        >>> with torch.no_grad():
+        ...     _ = pk.adapter_parameters(model)[0].fill_(0.5)
+        >>> path = pk.save(model, "style.safetensors")
+        >>> pk.rescale(path, 0.5, "weaker.safetensors").error
+        0.0
+        >>> pk.inspect(path).modules[0].norm, pk.inspect("weaker.safetensors").modules[0].norm
+        (4.0, 2.0)
     """
     with error_context(source, out):
         return _rescale(source, Strengths(factor), Path(out))
@@ -46,27 +54,31 @@ def rescale(source: Source, factor: Strength, out: str | os.PathLike[str]) -> Co
 def _rescale(source: Source, factor: Strengths, target: Path) -> ConvertReport:
     folder = Path(source) if os.path.isdir(source) else None
     path = Path(source) if folder is None else folder / peft.WEIGHTS
-    before = None if folder is None else Stamp.of(folder / peft.CONFIG)
-    config = None if folder is None else (folder / peft.CONFIG).read_bytes()
+    config = None if folder is None else _configuration(folder / peft.CONFIG)
     file = container.read(path)
     keys = _native_keys(path, file) if native.KEY in file.metadata else _foreign_keys(path, file)
-    factors = {module: factor.of(module) for module in keys}
+    factors = {module: factor.of(module, default=1.0) for module in keys}
     if factor.unmatched:
         raise OptionError(f"the pattern {factor.unmatched[0]!r} matches no module of {path}")
     tensors, report = file.tensors(), []
-    for module, own in keys.items():
-        by = 1.0 if factors[module] is None else float(factors[module] or 0)
-        errors = [_scale(tensors, key, by, path) for key in own]
+    for module, by in factors.items():
+        errors = [_scale(tensors, key, by, path) for key in keys[module]]
         report.append(Converted(module, "", f"× {by:g}", max(errors)))
     entries = {name: value for name, value in file.metadata.items() if not name.startswith(HASHES)}
-    if folder is not None and before is not None and config is not None:
-        container.require_stamp(folder / peft.CONFIG, before)
-        _write_folder(target, config, tensors, entries)
-    else:
+    if config is None:
         require_safetensors(target)
         container.write(target, tensors, entries)
+    else:
+        text, stamp = config
+        container.require_stamp(path.with_name(peft.CONFIG), stamp)  # both are of one moment
+        _write_folder(target, text, tensors, entries)
     size = sum(info.size for info in file.infos.values())
     return ConvertReport(target, tuple(report), size, size)
+
+
+def _configuration(path: Path) -> tuple[bytes, Stamp]:
+    with container.opened(path) as file:
+        return file.read(), Stamp.of(file.fileno())
 
 
 def _native_keys(path: Path, file: Container) -> dict[str, list[str]]:

@@ -35,12 +35,33 @@ def save(
 ) -> Path:
     """Write one adapter to a safetensors file that `load` needs nothing else to read.
 
-    name: which adapter, where there are several. dtype: of its matrices; vectors and scalars keep theirs.
-    portable: also write what is derived from the base (LoLDU's factors), so that the file fits any base.
-    training: JSON-able facts to keep in the header.
+    The file is written under another name, read back, and moved into place only if it holds what was meant. On failure
+    nothing is left behind.
 
-    The file is written under another name, read back, and moved into place only if every tensor is there, finite,
-    and at least one ΔW is not zero after the cast (unless allow_zero). On failure nothing is left behind.
+    Args:
+        model: a wrapped model.
+        path: the *.safetensors file to write.
+        name: which adapter, where there are several.
+        dtype: of the matrices; vectors and scalars keep theirs.
+        portable: also write what is derived from the base (LoLDU's factors), so that the file fits any base.
+        training: JSON-able facts to keep in the header.
+        allow_zero: write an adapter of which every ΔW is zero.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileError: a path that cannot be written, a tensor that is not finite in the dtype, or every ΔW zero there.
+        OptionError: a dtype that adapters are not kept in, or facts that JSON does not hold.
+        UnknownAdapterError: no adapter of that name, or several and no name.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = pk.wrap(model, "full")
+        >>> with torch.no_grad():
+        ...     _ = pk.adapter_parameters(model)[0].fill_(0.5)
+        >>> pk.save(model, "style.safetensors").name
+        'style.safetensors'
     """
     path = Path(path)
     if path.suffix != ".safetensors" or path.is_dir():
@@ -50,6 +71,22 @@ def save(
     require_dtype(dtype)
     name = one_name(model, name)
     own = {at.site: at for at in installed_adapters(model, [name])}
+    tensors = _tensors(own, name, dtype, portable)
+    metadata = _metadata(own, name, portable, training)
+    with container.atomic(path) as file:
+        container.emit(file, tensors, metadata)
+        file.flush()
+        _prove_alive(Path(file.name), path, tensors, own, allow_zero, portable)
+    return path
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _tensors(
+    own: Mapping[str, InstalledAdapter], name: str, dtype: torch.dtype | None, portable: bool
+) -> dict[str, Tensor]:
+    """The adapters' tensors by the keys of the file."""
     tensors: dict[str, Tensor] = {}
     for site, at in own.items():
         for key in stored_keys(at.adapter, portable):
@@ -57,6 +94,13 @@ def save(
             if full in tensors:
                 raise FileError(f"two adapters of {name!r} would be saved under the key {full!r}: give them two names")
             tensors[full] = _packed(at.adapter.state_dict()[key], dtype)
+    return tensors
+
+
+def _metadata(
+    own: Mapping[str, InstalledAdapter], name: str, portable: bool, training: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """What the header says of the adapters and of the weights they were trained on."""
     header = Header(
         name=name,
         records={
@@ -75,19 +119,11 @@ def save(
         version=__version__,
     )
     try:
-        metadata = native.encode(header)
+        return native.encode(header)
     except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(
             f"training={training!r:.200} was given, facts that JSON can hold were expected: {error}"
         ) from None
-    with container.atomic(path) as file:
-        container.emit(file, tensors, metadata)
-        file.flush()
-        _prove_alive(Path(file.name), path, tensors, own, allow_zero, portable)
-    return path
-
-
-# -- parts ----------------------------------------------------------------------------------------------------------
 
 
 def _packed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -79,6 +79,21 @@ def test_strengths_that_do_not_say_what_is_meant_raise(rules: Any, message: str,
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize("way", ["a link", "another name", "a detour"])
+def test_one_adapter_by_two_paths_is_refused(way: str, tmp_path: Path) -> None:
+    base = write(tmp_path / "base.safetensors", state(net()))
+    file = write(tmp_path / "a.safetensors", lycoris({"lin": full(12, 8)}))
+    again = tmp_path / "b.safetensors"
+    if way == "a link":
+        again.symlink_to(file)
+    elif way == "another name":
+        again.hardlink_to(file)
+    else:
+        again = tmp_path / ".." / tmp_path.name / file.name
+    with pytest.raises(OptionError, match=r"twice, as .*a\.safetensors too"):
+        pk.plan_merge(base, {file: 1.0, again: 0.5})
+
+
 def test_adapters_given_twice_or_not_at_all_raise(tmp_path: Path) -> None:
     base = write(tmp_path / "base.safetensors", state(net()))
     file = write(tmp_path / "a.safetensors", lycoris_tensors({"lin": full(12, 8)}))
