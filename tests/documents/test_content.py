@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from typer.core import TyperGroup
@@ -16,6 +18,9 @@ import peftkit as pk
 from peftkit import errors
 from peftkit.adapters import registry
 from peftkit.cli import app
+from peftkit.files.formats import native
+from peftkit.files.formats.native import WeightRecord
+from peftkit.geometry import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -84,6 +89,25 @@ def test_measured_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatc
     tables = importlib.import_module("readme_tables")
     for document, parts in tables.MEASURED.items():
         assert (ROOT / document).read_text() == tables.renewed(document, parts), f"{document}: run `make readme`"
+
+
+@pytest.mark.slow
+def test_tables_of_what_programs_read_are_those_of_the_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    tables = importlib.import_module("readme_tables")
+    for document, parts in tables.support().items():
+        assert (ROOT / document).read_text() == tables.renewed(document, parts), f"{document}: run `make readme`"
+
+
+def test_the_specification_names_every_key_of_a_header() -> None:
+    page = (DOCS / "native_format.md").read_text()
+    shape = Shape(4, 6, (3, 3), 2)
+    records = {"a": WeightRecord("lora", "c", {}, shape, transposed=True)}
+    header = json.loads(native.encode(native.Header("style", records, {"a": np.zeros(32, "f4")}))[native.KEY])
+    assert list(header) == re.findall(r"^\| `(\w+)` \| ", page, re.MULTILINE)
+    (group,) = header["groups"]
+    assert "{" + ", ".join(f'"{key}"' for key in group) + "}" in page
+    assert header["schema"] == native.SCHEMA == 1
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
