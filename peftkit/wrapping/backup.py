@@ -1,4 +1,4 @@
-"""What it takes to give a merged weight back: a copy, or the compressed difference of its bits."""
+"""Backups of merged weights: a copy, or the compressed difference of the bits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from peftkit.errors import MergeStateError
 
 
 class Backup(Protocol):
-    """How to get one weight back."""
+    """Keeps what it takes to restore one weight."""
 
     def original(self, merged: Tensor) -> Tensor:
-        """The weight before the merge, from the weight after it."""
+        """Return the weight before the merge, given the weight after it."""
         ...
 
 
@@ -29,7 +29,7 @@ class Copy:
 
     @classmethod
     def of(cls, before: Tensor, after: Tensor) -> Copy:
-        """before: a tensor of one's own, kept as it is."""
+        """Keep `before`, a tensor that no other code writes to."""
         del after
         return cls(before.cpu())
 
@@ -96,7 +96,7 @@ _WORDS = 512
 
 
 def checksum(weight: Tensor) -> int:
-    """Of a weight's bits, dtype and shape: any one number that differs shows, and order counts between rows of words.
+    """Return a checksum of a weight's bits, dtype and shape: one number that differs changes it.
 
     Sums of 64-bit words go at the speed of memory, where a checksum of every byte takes longer than a merge.
     """
@@ -109,12 +109,12 @@ def checksum(weight: Tensor) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """The adapters that are in a module's weights now, and what those weights were."""
+    """The adapters that are merged into a module's weights, and the backups of those weights."""
 
     names: tuple[str, ...]
     backups: dict[str, Backup]
     checksums: dict[str, int]
 
     def original(self, slot_name: str, merged: Tensor) -> Tensor:
-        """The slot's weight before the merge. merged: the slot's weight now."""
+        """Return the slot's weight before the merge, given the slot's weight now."""
         return self.backups[slot_name].original(merged) if slot_name in self.backups else merged

@@ -1,4 +1,4 @@
-"""One forward and one backward, to find adapters that would never train."""
+"""Find adapters that would never train, by one forward and one backward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftkit.wrapping.layer import installed_adapters, names_of
 
 
 class CheckError(PeftkitError, RuntimeError):
-    """The model's output has nothing to differentiate."""
+    """The model's output depends on no trainable parameter, or holds no floating point tensor."""
 
 
 @dataclass(frozen=True)

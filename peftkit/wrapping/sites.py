@@ -29,18 +29,18 @@ class Slot:
 
 @dataclass(frozen=True)
 class Site:
-    """A weight by its public name, "block.attn.to_q" or "block.attn.q_proj" (a slice of in_proj_weight)."""
+    """One weight that can be adapted, as "block.attn.to_q"; or "block.attn.q_proj", some rows of in_proj_weight."""
 
     name: str
     module_name: str
     module: nn.Module
     slot_name: str
     slot: Slot
-    read: bool  # the weight is read by someone who does not call the layer
+    read: bool  # the weight is read by code that does not call the layer, as in nn.MultiheadAttention
 
     @property
     def label(self) -> str:
-        """The name for a message: the root has none."""
+        """The name for a message; the root of a model has no name of its own."""
         return self.name or "the model"
 
     @property
@@ -56,7 +56,7 @@ class Site:
 
 
 def dotted(*names: str) -> str:
-    """Names joined by dots; the root's is empty and leaves none."""
+    """Join names by dots, leaving out the root's, which is empty."""
     return ".".join(name for name in names if name)
 
 
@@ -78,7 +78,7 @@ def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tupl
 
 
 def sites(model: nn.Module) -> dict[str, Site]:
-    """Every weight that can be adapted, by name, in the order of the model's modules."""
+    """Return every weight that can be adapted, by name, in the order of the model's modules."""
     found: dict[str, Site] = {}
     read = _read_by_their_parent(model)
     for name, module in base_modules(model):
@@ -94,7 +94,7 @@ def sites(model: nn.Module) -> dict[str, Site]:
 
 
 def slots(module: nn.Module) -> dict[str, Slot]:
-    """The module's own weight as "", or the projections of an nn.MultiheadAttention by name."""
+    """Return the module's own weight as "", or the projections of an nn.MultiheadAttention by name."""
     if supported(module):
         return {"": Slot("weight", geometry.of(module))}
     if not isinstance(module, nn.MultiheadAttention):
@@ -112,7 +112,7 @@ def slots(module: nn.Module) -> dict[str, Slot]:
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Why a module has no weight that can be adapted; None if it has one or is only a container."""
+    """Return why a module has no weight that can be adapted; None if it has one or is only a container."""
     if slots(module):
         return None
     return refusal(module) if module._parameters or is_layer(module) else None

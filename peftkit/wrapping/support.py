@@ -10,17 +10,17 @@ from peftkit.kernels.torch_private import convolves_as
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether the module is a Linear or a convolution of any sort."""
+    """Return whether the module is a Linear or a convolution of any sort."""
     return isinstance(module, LAYERS)
 
 
 def supported(module: nn.Module) -> bool:
-    """Whether the module is a Linear or a convolution whose weight is an ordinary matrix of numbers."""
+    """Return whether the module is a Linear or a convolution whose weight is an ordinary matrix of numbers."""
     return isinstance(module, LAYERS) and refusal(module) is None
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why this module cannot be adapted, or None."""
+    """Return why this module cannot be adapted, or None if it can."""
     if not isinstance(module, LAYERS):
         return f"{type(module).__name__} is not a Linear or a convolution"
     weight = module._parameters.get("weight")
@@ -38,7 +38,7 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def calls_its_weight(module: nn.Module) -> bool:
-    """Whether the module's class computes exactly what torch's own layer computes, y = W·x + b.
+    """Return whether the module's class computes exactly what torch's own layer computes, y = W·x + b.
 
     A subclass that overrides `forward` (weight standardisation, own padding, …) may do anything with its weight.
     """

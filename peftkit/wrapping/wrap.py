@@ -198,7 +198,7 @@ def install(
 
 
 def check_install(sites: Sequence[Site], strength: float, route: str) -> None:
-    """Raise if adapters cannot be installed on these sites now, in this way."""
+    """Raise unless adapters can be installed on these sites now, at this strength and by this route."""
     require_strength(strength)
     if route not in ROUTES:
         raise OptionError(f"route={route!r} was given, one of {', '.join(map(repr, ROUTES))} was expected")
