@@ -1,5 +1,10 @@
-"""The algorithms, one per file. Importing one registers it."""
+"""The algorithms, parameters -> ΔW, one per file; importing a file registers its kind.
 
+May import delta, geometry, kernels and errors; knows no model and no file. Public: the classes below, `Adapter` to
+derive from, `register` to name a kind, and `factory` for its parameters.
+"""
+
+from peftkit.adapters.base import Adapter as Adapter
 from peftkit.adapters.boft import BOFT as BOFT
 from peftkit.adapters.dora import DoRA as DoRA
 from peftkit.adapters.full import Full as Full
@@ -10,3 +15,5 @@ from peftkit.adapters.lokr import LoKr as LoKr
 from peftkit.adapters.loldu import LoLDU as LoLDU
 from peftkit.adapters.lora import LoRA as LoRA
 from peftkit.adapters.oft import OFT as OFT
+from peftkit.adapters.options import factory as factory
+from peftkit.adapters.registry import register as register

@@ -1,20 +1,17 @@
-"""Adapter: parameters -> Delta. The whole contract of an algorithm."""
+"""Adapter: parameters -> Delta. The whole contract of an algorithm, with one required method."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, TypedDict
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.form import Additive, Form
 from peftkit.delta.base import Delta
-from peftkit.errors import OptionError
 from peftkit.geometry import Shape
-from peftkit.kernels.blocks import accumulation_dtype
 
 
 class Adapter(nn.Module, ABC):
@@ -52,15 +49,19 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Delta:
-        """ΔW at strength 1. weight: W (m, n), read only."""
+        """Return ΔW at strength 1.
+
+        Args:
+            weight: W (m, n), read only.
+        """
 
     def at(self, weight: Tensor, strength: float | Tensor) -> Delta:
-        """ΔW at a strength λ: λ·ΔW, unless the algorithm offers another path and was asked for it by name."""
+        """Return ΔW at a strength λ: λ·ΔW, unless an option names another path, as `oft` has in path="geodesic"."""
         delta = self.delta(weight)
         return delta if isinstance(strength, float) and strength == 1 else delta.scaled(strength)
 
     def forward(self, weight: Tensor, strength: float | Tensor) -> Delta:
-        """`at`, in the precision of the parameters whatever the autocast state."""
+        """Return `at` in the precision of the parameters, whatever the autocast state."""
         if torch.is_autocast_enabled(weight.device.type):
             with torch.autocast(weight.device.type, enabled=False):
                 return self.at(weight, strength)
@@ -93,14 +94,14 @@ class Adapter(nn.Module, ABC):
         return stored._replace(tensors=tensors)
 
     def project_(self) -> None:
-        """Move the parameters, in place, into the set the algorithm allows. Most algorithms allow everything."""
+        """Move the parameters, in place, into the set that the algorithm allows; most algorithms allow everything."""
 
     def rebase_(self, weight: Tensor) -> None:
         """Recompute what is derived from W, after parameters and buffers came from a file."""
         del weight
 
     def derived(self) -> dict[str, Tensor]:
-        """What `rebase_` would recompute: with it, a file needs no base to say what ΔW is."""
+        """Return what `rebase_` would recompute: with it, a file needs no base to say what ΔW is."""
         return {}
 
     def form(self, weight: Tensor) -> Form | None:
@@ -128,66 +129,6 @@ class Stored(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-class Factory(TypedDict):
-    device: torch.device
-    dtype: torch.dtype
-
-
-def factory(weight: Tensor) -> Factory:
-    """Where and how an adapter of this weight keeps its parameters: its device, in at least fp32."""
-    return {"device": weight.device, "dtype": accumulation_dtype(weight.dtype)}
-
-
 def placeholder_weight(shape: Shape) -> Tensor:
     """A weight (m, n) for adapters that never look at it: one zero, seen everywhere."""
     return torch.zeros(()).expand(shape.rows, shape.columns)
-
-
-def rank_scale(kind: str, rank: int, alpha: float | None, rslora: bool = False) -> float:
-    """γ = α/r, or α/√r for rank-stabilised LoRA (https://arxiv.org/abs/2312.03732). α defaults to r."""
-    alpha = rank if alpha is None else alpha
-    require(math.isfinite(alpha), kind, "alpha", alpha, "a finite number")
-    return alpha / (math.sqrt(rank) if rslora else rank)
-
-
-def times(scale: float, factor: Tensor) -> Tensor:
-    """scale·factor, and the factor itself where that is 1."""
-    return factor if scale == 1 else scale * factor
-
-
-def require(condition: bool, kind: str, option: str, value: object, expected: str) -> None:
-    """Raise an OptionError that names the adapter, the option, what came and what was expected."""
-    if not condition:
-        raise OptionError(f"{kind}: {option}={value!r} was given, {expected} was expected")
-
-
-def require_dtype(dtype: torch.dtype | None) -> None:
-    """Raise OptionError unless adapters and their files can be kept in it; None means a default."""
-    known = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if dtype not in known:
-        raise OptionError(f"dtype={dtype!r} was given, one of {', '.join(str(d) for d in known)} was expected")
-
-
-def require_rank(kind: str, rank: object) -> None:
-    require(isinstance(rank, int) and not isinstance(rank, bool) and rank > 0, kind, "rank", rank, "a positive integer")
-
-
-def require_probability(kind: str, option: str, value: float) -> None:
-    require(isinstance(value, (int, float)) and 0 <= value < 1, kind, option, value, "a probability in [0, 1)")
-
-
-def require_kernel(kind: str, shape: Shape) -> None:
-    """Tucker factors have a core over kernel positions, so there must be more than one."""
-    require(
-        shape.positions > 1,
-        kind,
-        "tucker",
-        True,
-        f"a convolution with a kernel larger than 1 (this weight is {shape}; leave it out with `exclude`, "
-        "or give it a Rule without tucker)",
-    )
-
-
-def uniform_fan_in_(tensor: Tensor, fan_in: int) -> Tensor:
-    """U(−1/√fan_in, 1/√fan_in), what kaiming_uniform_(a=√5) draws and what LoRA starts from."""
-    return nn.init.uniform_(tensor, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))

@@ -8,18 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapters.base import Adapter, factory, require
+from peftkit.adapters.base import Adapter
+from peftkit.adapters.cayley import bound_on_norm, bounded, cayley, skew_blocks, upper_triangle
 from peftkit.adapters.form import Form, first_reason, per_row
-from peftkit.adapters.oft import (
-    UNBOUNDED,
-    beyond_bound,
-    bound_on_norm,
-    bounded,
-    cayley,
-    detached,
-    skew_blocks,
-    upper_triangle,
-)
+from peftkit.adapters.oft import UNBOUNDED, beyond_bound, detached
+from peftkit.adapters.options import factory, require
 from peftkit.adapters.registry import register
 from peftkit.delta import Butterfly
 from peftkit.errors import OptionError

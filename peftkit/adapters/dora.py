@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters import registry
-from peftkit.adapters.base import Adapter, Stored, require
+from peftkit.adapters.base import Adapter, Stored
 from peftkit.adapters.form import Form, PeftConfig, per_channel, per_row
+from peftkit.adapters.options import require
 from peftkit.delta import Decomposed, Delta, LowRank
 from peftkit.delta.base import recomputed
 from peftkit.geometry import Shape

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapters.base import Adapter, factory
+from peftkit.adapters.base import Adapter
 from peftkit.adapters.form import Additive
+from peftkit.adapters.options import factory
 from peftkit.adapters.registry import register
 from peftkit.delta import Dense
 from peftkit.geometry import Shape

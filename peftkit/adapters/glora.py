@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapters.base import Adapter, factory, rank_scale, require, require_rank, uniform_fan_in_
+from peftkit.adapters.base import Adapter
 from peftkit.adapters.form import Form, first_reason
+from peftkit.adapters.options import factory, rank_scale, require, require_rank, uniform_fan_in_
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapters.base import Adapter, factory, require
+from peftkit.adapters.base import Adapter
 from peftkit.adapters.form import Form, first_reason, per_channel
+from peftkit.adapters.options import factory, require
 from peftkit.adapters.registry import register
 from peftkit.delta import ChannelScale
 from peftkit.geometry import Shape

@@ -9,18 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapters.base import (
-    Adapter,
-    factory,
-    rank_scale,
-    require,
-    require_kernel,
-    require_rank,
-    times,
-    uniform_fan_in_,
-)
+from peftkit.adapters.base import Adapter
 from peftkit.adapters.form import Additive, PeftConfig
 from peftkit.adapters.lora import tucker_down
+from peftkit.adapters.options import factory, rank_scale, require, require_kernel, require_rank, times, uniform_fan_in_
 from peftkit.adapters.registry import register
 from peftkit.delta import Hadamard
 from peftkit.geometry import Shape

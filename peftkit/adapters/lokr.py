@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapters.base import (
-    Adapter,
-    Stored,
+from peftkit.adapters.base import Adapter, Stored, placeholder_weight
+from peftkit.adapters.form import Additive, PeftConfig
+from peftkit.adapters.lora import tucker_down
+from peftkit.adapters.options import (
+    Factory,
     factory,
-    placeholder_weight,
     rank_scale,
     require,
     require_kernel,
@@ -22,8 +23,6 @@ from peftkit.adapters.base import (
     times,
     uniform_fan_in_,
 )
-from peftkit.adapters.form import Additive, PeftConfig
-from peftkit.adapters.lora import tucker_down
 from peftkit.adapters.registry import register
 from peftkit.delta import Kron
 from peftkit.delta.base import identity_factors
@@ -166,53 +165,43 @@ class LoKr(Adapter):
             require_rank("lokr", rank)
         require(full_scale in ("one", "alpha/rank"), "lokr", "full_scale", full_scale, "'one' or 'alpha/rank'")
         require(init in ("lycoris", "peft"), "lokr", "init", init, "'lycoris' or 'peft'")
-        factors = tuple(factor) if isinstance(factor, (tuple, list)) else (factor, factor)
-        valid = len(factors) == 2 and all(isinstance(f, int) and (f == -1 or f > 0) for f in factors)
-        require(valid, "lokr", "factor", factor, "a positive integer, -1, or a pair of them for (rows, channels)")
-        (u_p, v_p), (u_q, v_q) = factorize(shape.rows, factors[0]), factorize(shape.channels, factors[1])
-        if outer is not None:
-            (u_p, u_q), sizes = outer, (shape.rows, shape.channels)
-            divides = all(u > 0 and size % u == 0 for u, size in zip(outer, sizes, strict=True))
-            require(divides, "lokr", "outer", outer, f"divisors of {sizes}, the rows and channels of this weight")
-            v_p, v_q = shape.rows // u_p, shape.channels // u_q
+        if decompose_both:
+            require(rank is not None, "lokr", "rank", rank, "an integer, because decompose_both=True needs one")
+        (u_p, v_p), (u_q, v_q) = _split(shape, factor) if outer is None else _split_as(shape, outer)
         if full is None:
             full = rank is None or rank >= max(v_p, v_q) / 2
         require(full or rank is not None, "lokr", "full", full, "True, or a rank")
         split = decompose_both and rank is not None and (outer is not None or rank < max(u_p, u_q) / 2)
-        if decompose_both:
-            require(rank is not None, "lokr", "rank", rank, "an integer, because decompose_both=True needs one")
-        if full and not split:
-            known = full_scale == "one" or rank is not None
-            require(known, "lokr", "rank", rank, "an integer, because full_scale='alpha/rank' divides by it")
-            self.scale = 1.0 if full_scale == "one" or rank is None else rank_scale("lokr", rank, alpha)
-        else:
-            assert rank is not None
-            self.scale = rank_scale("lokr", rank, alpha)
+        self.scale = _scale(rank, alpha, full_scale if full and not split else "alpha/rank")
         new = factory(weight)
         self.outer, self.outer_left, self.outer_right = None, None, None
-        self.block, self.left, self.right, self.core = None, None, None, None
         if split and rank is not None:
             self.outer_left = nn.Parameter(uniform_fan_in_(torch.empty(u_p, rank, **new), rank))
             self.outer_right = nn.Parameter(uniform_fan_in_(torch.empty(rank, u_q, **new), u_q))
         else:
             self.outer = nn.Parameter(uniform_fan_in_(torch.empty(u_p, u_q, **new), u_q))
-        columns = v_q * shape.positions
-        if full or rank is None:
-            require(not tucker, "lokr", "tucker", tucker, f"a rank below {max(v_p, v_q) / 2:g} for this {shape} weight")
-            self.block = nn.Parameter(uniform_fan_in_(torch.empty(v_p, columns, **new), columns))
-        else:
-            # Both peers store `left` transposed beside a Tucker core, so that its fan-in is the rows of D
-            self.left = nn.Parameter(uniform_fan_in_(torch.empty(v_p, rank, **new), v_p if tucker else rank))
-            if tucker:
-                require_kernel("lokr", shape)
-                core = torch.empty(rank, rank, shape.positions, **new)
-                self.core = nn.Parameter(uniform_fan_in_(core, rank * shape.positions))
-                columns = v_q
-            self.right = nn.Parameter(uniform_fan_in_(torch.empty(rank, columns, **new), columns))
+        self._make_block(shape, v_p, v_q, None if full else rank, tucker, new)
         start = (self.block, self.right) if init == "lycoris" else (self.outer, self.outer_left)
         for parameter in start:
             if parameter is not None:
                 nn.init.zeros_(parameter)
+
+    def _make_block(self, shape: Shape, v_p: int, v_q: int, rank: int | None, tucker: bool, new: Factory) -> None:
+        """Make the parameters of D (v_p, v_q·K): D itself, or left·right of a rank, or left·(core·right)."""
+        self.block, self.left, self.right, self.core = None, None, None, None
+        columns = v_q * shape.positions
+        if rank is None:
+            require(not tucker, "lokr", "tucker", tucker, f"a rank below {max(v_p, v_q) / 2:g} for this {shape} weight")
+            self.block = nn.Parameter(uniform_fan_in_(torch.empty(v_p, columns, **new), columns))
+            return
+        # Both peers store `left` transposed beside a Tucker core, so that its fan-in is the rows of D
+        self.left = nn.Parameter(uniform_fan_in_(torch.empty(v_p, rank, **new), v_p if tucker else rank))
+        if tucker:
+            require_kernel("lokr", shape)
+            core = torch.empty(rank, rank, shape.positions, **new)
+            self.core = nn.Parameter(uniform_fan_in_(core, rank * shape.positions))
+            columns = v_q
+        self.right = nn.Parameter(uniform_fan_in_(torch.empty(rank, columns, **new), columns))
 
     @classmethod
     def of_rows(cls, stored: Stored, shape: Shape, rows: Tensor) -> Stored:
@@ -235,3 +224,27 @@ class LoKr(Adapter):
         assert self.right is not None
         right = self.right if self.core is None else tucker_down(self.core, self.right)
         return Kron(outer, right, self.left)
+
+
+def _split(shape: Shape, factor: int | tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (u_p, v_p) and (u_q, v_q), the rows and the channels factorised within the bound `factor`."""
+    factors = tuple(factor) if isinstance(factor, (tuple, list)) else (factor, factor)
+    valid = len(factors) == 2 and all(isinstance(f, int) and (f == -1 or f > 0) for f in factors)
+    require(valid, "lokr", "factor", factor, "a positive integer, -1, or a pair of them for (rows, channels)")
+    return factorize(shape.rows, factors[0]), factorize(shape.channels, factors[1])
+
+
+def _split_as(shape: Shape, outer: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (u_p, v_p) and (u_q, v_q) for an exact shape (u_p, u_q) of C."""
+    sizes = (shape.rows, shape.channels)
+    divides = all(u > 0 and size % u == 0 for u, size in zip(outer, sizes, strict=True))
+    require(divides, "lokr", "outer", outer, f"divisors of {sizes}, the rows and channels of this weight")
+    return (outer[0], sizes[0] // outer[0]), (outer[1], sizes[1] // outer[1])
+
+
+def _scale(rank: int | None, alpha: float | None, full_scale: str) -> float:
+    """Return γ."""
+    if full_scale == "one":
+        return 1.0
+    require(rank is not None, "lokr", "rank", rank, "an integer, because full_scale='alpha/rank' divides by it")
+    return rank_scale("lokr", rank or 1, alpha)

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapters.base import Adapter, factory, rank_scale, require, require_rank
+from peftkit.adapters.base import Adapter
+from peftkit.adapters.options import factory, rank_scale, require, require_rank
 from peftkit.adapters.registry import register
 from peftkit.delta import DiagonalLowRank, LowRank
 from peftkit.errors import OptionError

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapters.base import (
-    Adapter,
+from peftkit.adapters.base import Adapter
+from peftkit.adapters.form import Additive, PeftConfig
+from peftkit.adapters.options import (
     factory,
     rank_scale,
     require_kernel,
@@ -19,7 +20,6 @@ from peftkit.adapters.base import (
     times,
     uniform_fan_in_,
 )
-from peftkit.adapters.form import Additive, PeftConfig
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.delta.as_low_rank import balanced

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapters.base import Adapter, factory, require
+from peftkit.adapters.base import Adapter
+from peftkit.adapters.cayley import bound_on_norm, bounded, cayley, cayley_series, skew_blocks, upper_triangle
 from peftkit.adapters.form import Form, PeftConfig, first_reason, per_row
+from peftkit.adapters.options import factory, require
 from peftkit.adapters.registry import register
 from peftkit.delta import Delta, Rotation
 from peftkit.errors import OptionError
 from peftkit.geometry import Shape
 from peftkit.kernels.cache import Memo
-from peftkit.kernels.torch_private import eager
 
 if TYPE_CHECKING:
     from peftkit.files.export.programs import Target
@@ -31,16 +32,6 @@ def divisor_at_most(size: int, bound: int) -> int:
     """The largest divisor of size that is at most bound."""
     small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
     return max(d for d in (*small, *(size // d for d in small)) if d <= bound)
-
-
-def bound_on_norm(kind: str, constraint: float | None, size: int) -> float | None:
-    """The bound on ‖Q‖_F that a constraint means for so many rotated coordinates."""
-    if constraint is None:
-        return None
-    limits = torch.finfo(torch.float32)
-    fits = limits.tiny <= constraint * size <= limits.max
-    require(fits, kind, "constraint", constraint, f"None, or a positive number that float32 holds {size} times")
-    return constraint * size
 
 
 def beyond_bound(Q: Tensor) -> tuple[bool, str]:
@@ -194,7 +185,7 @@ class OFT(Adapter):
         """R − I of the upper triangles of a generator."""
         if self.terms is None:
             return cayley(skew, self.upper, self.size)
-        return _series(skew_blocks(skew, self.upper, self.size), self.terms)
+        return cayley_series(skew_blocks(skew, self.upper, self.size), self.terms)
 
     def _rotation(self, weight: Tensor, K: Tensor, strength: float | Tensor = 1.0) -> Rotation:
         if self.rescale is not None:
@@ -206,67 +197,3 @@ class OFT(Adapter):
 def detached(factors: Tensor | None) -> Tensor | None:
     """Return trained factors for a file, None where there are none."""
     return None if factors is None else factors.detach()
-
-
-def upper_triangle(size: int, device: torch.device) -> Tensor:
-    """Where the entries above the diagonal are in a block (b, b) read row by row, (b(b−1)/2,)."""
-    row, column = torch.triu_indices(size, size, 1, device=device)
-    return row * size + column
-
-
-def bounded(skew: Tensor, bound: float | None) -> Tensor:
-    """The triangles of Q in at least fp32, scaled so that ‖Q‖_F, √2 times their norm, is at most the bound."""
-    skew = skew.to(torch.promote_types(skew.dtype, torch.float32))
-    if bound is None:
-        return skew
-    norm = math.sqrt(2) * torch.linalg.vector_norm(skew)
-    return skew * torch.where(norm > bound, bound / norm.clamp(min=bound), torch.ones_like(norm))
-
-
-def skew_blocks(skew: Tensor, upper: Tensor, size: int) -> Tensor:
-    """Q (…, b, b) from its upper triangles (…, b(b−1)/2).
-
-    upper: (b(b−1)/2,), where in a block the entries of a triangle are.
-    """
-    flat = skew.flatten(0, -2)
-    half = flat.new_zeros(len(flat), size * size).index_copy(1, upper, flat).unflatten(1, (size, size))
-    return (half - half.mT).reshape(*skew.shape[:-1], size, size)
-
-
-def cayley(skew: Tensor, upper: Tensor, size: int) -> Tensor:
-    """R − I = 2·(I − Q)⁻¹·Q of Q = skew_blocks(…), (…, b, b): 0 where Q is, and no digits lost to I near it."""
-    if torch.is_grad_enabled() and eager():
-        return cast("Callable[[Tensor, Tensor, int], Tensor]", _Cayley.apply)(skew, upper, size)
-    return _solved(skew_blocks(skew, upper, size))
-
-
-def _solved(Q: Tensor) -> Tensor:
-    # I − Q has an inverse for every skew Q: there is nothing to wait for a device to check
-    return torch.linalg.solve_ex(torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) - Q, 2 * Q)[0]
-
-
-class _Cayley(torch.autograd.Function):
-    """dK = 2·(I − Q)⁻¹·dQ·(I − Q)⁻¹, and (I − Q)⁻¹ = I + K/2 is known: backward solves nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, skew: Tensor, upper: Tensor, size: int) -> Tensor:
-        K = _solved(skew_blocks(skew, upper, size))
-        ctx.save_for_backward(K, upper)
-        return K
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        K, upper = ctx.saved_tensors
-        b = K.shape[-1]  # reshape, since .flatten has no rule for a batch of gradients
-        g, KT = grads[0].reshape(-1, b, b), K.mT.reshape(-1, b, b)
-        left = torch.baddbmm(g, KT, g, alpha=0.5)  # (I + K/2)ᵀ·g
-        gQ = torch.baddbmm(left, left, KT, beta=2.0)
-        return (gQ - gQ.mT).reshape(-1, b * b).index_select(1, upper).view(*K.shape[:-2], len(upper)), None, None
-
-
-def _series(Q: Tensor, terms: int) -> Tensor:
-    """2Q + 2Q² + … + Qᵗ⁻¹, R − I up to the remainder of (I + Q)(I − Q)⁻¹ = I + 2Q + 2Q² + …."""
-    K, power = torch.zeros_like(Q), Q
-    for _ in range(terms - 2):
-        K, power = K + 2 * power, power @ Q
-    return K + power

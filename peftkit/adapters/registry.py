@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peftkit.adapters.base import Adapter, require
+from peftkit.adapters.base import Adapter
 from peftkit.adapters.form import Additive
+from peftkit.adapters.options import require
 from peftkit.delta import Delta
 from peftkit.errors import DuplicateNameError, OptionError, UnknownAdapterError, did_you_mean
 from peftkit.geometry import Shape

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit._version import __version__
-from peftkit.adapters.base import require_dtype
+from peftkit.adapters.options import require_dtype
 from peftkit.errors import FileError, OptionError
 from peftkit.files.bind import fill, stored_keys
 from peftkit.files.fingerprint import samples

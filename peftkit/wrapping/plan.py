@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from peftkit.adapters import registry
-from peftkit.adapters.base import require_dtype
+from peftkit.adapters.options import require_dtype
 from peftkit.errors import DuplicateNameError, OptionError, TargetError, TiedWeightsError, UnsupportedLayerError
 from peftkit.kernels.blocks import accumulation_dtype
 from peftkit.wrapping.foreign import refuse_foreign

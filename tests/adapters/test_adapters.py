@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit.adapters import OFT, LoLDU, registry
-from peftkit.adapters.base import factory
+from peftkit.adapters.cayley import cayley, skew_blocks, upper_triangle
 from peftkit.adapters.loldu import INITS
-from peftkit.adapters.oft import cayley, skew_blocks, upper_triangle
+from peftkit.adapters.options import factory
 from peftkit.delta import Delta
 from peftkit.geometry import Shape
 from peftkit.kernels.ldu import factor, pivot

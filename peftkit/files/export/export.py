@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from peftkit.adapters.base import require_dtype
+from peftkit.adapters.options import require_dtype
 from peftkit.delta import LowRank
 from peftkit.errors import ExportError, OptionError, error_context
 from peftkit.files.entries import AdapterEntry, items_of_file, items_of_model
