@@ -82,7 +82,7 @@ def test_strengths_that_do_not_say_what_is_meant_raise(rules: Any, message: str,
 @pytest.mark.parametrize("way", ["a link", "another name", "a detour"])
 def test_one_adapter_by_two_paths_is_refused(way: str, tmp_path: Path) -> None:
     base = write(tmp_path / "base.safetensors", state(net()))
-    file = write(tmp_path / "a.safetensors", lycoris({"lin": full(12, 8)}))
+    file = write(tmp_path / "a.safetensors", lycoris_tensors({"lin": full(12, 8)}))
     again = tmp_path / "b.safetensors"
     if way == "a link":
         again.symlink_to(file)
