@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from peftkit.files.families.names import FAMILIES, ModuleSpec
-from peftkit.files.formats import container
+from peftkit.files.formats import container, disk
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
 
@@ -92,7 +92,7 @@ def make_checkpoint(path: Path, diffusers: bool = False) -> int:
             tensors[f"{own}.bias" if diffusers else module.original_bias] = module.shape[:1]
     sizes = {key: ("F16", shape, 2 * torch.Size(shape).numel()) for key, shape in sorted(tensors.items())}
     generator = torch.Generator().manual_seed(0)
-    with container.atomic(path) as file:
+    with disk.atomic(path) as file:
         file.write(container.header(sizes, {"format": "pt"}))
         for _, shape, _ in sizes.values():
             file.write(container.raw((torch.randn(shape, generator=generator) * 0.02).half()))

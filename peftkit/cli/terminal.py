@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peftkit.errors import OptionError
-from peftkit.files.formats import container
+from peftkit.files.formats import strict_json
 from peftkit.files.merge_plan import MergePlan
 from peftkit.files.read import Reading
 
@@ -106,7 +106,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _rules(path: Path) -> dict[str, float]:
-    rules = container.read_json(path)
+    rules = strict_json.read_json(path)
     if not isinstance(rules, dict):
         raise OptionError(f"{path} holds a {type(rules).__name__}, strengths by pattern were expected")
     return rules

@@ -13,8 +13,9 @@ from typing import BinaryIO, Protocol
 from torch import Tensor, nn
 
 from peftkit.errors import FileError
-from peftkit.files.formats import container
-from peftkit.files.formats.container import Info, Stamp
+from peftkit.files.formats import container, strict_json
+from peftkit.files.formats.container import Info
+from peftkit.files.formats.disk import Stamp
 from peftkit.files.formats.pickles import unpickle
 
 _PICKLED = (".pt", ".ckpt", ".bin", ".pth")
@@ -166,7 +167,7 @@ def _shards(folder: Path, allow_pickle: bool) -> Iterator[tuple[str, Shard]]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    found = container.read_json(index)
+    found = strict_json.read_json(index)
     value = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value.values()):
         raise FileError(f"{index} is not an index of shards: its weight_map does not map names to files")

@@ -29,7 +29,7 @@ from peftkit.delta.window import window
 from peftkit.errors import FileError, MergeError, OptionError, error_context
 from peftkit.files.base import Base
 from peftkit.files.bind import bind
-from peftkit.files.formats import container
+from peftkit.files.formats import container, disk, strict_json
 from peftkit.files.formats.container import Info
 from peftkit.files.formats.patch import Patch
 from peftkit.files.merge_plan import Adapters, MergePlan, Planned, PlannedVector, plan_merge
@@ -121,14 +121,14 @@ def _merge(plan: MergePlan, out: Path, verify: bool, progress: Progress) -> Merg
         if out.suffix != ".safetensors":
             raise FileError(f"{out}: a merged file is called *.safetensors, {out.suffix or 'no suffix'!r} was given")
         (shard,) = plan.base.shards
-        with container.atomic(out) as file:
+        with disk.atomic(out) as file:
             writer.shard(shard, file)
             refuse_inert(writer.weights)
             file.flush()
             if verify:
                 writer.verify(shard, Path(file.name))
         return MergeReport(tuple(writer.weights))
-    with container.atomic_folder(out) as folder:
+    with disk.atomic_folder(out) as folder:
         for shard in plan.base.shards:
             target = folder / Path(shard).with_suffix(".safetensors")
             target.parent.mkdir(exist_ok=True)
@@ -324,14 +324,14 @@ def _copy_rest(base: Base, folder: Path, sizes: Mapping[str, int]) -> None:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.path / name, target)
-        container.require_stamp(base.path / name, stamp)
+        disk.require_stamp(base.path / name, stamp)
         if name.endswith(".safetensors.index.json") and str(Path(name).parent) in indexed:
             _rewrite_sizes(target, str(Path(name).parent), sizes)
 
 
 def _rewrite_sizes(path: Path, component: str, sizes: Mapping[str, int]) -> None:
     """Say in a copied index how large the new shards are, where the index says it of the old ones."""
-    index = container.read_json(path)
+    index = strict_json.read_json(path)
     if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
         own = {str(Path(component) / name) for name in index["weight_map"].values()}
         index["metadata"]["total_size"] = sum(sizes[name] for name in own)

@@ -21,7 +21,7 @@ from peftkit.files.bind import bind, is_of_its_base, misfit
 from peftkit.files.families.layouts import Placement
 from peftkit.files.fingerprint import require_same_base
 from peftkit.files.formats import container, native, peft
-from peftkit.files.formats.container import Stamp
+from peftkit.files.formats.disk import Stamp
 from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.patterns import Strength, Strengths
 from peftkit.files.place import (

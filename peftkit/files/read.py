@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from torch import Tensor
 
 from peftkit.errors import AmbiguousFileError, FileError, MismatchError, OptionError, error_context
-from peftkit.files.formats import container, kohya, native, peft
-from peftkit.files.formats.container import Stamp
-from peftkit.files.formats.kohya import Modules, Scale
+from peftkit.files.formats import container, disk, kohya, native, peft
+from peftkit.files.formats.disk import Stamp
+from peftkit.files.formats.kohya import Modules
 from peftkit.files.formats.patch import AdapterFile, Patch, Patches
 from peftkit.files.formats.pickles import unpickle
+from peftkit.files.formats.structures import Scale
 from peftkit.files.patterns import Selection
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _read(path: Path, reading: Reading, ignored: Selection) -> AdapterFile:
     with error_context(path):
         source = _Source(path, pickles, ignored)
         if beside is not None and stamp is not None:  # both are of one moment
-            container.require_stamp(beside, stamp)
+            disk.require_stamp(beside, stamp)
         if native.KEY in source.metadata:
             return _native(source)
         if config is not None:

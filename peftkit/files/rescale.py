@@ -13,8 +13,9 @@ from peftkit.adapters import registry
 from peftkit.errors import ExportError, FileError, OptionError, error_context
 from peftkit.files.convert import Converted, ConvertReport, Source
 from peftkit.files.export.write import HASHES, require_safetensors
-from peftkit.files.formats import container, kohya, native, peft
-from peftkit.files.formats.container import Container, Stamp
+from peftkit.files.formats import container, disk, kohya, native, peft
+from peftkit.files.formats.container import Container
+from peftkit.files.formats.disk import Stamp
 from peftkit.files.patterns import Strength, Strengths
 
 
@@ -70,14 +71,14 @@ def _rescale(source: Source, factor: Strengths, target: Path) -> ConvertReport:
         container.write(target, tensors, entries)
     else:
         text, stamp = config
-        container.require_stamp(path.with_name(peft.CONFIG), stamp)  # both are of one moment
+        disk.require_stamp(path.with_name(peft.CONFIG), stamp)  # both are of one moment
         _write_folder(target, text, tensors, entries)
     size = sum(info.size for info in file.infos.values())
     return ConvertReport(target, tuple(report), size, size)
 
 
 def _configuration(path: Path) -> tuple[bytes, Stamp]:
-    with container.opened(path) as file:
+    with disk.opened(path) as file:
         return file.read(), Stamp.of(file.fileno())
 
 
@@ -123,7 +124,7 @@ def _scale(tensors: dict[str, Tensor], key: str, by: float, path: Path) -> float
 
 
 def _write_folder(out: Path, config: bytes, tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> None:
-    with container.atomic_folder(out) as folder:
+    with disk.atomic_folder(out) as folder:
         (folder / peft.CONFIG).write_bytes(config)
         with (folder / peft.WEIGHTS).open("xb") as file:
             container.emit(file, tensors, entries)

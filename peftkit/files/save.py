@@ -17,7 +17,7 @@ from peftkit.adapters.options import require_dtype
 from peftkit.errors import FileError, OptionError
 from peftkit.files.bind import fill, stored_keys
 from peftkit.files.fingerprint import samples
-from peftkit.files.formats import container, native
+from peftkit.files.formats import container, disk, native
 from peftkit.files.formats.native import Header, WeightRecord
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.sites import dotted
@@ -73,7 +73,7 @@ def save(
     own = {at.site: at for at in installed_adapters(model, [name])}
     tensors = _tensors(own, name, dtype, portable)
     metadata = _metadata(own, name, portable, training)
-    with container.atomic(path) as file:
+    with disk.atomic(path) as file:
         container.emit(file, tensors, metadata)
         file.flush()
         _prove_alive(Path(file.name), path, tensors, own, allow_zero, portable)

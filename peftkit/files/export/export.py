@@ -29,7 +29,7 @@ from peftkit.files.export.programs import Target
 from peftkit.files.export.proof import Exported, proven
 from peftkit.files.export.tensors import shared_alpha, tensors_of
 from peftkit.files.families.names import Family
-from peftkit.files.formats import container
+from peftkit.files.formats import container, disk
 from peftkit.files.read import Reading, read
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def _write_file(found: Sequence[Job], request: _Request, family: Family | None) 
     rank = None if alpha is None else int(alpha)
     own = {"kinds": sorted({j.kind for j in found}), "baked": [p.module for p in pieces if p.spelled.how == "baked"]}
     header = metadata.build(tensors, goal, family, request.title, rank, alpha, request.training, own)
-    with container.atomic(path) as file:
+    with disk.atomic(path) as file:
         container.emit(file, tensors, header)
         file.flush()
         return proven(Path(file.name), found, path)
@@ -197,6 +197,6 @@ def _write_folder(found: Sequence[Job], request: _Request) -> tuple[Exported, ..
         found = jobs({job.piece.module: job.members for job in found}, lora, None, bake=False)
         kind = peft_type([job.piece for job in found])
         assert kind is not None
-    with container.atomic_folder(request.path) as folder:
+    with disk.atomic_folder(request.path) as folder:
         write_peft(folder, [job.piece for job in found], *kind, request.dtype)
         return proven(folder, found, request.path)

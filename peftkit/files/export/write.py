@@ -20,7 +20,7 @@ from peftkit.files.export import programs
 from peftkit.files.export.encode import Encoding
 from peftkit.files.export.peft_folder import peft_type, write_peft
 from peftkit.files.export.tensors import ModuleTensors, shared_alpha, tensors_of
-from peftkit.files.formats import container, native, peft
+from peftkit.files.formats import container, disk, native, peft
 from peftkit.files.formats.native import Header, WeightRecord
 from peftkit.files.formats.patch import AdapterFile
 from peftkit.geometry import Shape
@@ -77,7 +77,7 @@ def _write_peft(like: AdapterFile, out: Path, pieces: Sequence[ModuleTensors], d
         kinds = ", ".join(sorted(structures))
         raise OptionError(f"a folder of PEFT holds one kind of adapter, not {kinds}: convert to lora")
     kind, options = found
-    with container.atomic_folder(out) as folder:
+    with disk.atomic_folder(out) as folder:
         write_peft(folder, pieces, kind, options | ({"fan_in_fan_out": True} if like.flipped else {}), dtype)
     return sum(info.size for info in container.read(out / peft.WEIGHTS).infos.values())
 

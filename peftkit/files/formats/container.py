@@ -1,4 +1,4 @@
-"""The safetensors container: headers checked before anything is believed, files written whole or not at all.
+"""The safetensors container: headers are checked before anything in a file is believed.
 
 A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}, "__metadata__": {str: str}} and
 the tensors' bytes without holes. Written files are a function of their content alone: the header's keys are ordered,
@@ -11,15 +11,10 @@ import hashlib
 import json
 import math
 import os
-import secrets
-import shutil
 import struct
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -28,6 +23,8 @@ import torch
 from torch import Tensor
 
 from peftkit.errors import FileError
+from peftkit.files.formats import strict_json
+from peftkit.files.formats.disk import Stamp, atomic, opened
 
 #: the largest header the reference implementation reads
 MAX_HEADER = 100_000_000
@@ -77,23 +74,6 @@ class Info:
 
     def __str__(self) -> str:
         return f"{self.dtype} {self.shape}"
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """What tells a file from another one under its name, and from itself once it is written to."""
-
-    device: int
-    inode: int
-    size: int
-    written: int
-    changed: int
-
-    @classmethod
-    def of(cls, file: int | Path) -> Stamp:
-        """The stamp of an open file, by its descriptor, or of the one at a path."""
-        status = os.stat(file)
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @dataclass(frozen=True)
@@ -196,48 +176,6 @@ def read(path: str | os.PathLike[str]) -> Container:
     return Container(path, infos, metadata, 8 + length, stamp)
 
 
-@contextmanager
-def opened(path: Path, stamp: Stamp | None = None) -> Iterator[BufferedReader]:
-    """Open a file to read; FileError for what is no file (a pipe would never end) and for what cannot be read.
-
-    stamp: the one the file had when it was first opened. FileError if the file has another one now, or after the block,
-    so that what is read at several times is of one file.
-    """
-    if not os.path.isfile(path):  # unlike Path.is_file, no name is too long or too odd for it
-        raise FileError(f"there is no file {path}, or it may not be read")
-    try:
-        with open(path, "rb") as file:
-            stamp = Stamp.of(file.fileno()) if stamp is None else stamp
-            _require_unchanged(file, path, stamp)
-            yield file
-            _require_unchanged(file, path, stamp)
-    except OSError as error:
-        raise FileError(f"{path} could not be read: {error}") from error
-
-
-def read_json(path: Path) -> Any:
-    """What a small JSON file beside a model holds."""
-    with opened(path) as file:
-        text = file.read()
-    return parse(text, path)
-
-
-def parse(text: bytes | str, path: object) -> Any:
-    """JSON in which no object has a key twice; FileError otherwise. path: for the error."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise ValueError(f"{twice!r} is in it twice")
-        return found
-
-    try:
-        return json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path} is not sound JSON: {error}") from None
-
-
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, all or nothing. The same tensors and metadata give the same bytes."""
     with atomic(path) as file:
@@ -285,85 +223,7 @@ def raw(tensor: Tensor) -> memoryview:
     return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
-def require_stamp(path: Path, stamp: Stamp) -> None:
-    """Raise FileError if a file is not the one that had this stamp, or was written to since."""
-    with opened(path, stamp):
-        pass
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name when the block ends, on disk to the last byte; before, nothing has it."""
-    _require_folder(path)
-    if path.is_dir():
-        raise FileError(f"{path} is a folder, a file was expected")
-    temporary = _temporary(path)
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise FileError(f"{path} could not be written: {error}; what was there before is unchanged") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that takes its name when the block ends. Refuses to replace one that has anything in it."""
-    _require_folder(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise FileError(f"{path} is there already: name a new folder, or remove it first")
-    temporary = _temporary(path)
-    try:
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        if path.is_dir():
-            path.rmdir()
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise FileError(f"{path} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 # -- parts ----------------------------------------------------------------------------------------------------------
-
-
-def _require_unchanged(file: BinaryIO, path: Path, stamp: Stamp) -> None:
-    if Stamp.of(file.fileno()) != stamp:
-        raise FileError(
-            f"{path} was replaced, written to or cut off while it was being read; nothing was made of it. "
-            "Run this again when no other program writes there"
-        )
-
-
-def _require_folder(path: Path) -> None:
-    if "\0" in str(path) or not os.path.isdir(path.parent):
-        raise FileError(f"there is no folder {path.parent} to write {path.name!r} in")
-
-
-def _temporary(path: Path) -> Path:
-    """A name beside a file that is no longer than its own may be."""
-    return path.with_name(f".peftkit.{secrets.token_hex(4)}.tmp")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last: the folder is what records it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _copy_bytes(source: BinaryIO, target: BinaryIO, size: int, path: Path) -> None:
@@ -382,7 +242,7 @@ def _copy_bytes(source: BinaryIO, target: BinaryIO, size: int, path: Path) -> No
 
 
 def _parse(text: bytes, path: Path) -> dict[str, Any]:
-    value = parse(text, f"the header of {path}")
+    value = strict_json.parse(text, f"the header of {path}")
     if not isinstance(value, dict) or not text.startswith(b"{"):
         raise FileError(f"{path} is not a safetensors file: its header is not a JSON object")
     return value

@@ -7,17 +7,15 @@ programs is how they name modules (see `names`) and where the scale comes from, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from peftkit.adapters import registry
 from peftkit.errors import AmbiguousFileError, FileError
 from peftkit.files.formats.patch import Patch
-from peftkit.geometry import Shape
+from peftkit.files.formats.structures import LOHA_PARTS, LOKR_PARTS, READERS, Scale, decompose
 
 #: how a key may end -> what the tensor is
 SUFFIXES: Mapping[str, str] = MappingProxyType(
@@ -38,8 +36,8 @@ SUFFIXES: Mapping[str, str] = MappingProxyType(
         ".lora_magnitude_vector": "magnitude",
         ".lora_magnitude_vector.weight": "magnitude",
         ".lora_magnitude_vector.default.weight": "magnitude",
-        **{f".hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-        **{f".lokr_{part}": f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+        **{f".hada_{part}": f"hada_{part}" for part in LOHA_PARTS},
+        **{f".lokr_{part}": f"lokr_{part}" for part in LOKR_PARTS},
         ".oft_blocks": "oft_blocks",
         ".rescale": "rescale",
         ".oft_R.weight": "oft_R",
@@ -60,9 +58,6 @@ PROPORTIONAL = frozenset(
 )
 #: the tensors beside which no other one scales ΔW
 DISPROPORTIONATE = frozenset({"dora_scale", "magnitude", "oft_blocks", "oft_R", "ia3_l"})
-
-#: (module, rank or None where no factor has one) -> the options that make γ, and where they came from in words
-Scale = Callable[[str, "int | None"], "tuple[dict[str, Any], str]"]
 
 Modules = dict[str, dict[str, str]]
 
@@ -102,7 +97,7 @@ def patch(module: str, t: Mapping[str, Tensor], scale: Scale, dora_axis: str | N
     if not t or ("diff" in t and t["diff"].dim() == 1):
         return None
     decomposed = {role: t.pop(role) for role in ("dora_scale", "magnitude") if role in t}
-    reader = next((reader for roles, reader in _READERS if roles & set(t)), None)
+    reader = next((reader for roles, reader in READERS if roles & set(t)), None)
     if reader is None:
         raise FileError(f"{module}: {', '.join(sorted(decomposed or t))} alone is no adapter: the file is incomplete")
     try:
@@ -110,7 +105,7 @@ def patch(module: str, t: Mapping[str, Tensor], scale: Scale, dora_axis: str | N
     except (RuntimeError, IndexError) as error:  # shapes that do not go together
         shapes = ", ".join(f"{role} {tuple(tensor.shape)}" for role, tensor in t.items())
         raise FileError(f"{module}: these tensors do not make one adapter: {shapes}") from error
-    return _decompose(module, found, decomposed, dora_axis) if decomposed else found
+    return decompose(module, found, decomposed, dora_axis) if decomposed else found
 
 
 def vectors(module: str, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -143,219 +138,3 @@ def alpha_scale(alphas: Mapping[str, float], zero: str | None) -> Scale:
         return {"alpha": alpha}, f"{alpha / rank:.4g}: alpha {alpha:g} / rank {rank}"
 
     return scale
-
-
-# -- one reader per structure --------------------------------------------------------------------------------------
-
-
-def _lora(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
-    _require(module, t, {"up", "down"}, {"mid"})
-    up, down, mid = t["up"], t["down"], t.get("mid")
-    _refuse_unless(2 <= down.dim() <= 5, module, f"lora_down of shape {tuple(down.shape)} is no layer's")
-    _refuse_unless(up[0, 0].numel() == 1, module, "lora_up is a kernel larger than 1")
-    B, rank = up.flatten(1), down.shape[0]
-    _refuse_unless(B.shape[1] == rank, module, f"lora_up has {B.shape[1]} ranks, lora_down {rank}")
-    options, words = scale(module, rank)
-    options |= {"rank": rank}
-    if mid is None:
-        kernel = tuple(down.shape[2:])
-        tensors = {"up": B, "down": down.flatten(1)}
-        shape = Shape(B.shape[0], down.shape[1], kernel)
-        return Patch("lora", options, shape, tensors, down.dim() > 2, scale=words)
-    _refuse_unless(mid.shape[:2] == (rank, rank) and down[0, 0].numel() == 1, module, "lora_mid is not a core")
-    tensors = {"up": B, "down": down.flatten(1), "core": mid.flatten(2)}
-    shape = Shape(B.shape[0], down.shape[1], tuple(mid.shape[2:]))
-    return Patch("lora", options | {"tucker": True}, shape, tensors, scale=words)
-
-
-def _loha(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
-    names = {f"hada_{half}_{side}" for half in ("w1", "w2") for side in ("a", "b")}
-    _require(module, t, names, {"hada_t1", "hada_t2"})
-    tucker = "hada_t1" in t
-    _refuse_unless(tucker == ("hada_t2" in t), module, "one of hada_t1 and hada_t2 is missing")
-    ups = [t[f"hada_{half}_a"].mT if tucker else t[f"hada_{half}_a"] for half in ("w1", "w2")]
-    downs = [t[f"hada_{half}_b"] for half in ("w1", "w2")]
-    rank = downs[0].shape[0]
-    _refuse_unless(
-        all(up.shape == (ups[0].shape[0], rank) for up in ups) and all(d.shape == downs[0].shape for d in downs),
-        module,
-        "its two products differ in rank or shape",
-    )
-    options, words = scale(module, rank)
-    tensors = {"up1": ups[0], "down1": downs[0], "up2": ups[1], "down2": downs[1]}
-    kernel: tuple[int, ...] = ()
-    if tucker:
-        options |= {"tucker": True}
-        kernel = tuple(t["hada_t1"].shape[2:])
-        tensors |= {"core1": t["hada_t1"].flatten(2), "core2": t["hada_t2"].flatten(2)}
-    shape = Shape(ups[0].shape[0], downs[0].shape[1], kernel)
-    return Patch("loha", options | {"rank": rank}, shape, tensors, tucker, scale=words)
-
-
-def _lokr(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
-    full, low_rank = {"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}
-    small = {"lokr_w1"} if "lokr_w1" in t else {"lokr_w1_a", "lokr_w1_b"}
-    _require(module, t, small | (full if "lokr_w2" in t else low_rank), {"lokr_t2"} if "lokr_w2_a" in t else set())
-    C, C_left, C_right = t.get("lokr_w1"), t.get("lokr_w1_a"), t.get("lokr_w1_b")
-    outer = C.shape if C is not None else (C_left.shape[0], C_right.shape[1])  # type: ignore[union-attr]
-    if "lokr_w2" in t:
-        D, rank = t["lokr_w2"], None if C_right is None else C_right.shape[0]
-        kernel_known, kernel, channels, rows = D.dim() > 2, tuple(D.shape[2:]), D.shape[1], D.shape[0]
-        tensors = {"block": D.flatten(1)}
-    else:
-        core, left, right = t.get("lokr_t2"), t["lokr_w2_a"], t["lokr_w2_b"]
-        left = left if core is None else left.mT
-        rank, rows, channels = right.shape[0], left.shape[0], right.shape[1]
-        kernel_known, kernel = core is not None, () if core is None else tuple(core.shape[2:])
-        tensors = {"left": left, "right": right} | ({} if core is None else {"core": core.flatten(2)})
-    shape = Shape(outer[0] * rows, outer[1] * channels, kernel)
-    options, words = scale(module, rank)
-    if rank is not None:
-        options |= {"rank": rank}
-    options |= {"outer": (int(outer[0]), int(outer[1])), "full": "lokr_w2" in t}
-    if "lokr_t2" in t:
-        options |= {"tucker": True}
-    # A small C in two factors of the other factor's rank trains as such; otherwise their product says the same ΔW
-    if C_left is not None and C_right is not None and C_right.shape[0] == rank:
-        options |= {"decompose_both": True}
-        tensors |= {"outer_left": C_left, "outer_right": C_right}
-    else:
-        tensors["outer"] = C if C is not None else (C_left.float() @ C_right.float())  # type: ignore[union-attr]
-    return Patch("lokr", options, shape, tensors, kernel_known, scale=words)
-
-
-def _oft(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
-    """Blocks A of kohya and LyCORIS: Q = A − Aᵀ, W' = Rᵀ·W on output rows, so this library's Q is Aᵀ − A."""
-    _require(module, t, {"oft_blocks"}, {"rescale"})
-    A = t["oft_blocks"]
-    _refuse_unless(A.dim() in (3, 4) and A.shape[-1] == A.shape[-2] > 1, module, "oft_blocks are no square blocks")
-    size = A.shape[-3] * A.shape[-1]
-    _refuse_unless("rescale" not in t or t["rescale"].numel() == size, module, f"rescale has not {size} factors")
-    if A.dim() == 4:
-        return _boft(t, scale(module, None))
-    n, b, _ = A.shape
-    i, j = torch.triu_indices(b, b, 1)
-    bound, words = scale(module, None)
-    options: dict[str, Any] = {"block_size": b} | bound
-    tensors = {"skew": A[:, j, i] - A[:, i, j]}
-    if "rescale" in t:
-        options |= {"rescale": True}
-        tensors["rescale"] = t["rescale"].flatten()
-    return Patch("oft", options, Shape(n * b, 0), tensors, kernel_known=False, scale=words)
-
-
-def _boft(t: Mapping[str, Tensor], told: tuple[dict[str, Any], str]) -> Patch:
-    """Stages of blocks A, which LyCORIS applies untransposed: Q = A − Aᵀ."""
-    A, (bound, words) = t["oft_blocks"], told
-    stages, n, b, _ = A.shape
-    i, j = torch.triu_indices(b, b, 1)
-    options: dict[str, Any] = {"block_size": b, "stages": stages} | bound
-    tensors = {"skew": A[..., i, j] - A[..., j, i]}
-    if "rescale" in t:
-        options |= {"rescale": True}
-        tensors["rescale"] = t["rescale"].flatten()
-    return Patch("boft", options, Shape(n * b, 0), tensors, kernel_known=False, scale=words)
-
-
-def _full(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
-    del scale
-    _require(module, t, {"diff"}, set())
-    M = t["diff"]
-    shape = Shape(M.shape[0], M.shape[1], tuple(M.shape[2:]))
-    return Patch("full", {}, shape, {"change": M.flatten(1)}, scale="1: the change itself")
-
-
-def _glora(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
-    """ΔW = γ(W·a1·a2 + b1·b2); the old layout, which A1111 reads, stores the factors of each product the other way."""
-    _require(module, t, {"a1", "a2", "b1", "b2"}, set())
-    a1, a2, b1, b2 = (
-        t[name].flatten(1) if t[name][0, 0].numel() == 1 else t[name] for name in ("a1", "a2", "b1", "b2")
-    )
-    _refuse_unless(all(x.dim() == 2 for x in (a1, a2, b1, b2)), module, "GLoRA on a kernel larger than 1 is not read")
-    new = a1.shape[1] == a2.shape[0] == b1.shape[1] == b2.shape[0] and a1.shape[0] == b2.shape[1]
-    old = a2.shape[1] == a1.shape[0] == b2.shape[1] == b1.shape[0] and a2.shape[0] == b1.shape[1]
-    _refuse_unless(new or old, module, "its factors do not go together")
-    if new and old and a1.shape[0] == a1.shape[1]:
-        raise AmbiguousFileError(
-            f"{module}: a GLoRA whose rank is the width of its weight can be read in two layouts; use a smaller rank"
-        )
-    if not new or (old and a1.shape[0] < a1.shape[1]):  # of a square weight both fit, and the rank is the smaller side
-        a1, a2, b1, b2 = a2, a1, b2, b1
-    rank = a1.shape[1]
-    options, words = scale(module, rank)
-    tensors = {"base_up": a1, "base_down": a2, "up": b1, "down": b2}
-    return Patch("glora", options | {"rank": rank}, Shape(b1.shape[0], b2.shape[1]), tensors, False, scale=words)
-
-
-def _ia3(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
-    """LyCORIS' additive gate: ΔW = w∘W along outputs, or inputs where `on_input` says so."""
-    del scale
-    _require(module, t, {"ia3_weight", "on_input"}, set())
-    _refuse_unless(t["on_input"].numel() == 1 and t["on_input"].item() in (0, 1), module, "on_input is not 0 or 1")
-    gate, on_input = t["ia3_weight"].flatten(), bool(t["on_input"].item())
-    shape = Shape(0, len(gate)) if on_input else Shape(len(gate), 0)
-    side = "in" if on_input else "out"
-    words = "1: IA3 has no alpha"
-    return Patch("ia3", {"side": side}, shape, {"gate": gate}, kernel_known=False, scale=words, per_channel=on_input)
-
-
-_READERS: tuple[tuple[set[str], Callable[[str, Mapping[str, Tensor], Scale], Patch]], ...] = (
-    ({"up", "down", "mid"}, _lora),
-    ({name for name in SUFFIXES.values() if name.startswith("hada_")}, _loha),
-    ({name for name in SUFFIXES.values() if name.startswith("lokr_")}, _lokr),
-    ({"oft_blocks", "rescale"}, _oft),
-    ({"diff"}, _full),
-    ({"a1", "a2", "b1", "b2"}, _glora),
-    ({"ia3_weight", "on_input"}, _ia3),
-)
-
-
-def _decompose(module: str, inner: Patch, found: Mapping[str, Tensor], told: str | None) -> Patch:
-    """DoRA around another adapter. Its vector's shape says which axis it is for: (rows, 1, …) or (1, channels, …)."""
-    if registry.get(inner.kind).reads_base:
-        raise FileError(f"{module}: a DoRA around {inner.kind}, whose change depends on the base, is not read")
-    if len(found) > 1:
-        raise FileError(f"{module}: dora_scale and lora_magnitude_vector are both there, one was expected")
-    ((role, vector),) = found.items()
-    rows = inner.shape.rows
-    per_output = vector.dim() > 1 and vector.numel() == vector.shape[0] == rows and rows > 1
-    if role == "magnitude" and vector.numel() != rows:
-        raise FileError(f"{module}: {vector.numel()} magnitudes for {rows} outputs")
-    if role == "magnitude" or per_output:  # PEFT's is per output whatever its shape, (rows,) or (1, rows, 1, 1)
-        axis = "out"
-    elif vector.dim() > 1 and vector.numel() == vector.shape[1] and vector.shape[0] == 1 and rows > 1:
-        axis = "in"
-    elif vector.dim() == 1 and (vector.numel() == rows) != _may_be_channels(vector.numel(), inner):
-        axis = "out" if vector.numel() == rows else "in"
-    elif told is not None:
-        axis = told
-    else:
-        raise AmbiguousFileError(
-            f"{module}: dora_scale of shape {tuple(vector.shape)} on a {inner.shape} weight can be per output or per "
-            "input; say which by dora_axis='out' or dora_axis='in'"
-        )
-    return _decomposed(inner, vector.flatten(), axis)
-
-
-def _may_be_channels(size: int, inner: Patch) -> bool:
-    """Whether the weight can have that many input channels; of a flattened kernel only their product is known."""
-    return size == inner.shape.channels if inner.kernel_known else inner.shape.columns % size == 0
-
-
-def _decomposed(inner: Patch, magnitude: Tensor, axis: str) -> Patch:
-    options = {"inner": inner.kind, "axis": axis, **inner.options}
-    tensors = {f"inner.{key}": tensor for key, tensor in inner.tensors.items()} | {"magnitude": magnitude}
-    return Patch("dora", options, inner.shape, tensors, inner.kernel_known, scale=inner.scale)
-
-
-def _require(module: str, t: Mapping[str, Tensor], needed: set[str], optional: set[str]) -> None:
-    missing, extra = needed - set(t), set(t) - needed - optional
-    if missing or extra:
-        what = [f"{', '.join(sorted(missing))} is missing"] if missing else []
-        what += [f"{', '.join(sorted(extra))} does not belong there"] if extra else []
-        raise FileError(f"{module}: {'; '.join(what)}")
-
-
-def _refuse_unless(condition: bool, module: str, what: str) -> None:
-    if not condition:
-        raise FileError(f"{module}: {what}")

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from peftkit.errors import FileError
-from peftkit.files.formats import container
+from peftkit.files.formats import strict_json
 from peftkit.geometry import Shape
 
 SCHEMA = 1
@@ -89,7 +89,7 @@ def decode(metadata: Mapping[str, str] | None, path: object) -> Header:
     if not metadata or KEY not in metadata:
         raise FileError(f"{path} has no {KEY!r} entry in its header: peftkit did not write it")
     where = f"the {KEY!r} header of {path}"
-    value = container.parse(metadata[KEY], where)
+    value = strict_json.parse(metadata[KEY], where)
     if not isinstance(value, dict):
         raise FileError(f"{where} is damaged: it is no JSON object")
     if value.get("schema") != SCHEMA:

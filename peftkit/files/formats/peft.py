@@ -6,18 +6,19 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftkit.adapters.lokr import factorize
 from peftkit.errors import FileError
-from peftkit.files.formats import container, kohya
-from peftkit.files.formats.kohya import Modules, Scale
+from peftkit.files.formats import kohya, strict_json
+from peftkit.files.formats.kohya import Modules
 from peftkit.files.formats.patch import Patch
+from peftkit.files.formats.structures import Scale
 from peftkit.geometry import Shape
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -31,6 +32,8 @@ _LONGEST = 1000
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _TYPES = ("LORA", "LOHA", "LOKR", "OFT", "IA3")
 _KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
+#: the types whose modules are scaled by α/r -> the option that has α
+_ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
 #: the tensors that PEFT writes, by role
 _ROLES = frozenset(
     {"up", "down", "magnitude", "oft_R", "ia3_l"}
@@ -40,7 +43,7 @@ _ROLES = frozenset(
 
 def read_config(path: Path) -> dict[str, Any]:
     """adapter_config.json, checked as far as this library depends on it."""
-    config = container.read_json(path)
+    config = strict_json.read_json(path)
     if not isinstance(config, dict):
         raise FileError(f"{path} is not a configuration of PEFT: it holds a {type(config).__name__}")
     kind = config.get("peft_type")
@@ -140,17 +143,15 @@ def modules(keys: list[str]) -> tuple[Modules, list[str]]:
 def patch(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any], scale: Scale) -> Patch:
     """One module's tensors, by role, and the configuration -> its adapter. scale: `scale_of` the configuration."""
     kind = config["peft_type"]
-    if kind == "OFT":
-        return _oft(module, t, config)
-    if kind == "IA3":
-        return _ia3(module, t)
+    if kind in _READERS:
+        return _READERS[kind](module, t, config)
     if ("magnitude" in t) != _flag(config, "use_dora"):
         has = "has" if "magnitude" in t else "has no"
         raise FileError(f"{module}: it {has} magnitudes, and use_dora={config.get('use_dora')!r} in {CONFIG}")
     found = kohya.patch(module, t, scale)
     if found is None or _KINDS[kind] not in (found.kind, found.options.get("inner")):
         raise FileError(f"{module}: {', '.join(sorted(t))} is not what a {kind} adapter has")
-    if found.kind == "lokr" and found.tensors.get("block") is not None and "outer" in found.tensors:
+    if {"outer", "block"} <= set(found.tensors):
         found = _scaled_full_lokr(module, found, scale)
     return _transposed(module, found) if _flag(config, "fan_in_fan_out") else found
 
@@ -164,7 +165,7 @@ def _scaled_full_lokr(module: str, found: Patch, scale: Scale) -> Patch:
 
 def _transposed(module: str, found: Patch) -> Patch:
     """fan_in_fan_out: the layer keeps its weight as (in, out), and B·A is of the transpose."""
-    if found.kind != "lora" or found.options.get("tucker"):
+    if set(found.tensors) != {"up", "down"}:
         raise FileError(f"{module}: fan_in_fan_out with {found.kind} is not read")
     tensors = {"up": found.tensors["down"].mT, "down": found.tensors["up"].mT}
     shape = Shape(found.shape.channels, found.shape.rows)
@@ -204,8 +205,9 @@ def _projected(vectors: Tensor, eps: float) -> Tensor:
     return torch.where(norm > bound, vectors * (bound / norm.clamp(min=bound)), vectors.double()).to(vectors.dtype)
 
 
-def _ia3(module: str, t: Mapping[str, Tensor]) -> Patch:
+def _ia3(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Patch:
     """ia3_l (rows, 1) multiplies the output, bias and all; (1, channels) the input."""
+    del config
     if set(t) != {"ia3_l"}:
         raise FileError(f"{module}: {', '.join(sorted(t))} was found, ia3_l alone was expected")
     gain = t["ia3_l"]
@@ -220,6 +222,12 @@ def _ia3(module: str, t: Mapping[str, Tensor]) -> Patch:
     return Patch("ia3", options, shape, {"gate": gate}, False, scale=words, bias=reason, per_channel=per)
 
 
+#: the types that PEFT does not write as kohya does -> their readers
+_READERS: Mapping[str, Callable[[str, Mapping[str, Tensor], Mapping[str, Any]], Patch]] = MappingProxyType(
+    {"OFT": _oft, "IA3": _ia3}
+)
+
+
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -230,8 +238,9 @@ def config(kind: str, ranks: Mapping[str, int], options: Mapping[str, Any]) -> d
     """
     common = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != common}
-    alpha = "lora_alpha" if kind == "LORA" else "alpha"
-    scale = {} if kind == "OFT" else {"r": common, alpha: common, "rank_pattern": pattern, "alpha_pattern": pattern}
+    scale: dict[str, Any] = {}
+    if kind in _ALPHA:
+        scale = {"r": common, _ALPHA[kind]: common, "rank_pattern": pattern, "alpha_pattern": pattern}
     return {
         "peft_type": kind,
         "base_model_name_or_path": None,
@@ -242,17 +251,3 @@ def config(kind: str, ranks: Mapping[str, int], options: Mapping[str, Any]) -> d
         **scale,
         **options,
     }
-
-
-def decompose_factor(shapes: Sequence[tuple[Sequence[int], tuple[int, int]]]) -> int | None:
-    """The one factor from which PEFT makes all these Kronecker factors. shapes: that of C, and (rows, channels)."""
-    candidates = [-1, *dict.fromkeys(u for C, _ in shapes for u in C)]
-    for factor in candidates:
-        if all((_split(rows, factor), _split(channels, factor)) == tuple(C) for C, (rows, channels) in shapes):
-            return factor
-    return None
-
-
-def _split(size: int, factor: int) -> int:
-    """The first factor PEFT splits a size into: a divisor as it is, else the most even split below it."""
-    return factor if factor > 0 and size % factor == 0 else factorize(size, factor)[0]

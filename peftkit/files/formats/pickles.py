@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peftkit.errors import FileError
-from peftkit.files.formats.container import opened
+from peftkit.files.formats.disk import opened
 
 #: what a damaged pickle makes torch's unpickler raise
 _STUMBLES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, EOFError, OSError)

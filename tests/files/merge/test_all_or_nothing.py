@@ -153,7 +153,7 @@ def attempt(name, prepare, out, **options):
     out.unlink(missing_ok=True)
 
 from peftkit.errors import FileError as pk_error
-from peftkit.files.formats import container
+from peftkit.files.formats import container, disk
 for out in (folder / "old.safetensors", folder / "new.safetensors"):
     for moment in range(7):
         def progress(done, total, left=[moment]):
