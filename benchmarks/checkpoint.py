@@ -1,6 +1,6 @@
 """Merging a rank-16 LoCon into an 860M-parameter fp16 checkpoint, file to file: time over copying the file, and memory.
 
-    python benchmarks/checkpoint.py [--folder DIR] [--pairs 5] [--kind lora] [--lycoris]
+    python benchmarks/checkpoint.py [--folder DIR] [--pairs 5] [--kinds lora] [--lycoris] [--save]
 
 The checkpoint has the shapes of Stable Diffusion 1.5's U-Net and random weights. Merges and copies alternate in one run
 and their ratio is of medians; both flush to disk. Memory is the merging process's anonymous memory beyond that of the
@@ -12,7 +12,6 @@ names straight into a model without any, merges, and writes the result. It takes
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -22,13 +21,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from peftkit.bench.rows import Row
+from peftkit.bench.script import Script
 from peftkit.files.families.names import FAMILIES, ModuleSpec
 from peftkit.files.formats import container, disk
-
-RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
 
 #: what a merging process does around the merge itself
 _MEASURED = """
@@ -145,46 +145,59 @@ def copy(source: Path, out: Path) -> float:
     return time.perf_counter() - start
 
 
+def measure(folder: Path, kind: str, rank: int, pairs: int, lycoris: bool) -> Row:
+    """Merge and copy in turns, then merge once as lycoris does.
+
+    Args:
+        folder: where files may be put.
+        kind: "lora" or "loha".
+        rank: of the adapter.
+        pairs: how many merges and copies.
+        lycoris: whether lycoris-lora's merge is measured too.
+    """
+    base, adapter, out = (folder / f"{name}.safetensors" for name in ("base", "adapter", "out"))
+    parameters = make_checkpoint(base)
+    adapted = make_adapter(adapter, rank, kind)
+    merges, copies = [], []
+    for _ in range(pairs):
+        copies.append(copy(base, out))
+        merges.append(merge(base, adapter, out))
+    largest = max(2 * torch.Size(m.shape).numel() for m in modules())
+    values: dict[str, Any] = {
+        "parameters": parameters,
+        "adapter": f"{kind} rank {rank}, {adapted} weights",
+        "adapter MB": round(adapter.stat().st_size / 1e6),
+        "merge / copy": round(statistics.median(m["seconds"] for m in merges) / statistics.median(copies), 2),
+        "merge seconds": [round(m["seconds"], 2) for m in merges],
+        "copy seconds": [round(c, 2) for c in copies],
+        "memory MB": round(max(m["memory"] for m in merges) / 1e6),
+        "bound MB": round((3 * largest + 100e6) / 1e6),
+    }
+    if lycoris:
+        for file in (base, out):
+            file.unlink()
+        make_checkpoint(base, diffusers=True)
+        theirs, ours = merge(base, adapter, out, _LYCORIS), merge(base, adapter, out)
+        values["lycoris / merge"] = round(theirs["seconds"] / ours["seconds"], 1)
+        values["lycoris memory MB"] = round(theirs["memory"] / 1e6)
+    return Row("checkpoint", kind, f"SD 1.5 U-Net, {adapted} weights", "float16", values=values)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to put 5 GB for a minute; a temporary folder by default")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--kind", choices=("lora", "loha"), default="lora")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--lycoris", action="store_true", help="measure lycoris-lora's merge too")
-    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        base, adapter, out = (Path(folder) / f"{name}.safetensors" for name in ("base", "adapter", "out"))
-        parameters = make_checkpoint(base)
-        adapted = make_adapter(adapter, arguments.rank, arguments.kind)
-        merges, copies = [], []
-        for _ in range(arguments.pairs):
-            copies.append(copy(base, out))
-            merges.append(merge(base, adapter, out))
-        largest = max(2 * torch.Size(m.shape).numel() for m in modules())
-        result = {
-            "parameters": parameters,
-            "adapter": f"{arguments.kind} rank {arguments.rank}, {adapted} weights",
-            "adapter MB": round(adapter.stat().st_size / 1e6),
-            "merge / copy": round(statistics.median(m["seconds"] for m in merges) / statistics.median(copies), 2),
-            "merge seconds": [round(m["seconds"], 2) for m in merges],
-            "copy seconds": [round(c, 2) for c in copies],
-            "memory MB": round(max(m["memory"] for m in merges) / 1e6),
-            "bound MB": round((3 * largest + 100e6) / 1e6),
-        }
-        if arguments.lycoris:
-            for file in (base, out):
-                file.unlink()
-            make_checkpoint(base, diffusers=True)
-            theirs, ours = merge(base, adapter, out, _LYCORIS), merge(base, adapter, out)
-            result["lycoris / merge"] = round(theirs["seconds"] / ours["seconds"], 1)
-            result["lycoris memory MB"] = round(theirs["memory"] / 1e6)
-    print(json.dumps(result, indent=2))
-    if arguments.save:
-        known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-        RESULTS.write_text(json.dumps(known | {arguments.kind: result}, indent=2) + "\n")
-    if result["memory MB"] > result["bound MB"]:
+    script = Script(__file__, __doc__, kinds=("lora", "loha"))
+    script.parser.set_defaults(kinds="lora")
+    script.parser.add_argument("--folder", type=Path, help="where to put 5 GB for a minute; a temporary one by default")
+    script.parser.add_argument("--pairs", type=int, default=5, help="merges and copies")
+    script.parser.add_argument("--rank", type=int, default=16, help="of the adapter")
+    script.parser.add_argument("--lycoris", action="store_true", help="measure lycoris-lora's merge too")
+    arguments = script.parse()
+
+    def cell(kind: str) -> Row:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            return measure(Path(folder), kind, arguments.rank, arguments.pairs, arguments.lycoris)
+
+    rows = script.run([lambda kind=kind: cell(kind) for kind in arguments.kinds])
+    if any(row.values["memory MB"] > row.values["bound MB"] for row in rows):
         sys.exit("the merge used more memory than it may")
 
 

@@ -9,31 +9,25 @@ proportion is expected to be below: a call costs some microseconds whatever it d
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.progress import track
-from rich.table import Table
 from torch import nn
 
 import peftkit as pk
 from peftkit.bench.cases import LayerShape
 from peftkit.bench.peers import KINDS, randomize
-from peftkit.bench.rows import environment
+from peftkit.bench.rows import Row, read
+from peftkit.bench.script import Script
 from peftkit.bench.timing import contest
-from peftkit.cli.terminal import OUT
 from peftkit.monitor.style import GREY, MARKERS, PALETTE, WIDTH, legend_below, save, styled, ticks_at
 
-ROOT = Path(__file__).parents[1]
-RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "curves.json", ROOT / "docs" / "curves.png"
+PICTURE = Path(__file__).parents[1] / "docs" / "curves.png"
 
 #: axis -> its sizes
 AXES: dict[str, Sequence[int]] = {
@@ -104,21 +98,21 @@ def slope(sizes: Sequence[int], values: Sequence[float]) -> float:
 
 
 @styled()
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw a panel for every operation and axis, a curve for every kind, and a cost in proportion to compare with."""
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     grid = figure.subplots(2, len(AXES), sharey="row", sharex="col")
     for line, (operation, label) in zip(grid, OPERATIONS.items(), strict=True):
         for own, (axis, sizes) in zip(line, AXES.items(), strict=True):
-            cell = [row for row in rows if (row["operation"], row["axis"]) == (operation, axis)]
+            cell = [row for row in rows if (row.question, row.case) == (operation, axis)]
             if not cell:
                 own.set_axis_off()
                 continue
             own.set(xscale="log", yscale="log")
             for row in cell:
-                i = list(KINDS).index(row["kind"])
-                own.plot(sizes, row["ms"], color=PALETTE[i], marker=MARKERS[i], lw=1.3, label=row["kind"])
-            start = statistics.median(row["ms"][0] for row in cell)
+                i = list(KINDS).index(row.kind)
+                own.plot(sizes, row.values["ms"], color=PALETTE[i], marker=MARKERS[i], lw=1.3, label=row.kind)
+            start = statistics.median(row.values["ms"][0] for row in cell)
             proportional = [start * size / sizes[0] for size in sizes]
             own.plot(sizes, proportional, color=GREY, marker="", ls="--", lw=1.1, label="in proportion")
             ticks_at(own.xaxis, sizes[::2])
@@ -131,42 +125,36 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
+def measure(kind: str, operation: str, axis: str) -> Row:
+    """Measure every size of an axis; `expected` is the largest slope that the algebra allows."""
+    found = [cost(kind, operation, axis, size) for size in AXES[axis]]
+    values = {
+        "sizes": list(AXES[axis]),
+        "ms": [float(f"{v:.3g}") for v in found],
+        "slope": round(slope(AXES[axis], found), 2),
+        "expected": HIGHER.get((kind, operation, axis), EXPECTED[operation, axis]),
+    }
+    return Row(operation, kind, axis, "float32", values=values)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results and docs")
-    parser.add_argument("--draw", action="store_true", help="draw the saved result and measure nothing")
-    arguments = parser.parse_args()
+    script = Script(__file__, __doc__)
+    script.parser.add_argument("--draw", action="store_true", help="draw the saved result and measure nothing")
+    arguments = script.parse()
     if arguments.draw:
-        draw(json.loads(RESULTS.read_text())["rows"], PICTURE)
+        draw(read(script.results), PICTURE)
         return
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
     cells = [(k, o, a) for (o, a) in EXPECTED for k in KINDS if a != "rank" or k in RANKED]
-    rows: list[dict[str, Any]] = []
-    shown = Table("operation", "axis", "kind", "slope", "at most")
-    steep = []
-    for kind, operation, axis in track(cells, description="measuring"):
-        most = HIGHER.get((kind, operation, axis), EXPECTED[operation, axis])
-        values = [cost(kind, operation, axis, size) for size in AXES[axis]]
-        found = slope(AXES[axis], values)
-        rows.append(
-            {
-                "kind": kind,
-                "operation": operation,
-                "axis": axis,
-                "ms": [float(f"{v:.3g}") for v in values],
-                "slope": round(found, 2),
-                "expected": most,
-            }
-        )
-        shown.add_row(operation, axis, kind, f"{found:.2f}", str(most))
-        if found > most + SLACK:
-            steep.append(f"{kind}, {operation} over {axis}: {found:.2f} where {most} was expected")
-    OUT.print(shown)
+    rows = script.run([lambda cell=cell: measure(*cell) for cell in cells])
     if arguments.save:
-        sizes = {axis: list(values) for axis, values in AXES.items()}
-        RESULTS.write_text(json.dumps({**environment("cpu"), "sizes": sizes, "rows": rows}, indent=1) + "\n")
         draw(rows, PICTURE)
+    steep = [
+        "{}, {} over {}: {slope:.2f} where {expected} was expected".format(
+            row.kind, row.question, row.case, **row.values
+        )
+        for row in rows
+        if row.values["slope"] > row.values["expected"] + SLACK
+    ]
     if steep:
         raise SystemExit("\n".join(steep))
 

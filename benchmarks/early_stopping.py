@@ -13,28 +13,29 @@ threshold that is best there. They are judged on OTHERS, which they have not see
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from peftkit.bench.rows import Row
+from peftkit.bench.script import Script
 from peftkit.monitor import SecondValley
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "out" / "trajectories"
-RESULTS = Path(__file__).parent / "results" / "early_stopping.json"
 
 TUNED = ("digit-9", "movies")
 OTHERS = ("digit-8", "amazon")
 RATES = ("-slow", "", "-fast")
 WINDOWS = (5, 10, 20)
+#: rules that are held against other learning rates
+COMPARED = ("paper, window 10", "robust, window 5", "robust, window 10", "settling", "loss")
 
 
 @dataclass
@@ -197,8 +198,8 @@ def judge(rule: Rule, runs: Sequence[Run], everywhere: float | None = None) -> d
     return result
 
 
-def contest(rules: dict[str, Rule], runs: Sequence[Run], champion: str) -> dict[str, list[float]]:
-    """What the champion's regret is above that of each rule, of its timer on each task, and of one timer for all.
+def contest(rules: dict[str, Rule], runs: Sequence[Run], champion: str) -> list[Row]:
+    """Return by how much the champion's regret exceeds that of each rule, of its timer by task, and of one timer.
 
     In points of per cent, the mean over tasks, with the interval of 90 % of bootstrap samples of runs within them.
     """
@@ -210,14 +211,16 @@ def contest(rules: dict[str, Rule], runs: Sequence[Run], champion: str) -> dict[
         name: lambda run, name=name: run.regret(steps[name][id(run)]) for name in rules if name != champion
     }
     rivals |= {"its timer": lambda run: run.regret(own[run.task]), "one timer": lambda run: run.regret(one)}
-    result = {"regret": [100 * _mean([[r.regret(steps[champion][id(r)]) for r in here] for here in tasks.values()])]}
+    regret = 100 * _mean([[r.regret(steps[champion][id(r)]) for r in here] for here in tasks.values()])
+    rows = [Row("contest", champion, "regret", values={"gap": regret})]
     for name, rival in rivals.items():
         random = np.random.default_rng(0)
         gaps = [np.array([r.regret(steps[champion][id(r)]) - rival(r) for r in here]) for here in tasks.values()]
         samples = [_mean([gap[random.integers(0, len(gap), len(gap))] for gap in gaps]) for _ in range(2000)]
         low, high = (float(np.quantile(samples, q)) for q in (0.05, 0.95))
-        result[name] = [100 * _mean(gaps), 100 * low, 100 * high]
-    return result
+        values = {"gap": 100 * _mean(gaps), "low": 100 * low, "high": 100 * high}
+        rows.append(Row("contest", champion, name, values=values))
+    return rows
 
 
 def _mean(groups: Sequence[Sequence[float] | np.ndarray]) -> float:
@@ -225,9 +228,9 @@ def _mean(groups: Sequence[Sequence[float] | np.ndarray]) -> float:
     return float(np.mean([np.mean(group) for group in groups]))
 
 
-def null_model(walks: int = 300) -> dict[str, list[float]]:
-    """After how many windows a random walk has its second valley: 10 %, 50 % and 90 %, by window and mode."""
-    found = {}
+def null_model(walks: int = 300) -> list[Row]:
+    """Return after how many windows a random walk has its second valley: 10 %, 50 % and 90 %, by window and mode."""
+    rows = []
     for mode in ("paper", "robust"):
         for window in (5, 20, 100):
             random = np.random.default_rng(window)
@@ -240,85 +243,91 @@ def null_model(walks: int = 300) -> dict[str, list[float]]:
                         break
                 else:
                     at.append(float("inf"))
-            found[f"{mode}, window {window}"] = [float(np.quantile(at, q, method="nearest")) for q in (0.1, 0.5, 0.9)]
-    return found
+            quantiles = (("low", 0.1), ("median", 0.5), ("high", 0.9))
+            values = {name: float(np.quantile(at, q, method="nearest")) for name, q in quantiles}
+            rows.append(Row("random walk", f"{mode}, window {window}", "windows", values=values))
+    return rows
 
 
-def evaluate(runs: Sequence[Run]) -> dict[str, Any]:
+def evaluate(runs: Sequence[Run]) -> list[Row]:
+    """Return the rows of every question: runs, rules, contest, learning rates, noise, and the random walk."""
     tasks = {task: [run for run in runs if run.task == task] for task in dict.fromkeys(run.task for run in runs)}
     plain = [task for task in (*TUNED, *OTHERS) if task in tasks]
     for_tuning = [run for task in TUNED for rate in RATES for run in tasks.get(task + rate, [])]
+    thresholds = {name: tuned(signal, for_tuning) for name, (_, signal) in SIGNALS.items()}
     rules: dict[str, Rule] = {"never stop": lambda run: run.steps}
     for window in WINDOWS:
         for mode in ("paper", "authors", "robust"):
             rules[f"{mode}, window {window}"] = second_valley(window, mode)
-    thresholds = {name: tuned(signal, for_tuning) for name, (_, signal) in SIGNALS.items()}
-    for name, (_, signal) in SIGNALS.items():
-        rules[name] = below(signal, thresholds[name])
+    rules |= {name: below(signal, thresholds[name]) for name, (_, signal) in SIGNALS.items()}
     champion = min(SIGNALS, key=lambda name: _mean([[r.regret(rules[name](r)) for r in tasks[t]] for t in TUNED]))
     unseen = [run for task in OTHERS for rate in RATES for run in tasks.get(task + rate, [])]
-    judged: dict[str, Any] = {}
+    rows = []
+    for task, own in tasks.items():
+        values = {"runs": len(own), "steps": statistics.median(run.best for run in own)}
+        rows.append(Row("runs", "oracle", task, values=values))
     for name, rule in rules.items():
         everywhere = statistics.median(rule(run) for task in plain for run in tasks[task])
-        judged[name] = {task: judge(rule, tasks[task], everywhere) for task in plain}
-    compared = ("paper, window 10", "robust, window 5", "robust, window 10", "settling", "loss")
-    rates: dict[str, Any] = {}
+        threshold = {"threshold": thresholds[name]} if name in thresholds else {}
+        for task in plain:
+            rows.append(Row("rules", name, task, values=judge(rule, tasks[task], everywhere) | threshold))
+    rows += contest(rules, unseen, champion)
+    rows += learning_rates(rules, tasks)
+    for mode in ("paper", "robust"):
+        for share in (0.0, 0.001, 0.01):
+            rule = second_valley(10, mode, share)
+            rows += [Row("noise", f"{mode}, noise {share:.1%}", t, values=judge(rule, tasks[t])) for t in plain]
+    return [replace(row, values=rounded(row.values)) for row in (*rows, *null_model())]
+
+
+def learning_rates(rules: dict[str, Rule], tasks: dict[str, list[Run]]) -> list[Row]:
+    """Return what rules lose at a third and three times the learning rate, with the timer of the plain rate."""
+    rows = []
     for task in ("digit-9", "digit-8"):
         for rate in RATES:
             own = tasks.get(task + rate)
-            if own:
-                timers = {name: statistics.median(rules[name](run) for run in tasks[task]) for name in compared}
-                rates[task + rate] = {name: judge(rules[name], own, timers[name]) for name in compared}
-                rates[task + rate]["oracle"] = {"steps": statistics.median(run.best for run in own)}
-    noise = {
-        f"{mode}, noise {share:.1%}": {task: judge(second_valley(10, mode, share), tasks[task]) for task in plain}
-        for mode in ("paper", "robust")
-        for share in (0.0, 0.001, 0.01)
-    }
-    return {
-        "runs": {task: len(own) for task, own in tasks.items()},
-        "oracle": {task: statistics.median(run.best for run in own) for task, own in tasks.items()},
-        "rules": judged,
-        "thresholds": thresholds,
-        "champion": champion,
-        "contest": contest(rules, unseen, champion),
-        "learning rates": rates,
-        "noise": noise,
-        "random walk": null_model(),
-    }
+            if not own:
+                continue
+            for name in COMPARED:
+                timer = statistics.median(rules[name](run) for run in tasks[task])
+                rows.append(Row("learning rates", name, task + rate, values=judge(rules[name], own, timer)))
+            oracle = {"steps": statistics.median(run.best for run in own)}
+            rows.append(Row("learning rates", "oracle", task + rate, values=oracle))
+    return rows
 
 
-def rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return round(value, 3) if isinstance(value, float) else value
+def rounded(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with three decimals."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, list):
+            return [short(each) for each in value]
+        return round(value, 3) if isinstance(value, float) else value
+
+    return {name: short(value) for name, value in values.items()}
 
 
-def table(found: dict[str, Any]) -> Table:
-    tasks = list(found["rules"]["never stop"])
-    shown = Table(
-        "rule", *(f"{task}, {found['runs'][task]} runs" for task in tasks), title="regret: rule | timer | one timer, %"
-    )
-    for name, by_task in found["rules"].items():
-        cells = [
-            f"{j['regret']:.1f} | {j['timer']:.1f} | {j['one timer']:.1f}  @{j['steps']:.0f}" for j in by_task.values()
-        ]
-        shown.add_row(name, *cells)
+def table(rows: Sequence[Row]) -> Table:
+    """Return a table of rules by tasks."""
+    counts = {row.case: row.values["runs"] for row in rows if row.question == "runs"}
+    judged = [row for row in rows if row.question == "rules"]
+    tasks = list(dict.fromkeys(row.case for row in judged))
+    title = "regret: rule | timer | one timer, %"
+    shown = Table("rule", *(f"{task}, {counts[task]} runs" for task in tasks), title=title)
+    for name in dict.fromkeys(row.kind for row in judged):
+        cells = [row.values for row in judged if row.kind == name]
+        shown.add_row(
+            name, *("{regret:.1f} | {timer:.1f} | {one timer:.1f}  @{steps:.0f}".format_map(v) for v in cells)
+        )
     return shown
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
-    arguments = parser.parse_args()
-    found = rounded(evaluate(load()))
-    console = Console(width=150)
-    console.print(table(found))
-    console.print_json(json.dumps({key: found[key] for key in ("runs", "champion", "contest", "thresholds")}))
-    if arguments.save:
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    script = Script(__file__, __doc__)
+    script.parse()
+    rows = script.runner.measure([lambda: evaluate(load())])
+    script.print(table(rows))
+    script.show([row for row in rows if row.question == "contest"], "the champion's regret above that of others")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ and the figures are ratios of medians. Memory is the largest single allocation o
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
@@ -21,16 +19,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor, nn
 
 import peftkit as pk
+from peftkit.bench.rows import Row
+from peftkit.bench.script import Script
 from peftkit.monitor import CSMonitor
 from peftkit.wrapping.layer import installed_adapters
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples" / "digits"), str(ROOT / "examples")]
-RESULTS = Path(__file__).parent / "results" / "monitor.json"
 INTERVAL = 20
 
 #: options that fit every layer of the U-Net, or rules where one set does not
@@ -111,7 +109,8 @@ def largest(function: Callable[[], object]) -> int:
     return max(event.cpu_memory_usage for event in profile.events() or [])
 
 
-def measure(case: Case, kind: str, rounds: int) -> dict[str, float]:
+def measure(name: str, case: Case, kind: str, rounds: int) -> Row:
+    """Time training steps, measurements and naive measurements in turns."""
     torch.manual_seed(0)
     model = case.model
     pk.wrap(model, rules=case.rules(kind))
@@ -132,13 +131,13 @@ def measure(case: Case, kind: str, rounds: int) -> dict[str, float]:
     assert abs(monitor.measure().cs - naive(model)) < 1e-5
     seconds: dict[str, list[float]] = {"step": [], "measure": [], "naive": []}
     for _ in range(rounds):
-        for name, function in (("step", step), ("measure", monitor.measure), ("naive", lambda: naive(model))):
+        for what, function in (("step", step), ("measure", monitor.measure), ("naive", lambda: naive(model))):
             start = time.perf_counter()
             function()
-            seconds[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+            seconds[what].append(time.perf_counter() - start)
+    median = {what: statistics.median(values) for what, values in seconds.items()}
     weight = max(where.base.nbytes for where in installed_adapters(model, ["default"]))
-    result = {
+    values = {
         "weights": len(list(installed_adapters(model, ["default"]))),
         "step ms": round(1e3 * median["step"], 1),
         "added": round(median["measure"] / median["step"] / INTERVAL, 5),
@@ -147,24 +146,23 @@ def measure(case: Case, kind: str, rounds: int) -> dict[str, float]:
         "naive memory": round(largest(lambda: naive(model)) / weight, 3),
     }
     pk.unwrap(model)
-    return result
+    return Row("monitor", kind, name, "float32", values=values)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    for name, make in (("digits U-Net", digits), ("MiniLM", minilm)):
-        case = make()
+    script = Script(__file__, __doc__, rounds=15, kinds=tuple(KINDS))
+    arguments = script.parse()
+    cases = {"digits U-Net": digits(), "MiniLM": minilm()}
+    for case in cases.values():
         case.model.requires_grad_(False)
-        results[name] = {kind: measure(case, kind, arguments.rounds) for kind in track(KINDS, description=name)}
-    print(json.dumps(results, indent=2))
-    if arguments.save:
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    dear = [f"{n} {k}" for n, rows in results.items() for k, row in rows.items() if row["added"] > 0.01]
+    rows = script.run(
+        [
+            lambda name=name, case=case, kind=kind: measure(name, case, kind, arguments.rounds)
+            for name, case in cases.items()
+            for kind in arguments.kinds
+        ]
+    )
+    dear = [f"{row.case} {row.kind}" for row in rows if row.values["added"] > 0.01]
     if dear:
         sys.exit(f"measuring adds more than 1 % to the step of {', '.join(dear)}")
 

@@ -96,8 +96,8 @@ def replaced(text: str, name: str, table: str) -> str:
     return pattern.sub(lambda _: f"{start}\n\n{table}\n\n{end}", text)
 
 
-def checkpoint_line(measured: dict[str, dict[str, Any]]) -> str:
-    lora = measured["lora"]
+def checkpoint_line(measured: dict[str, Any]) -> str:
+    lora = next(row["values"] for row in measured["rows"] if row["kind"] == "lora")
     peer = ""
     if "lycoris / merge" in lora:
         peer = (
@@ -111,12 +111,23 @@ def checkpoint_line(measured: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def by_kind(found: dict[str, Any], question: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """kind -> case -> values, of the rows of a results file that answer a question."""
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in found["rows"]:
+        if row["question"] == question:
+            cells.setdefault(row["kind"], {})[row["case"]] = row["values"]
+    return cells
+
+
 def stopping(found: dict[str, Any]) -> str:
     """What stopping where a rule says costs, against timers; and what moves it."""
-    tasks = list(found["rules"]["never stop"])
-    runs = ", ".join(f"{found['runs'][task]} of {task}" for task in tasks)
+    rules, rates, noise, null = (by_kind(found, name) for name in ("rules", "learning rates", "noise", "random walk"))
+    counts = {task: row["runs"] for task, row in by_kind(found, "runs")["oracle"].items()}
+    tasks = list(rules["never stop"])
+    runs = ", ".join(f"{counts[task]} of {task}" for task in tasks)
     lines = [
-        f"Measured on {sum(found['runs'][task] for task in tasks)} runs that overfit ({runs}; six kinds of adapters, "
+        f"Measured on {sum(counts[task] for task in tasks)} runs that overfit ({runs}; six kinds of adapters, "
         "each with several draws of adapter and data; `python benchmarks/trajectories.py && python "
         "benchmarks/early_stopping.py`). Regret: the validation loss at the returned step over the best of the run, "
         "minus 1, in per cent. Timer: the same of a fixed step, the median of those the rule returned on that task. "
@@ -126,7 +137,7 @@ def stopping(found: dict[str, Any]) -> str:
         "| rule | " + " | ".join(f"{task}: regret (timer)" for task in tasks) + " |",
         "| --- |" + " ---: |" * len(tasks),
     ]
-    for name, by_task in found["rules"].items():
+    for name, by_task in rules.items():
         cells = [f"{row['regret']:.1f} ({row['timer']:.1f})" for row in by_task.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", *verdict(found)]
@@ -138,12 +149,12 @@ def stopping(found: dict[str, Any]) -> str:
         "| task | best step | paper, window 10 | robust, window 5 | robust, window 10 |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for task, row in found["learning rates"].items():
+    for task, oracle in rates["oracle"].items():
         cells = [
-            f"{row[name]['steps']:.0f}: {row[name]['regret']:.1f} ({row[name]['one timer']:.1f})"
+            "{steps:.0f}: {regret:.1f} ({one timer:.1f})".format_map(rates[name][task])
             for name in ("paper, window 10", "robust, window 5", "robust, window 10")
         ]
-        lines.append(f"| {task} | {row['oracle']['steps']:.0f} | " + " | ".join(cells) + " |")
+        lines.append(f"| {task} | {oracle['steps']:.0f} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "Noise of the measurement, as a share of the range of CS (median steps, window 10):",
@@ -151,10 +162,10 @@ def stopping(found: dict[str, Any]) -> str:
         "| rule | " + " | ".join(tasks) + " |",
         "| --- |" + " ---: |" * len(tasks),
     ]
-    for name, by_task in found["noise"].items():
+    for name, by_task in noise.items():
         lines.append(f"| {name} | " + " | ".join(f"{by_task[task]['steps']:.0f}" for task in tasks) + " |")
     walks = "; ".join(
-        f"{name}: {middle:.1f} ({low:.1f} to {high:.1f})" for name, (low, middle, high) in found["random walk"].items()
+        name + ": {median:.1f} ({low:.1f} to {high:.1f})".format_map(row["windows"]) for name, row in null.items()
     )
     lines += ["", f"Windows until a random walk shows its second valley, median (10 % to 90 %): {walks}."]
     return "\n".join(lines)
@@ -162,19 +173,19 @@ def stopping(found: dict[str, Any]) -> str:
 
 def verdict(found: dict[str, Any]) -> list[str]:
     """Whether a criterion that was searched for beats what is there, on what it was not chosen by."""
-    champion, contest = found["champion"], found["contest"]
+    ((champion, contest),) = by_kind(found, "contest").items()
+    own = contest["regret"]["gap"]
 
     def against(name: str) -> str:
-        gap, low, high = contest[name]
-        return f"{gap:+.1f} ({low:+.1f} to {high:+.1f})"
+        return "{gap:+.1f} ({low:+.1f} to {high:+.1f})".format_map(contest[name])
 
     rules = [name for name in contest if name.startswith(("paper", "authors", "robust"))]
-    best = max(rules, key=lambda name: contest[name][0])
-    beaten = all(contest[name][2] < 0 for name in (best, "its timer", "one timer"))
+    best = max(rules, key=lambda name: contest[name]["gap"])
+    beaten = all(contest[name]["high"] < 0 for name in (best, "its timer", "one timer"))
     assert not beaten, "a criterion beats rule and timers: it belongs into the library, and another sentence here"
     return [
         f"The best of the criteria on digit-9 and movies is {champion}. On the other tasks and their learning rates "
-        f"its regret is {contest['regret'][0]:.1f} points in the mean over tasks; against the best second-valley rule "
+        f"its regret is {own:.1f} points in the mean over tasks; against the best second-valley rule "
         f"({best}) that is {against(best)}, against a timer set to its own median on each task {against('its timer')}, "
         f"and against one timer for all of them {against('one timer')}, with the intervals that hold 90 % of bootstrap "
         "samples. It does not beat the timers, so the library does not offer it. What all this says: with windows that "
@@ -184,12 +195,14 @@ def verdict(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def watching_table(found: dict[str, dict[str, dict[str, float]]]) -> str:
-    rows = ["| adapter |" + "".join(f" {name} | ΔW built |" for name in found) + " memory¹ |"]
-    rows.append("| --- |" + " ---: | ---: |" * len(found) + " ---: |")
-    for kind in next(iter(found.values())):
-        cells = [f" {row[kind]['added']:.2%} | {row[kind]['naive']:.2%} |" for row in found.values()]
-        memory = max(row[kind]["memory"] for row in found.values())
+def watching_table(found: dict[str, Any]) -> str:
+    by = by_kind(found, "monitor")
+    models = list(next(iter(by.values())))
+    rows = ["| adapter |" + "".join(f" {name} | ΔW built |" for name in models) + " memory¹ |"]
+    rows.append("| --- |" + " ---: | ---: |" * len(models) + " ---: |")
+    for kind, row in by.items():
+        cells = [f" {row[name]['added']:.2%} | {row[name]['naive']:.2%} |" for name in models]
+        memory = max(row[name]["memory"] for name in models)
         rows.append(f"| `{kind}` |" + "".join(cells) + f" {memory:.2f} |")
     return "\n".join(
         [*rows, "", "¹ the largest allocation of a measurement over the largest weight; building ΔW takes 1."]
@@ -300,18 +313,21 @@ def overhead_table(found: dict[str, Any]) -> str:
     """µs beyond the frozen layer of one call that computes next to nothing."""
     ways = ("ours", "lycoris", "lycoris bypass", "peft")
     lines = ["| adapter | " + " | ".join(ways) + " |", "| --- |" + " ---: |" * len(ways)]
-    for kind, row in found["microseconds"].items():
-        lines.append(f"| `{kind}` | " + " | ".join(f"{row[way]:.0f}" if way in row else "" for way in ways) + " |")
+    for row in found["rows"]:
+        taken = row["values"]["microseconds"]
+        cells = [f"{taken[way]:.0f}" if way in taken else "" for way in ways]
+        lines.append(f"| `{row['kind']}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def routes_line(found: dict[str, Any]) -> str:
-    rows = found["rows"]
+    rows = [{"kind": row["kind"], "layer": row["case"], **row["values"]} for row in found["rows"]]
+    wrong = sum(row["over the other"] > 1.1 for row in rows)
     worst = max(rows, key=lambda row: row["over the other"])
     long = [row for row in rows if row["chosen"] == "dense" and row["training"] and row["positions"] >= 512]
     dense = max(long, key=lambda row: row["over the frozen layer"])
     return (
-        f'`route="auto"` counts operations and bytes. In {found["cells"] - found["wrong"]} of {found["cells"]} cells '
+        f'`route="auto"` counts operations and bytes. In {len(rows) - wrong} of {len(rows)} cells '
         "(kinds and ranks × layers × tokens × training or not) it takes the faster route or one within 10 % of it; at "
         f"worst {worst['over the other']:.2f} times the other ({worst['kind']}, {worst['layer']}, "
         f"{'training' if worst['training'] else 'inference'}; `python benchmarks/routes.py`). A training step on the "
@@ -322,7 +338,7 @@ def routes_line(found: dict[str, Any]) -> str:
 
 def shortcuts_table(found: dict[str, Any]) -> str:
     lines = ["| shortcut | |", "| --- | ---: |"]
-    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in found["shortcuts"].items())])
+    return "\n".join([*lines, *(f"| {row['case']} | {next(iter(row['values'].values()))} |" for row in found["rows"])])
 
 
 def headlines(unet: list[Row], merges: list[Row], steps: list[Row]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,12 @@ def error(model: nn.Module, x: Tensor, g: Tensor) -> float:
 
 def kept(model: nn.Module, x: Tensor) -> int:
     """Bytes that autograd keeps for backward, beyond the input and what the model holds anyway."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    return saved_bytes(lambda: model(x), [*model.parameters(), *model.buffers(), x])
+
+
+def saved_bytes(call: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
+    """Return the bytes that autograd keeps for the backward of a call, beyond tensors that are held anyway."""
+    own = {t.untyped_storage().data_ptr() for t in held}
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -90,6 +96,6 @@ def kept(model: nn.Module, x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(x)  # alive until all is counted, so that no address is used twice
+        out = call()  # alive until all is counted, so that no address is used twice
     del out
     return sum(found.values())

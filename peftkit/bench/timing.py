@@ -32,7 +32,12 @@ class Spread:
         return cls(statistics.median(values), cuts[0], cuts[-1])
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.p10:.2f}–{self.p90:.2f})"
+        return f"{_digits(self.median)} ({_digits(self.p10)}–{_digits(self.p90)})"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits without an exponent, as far as two decimals."""
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def contest(
@@ -71,6 +76,29 @@ def contest(
     finally:
         if collecting:
             gc.enable()
+    return seconds
+
+
+def gpu_contest(contestants: Mapping[str, Call], *, rounds: int = 11) -> dict[str, list[float]]:
+    """Seconds of the GPU per call of every contestant, as `contest`, each after a write that is larger than any cache.
+
+    The write also keeps the GPU busy while the host enqueues the call, so that the host's own time does not count.
+    """
+    cache = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    order, draw = list(contestants), random.Random(0)
+    for call in contestants.values():
+        call()
+    for _ in range(rounds):
+        draw.shuffle(order)
+        for name in order:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            cache.zero_()
+            start.record()
+            contestants[name]()
+            end.record()
+            torch.cuda.synchronize()
+            seconds[name].append(1e-3 * start.elapsed_time(end))
     return seconds
 
 

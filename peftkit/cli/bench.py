@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import shlex
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.progress import track
 
-from peftkit.bench import models, ops, rows, step
+from peftkit.bench import models, ops, report, rows, step
 from peftkit.bench.cases import MODELS, LayerShape
 from peftkit.bench.peers import KINDS, missing
 from peftkit.bench.rows import Row
-from peftkit.cli.terminal import DTYPES, ERR, OUT
+from peftkit.bench.runner import Runner
+from peftkit.cli.terminal import DTYPES, OUT
 from peftkit.errors import BenchError, OptionError
 
 app = typer.Typer(
@@ -60,7 +56,7 @@ def step_(
 
     Example: peftkit bench step --shapes 1280x1280@512 --peers lycoris,peft
     """
-    run = _Run(device, peers, kinds, dtypes, shapes, threads)
+    run = _Run("step", device, peers, kinds, dtypes, shapes, threads)
     run.measure(
         [
             lambda s=shape, k=kind, d=dtype: step.measure(s, k, d, device=device, peers=run.peers, rounds=rounds)
@@ -93,7 +89,7 @@ def ops_(
 
     Example: peftkit bench ops --operations dense,add --shapes llama --dtype bf16
     """
-    run = _Run(device, peers, kinds, dtypes, shapes, threads)
+    run = _Run("ops", device, peers, kinds, dtypes, shapes, threads)
     chosen = _chosen("--operations", operations, ops.OPERATIONS)
     run.measure(
         [
@@ -126,7 +122,7 @@ def merge_(
 
     Example: peftkit bench merge --shapes sd15-unet --peers lycoris,peft --dtype fp16
     """
-    run = _Run(device, peers, kinds, dtypes, shapes, threads)
+    run = _Run("merge", device, peers, kinds, dtypes, shapes, threads)
     run.measure(
         [
             lambda k=kind, d=dtype: models.merge(
@@ -155,7 +151,7 @@ def monitor_(
 
     Example: peftkit bench monitor --shapes vit
     """
-    run = _Run(device, "", kinds, dtypes, shapes, threads)
+    run = _Run("monitor", device, "", kinds, dtypes, shapes, threads)
     run.measure(
         [
             lambda k=kind, d=dtype: models.monitor(run.shapes, run.case, k, d, device=device, rounds=rounds)
@@ -181,7 +177,7 @@ def checkpoint_(
 
     Example: peftkit bench checkpoint --shapes sd15-unet --kinds lora
     """
-    run = _Run("cpu", "", kinds, dtypes, shapes, threads)
+    run = _Run("checkpoint", "cpu", "", kinds, dtypes, shapes, threads)
     run.measure(
         [
             lambda k=kind, d=dtype: models.checkpoint(run.shapes, run.case, k, d, rounds=rounds)
@@ -202,19 +198,22 @@ def compare(
 
     Example: peftkit bench compare before.json after.json
     """
-    OUT.print(rows.compared(rows.read(before), rows.read(after)))
+    for table in report.compared(rows.read(before), rows.read(after)):
+        OUT.print(table)
 
 
 class _Run:
-    """The choices of a command, checked; and what was measured."""
+    """The choices of a command, checked."""
 
-    def __init__(self, device: str, peers: str, kinds: str, dtypes: str, shapes: str, threads: int) -> None:
+    def __init__(
+        self, benchmark: str, device: str, peers: str, kinds: str, dtypes: str, shapes: str, threads: int
+    ) -> None:
         if device not in ("cpu", "cuda"):
             raise OptionError(f"--device {device}: cpu or cuda was expected")
         if device == "cuda" and not torch.cuda.is_available():
             raise BenchError("--device cuda was asked for, and torch finds no GPU here: use --device cpu")
         torch.set_num_threads(threads)
-        self.device = device
+        self.benchmark, self.device = benchmark, device
         self.peers = _chosen("--peers", peers, ("lycoris", "peft"))
         lacking = missing(self.peers)
         if lacking:
@@ -222,26 +221,16 @@ class _Run:
         self.kinds = _chosen("--kinds", kinds, tuple(KINDS))
         self.dtypes = [DTYPES[name] for name in _chosen("--dtype", dtypes, tuple(DTYPES))]
         self.case, self.shapes = shapes, _layers(shapes)
-        self.rows: list[Row] = []
 
     def measure(self, cells: Sequence[Callable[[], Row]], json: Path | None, plot: Path | None) -> None:
-        """Measure cell by cell; the file is written after each, so that an interrupted run has what it has."""
-        logging.getLogger("LyCORIS").setLevel(logging.ERROR)
-        command = "peftkit " + shlex.join(sys.argv[1:])
-        if json is not None:
-            json.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of peers, about how they are used
-            for cell in track(cells, description="measuring", console=ERR, transient=True):
-                self.rows.append(cell())
-                if json is not None:
-                    json.write_text(rows.dump(self.rows, self.device, command))
-        for question in dict.fromkeys(row.question for row in self.rows):
-            OUT.print(rows.table([row for row in self.rows if row.question == question], question))
+        """Measure cell by cell, show the rows, and draw them."""
+        found = Runner(self.benchmark, self.device, json).measure(cells)
+        for question in dict.fromkeys(row.question for row in found):
+            OUT.print(report.table([row for row in found if row.question == question], question))
         if json is not None:
             OUT.print(f"wrote {json}", soft_wrap=True)
         if plot is not None:
-            rows.draw(self.rows, plot)
+            report.draw(found, plot)
             OUT.print(f"wrote {plot}", soft_wrap=True)
 
 

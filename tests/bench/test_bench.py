@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from peftkit.bench import ops, rows, step
+from peftkit.bench import ops, report, rows, step
 from peftkit.bench.cases import MODELS, LayerShape
 from peftkit.bench.peers import KINDS
 from peftkit.bench.rows import Row
@@ -57,6 +57,7 @@ def test_peak_bytes_counts_what_is_alive_at_once() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_error_of_a_step_is_small_and_seen(kind: str) -> None:
     row = step.measure(SMALL, kind, torch.float32, peers=[], rounds=1)
+    assert row.error is not None
     assert 0 < row.error < 1e-5
     assert row.ratio["ours"].median > 0
 
@@ -95,7 +96,11 @@ def test_every_question_writes_rows_that_read_back(command: str, tmp_path: Path)
     expected = {"step": 4, "ops": 16, "merge": 2, "monitor": 2, "checkpoint": 2}[command]
     assert len(found) == expected
     assert all(row.ratio["ours"].median > 0 and row.reference_ms > 0 for row in found)
-    assert json.loads(out.read_text())["versions"]["torch"] == torch.__version__
+    written = json.loads(out.read_text())
+    assert written["benchmark"] == command
+    assert written["versions"]["torch"] == torch.__version__
+    assert (written["device"], written["threads"]) == ("cpu", 1)
+    assert written["processor"]
     compared = bench("compare", str(out), str(out))
     assert "1.00" in compared
 
@@ -140,7 +145,7 @@ def test_files_without_a_cell_in_common() -> None:
         return Row("step", kind, "a", "float32", "frozen layer", 1.0, {"ours": Spread(1.0, 1.0, 1.0)})
 
     with pytest.raises(FileError, match="no cell in common"):
-        rows.compared([row("lora")], [row("oft")])
+        report.compared([row("lora")], [row("oft")])
 
 
 def test_the_layers_of_models() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -13,11 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import peftkit as pk
-from benchmarks import roofline
 from peftkit import kernels
 from peftkit.delta import Hadamard
 from peftkit.errors import OptionError
@@ -151,53 +147,3 @@ def test_triton_where_it_cannot_run_says_why() -> None:
     with kernels.use("torch"), kernels.use("auto"), kernels.use("torch"):
         assert kernels.refusal("hadamard", [tensor], []) == "kernels.use('torch') is in force"
     assert kernels.refusal("hadamard", [tensor], []) == "PyTorch finds no GPU"
-
-
-class _Passes(TorchDispatchMode):
-    """How many matrices of a size the calls of PyTorch within the block read and write."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size, self.count = size, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            self.count += sum(isinstance(t, Tensor) and t.numel() == self.size for t in (*args, out))
-        return out
-
-
-@pytest.mark.parametrize("operator", roofline.OPERATORS, ids=lambda operator: operator.name)
-def test_the_roofline_counts_what_eager_does(operator: roofline.Operator) -> None:
-    """Its flops and passes over memory are those of the code that stands beside the kernel, and the two agree."""
-    m, n, r = 48, 64, 4
-    W, factors = roofline.inputs(m, n, r, "cpu", torch.float64)
-    with FlopCounterMode(display=False) as flops, _Passes(m * n) as passes:
-        eager = operator.eager(W, factors)
-    assert flops.get_total_flops() == 2 * operator.products[1] * m * n * r
-    assert passes.count == operator.passes[1]
-    ours = operator.kernel(W, factors)
-    for value, other in zip(ours, eager, strict=True):
-        assert torch.allclose(value, other)
-    for rows in roofline.modelled(operator, m, n, r).values():
-        assert rows["floor us"] <= rows["eager us"]
-
-
-@pytest.mark.parametrize("operator", [o for o in roofline.OPERATORS if o.lycoris], ids=lambda operator: operator.name)
-def test_the_roofline_asks_lycoris_for_the_same(operator: roofline.Operator) -> None:
-    W, factors = roofline.inputs(12, 8, 4, "cpu", torch.float32)
-    assert operator.lycoris is not None
-    for _ in range(2):
-        torch.testing.assert_close(operator.lycoris(W, factors), operator.eager(W, factors))
-
-
-def test_the_roofline_is_printed() -> None:
-    command = [sys.executable, "benchmarks/roofline.py", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    rows = json.loads(done.stdout)
-    assert len(rows) == len(roofline.OPERATORS) * len(roofline.SHAPES)
-    (merge,) = (row for row in rows if row["operator"] == "LoHa W + λΔW" and row["shape"] == [4096, 4096, 32])
-    # 2·4096² numbers of two bytes at 85 % of 3.35 TB/s
-    assert merge["H100"]["floor bytes"] == 4 * 4096**2
-    assert merge["H100"]["floor us"] == 23.6
