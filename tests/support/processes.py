@@ -7,20 +7,24 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+#: glibc maps blocks of their own, which return to the system when they are freed, from a size on that grows with what
+#: was freed before: with this it stays, so that the memory of a process is what the process holds
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
-def run_python(script: str, *arguments: object) -> Any:
+
+def run_python(script: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Any:
     """What a fresh interpreter prints, as JSON."""
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         check=False,
         timeout=240,
     )
