@@ -153,7 +153,7 @@ def attempt(name, prepare, out, **options):
     out.unlink(missing_ok=True)
 
 from peftkit.errors import FileError as pk_error
-from peftkit.files.formats import container, disk
+from peftkit.files.formats import disk
 for out in (folder / "old.safetensors", folder / "new.safetensors"):
     for moment in range(7):
         def progress(done, total, left=[moment]):
@@ -165,7 +165,7 @@ for out in (folder / "old.safetensors", folder / "new.safetensors"):
             class Os:
                 def __getattr__(self, name):
                     return die if name == call else getattr(os, name)
-            container.os = Os()
+            disk.os = Os()
         attempt(f"{out.stem} before {call}", prepare, out, verify=True)
     for size in (100, 50_000, 1_000_000):
         def limit(size=size):
