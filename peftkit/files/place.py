@@ -23,6 +23,7 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 def resolver_of(base: Base) -> tuple[Resolver, tuple[names.Family, ...]]:
+    """What finds the weights of a base by the names in adapter files, and the base's family where it is known."""
     layout = layouts.of_checkpoint(base.shapes)
 
     def place(canonical: str) -> Placement | None:
@@ -34,21 +35,21 @@ def resolver_of(base: Base) -> tuple[Resolver, tuple[names.Family, ...]]:
 
 def paths_of(base: Base) -> Iterator[tuple[str, Placement]]:
     """Module path -> its weight, and the projections of an nn.MultiheadAttention."""
+
+    def bias(key: str) -> str | None:
+        return key if key in base.where else None
+
     for key in base.where:
         path, _, last = key.rpartition(".")
+        prefix = key.removesuffix(last)
         if last == "weight":
-            bias = f"{path}.bias"
-            yield path, Placement(key, bias if bias in base.where else None)
+            yield path, Placement(key, bias(f"{prefix}bias"))
         elif last == "in_proj_weight" and len(base.info(key).shape) == 2:
             rows = base.info(key).shape[0] // 3
-            bias = f"{path}.in_proj_bias".lstrip(".")
-            own = bias if bias in base.where else None
             for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
-                yield f"{path}.{name}".lstrip("."), Placement(key, own, i * rows, (i + 1) * rows)
+                yield f"{prefix}{name}", Placement(key, bias(f"{prefix}in_proj_bias"), i * rows, (i + 1) * rows)
         elif last in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
             yield key.removesuffix("_weight"), Placement(key)
-    if "weight" in base.where:
-        yield "", Placement("weight", "bias" if "bias" in base.where else None)
 
 
 def require_addable(base: Base, key: str, where: str) -> None:
