@@ -22,6 +22,7 @@ from peftkit.files.convert import Converted, ConvertReport, Source, alpha_of
 from peftkit.files.entries import AdapterEntry, canonical_items, delta_of
 from peftkit.files.export.write import write_deltas
 from peftkit.files.families import names
+from peftkit.files.formats.disk import require_output
 from peftkit.files.formats.patch import AdapterFile
 from peftkit.files.kinds import cast, computing, dense, keep_of, shown, truncated
 from peftkit.files.read import Reading, read_all
@@ -45,6 +46,7 @@ def combine(
     base: nn.Module | str | os.PathLike[str] | None = None,
     other_base: bool = False,
     dtype: torch.dtype | None = None,
+    overwrite: bool | None = None,
     **reading: Unpack[Reading],
 ) -> ConvertReport:
     """Write Σ weight·ΔW of several adapter files as one file, module by module, in the format of the first.
@@ -64,6 +66,7 @@ def combine(
         base: for adapters that read theirs, whose ΔW holds for that base from then on.
         other_base: accept a base that a file was not trained on.
         dtype: of the tensors, by default that of the factors.
+        overwrite: replace what is at `out`, as `require_output` says; by default a file that is not an input.
         **reading: as in `read`.
 
     Returns:
@@ -91,10 +94,11 @@ def combine(
         raise OptionError(f"{len(sources)} file was given to combine, at least two were expected")
     for weight in sources.values():
         require_strength(weight)
+    path = require_output(out, [base, *sources], overwrite)
     with error_context(out, *sources):
         bundles = list(zip(sources, read_all(list(sources), **reading), strict=True))
         files = list(zip(canonical_items(bundles, base, other_base), sources.values(), strict=True))
-        return _written(_sums(files, way), [bundle for _, bundle in bundles], Path(out), dtype)
+        return _written(_sums(files, way), [bundle for _, bundle in bundles], path, dtype)
 
 
 # -- sums of ΔW --------------------------------------------------------------------------------------------------------

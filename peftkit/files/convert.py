@@ -22,6 +22,7 @@ from peftkit.delta.truncation import Keep
 from peftkit.errors import LossyError, OptionError, error_context
 from peftkit.files.entries import AdapterEntry, delta_of, items_of_file
 from peftkit.files.export.write import write_deltas
+from peftkit.files.formats.disk import require_output
 from peftkit.files.formats.patch import AdapterFile
 from peftkit.files.kinds import KINDS, Recipe, cast, computing, keep_of, kind_of, shown, truncated
 from peftkit.files.read import Reading, read
@@ -87,6 +88,7 @@ def convert(
     base: nn.Module | str | os.PathLike[str] | None = None,
     other_base: bool = False,
     dtype: torch.dtype | None = None,
+    overwrite: bool | None = None,
     **reading: Unpack[Reading],
 ) -> ConvertReport:
     """Write the ΔW of an adapter file as another kind, under the same names and in the same format.
@@ -103,6 +105,7 @@ def convert(
         base: for adapters that read theirs, whose ΔW holds for that base from then on.
         other_base: accept a base that the file was not trained on.
         dtype: of the tensors, by default that of the factors.
+        overwrite: replace what is at `out`, as `require_output` says; by default a file that is not an input.
         **reading: as in `read`.
 
     Returns:
@@ -132,7 +135,8 @@ def convert(
     def change(item: AdapterEntry) -> Delta:
         return goal.make(delta_of(item), Recipe(item.shape, keep, factor))
 
-    return _rewrite(source, out, change, base, other_base, dtype, exact, reading)
+    path = require_output(out, [source, base], overwrite)
+    return _rewrite(source, path, change, base, other_base, dtype, exact, reading)
 
 
 def resize(
@@ -145,6 +149,7 @@ def resize(
     base: nn.Module | str | os.PathLike[str] | None = None,
     other_base: bool = False,
     dtype: torch.dtype | None = None,
+    overwrite: bool | None = None,
     **reading: Unpack[Reading],
 ) -> ConvertReport:
     """Write every module of an adapter file as a LoRA of fewer ranks, the best of that rank there is.
@@ -158,6 +163,7 @@ def resize(
         base: for adapters that read theirs, whose ΔW holds for that base from then on.
         other_base: accept a base that the file was not trained on.
         dtype: of the tensors, by default that of the factors.
+        overwrite: replace what is at `out`, as `require_output` says; by default a file that is not an input.
         **reading: as in `read`.
 
     Returns:
@@ -178,13 +184,14 @@ def resize(
         'lora 1'
     """
     keep = Keep(rank, energy, threshold)
-    return _rewrite(source, out, lambda item: truncated(delta_of(item), keep), base, other_base, dtype, False, reading)
+    path = require_output(out, [source, base], overwrite)
+    return _rewrite(source, path, lambda item: truncated(delta_of(item), keep), base, other_base, dtype, False, reading)
 
 
 @torch.no_grad()
 def _rewrite(
     source: Source,
-    out: str | os.PathLike[str],
+    out: Path,
     change: Callable[[AdapterEntry], Delta],
     base: nn.Module | str | os.PathLike[str] | None,
     other_base: bool,
@@ -196,7 +203,7 @@ def _rewrite(
     with error_context(source, out):
         bundle = read(source, **reading)
         items = list(items_of_file(source, bundle, base, other_base))
-        return _changed(bundle, Path(out), items, change, dtype, exact)
+        return _changed(bundle, out, items, change, dtype, exact)
 
 
 def alpha_of(like: AdapterFile, deltas: Sequence[Delta]) -> float | None:

@@ -22,6 +22,7 @@ from peftkit.files.base import Base, open_base
 from peftkit.files.export.write import write_native
 from peftkit.files.families.layouts import Placement
 from peftkit.files.fingerprint import samples
+from peftkit.files.formats.disk import require_output
 from peftkit.files.kinds import Kind, Recipe, cast, computing, keep_of, kind_of
 from peftkit.files.patterns import Selection
 from peftkit.files.place import FLOATS, paths_of
@@ -95,6 +96,7 @@ def extract(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     allow_pickle: bool = False,
+    overwrite: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExtractReport:
     """Write what a tuned checkpoint adds to its base as an adapter file of this library; `export` takes it further.
@@ -114,6 +116,7 @@ def extract(
         dtype: of the tensors, by default that of the factors.
         seed: of the random projections.
         allow_pickle: read checkpoints that are pickles, as data.
+        overwrite: replace what is at `out`, as `require_output` says; by default a file that is not an input.
         progress: called with bytes read and bytes in all.
 
     Returns:
@@ -135,6 +138,7 @@ def extract(
     goal, keep = kind_of(kind, _KINDS), keep_of(rank, energy, threshold)
     if (keep is not None) != goal.ranked:
         raise OptionError(f"{kind} takes {'one of' if goal.ranked else 'none of'} rank, energy and threshold")
+    path = require_output(out, [tuned, base], overwrite)
     before, after = open_base(base, allow_pickle=allow_pickle), open_base(tuned, allow_pickle=allow_pickle)
     chosen, made = Selection(targets), _Extraction(goal, keep, factor, seed, dtype)
     with error_context(f"{tuned} and {base}", tuned, base):
@@ -146,8 +150,8 @@ def extract(
         raise MismatchError(
             f"{tuned} and {base} have no matrix that differs and that {chosen} matches: nothing to extract"
         )
-    size = write_native(Path(out), made.deltas, made.prints, Path(tuned).stem, dtype)
-    return made.report(Path(out), size)
+    size = write_native(path, made.deltas, made.prints, Path(tuned).stem, dtype)
+    return made.report(path, size)
 
 
 #: the kinds that a difference can be written as

@@ -26,7 +26,7 @@ from peftkit._version import __version__
 from peftkit.delta import Delta, Dense
 from peftkit.delta.addition import MergedWeight, add_, overflows, refuse_inert, rounded_to
 from peftkit.delta.window import window
-from peftkit.errors import FileError, MergeError, OptionError, error_context
+from peftkit.errors import FileError, MergeError, error_context
 from peftkit.files.base import Base
 from peftkit.files.bind import bind
 from peftkit.files.formats import container, disk, strict_json
@@ -59,6 +59,7 @@ def merge_checkpoint(
     origin: str | os.PathLike[str] | None = None,
     other_base: bool = False,
     verify: bool = False,
+    overwrite: bool | None = None,
     progress: Progress | None = None,
     **reading: Unpack[Reading],
 ) -> MergeReport:
@@ -78,6 +79,7 @@ def merge_checkpoint(
         origin: the base that the adapters were trained on.
         other_base: accept a base that a file was not trained on.
         verify: read everything back before it takes its name.
+        overwrite: replace what is at `out`, as `require_output` says; by default a file that is not an input.
         progress: called with bytes written and bytes in all.
         **reading: as in `read`.
 
@@ -89,7 +91,8 @@ def merge_checkpoint(
         WrongBaseError: a base that a file was not trained on.
         UnsupportedLayerError: a weight that ΔW cannot be added to, such as a quantised one.
         MergeError: a ΔW that is not finite, or that rounding loses whole.
-        FileError: a damaged file, or one that is replaced or written to while it is read.
+        FileError: a damaged file, one that is replaced or written to while it is read, or an `out` that may not be
+            written over.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -103,13 +106,10 @@ def merge_checkpoint(
         >>> report.changed, report.norm
         (('0.weight',), 2.0)
     """
+    target = disk.require_output(out, [base, origin, *adapters], overwrite)
     plan = plan_merge(base, adapters, dtype=dtype, rebase=rebase, origin=origin, other_base=other_base, **reading)
-    out = Path(out)
-    for path in adapters:
-        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):
-            raise OptionError(f"{out} is one of the adapters, and would be replaced by the model: name another file")
-    with error_context(out, base, *adapters):
-        return _merge(plan, out, verify, progress or (lambda done, total: None))
+    with error_context(target, base, *adapters):
+        return _merge(plan, target, verify, progress or (lambda done, total: None))
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
@@ -128,6 +128,11 @@ def _merge(plan: MergePlan, out: Path, verify: bool, progress: Progress) -> Merg
             if verify:
                 writer.verify(shard, Path(file.name))
         return MergeReport(tuple(writer.weights))
+    if out.suffix == ".safetensors":
+        raise FileError(
+            f"{plan.base.path} is a folder, and merging into it makes a folder; {out} is a file's name: "
+            "name one without a suffix"
+        )
     with disk.atomic_folder(out) as folder:
         for shard in plan.base.shards:
             target = folder / Path(shard).with_suffix(".safetensors")

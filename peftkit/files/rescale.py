@@ -19,7 +19,9 @@ from peftkit.files.formats.disk import Stamp
 from peftkit.files.patterns import Strength, Strengths
 
 
-def rescale(source: Source, factor: Strength, out: str | os.PathLike[str]) -> ConvertReport:
+def rescale(
+    source: Source, factor: Strength, out: str | os.PathLike[str], *, overwrite: bool | None = None
+) -> ConvertReport:
     """Write an adapter file again with ΔW times a factor; every other tensor and entry stays as it is.
 
     Args:
@@ -27,6 +29,7 @@ def rescale(source: Source, factor: Strength, out: str | os.PathLike[str]) -> Co
         factor: one number, or numbers by patterns over modules, of which the first that matches counts; a module that
             no pattern matches stays as it is.
         out: the file or the folder to write.
+        overwrite: replace what is at `out`, as `require_output` says; by default a file that is not `source`.
 
     Returns:
         A report of every module. Its errors are those of the tensors that were scaled, in their dtype.
@@ -48,8 +51,9 @@ def rescale(source: Source, factor: Strength, out: str | os.PathLike[str]) -> Co
         >>> pk.inspect(path).modules[0].norm, pk.inspect("weaker.safetensors").modules[0].norm
         (4.0, 2.0)
     """
+    path = disk.require_output(out, [source], overwrite)
     with error_context(source, out):
-        return _rescale(source, Strengths(factor), Path(out))
+        return _rescale(source, Strengths(factor), path)
 
 
 def _rescale(source: Source, factor: Strengths, target: Path) -> ConvertReport:

@@ -32,6 +32,7 @@ def save(
     portable: bool = False,
     training: Mapping[str, Any] | None = None,
     allow_zero: bool = False,
+    overwrite: bool | None = None,
 ) -> Path:
     """Write one adapter to a safetensors file that `load` needs nothing else to read.
 
@@ -46,6 +47,7 @@ def save(
         portable: also write what is derived from the base (LoLDU's factors), so that the file fits any base.
         training: JSON-able facts to keep in the header.
         allow_zero: write an adapter of which every ΔW is zero.
+        overwrite: False refuses a file that is there, which is replaced by default.
 
     Returns:
         The path.
@@ -66,8 +68,7 @@ def save(
     path = Path(path)
     if path.suffix != ".safetensors" or path.is_dir():
         raise FileError(f"{path}: a native file is called *.safetensors, {path.suffix or 'no suffix'!r} was given")
-    if not path.parent.is_dir():
-        raise FileError(f"there is no folder {path.parent} to write {path.name} in")
+    disk.require_output(path, overwrite=overwrite)
     require_dtype(dtype)
     name = one_name(model, name)
     own = {at.site: at for at in installed_adapters(model, [name])}

@@ -94,6 +94,7 @@ def export(
     title: str | None = None,
     training: Mapping[str, Any] | None = None,
     other_base: bool = False,
+    overwrite: bool | None = None,
     **reading: Unpack[Reading],
 ) -> ExportReport:
     """Write the adapters of a wrapped model, or of any adapter file, for another program.
@@ -114,6 +115,7 @@ def export(
         title: of the file, for its metadata; its name by default.
         training: entries of the metadata, such as kohya's ss_ and Stability's modelspec entries.
         other_base: accept a base that the file was not trained on.
+        overwrite: replace what is at `path`, as `require_output` says; by default a file that is not an input.
         **reading: as `read` takes them.
 
     Returns:
@@ -133,7 +135,7 @@ def export(
     """
     goal = programs.get(target)
     require_dtype(dtype)
-    path = Path(path)
+    path = disk.require_output(path, [source, base], overwrite)
     if not goal.folder and path.suffix != ".safetensors":
         raise OptionError(f"{path}: {goal.title} reads *.safetensors, {path.suffix or 'no suffix'!r} was given")
     request = _Request(path, goal, family, component, dtype, bake, title or path.stem, training or {})

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from peftkit.errors import FileError
+from peftkit.files.formats.temporaries import remove_stale, temporary_beside
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,50 @@ def require_stamp(path: Path, stamp: Stamp) -> None:
         pass
 
 
+def require_output(out: str | os.PathLike[str], inputs: Iterable[object] = (), overwrite: bool | None = None) -> Path:
+    """Check that a verb may write to a path. This is the rule of every verb that writes.
+
+    - What does not exist yet may be written, and so may an empty folder.
+    - overwrite=None, the library's default: a file is replaced, as `torch.save` does, unless it is one of the inputs or
+      part of one. A folder that has something in it is not replaced.
+    - overwrite=False, the command line's default: nothing that exists is replaced.
+    - overwrite=True, `--force` on the command line: inputs and folders are replaced too. A folder is replaced only if
+      each of its files is written anew, so no other file is lost with it.
+    - What is read-only is never replaced.
+
+    Args:
+        out: the file or the folder to write.
+        inputs: what is read to make it; whatever is no path (a model, None) is left out.
+        overwrite: see above.
+
+    Returns:
+        The path of `out`.
+
+    Raises:
+        FileError: `out` may not be written, or the folder it would be in does not exist.
+
+    Example:
+        >>> from peftkit.files.formats.atomic import require_output
+        >>> require_output("adapter.safetensors", ["tuned.safetensors"], overwrite=False)
+        PosixPath('adapter.safetensors')
+    """
+    path = Path(out)
+    _require_folder(path)
+    if not os.path.exists(path) or (path.is_dir() and not any(path.iterdir())):
+        return path
+    if not os.access(path, os.W_OK) or not path.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
+        raise FileError(f"{path} is read-only: name another output, or make it writable first")
+    if overwrite:
+        return path
+    read = next((each for each in inputs if isinstance(each, (str, os.PathLike)) and _is_of(path, Path(each))), None)
+    if read is not None:
+        which = "one of the inputs" if os.path.samefile(path, read) else f"part of {os.fspath(read)}, which is an input"
+        raise FileError(f"{path} is {which}, and would be replaced: name another output, or pass overwrite=True")
+    if overwrite is False or path.is_dir():
+        raise FileError(f"{path} is there already: name another output, or pass overwrite=True to replace it")
+    return path
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """Open a file to write, which takes its name when the block ends, on disk to the last byte.
@@ -72,7 +117,8 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     _require_folder(path)
     if path.is_dir():
         raise FileError(f"{path} is a folder, a file was expected")
-    temporary = _temporary(path)
+    remove_stale(path.parent)
+    temporary = temporary_beside(path)
     try:
         with temporary.open("xb") as file:
             yield file
@@ -92,22 +138,24 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Make a folder to fill, which takes its name when the block ends.
 
     Raises:
-        FileError: if the folder cannot be written, or if one of its name has anything in it.
+        FileError: if the folder cannot be written, or if one of its name holds a file that is not written anew.
     """
     _require_folder(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise FileError(f"{path} is there already: name a new folder, or remove it first")
-    temporary = _temporary(path)
+    if path.is_file():
+        raise FileError(f"{path} is a file, a folder was expected")
+    remove_stale(path.parent)
+    temporary = temporary_beside(path)
     try:
         temporary.mkdir()
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        if path.is_dir():
-            path.rmdir()
-        os.replace(temporary, path)
+        new = _files(temporary)
+        for name in new:
+            with (temporary / name).open("rb") as file:
+                os.fsync(file.fileno())
+        lost = sorted(_files(path) - new) if path.is_dir() else []
+        if lost:
+            raise FileError(f"{path} holds {lost[0]}, which would be lost: name a new folder, or move that file first")
+        _replace_folder(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
         raise FileError(f"{path} could not be written: {error}") from error
@@ -128,9 +176,32 @@ def _require_folder(path: Path) -> None:
         raise FileError(f"there is no folder {path.parent} to write {path.name!r} in")
 
 
-def _temporary(path: Path) -> Path:
-    """A name beside a file that is no longer than its own may be."""
-    return path.with_name(f".peftkit.{secrets.token_hex(4)}.tmp")
+def _is_of(path: Path, source: Path) -> bool:
+    """Whether a path that exists is an input, or lies in the folder that is one."""
+    if not os.path.exists(source):
+        return False
+    folder = source.parent if source.name.endswith(".index.json") else source
+    own, whole = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return os.path.samefile(path, source) or (folder.is_dir() and (own == whole or whole in own.parents))
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Give a folder the name of another, which is set aside until then and comes back if that fails."""
+    aside = new.with_suffix(".old") if path.is_dir() else None
+    if aside is not None:
+        os.replace(path, aside)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if aside is not None:
+            os.replace(aside, path)
+        raise
+    if aside is not None:
+        shutil.rmtree(aside)
 
 
 def _sync_folder(folder: Path) -> None:

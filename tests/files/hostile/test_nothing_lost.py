@@ -175,9 +175,9 @@ def test_a_refused_merge_onto_the_base_itself_leaves_the_base(at: Place) -> None
     path.write_bytes(corpus.KOHYA["up in infinity"])
     before = at.base.read_bytes()
     with pytest.raises(PeftkitError):
-        pk.merge_checkpoint(at.base, {path: 1.0}, at.base)
+        pk.merge_checkpoint(at.base, {path: 1.0}, at.base, overwrite=True)
     assert at.base.read_bytes() == before
-    pk.merge_checkpoint(at.base, {at.good: 1.0}, at.base)
+    pk.merge_checkpoint(at.base, {at.good: 1.0}, at.base, overwrite=True)
     expected = pair().a.weight.detach() + 0.5 * 2 * torch.ones(12, 8)
     assert torch.allclose(load_file(at.base)["a.weight"], expected)
 

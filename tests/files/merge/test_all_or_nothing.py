@@ -23,7 +23,7 @@ def test_the_base_may_be_overwritten_by_the_result(tmp_path: Path) -> None:
     base, file = prepared(tmp_path)
     pk.merge_checkpoint(base, {file: 0.7}, tmp_path / "out.safetensors")
     before = sorted(listing(tmp_path))
-    pk.merge_checkpoint(base, {file: 0.7}, base, verify=True)
+    pk.merge_checkpoint(base, {file: 0.7}, base, verify=True, overwrite=True)
     assert base.read_bytes() == (tmp_path / "out.safetensors").read_bytes()
     assert sorted(listing(tmp_path)) == before
 
@@ -39,7 +39,7 @@ def test_a_folder_is_never_written_over_another(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "model", state(net()), 6)
     file = write(tmp_path / "a.safetensors", lycoris_tensors({"lin": full(12, 8)}))
     before = listing(tmp_path)
-    with pytest.raises(FileError, match="there already"):
+    with pytest.raises(FileError, match="one of the inputs"):
         pk.merge_checkpoint(folder, {file: 1.0}, folder)
     assert listing(tmp_path) == before
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import peftkit as pk
-from peftkit.errors import FileError, MergeError, OptionError
+from peftkit.errors import FileError, MergeError
 from tests.support.files import header, listing, load, metadata, require_bits, write
 from tests.support.hands import exact, full, hand_merge, loha, lora, lycoris_tensors
 from tests.support.merging import prepared
@@ -132,6 +132,6 @@ def test_what_a_narrower_result_loses_is_measured_on_what_is_written(tmp_path: P
 def test_the_result_does_not_take_the_place_of_an_adapter(tmp_path: Path) -> None:
     base, file = prepared(tmp_path)
     before = file.read_bytes()
-    with pytest.raises(OptionError, match="one of the adapters"):
+    with pytest.raises(FileError, match="one of the inputs"):
         pk.merge_checkpoint(base, {file: 1.0}, file)
     assert file.read_bytes() == before
