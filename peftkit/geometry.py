@@ -199,8 +199,8 @@ class Geometry:
             channels = A.shape[1] // self.shape.positions
             own, kernel = (self._folded(gh, len(A)), self._folded(x, channels)), self._kernel(A, 1)
         else:
-            runs_of_h, runs_of_x = (*gh.shape[:-1], -1, len(A)), (*x.shape[:-1], -1, A.shape[1])
-            own, kernel = (gh.reshape(runs_of_h), x.reshape(runs_of_x)), A
+            runs = x.shape[-1] // A.shape[1]  # counted, since a -1 is ambiguous in an empty batch
+            own, kernel = (gh.reshape(*gh.shape[:-1], runs, len(A)), x.reshape(*x.shape[:-1], runs, A.shape[1])), A
         gx, gA = self.gradients(*own, kernel, for_x)
         return gx if gx is None else gx.reshape(x.shape), gA.reshape(len(gA), -1)
 

@@ -153,7 +153,8 @@ def _prove_alive(
             twin, weight = copy.deepcopy(at.adapter).eval(), at.base
             keys = stored_keys(twin, portable)
             fill(twin, weight, {key: back[dotted(site, key)].to(weight.device) for key in keys})
-            if allow_zero or twin(weight, 1.0).sqnorm() > 0:
+            delta = twin(weight, 1.0)
+            if allow_zero or not delta.is_matrix or delta.sqnorm() > 0:
                 return
     raise FileError(
         f"{path}: every ΔW is zero in the file, so loading it would do nothing; nothing was saved. "

@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from peftkit.adapters import registry
+from peftkit.adapters.base import Adapter
 from peftkit.adapters.options import require_dtype
 from peftkit.errors import DuplicateNameError, OptionError, TargetError, TiedWeightsError, UnsupportedLayerError
 from peftkit.kernels.blocks import accumulation_dtype
@@ -72,8 +73,9 @@ class Entry:
         pattern: the target that selected the weight.
         parameters: how many numbers the adapter trains.
         bytes: the memory they take.
-        route: how a training step on 4096 tokens or pixels computes: "factored", "dense", or "weight" where the weight
-            is read without its layer being called.
+        route: how a training step on 4096 tokens or pixels computes: "factored", "dense", "weight" where the weight
+            is read without its layer being called, or "input" where the change depends on the layer's input and has
+            no dense route.
     """
 
     site: Site
@@ -288,11 +290,21 @@ class _DryRun:
                 "input, but this weight is read without calling its layer; use rank_dropout or leave it out"
             )
         parameters = [p for p in adapter.parameters() if p.requires_grad]
-        route = "weight"
+        return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters), self._route(site, adapter, weight)
+
+    def _route(self, site: Site, adapter: Adapter, weight: Tensor) -> str:
+        """The route of a training step, as in `Entry.route`; raises where a weight is read and ΔW is no matrix."""
+        delta = adapter.delta(weight)
         if not site.read:
             narrow = accumulation_dtype(weight.dtype) != weight.dtype
-            route = choose([adapter.delta(weight)], shape, self.OUTPUTS, training=True, narrow=narrow)
-        return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters), route
+            route = choose([delta], site.slot.geometry.shape, self.OUTPUTS, training=True, narrow=narrow)
+            return route if delta.is_matrix else "input"
+        if not delta.is_matrix:
+            raise UnsupportedLayerError(
+                f"{site.label}: the change of {adapter.kind} depends on the layer's input, but this weight is read "
+                "without calling its layer; leave it out with `exclude`"
+            )
+        return "weight"
 
 
 def refuse_taken(targeted: Sequence[Site], name: str) -> None:

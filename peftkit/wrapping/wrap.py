@@ -155,6 +155,12 @@ def wrap(
         model, kind, targets=targets, exclude=exclude, rules=rules, name=name, tied=tied, dtype=dtype, **options
     )
     check_install([entry.site for entry in planned.entries], 1.0, route)
+    inputs = [entry for entry in planned.entries if entry.route == "input"]
+    if inputs and route == "dense":
+        raise OptionError(
+            f"{inputs[0].site.label}: route='dense' was given, but the change of {inputs[0].kind} depends on the "
+            "layer's input: no matrix stands for it. Leave route out"
+        )
     built: list[tuple[Site, Adapter]] = []
     for entry in planned.entries:
         matrix, shape = entry.site.matrix.detach(), entry.site.slot.geometry.shape
