@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit.errors import UnsupportedLayerError
-from peftkit.kernels.torch_private import output_padding, padding_by_side
+from peftkit.kernels.torch_private import output_padding, own_parameters, padding_by_side
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -270,7 +270,7 @@ class Geometry:
 
 def of(layer: nn.Module) -> Geometry:
     """The geometry of a Linear or convolution that has a weight (`wrapping.support` says which have)."""
-    weight = layer._parameters.get("weight") if isinstance(layer, LAYERS) else None
+    weight = own_parameters(layer).get("weight") if isinstance(layer, LAYERS) else None
     if weight is None:
         raise UnsupportedLayerError(
             f"a {type(layer).__name__} has no geometry: it is no Linear or convolution with a weight"

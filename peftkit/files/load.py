@@ -20,6 +20,7 @@ from peftkit.files.formats import native
 from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.read import Reading, read
 from peftkit.files.resolve import HINTS, Resolver, common, component_of, families_of
+from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.plan import refuse_taken
 from peftkit.wrapping.select import tied_with
 from peftkit.wrapping.sites import Site, dotted, sites
@@ -178,7 +179,7 @@ def _compare(
             where = f"{path}: {site.label}"
             shape, matrix = site.slot.geometry.shape, site.matrix.detach()
             found = misfit(part, shape, matrix.dtype, portable=bundle.portable, where=where)
-            if part.bias and site.module._parameters.get("bias") is not None:
+            if part.bias and own_parameters(site.module).get("bias") is not None:
                 found = replace(found, mismatched=(*found.mismatched, f"{where} has a bias, and {part.bias}"))
             if found:
                 misfits.append(_named(found, site.name))

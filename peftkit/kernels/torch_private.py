@@ -60,3 +60,18 @@ def output_padding(conv: nn.Module, x: Tensor, output_size: Sequence[int], spati
 def convolves_as(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Return whether a convolution computes its output by the method of `cls`."""
     return type(module)._conv_forward is cls._conv_forward  # type: ignore[attr-defined]
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return a module's own parameters by name, to read and to write past the properties of an adapted class."""
+    return module._parameters
+
+
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return a module's own children by name, in half the time that attributes take."""
+    return module._modules
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return a module's own buffers by name, to read and to write."""
+    return module._buffers

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.errors import PeftkitError
+from peftkit.kernels.torch_private import own_buffers
 from peftkit.wrapping.layer import installed_adapters, names_of
 
 
@@ -108,7 +109,7 @@ def _left_as_it_is(model: nn.Module) -> Iterator[None]:
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
-        for name, buffer in module._buffers.items()
+        for name, buffer in own_buffers(module).items()
         if buffer is not None
     ]
     for parameter in gradients:
@@ -121,7 +122,7 @@ def _left_as_it_is(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
         with torch.no_grad():
             for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer.copy_(before)
+                own_buffers(module)[name] = buffer.copy_(before)
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

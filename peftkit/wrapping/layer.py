@@ -19,7 +19,7 @@ from peftkit.adapters.base import Adapter
 from peftkit.delta import Delta
 from peftkit.errors import MergeStateError, UnknownAdapterError, did_you_mean
 from peftkit.geometry import Geometry
-from peftkit.kernels.torch_private import eager
+from peftkit.kernels.torch_private import eager, own_modules, own_parameters
 from peftkit.wrapping.backup import Merged
 from peftkit.wrapping.routes import changed, choose, dense
 from peftkit.wrapping.sites import Slot, dotted
@@ -77,7 +77,7 @@ class Adapted(nn.Module):
 
     def weight_of(self, slot: Slot) -> Tensor:
         """The slot's own part of its parameter, merged or not: a view that writes through."""
-        return slot.of(cast(Tensor, self._parameters[slot.parameter]))
+        return slot.of(cast(Tensor, own_parameters(self)[slot.parameter]))
 
     def base_of(self, slot_name: str) -> Tensor:
         """The slot's weight without what is merged into it, as a matrix (m, n)."""
@@ -87,9 +87,9 @@ class Adapted(nn.Module):
 
     def adapter(self, name: str, slot_name: str) -> Adapter | None:
         """The adapter called `name` on one of the module's weights, if there is one."""
-        held = cast(nn.Module, self._modules["adapters"])._modules.get(name)  # as self.adapters does, in half the time
+        held = own_modules(cast(nn.Module, own_modules(self)["adapters"])).get(name)
         if isinstance(held, nn.ModuleDict):
-            return cast("Adapter | None", held._modules.get(slot_name))
+            return cast("Adapter | None", own_modules(held).get(slot_name))
         return None if slot_name else cast("Adapter | None", held)
 
     def deltas(self, slot_name: str) -> list[Delta]:
@@ -137,7 +137,7 @@ class AdaptedLayer(Adapted):
         rows = plain and not g.spatial and input.dim() > 2 and input.is_contiguous()
         x = input.flatten(0, -2) if rows else input
         y = super().forward(x, *args, **kwargs)
-        bias = self._parameters["bias"] if "bias" in self._parameters else cast("Tensor | None", self.bias)
+        bias = own_parameters(self)["bias"] if "bias" in own_parameters(self) else cast("Tensor | None", self.bias)
         inputs = [(delta, F.dropout(x, p) if p else x) for delta, p in zip(deltas, drops, strict=True)]
         if len(inputs) > 1:  # those that read y come first: the others may write over it
             inputs.sort(key=lambda each: not each[0].reads_output)
@@ -182,7 +182,7 @@ class AdaptedParameters(Adapted):
 
     def effective(self, parameter_name: str) -> Tensor:
         """The parameter with every acting adapter's ΔW, in the parameter's dtype and shape."""
-        parameter = cast(Tensor, self._parameters[parameter_name])
+        parameter = cast(Tensor, own_parameters(self)[parameter_name])
         slots = {n: s for n, s in self.adapter_state.slots.items() if s.parameter == parameter_name}
         if not self.adapter_state.acting:
             return parameter

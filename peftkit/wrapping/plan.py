@@ -19,6 +19,7 @@ from peftkit.adapters.base import Adapter
 from peftkit.adapters.options import require_dtype
 from peftkit.errors import DuplicateNameError, OptionError, TargetError, TiedWeightsError, UnsupportedLayerError
 from peftkit.kernels.blocks import accumulation_dtype
+from peftkit.kernels.torch_private import own_modules
 from peftkit.wrapping.foreign import refuse_foreign
 from peftkit.wrapping.routes import choose
 from peftkit.wrapping.select import Selector, listed, patterns, reasons, tied_with
@@ -320,9 +321,9 @@ def refuse_taken(targeted: Sequence[Site], name: str) -> None:
     taken = [
         site.label
         for site in targeted
-        if isinstance(held := site.module._modules.get("adapters"), nn.ModuleDict)
+        if isinstance(held := own_modules(site.module).get("adapters"), nn.ModuleDict)
         and name in held
-        and (not site.slot_name or site.slot_name in held[name]._modules)
+        and (not site.slot_name or site.slot_name in own_modules(held[name]))
     ]
     if taken:
         raise DuplicateNameError(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peftkit.errors import TargetError, UnsupportedLayerError, did_you_mean
+from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.layer import Adapted, base_class
 from peftkit.wrapping.sites import Site, base_modules, dotted, sites, why_not
 
@@ -155,7 +156,7 @@ def _below(name: str, holder: str) -> bool:
 
 def _holds_matrices(module: nn.Module) -> bool:
     """Whether the module has a parameter of two or more dimensions."""
-    return any(p is not None and p.dim() > 1 for p in module._parameters.values())
+    return any(p is not None and p.dim() > 1 for p in own_parameters(module).values())
 
 
 def _class_names(module: nn.Module) -> list[str]:
@@ -183,7 +184,7 @@ def tied_with(model: nn.Module, targeted: Sequence[Site]) -> dict[str, str]:
     """Return, for each targeted site that shares its memory, the names of the other parameters in it."""
     owners: dict[Any, list[str]] = {}
     for module_name, module in model.named_modules():
-        for parameter_name, parameter in module._parameters.items():
+        for parameter_name, parameter in own_parameters(module).items():
             if parameter is not None:
                 owners.setdefault(_memory(parameter), []).append(dotted(module_name, parameter_name))
     shared: dict[str, str] = {}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftkit import geometry
 from peftkit.geometry import Geometry
+from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.support import calls_its_weight, is_layer, refusal, supported
 
 
@@ -45,7 +46,7 @@ class Site:
 
     @property
     def parameter(self) -> Tensor:
-        parameter = self.module._parameters[self.slot.parameter]
+        parameter = own_parameters(self.module)[self.slot.parameter]
         assert parameter is not None
         return parameter
 
@@ -101,7 +102,7 @@ def slots(module: nn.Module) -> dict[str, Slot]:
         return {}
     names = ("q_proj", "k_proj", "v_proj")
     width = module.embed_dim
-    if module._parameters["in_proj_weight"] is not None:
+    if own_parameters(module)["in_proj_weight"] is not None:
         square = Geometry(torch.Size((width, width)))
         return {name: Slot("in_proj_weight", square, i * width, (i + 1) * width) for i, name in enumerate(names)}
     sizes = (width, module.kdim, module.vdim)
@@ -115,7 +116,7 @@ def why_not(module: nn.Module) -> str | None:
     """Return why a module has no weight that can be adapted; None if it has one or is only a container."""
     if slots(module):
         return None
-    return refusal(module) if module._parameters or is_layer(module) else None
+    return refusal(module) if own_parameters(module) or is_layer(module) else None
 
 
 def _read_by_their_parent(model: nn.Module) -> set[int]:

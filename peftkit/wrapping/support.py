@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftkit.geometry import CONVOLUTIONS, LAYERS
-from peftkit.kernels.torch_private import convolves_as
+from peftkit.kernels.torch_private import convolves_as, own_parameters
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -23,7 +23,7 @@ def refusal(module: nn.Module) -> str | None:
     """Return why this module cannot be adapted, or None if it can."""
     if not isinstance(module, LAYERS):
         return f"{type(module).__name__} is not a Linear or a convolution"
-    weight = module._parameters.get("weight")
+    weight = own_parameters(module).get("weight")
     if weight is None:
         return f"its weight is not a parameter (a lazy, fused, weight-normed or parametrized {type(module).__name__})"
     if isinstance(weight, nn.parameter.UninitializedParameter):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
 from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError
+from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.layer import (
     Adapted,
     AdapterState,
@@ -229,9 +230,9 @@ def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str
     state = host.adapter_state
     state.route = route
     if untie and site.slot.parameter not in state.tied:
-        shared = cast(nn.Parameter, host._parameters[site.slot.parameter])
+        shared = cast(nn.Parameter, own_parameters(host)[site.slot.parameter])
         state.tied[site.slot.parameter] = shared
-        host._parameters[site.slot.parameter] = nn.Parameter(shared.detach().clone(), requires_grad=False)
+        own_parameters(host)[site.slot.parameter] = nn.Parameter(shared.detach().clone(), requires_grad=False)
     adapter.train(host.training)
     if site.slot_name:
         if name not in host.adapters:
@@ -317,7 +318,7 @@ def _check_removal(where: str, host: Adapted, names: Sequence[str], keep_merged:
 def _detach(host: Adapted, baked: bool) -> None:
     state = host.adapter_state
     if not baked:  # a merged copy stays untied: the shared weight never had the adapter in it
-        host._parameters.update(state.tied)
+        own_parameters(host).update(state.tied)
     del host.adapters, host.adapter_state
     cast(nn.Module, host).__class__ = base_class(host)
 
