@@ -15,6 +15,7 @@ def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120).stdout
 
 
+@pytest.mark.processes
 def test_import_is_light() -> None:
     """At most 150 ms beyond torch, the best of three, and nothing that only extras need."""
     code = (

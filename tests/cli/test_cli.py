@@ -104,6 +104,7 @@ def require_clear_error(ran: Ran, *words: str) -> None:
 # ---------------------------------------------------------------------------------------------- through the entry point
 
 
+@pytest.mark.processes
 def test_inspect_doctor_and_diff_of_a_file_with_an_odd_name(folder: Path) -> None:
     found = entry_point("inspect", folder / ODD)
     assert found.code == 0 and found.err == ""
@@ -113,6 +114,7 @@ def test_inspect_doctor_and_diff_of_a_file_with_an_odd_name(folder: Path) -> Non
     assert (sound.code, sound.out.strip(), sound.err) == (0, "sound", "")
 
 
+@pytest.mark.processes
 def test_a_stream_that_cannot_show_every_sign_still_gets_the_report(folder: Path) -> None:
     """As Windows gives a program whose output goes into a file."""
     latin = {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
@@ -121,6 +123,7 @@ def test_a_stream_that_cannot_show_every_sign_still_gets_the_report(folder: Path
     assert "1 modules in both, 0 of them equal" in ran.out and "2 only in the first" in ran.out
 
 
+@pytest.mark.processes
 def test_plan_and_merge_with_strengths_by_number_and_by_rules(folder: Path) -> None:
     rules = folder / "rules.json"
     rules.write_text(json.dumps({"lycoris_l*": -0.5, "bare.weight": 0, "*": 1.5}))
@@ -145,6 +148,7 @@ def test_plan_and_merge_with_strengths_by_number_and_by_rules(folder: Path) -> N
     require_bits(load(out), expected)
 
 
+@pytest.mark.processes
 def test_export_and_convert(folder: Path) -> None:
     exported = entry_point("export", folder / ODD, "-t", "comfyui", "-o", folder / "c.safetensors")
     assert exported.code == 0 and "for comfyui: 3 weights" in exported.out
@@ -153,6 +157,7 @@ def test_export_and_convert(folder: Path) -> None:
     assert pk.diff(folder / ODD, folder / "l.safetensors").equal
 
 
+@pytest.mark.processes
 def test_resize_rescale_and_combine(folder: Path) -> None:
     ran = entry_point("resize", folder / ODD, "--rank", "1", "-o", folder / "r.safetensors")
     assert ran.code == 0 and "lora 1" in ran.out and "3 modules" in ran.out
@@ -165,6 +170,7 @@ def test_resize_rescale_and_combine(folder: Path) -> None:
     assert {m["name"] for m in ran.json["modules"]} == {"lycoris_lin", "lycoris_bare", "lycoris_k1"}
 
 
+@pytest.mark.processes
 def test_extract(folder: Path) -> None:
     arguments = (
         folder / "tuned.safetensors",
@@ -180,6 +186,7 @@ def test_extract(folder: Path) -> None:
     torch.testing.assert_close(load(folder / "back.safetensors"), load(folder / "tuned.safetensors"))
 
 
+@pytest.mark.processes
 def test_an_error_is_one_message_without_a_traceback(folder: Path) -> None:
     before = listing(folder)
     out = folder / "out.safetensors"
@@ -467,6 +474,7 @@ def test_a_folder_of_peft_goes_in_and_out(folder: Path, peftkit: Callable[..., R
     assert not (folder / "small").exists()
 
 
+@pytest.mark.processes
 def test_monitor_draws_and_tells(tmp_path: Path, peftkit: Callable[..., Ran]) -> None:
     """A log becomes a picture, and is judged again by other windows."""
     log = tmp_path / "run.jsonl"

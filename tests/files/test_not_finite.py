@@ -122,6 +122,7 @@ except ExportError as error:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="the room of a process is limited through /proc")
 @pytest.mark.parametrize("kind", ["full", "lokr"])
 def test_a_change_that_memory_does_not_hold_is_refused_by_file_and_module(kind: str, tmp_path: Path) -> None:

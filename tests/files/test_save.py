@@ -98,6 +98,7 @@ def test_load_reports_names_and_strength(file: Path) -> None:
         pk.load(net, file)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_a_fresh_process_needs_only_the_file(case: str, tmp_path: Path) -> None:
     """One process for all cases: the last one checks them."""

@@ -30,6 +30,7 @@ def hadamard(m: int, n: int, r: int, dtype: torch.dtype = torch.float64) -> Hada
     return Hadamard(*(factor.requires_grad_() for factor in normal((m, r), (r, n), (m, r), (r, n), dtype=dtype)))
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("module, interpreted", [("interpreted", "1"), ("compiled", "0")])
 def test_in_another_process(module: str, interpreted: str) -> None:

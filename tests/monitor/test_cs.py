@@ -379,6 +379,7 @@ def _model(kind: str) -> nn.Sequential:
     return model
 
 
+@pytest.mark.processes
 def test_sharded_weights_are_summed_across_processes(tmp_path: Path) -> None:
     """FSDP2 over two processes: the same numbers on both, and those of the whole model."""
     found = distributed(_sharded, folder=tmp_path)

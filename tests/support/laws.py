@@ -21,7 +21,7 @@ from peftkit.delta import Decomposed, Delta
 from peftkit.delta.base import WeightCache
 from peftkit.errors import OptionError, UnsupportedLayerError
 from peftkit.wrapping.layer import Adapted
-from tests.support.numbers import close
+from tests.support import numbers
 from tests.support.zoo import ADAPTERS, make, train
 
 #: what a cell that has no meaning raises, at wrap
@@ -54,7 +54,7 @@ def the_delta(module: nn.Module, name: str = "default", strength: float = 1.0) -
 
 def agree(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, *terms: Tensor) -> None:
     """a is b to the bound of its dtype, the terms being what b is a sum of."""
-    close(a, b, BOUND[dtype], what, *terms)
+    numbers.close(a, b, BOUND[dtype], what, *terms)
 
 
 def terms(module: nn.Module, x: Tensor) -> list[Tensor]:

@@ -154,6 +154,7 @@ def _in_parallel() -> dict[str, list[Tensor]]:
     return found
 
 
+@pytest.mark.processes
 def test_ddp(tmp_path: Path) -> None:
     found = distributed(_in_parallel, folder=tmp_path)
     for kind in KINDS:

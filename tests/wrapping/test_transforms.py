@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import peftkit as pk
-from tests.support.laws import REFUSALS, close, wrapped
+from tests.support.laws import REFUSALS, agree, wrapped
 from tests.support.zoo import ADAPTERS
 
 LAYERS = ("linear", "conv2d k1", "conv2d k3", "conv2d g2 d2", "transposed2d")
@@ -49,7 +49,7 @@ def test_forward_mode_differentiates_the_input(cells: Iterator[tuple[str, nn.Mod
             with torch.set_grad_enabled(gradients), fwad.dual_level():
                 tangent = fwad.unpack_dual(module(fwad.make_dual(x, v))).tangent
             assert tangent is not None, cell
-            close(tangent, expected, torch.float64, cell, module(x))
+            agree(tangent, expected, torch.float64, cell, module(x))
 
 
 # what torch itself does at its first use of forward-mode AD
@@ -70,7 +70,7 @@ def test_forward_mode_differentiates_the_parameters(cells: Iterator[tuple[str, n
                 duals = {name: fwad.make_dual(p, along[name]) for name, p in values.items()}
                 tangent = fwad.unpack_dual(functional_call(module, duals, (x,))).tangent
             assert tangent is not None, cell
-            close((u * tangent).sum(), expected, torch.float64, cell, u.norm() * tangent.norm())
+            agree((u * tangent).sum(), expected, torch.float64, cell, u.norm() * tangent.norm())
 
 
 def test_functional_gradients_and_batches(cells: Iterator[tuple[str, nn.Module, Tensor]]) -> None:
@@ -80,14 +80,14 @@ def test_functional_gradients_and_batches(cells: Iterator[tuple[str, nn.Module, 
         expected = torch.autograd.grad(module(x).square().sum(), parameters)
         found = torch.func.grad(lambda p, m=module, x=x: functional_call(m, p, (x,)).square().sum())(trained(module))
         for one, other in zip(found.values(), expected, strict=True):
-            close(one, other, torch.float64, cell, *expected)
+            agree(one, other, torch.float64, cell, *expected)
         upstream = torch.randn(3, *module(x).shape, dtype=x.dtype)
         batch = torch.autograd.grad(module(x), parameters, upstream, is_grads_batched=True)
         for i, u in enumerate(upstream):
             for one, other in zip(batch, torch.autograd.grad(module(x), parameters, u), strict=True):
-                close(one[i], other, torch.float64, cell, other, *expected)
+                agree(one[i], other, torch.float64, cell, other, *expected)
         together = torch.func.vmap(module)(torch.stack([x, 2 * x]))
-        close(together, torch.stack([module(x), module(2 * x)]), torch.float64, cell)
+        agree(together, torch.stack([module(x), module(2 * x)]), torch.float64, cell)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -100,7 +100,7 @@ def test_a_trace_follows_the_parameters(cells: Iterator[tuple[str, nn.Module, Te
         traced = torch.jit.trace(module, (x,), check_trace=False)
         for parameter in pk.adapter_parameters(module):
             parameter.data.add_(0.01)
-        close(traced(x), module(x), torch.float64, cell)
+        agree(traced(x), module(x), torch.float64, cell)
 
 
 # what torch.compile itself does to trace an autograd function
@@ -119,4 +119,4 @@ def test_a_layer_compiles_in_one_graph(adapter: str, layer: str) -> None:
         y = function(x)
         results.append((y, *torch.autograd.grad(y.square().sum(), pk.adapter_parameters(module))))
     for one, other in zip(*results, strict=True):
-        close(one, other, torch.float64, "compiled", *results[1])
+        agree(one, other, torch.float64, "compiled", *results[1])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.errors import ChangedTensorError
 from peftkit.wrapping.routes import changed
-from tests.support.laws import close, wrapped
+from tests.support.laws import agree, wrapped
 from tests.support.processes import distributed
 from tests.support.zoo import ADAPTERS
 
@@ -79,7 +79,7 @@ def test_an_output_that_is_written_over(adapter: str, layer: str, route: str, wr
     module, x = wrapped(adapter, layer, route=route)
     ours, plain = (gradients(module, x, WRITERS[writer], dense) for dense in (False, True))
     for one, other in zip(ours, plain, strict=True):
-        close(one, other, torch.float64, "a gradient", *plain)
+        agree(one, other, torch.float64, "a gradient", *plain)
 
 
 def reduced(adapter: str, layer: str) -> list[list[float]]:
@@ -98,11 +98,12 @@ def every_reduction() -> dict[str, list[list[float]]]:
     return {adapter: reduced(adapter, layers_of(adapter)[0]) for adapter in ADAPTERS}
 
 
+@pytest.mark.processes
 def test_an_output_that_processes_sum_in_place(tmp_path: Path) -> None:
     for cells in distributed(every_reduction, folder=tmp_path):
         assert set(cells) == set(ADAPTERS)
         for adapter, (ours, plain) in cells.items():
-            close(torch.tensor(ours), torch.tensor(plain), torch.float64, adapter)
+            agree(torch.tensor(ours), torch.tensor(plain), torch.float64, adapter)
 
 
 @pytest.mark.parametrize("route", ["factored", "dense"])
@@ -128,7 +129,7 @@ def test_a_parameter_that_is_written_before_backward(adapter: str, layer: str, r
         assert raised, message
         return
     for one, other in zip(found, expected, strict=True):
-        close(one, other, torch.float64, "a gradient", *expected)
+        agree(one, other, torch.float64, "a gradient", *expected)
 
 
 def by_address(weight: Tensor) -> None:

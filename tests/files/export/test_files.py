@@ -199,6 +199,7 @@ _EXPORT_ALL = """
 import hashlib, sys
 from pathlib import Path
 import peftkit as pk
+from tests.support.cells import MIXED, TARGETS, of_kinds, out
 for target in TARGETS:
     path = out(Path(sys.argv[1]), target)
     pk.export(of_kinds(MIXED), path, target, family="sd15", training={"ss_epoch": 3, "ss_tag_frequency": {"a": {}}})
@@ -207,6 +208,7 @@ for target in TARGETS:
 """
 
 
+@pytest.mark.processes
 def test_the_same_export_gives_the_same_bytes_in_another_process(tmp_path: Path, capsys: Any) -> None:
     for name in ("here", "there"):
         (tmp_path / name).mkdir()

@@ -14,6 +14,8 @@ from tests.support import corpus
 from tests.support.bounds import SECONDS
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[corpus.Measured]:

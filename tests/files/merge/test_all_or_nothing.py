@@ -177,6 +177,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.processes
 def test_a_killed_process_or_a_full_disk_leaves_the_old_file_or_none(tmp_path: Path) -> None:
     """SIGKILL at every tensor, before the flush and before the rename; a disk that ends in header, tensor or copy."""
     base, file = prepared(tmp_path)

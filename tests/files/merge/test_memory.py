@@ -18,6 +18,8 @@ from peftkit.files.formats import container
 from tests.support.files import write
 from tests.support.processes import RETURN_FREED, run_python
 
+pytestmark = pytest.mark.processes
+
 MEMORY = """
 import json, os, sys, threading
 import torch, peftkit as pk
