@@ -17,7 +17,6 @@ from peftkit.delta import Decomposed, Delta, LowRank
 from peftkit.delta.base import recomputed
 from peftkit.geometry import Shape
 from peftkit.kernels.blocks import row_sqnorms
-from peftkit.kernels.torch_private import constant
 
 if TYPE_CHECKING:
     from peftkit.files.export.programs import Target
@@ -132,7 +131,8 @@ class DoRA(Adapter):
         own = self._base_sqnorms(weight)
         if self.detach_norm:
             with torch.no_grad():
-                cross, squares = map(constant, V.column_moments(weight) if self.columns else V.moments(weight))
+                moments = V.column_moments(weight) if self.columns else V.moments(weight)
+            cross, squares = (moment.detach() for moment in moments)  # to forward-mode AD too
         else:  # the norm takes part in the gradient, but nothing of the size of W waits for it
             cross, squares = recomputed(lambda W: self._moments(V, W), weight, lambda: V.factors)
         # t = m/‖W + V‖ is (1 + a)·(1 + b) with 1 + a = m/‖W‖ and 1 + b = ‖W‖/‖W + V‖ on the norms of the base it was

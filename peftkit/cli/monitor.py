@@ -71,7 +71,7 @@ def _seen(run: Path, window: int | None, mode: str | None) -> tuple[list[Any], i
     """The rows of a log as they are, or as another rule sees them, and the window."""
     from peftkit.monitor.fluctuation import MODES, SecondValley
     from peftkit.monitor.logs import read_run
-    from peftkit.monitor.replay import replay
+    from peftkit.monitor.rerun import replay
 
     log = read_run(run)
     logged = log.settings.get("window")

@@ -55,6 +55,7 @@ def write(make: Callable[[Path], Any], out: Path, dry_run: bool, as_json: bool) 
 
 
 def show(report: Any, as_json: bool, table: Table | None = None) -> None:
+    """Print a report as JSON, or as a table for people."""
     if as_json:
         sys.stdout.write(json.dumps(_plain(report), ensure_ascii=False, indent=2) + "\n")
         return
@@ -81,6 +82,7 @@ def _plain(value: Any) -> Any:
 
 
 def reading(dora_axis: str | None, alpha_zero: str | None, ignore: list[str] | None, allow_pickle: bool) -> Reading:
+    """Return the reading options of a command as the verbs on files take them."""
     return {"dora_axis": dora_axis, "alpha_zero": alpha_zero, "ignore": ignore or (), "allow_pickle": allow_pickle}
 
 
@@ -113,6 +115,7 @@ def _rules(path: Path) -> dict[str, float]:
 
 
 def number(text: str) -> float:
+    """Return the number that a text names, else raise OptionError."""
     try:
         return float(text)
     except ValueError:
@@ -120,6 +123,7 @@ def number(text: str) -> float:
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
+    """Return the dtype that --dtype names, None without it."""
     if name is not None and name not in DTYPES:
         raise OptionError(f"dtype {name!r} was given, one of {', '.join(DTYPES)} was expected")
     return None if name is None else DTYPES[name]

@@ -127,10 +127,12 @@ def described(patch: Patch) -> str:
 
 
 def alike(ours: Tensor, expected: Tensor) -> bool:
+    """Return whether two tensors have one shape, and are both of floating point or both not."""
     return ours.shape == expected.shape and ours.is_floating_point() == expected.is_floating_point()
 
 
 def shown(tensor: Tensor) -> str:
+    """Return a tensor's shape for a message, with the dtype where it is not of floating point."""
     return f"{tuple(tensor.shape)}" if tensor.is_floating_point() else f"{tuple(tensor.shape)} {tensor.dtype}"
 
 

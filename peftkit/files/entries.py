@@ -58,6 +58,7 @@ class AdapterEntry:
 
 
 def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]:
+    """Yield copies of one adapter of a model, weight by weight, in evaluation mode."""
     for at in installed_adapters(model, [one_name(model, name)]):
         geometry = at.slot.geometry
         yield AdapterEntry(

@@ -1,7 +1,8 @@
-"""Every name of torch's that is not public, in one place: each is tested to exist, and to mean what is said here."""
+"""What peftkit uses of torch that is not public, in one place; tests check that each name exists and means this."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import cast
 
@@ -30,13 +31,6 @@ def eager() -> bool:
 def transformed() -> bool:
     """Return whether a transform of torch.func runs, which knows nothing of functions with their own backward."""
     return not _compiling() and _transforming()
-
-
-def constant(tensor: Tensor) -> Tensor:
-    """Return the tensor as a constant to backward and, which `detach` does not, to forward-mode AD."""
-    if not _compiling() and forward_ad._current_level >= 0:
-        tensor = forward_ad.unpack_dual(tensor).primal
-    return tensor.detach()
 
 
 def version(tensor: Tensor) -> int | None:
@@ -75,3 +69,20 @@ def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """Return a module's own buffers by name, to read and to write."""
     return module._buffers
+
+
+def is_outermost_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether, in a hook of an optimiser's step, no other step of the same optimiser is running.
+
+    The step of a subclass that calls `super().step()` runs the hooks twice, and only the outer time counts.
+    """
+    frame, running = inspect.currentframe(), 0
+    while frame is not None:  # torch wraps the step of each class in a function of this name
+        running += frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return running <= 1
+
+
+def set_training(module: nn.Module, mode: bool) -> None:
+    """Set `module.training`, of this module alone, without the checks of `nn.Module.__setattr__`."""
+    object.__setattr__(module, "training", mode)  # nn.Module's own takes as long as a matrix product of an adapter

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import FrameType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -21,6 +19,7 @@ from peftkit.delta.base import WeightCache
 from peftkit.delta.distance import product
 from peftkit.errors import OptionError, UnknownAdapterError
 from peftkit.kernels.blocks import row_sqnorms
+from peftkit.kernels.torch_private import is_outermost_step, own_modules, set_training
 from peftkit.monitor.sharding import inner_and_sqnorm, local, sharded, whole
 from peftkit.monitor.spectrum import Spectrum, spectra
 from peftkit.wrapping.backup import checksum
@@ -143,7 +142,7 @@ class CSMonitor:
 
     def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimiser is called, and skips by itself
-        if (found_inf is not None and bool(found_inf)) or not _outermost(optimizer):
+        if (found_inf is not None and bool(found_inf)) or not is_outermost_step(optimizer):
             return
         try:
             self._step(None)
@@ -272,28 +271,18 @@ def _fingerprint(where: InstalledAdapter) -> object:
     return [checksum(tensor) for tensor in tensors] if all(tensor.is_cpu for tensor in tensors) else object()
 
 
-def _outermost(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether no other step of the same optimiser is running: a subclass that calls super().step() has two."""
-    frame: FrameType | None = sys._getframe(2)
-    running = 0
-    while frame is not None:  # torch hooks into each class's step by a function of this name
-        running += frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer
-        frame = frame.f_back
-    return running <= 1
-
-
 @contextmanager
 def _evaluating(adapters: Iterable[InstalledAdapter]) -> Iterator[None]:
     """ΔW without dropout."""
     held = (where.adapter for where in adapters)
-    training = [module for own in held for module in (own.modules() if own._modules else [own]) if module.training]
+    training = [module for own in held for module in (own.modules() if own_modules(own) else [own]) if module.training]
     for module in training:
-        object.__setattr__(module, "training", False)  # nn.Module's own takes as long as a matrix product here
+        set_training(module, False)
     try:
         yield
     finally:
         for module in training:
-            object.__setattr__(module, "training", True)
+            set_training(module, True)
 
 
 def _numbers(

@@ -4,96 +4,24 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peftkit._version import __version__
 from peftkit.errors import FileError, MergeStateError, MismatchError, OptionError
 from peftkit.files.formats import container
+from peftkit.monitor.advice import Advice, Criterion
 from peftkit.monitor.cs import CSMonitor, Record
-from peftkit.monitor.fluctuation import MODES, SecondValley, TurningPoint
+from peftkit.monitor.fluctuation import MODES, SecondValley
 from peftkit.monitor.logs import RESERVED, Log, Row, log_to
 from peftkit.monitor.random_walk import chance
 from peftkit.monitor.sharding import local
+from peftkit.monitor.snapshot import Snapshot
 from peftkit.wrapping.layer import adapted_modules
-
-
-class Criterion(Protocol):
-    """A rule that reads measurements one by one and says where overfitting started."""
-
-    found: TurningPoint | None
-    valleys: list[int]
-
-    def see(self, record: Record) -> float | None:
-        """One more measurement; what the rule makes of it, to be logged beside it."""
-        ...
-
-    @property
-    def wanted(self) -> tuple[int | None, int]:
-        """A measurement that may be the turning point, and the first of those to come that may."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The trained parameters after a measurement: copies in main memory, or the file that holds them."""
-
-    measurement: int
-    step: int
-    tensors: dict[str, Tensor] | None
-    path: Path | None = None
-
-    def read(self) -> dict[str, Tensor]:
-        if self.tensors is not None:
-            return self.tensors
-        assert self.path is not None
-        if not self.path.is_file():
-            raise FileError(f"{self.path}: the snapshot of step {self.step} was here and is gone")
-        try:
-            return load_file(self.path)
-        except SafetensorError as error:
-            raise FileError(f"{self.path}: the snapshot of step {self.step} is damaged: {error}") from error
-
-
-@dataclass(frozen=True)
-class Advice:
-    """What is known so far.
-
-    step: the optimiser steps after which overfitting started, None while no turning point is found; snapshot: the steps
-    of the copy nearest to it; detected: when that was known; windows: how many windows had been seen by then; chance:
-    the share of random walks that would have shown a turning point by as many windows, found or not: near a half, the
-    rule says what a timer would. diverged: measurements that were not finite and are left out.
-    """
-
-    step: int | None
-    snapshot: int | None
-    detected: int | None
-    windows: float
-    chance: float | None
-    valleys: tuple[int, ...]
-    diverged: int = 0
-
-    def __str__(self) -> str:
-        if self.step is None:
-            seen = f"{len(self.valleys)} valley{'' if len(self.valleys) == 1 else 's'} in {self.windows:.1f} windows"
-            lost = f"; {self.diverged} measurements were not finite and count for nothing" if self.diverged else ""
-            return f"no turning point yet: {seen}; go on, or keep the last weights{lost}"
-        by_chance = ""
-        if self.chance is not None:
-            by_chance = f", where {self.chance:.0%} of random walks show one"
-        return (
-            f"turning point at step {self.step}: seen at step {self.detected} after {self.windows:.1f} windows"
-            f"{by_chance}; restore() goes back to step {self.snapshot}"
-        )
 
 
 class EarlyStopping:

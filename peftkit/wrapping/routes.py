@@ -22,7 +22,7 @@ ROUTES = ("auto", "factored", "dense")
 
 
 def choose(deltas: Sequence[Delta], shape: Shape, outputs: int, training: bool, narrow: bool) -> str:
-    """ "factored" or "dense" by counted operations.
+    """Return "factored" or "dense", by counted operations.
 
     outputs: output positions of this call. training: the call is differentiated. narrow: it computes in 16 bits.
     """

@@ -65,6 +65,7 @@ def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tupl
     """Yield the model's modules by name, in order, without adapters and what is inside them.
 
     Args:
+        model: with or without adapters.
         every_name: a module in several places comes under each of its names, not just the first.
     """
     adapters = {

@@ -1,5 +1,6 @@
-"""The weights of the model families: each module's name and shape in diffusers and transformers, and its place in the
-checkpoint that the model was published in.
+"""The weights of the model families: each module's name and shape, and its place in the published checkpoint.
+
+Names are those of diffusers and transformers, and of the checkpoint that the model was published in.
 
 A generator states the structure of one network once, in both namings side by side; loops do the counting. `entry` is
 one line of it: the diffusers name, the original name, the shape of the weight.

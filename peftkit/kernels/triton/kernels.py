@@ -40,7 +40,8 @@ def hadamard_moments_kernel(out, base, factors):
 
 @triton.jit
 def hadamard_backward_kernel(out1, out2, gradient, factors, scale, RANK: tl.constexpr):
-    """out1[s], out2[s] = dB1, dB2 of scale·(B1·A1) ⊙ (B2·A2) from the s-th share of the columns of the gradient G:
+    """out1[s], out2[s] = dB1, dB2 of scale·(B1·A1) ⊙ (B2·A2) from the s-th share of the columns of the gradient G.
+
     dB1 = (scale·G ⊙ (B2·A2))·A1ᵀ. out1, out2 (s, m, r) fp32, gradient (m, n), r ≤ RANK.
 
     With G, Ai and Bi transposed and in each other's place, the same kernel gives dA1ᵀ and dA2ᵀ.

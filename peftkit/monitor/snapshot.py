@@ -1,0 +1,45 @@
+"""The trained parameters of a run as they were after one measurement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from peftkit.errors import FileError
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Holds the trained parameters after a measurement: copies in main memory, or the path of their file.
+
+    Attributes:
+        measurement: The number of the measurement, from 0.
+        step: The optimiser steps before it.
+        tensors: The parameters by name, None if they are in a file.
+        path: The file that holds them, else None.
+    """
+
+    measurement: int
+    step: int
+    tensors: dict[str, Tensor] | None
+    path: Path | None = None
+
+    def read(self) -> dict[str, Tensor]:
+        """Return the parameters by name.
+
+        Raises:
+            FileError: The file is gone or damaged.
+        """
+        if self.tensors is not None:
+            return self.tensors
+        assert self.path is not None
+        if not self.path.is_file():
+            raise FileError(f"{self.path}: the snapshot of step {self.step} was here and is gone")
+        try:
+            return load_file(self.path)
+        except SafetensorError as error:
+            raise FileError(f"{self.path}: the snapshot of step {self.step} is damaged: {error}") from error

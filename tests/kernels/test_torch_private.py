@@ -1,0 +1,185 @@
+"""Every function of kernels/torch_private: the names of torch that it uses exist, and mean what it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from peftkit.kernels import torch_private
+
+# what torch itself does for forward-mode AD and jit.trace
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
+
+def seen(answers: list[bool]) -> Any:
+    """A function of a tensor that records what `eager` and `transformed` say while it runs."""
+
+    def function(x: Tensor) -> Tensor:
+        answers[:] = [torch_private.eager(), torch_private.transformed()]
+        return x * 2
+
+    return function
+
+
+def test_eager_under_plain_autograd() -> None:
+    answers: list[bool] = []
+    seen(answers)(torch.ones(2, requires_grad=True)).sum().backward()
+    assert answers == [True, False]
+
+
+def test_not_eager_under_a_transform() -> None:
+    answers: list[bool] = []
+    torch.func.vmap(seen(answers))(torch.ones(2, 3))
+    assert answers == [False, True]
+    assert torch_private.eager(), "the transform is over"
+
+
+def test_not_eager_under_a_dispatch_mode() -> None:
+    answers: list[bool] = []
+    make_fx(seen(answers))(torch.ones(2))
+    assert answers == [False, False]
+
+
+def test_not_eager_under_jit_trace() -> None:
+    answers: list[bool] = []
+    torch.jit.trace(seen(answers), (torch.ones(2),), check_trace=False)
+    assert answers == [False, False]
+
+
+def test_not_eager_under_forward_mode() -> None:
+    answers: list[bool] = []
+    with forward_ad.dual_level():
+        seen(answers)(torch.ones(2))
+    assert answers == [False, False]
+
+
+def test_not_eager_while_compiling() -> None:
+    def function(x: Tensor) -> Tensor:
+        return x * (2 if torch_private.eager() or torch_private.transformed() else 3)
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 3.0))
+
+
+def test_version_counts_writes() -> None:
+    tensor = torch.ones(2)
+    before = torch_private.version(tensor)
+    assert before is not None
+    tensor.mul_(2)
+    assert torch_private.version(tensor) == before + 1
+    tensor[:1].zero_()
+    assert torch_private.version(tensor) == before + 2, "a write to a view counts"
+    with torch.inference_mode():
+        assert torch_private.version(torch.ones(2)) is None
+
+
+def test_padding_by_side() -> None:
+    conv = nn.Conv2d(2, 3, (3, 5), padding=(1, 2), padding_mode="reflect")
+    assert torch_private.padding_by_side(conv) == [2, 2, 1, 1]
+    x = torch.randn(1, 2, 7, 8)
+    padded = F.pad(x, torch_private.padding_by_side(conv), mode="reflect")
+    torch.testing.assert_close(F.conv2d(padded, conv.weight, conv.bias), conv(x))
+
+
+@pytest.mark.parametrize("size", [9, 10])
+def test_output_padding(size: int) -> None:
+    conv = nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1)
+    x = torch.randn(1, 2, 5, 5)
+    padding = torch_private.output_padding(conv, x, [size, size], 2)
+    out = F.conv_transpose2d(x, conv.weight, conv.bias, 2, 1, tuple(padding))
+    assert out.shape[2:] == (size, size)
+    torch.testing.assert_close(out, conv(x, output_size=[size, size]))
+
+
+def test_convolves_as() -> None:
+    class Same(nn.Conv2d):
+        pass
+
+    class Other(nn.Conv2d):
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(input, 2 * weight, bias)
+
+    assert torch_private.convolves_as(nn.Conv2d(2, 3, 1), nn.Conv2d)
+    assert torch_private.convolves_as(Same(2, 3, 1), nn.Conv2d)
+    other, x = Other(2, 3, 1, bias=False), torch.randn(1, 2, 4, 4)
+    assert not torch_private.convolves_as(other, nn.Conv2d)
+    torch.testing.assert_close(other(x), 2 * F.conv2d(x, other.weight))  # torch calls the method at every forward
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_outermost_step(base: type[torch.optim.Optimizer]) -> None:
+    """A hook runs once for a plain step; twice for a step within a step, of which the second is the outermost."""
+
+    class Own(base):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    parameter = nn.Parameter(torch.ones(1))
+    base([parameter], lr=0.1)  # torch wraps the step of a class when its first instance is made
+    for cls, expected in ((base, [True]), (Own, [False, True])):
+        optimizer = cls([parameter], lr=0.1)
+        answers: list[bool] = []
+
+        def hook(stepped: torch.optim.Optimizer, *_: Any, answers: list[bool] = answers) -> None:
+            answers.append(torch_private.is_outermost_step(stepped))
+
+        optimizer.register_step_post_hook(hook)
+        parameter.grad = torch.ones(1)
+        optimizer.step()
+        assert answers == expected
+    assert torch_private.is_outermost_step(optimizer), "outside a step, none is running"
+
+
+def test_set_training_reaches_this_module_alone() -> None:
+    module = nn.Sequential(nn.Dropout(0.5))
+    torch_private.set_training(module, False)
+    assert not module.training
+    assert module[0].training
+    torch_private.set_training(module[0], False)
+    x = torch.ones(16)
+    assert torch.equal(module(x), x), "torch reads the plain attribute"
+    torch_private.set_training(module[0], True)
+    assert module[0].training
+    assert module.eval().train()[0].training, "train() and eval() go on working"
+
+
+def test_own_tensors_and_modules_by_name() -> None:
+    """What torch itself reads, without what lies further inside, and open to writes past the attributes."""
+    module = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2, bias=False))
+    norm = module[0]
+    assert torch_private.own_parameters(norm) == {"weight": norm.weight, "bias": norm.bias}
+    assert torch_private.own_parameters(module[1])["bias"] is None, "a bias that is left out is there as None"
+    assert torch_private.own_parameters(module) == {}
+    assert torch_private.own_modules(module) == dict(module.named_children())
+    assert torch_private.own_buffers(norm) == dict(norm.named_buffers(recurse=False))
+    weight, mean, child = nn.Parameter(torch.ones(4)), torch.zeros(4), nn.Identity()
+    torch_private.own_parameters(norm)["weight"] = weight
+    torch_private.own_buffers(norm)["running_mean"] = mean
+    torch_private.own_modules(module)["1"] = child
+    assert norm.weight is weight
+    assert norm.running_mean is mean
+    assert module[1] is child
+
+
+def test_every_function_has_a_test() -> None:
+    names = {name for name, value in vars(torch_private).items() if callable(value) and not name.startswith("_")}
+    own = {name for name in names if getattr(torch_private, name).__module__ == torch_private.__name__}
+    assert own == {
+        "convolves_as",
+        "eager",
+        "is_outermost_step",
+        "output_padding",
+        "own_buffers",
+        "own_modules",
+        "own_parameters",
+        "padding_by_side",
+        "set_training",
+        "transformed",
+        "version",
+    }
