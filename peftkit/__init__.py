@@ -1,14 +1,17 @@
 """peftkit: adapters for PyTorch that say what ΔW is once; wrap, merge, save and export follow from it.
 
-What works on files is imported when it is first used.
+What works on files, `monitor` and `testing` are imported when they are first used.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peftkit import adapters as adapters
+from peftkit import delta as delta
+from peftkit import errors as errors
+from peftkit import kernels as kernels
 from peftkit._version import __version__ as __version__
 from peftkit.adapters.base import Adapter as Adapter
 from peftkit.adapters.registry import kinds as kinds
@@ -31,8 +34,59 @@ from peftkit.wrapping.wrap import project_ as project_
 from peftkit.wrapping.wrap import unwrap as unwrap
 from peftkit.wrapping.wrap import wrap as wrap
 
+__all__ = [
+    "Adapter",
+    "CheckReport",
+    "ConvertReport",
+    "Delta",
+    "ExportReport",
+    "ExtractReport",
+    "Inspection",
+    "LoadReport",
+    "MergePlan",
+    "MergeReport",
+    "Plan",
+    "Rule",
+    "__version__",
+    "adapter_parameters",
+    "adapter_state_dict",
+    "adapters",
+    "check",
+    "combine",
+    "convert",
+    "delta",
+    "diff",
+    "disabled",
+    "doctor",
+    "enabled",
+    "errors",
+    "export",
+    "extract",
+    "inspect",
+    "kernels",
+    "kinds",
+    "load",
+    "merge",
+    "merge_checkpoint",
+    "monitor",
+    "plan",
+    "plan_merge",
+    "project_",
+    "read",
+    "register",
+    "rescale",
+    "resize",
+    "restore",
+    "save",
+    "set_strength",
+    "testing",
+    "unwrap",
+    "wrap",
+]
+
 if TYPE_CHECKING:
     from peftkit import monitor as monitor
+    from peftkit import testing as testing
     from peftkit.files.combine import combine as combine
     from peftkit.files.convert import ConvertReport as ConvertReport
     from peftkit.files.convert import convert as convert
@@ -68,11 +122,12 @@ _ON_FILES = {
     "peftkit.files.save": ("save",),
 }
 _MODULES = {name: module for module, names in _ON_FILES.items() for name in names}
+_PACKAGES = ("monitor", "testing")
 
 
-def __getattr__(name: str) -> Any:
-    if name == "monitor":
-        return import_module("peftkit.monitor")
+def __getattr__(name: str) -> object:
+    if name in _PACKAGES:
+        return import_module(f"peftkit.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_MODULES[name]), name)
@@ -80,4 +135,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES, "monitor"})
+    return list(__all__)

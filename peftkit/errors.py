@@ -57,6 +57,10 @@ class MergeError(PeftkitError, RuntimeError):
     """A merge that would not do what it says: non-finite, or a weight that did not change."""
 
 
+class LawError(PeftkitError, AssertionError):
+    """An adapter does not keep a law. The message names the law, the layer, the difference and the bound."""
+
+
 class BenchError(PeftkitError, RuntimeError):
     """A benchmark that would time something wrong, or cannot run here."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
 
 import pytest
 
+import peftkit as pk
 from tests.support.paths import ROOT
 
 
@@ -26,6 +28,21 @@ def test_import_is_light() -> None:
     lines = [python(code).split() for _ in range(3)]
     assert all(line[1:] == [] for line in lines)
     assert min(float(line[0]) for line in lines) <= 0.150
+
+
+def test_dir_shows_public_names_only() -> None:
+    """Those of the API pages, with the modules among them; what the package itself is made of is not listed."""
+    assert dir(pk) == sorted(pk.__all__)
+    assert len(pk.__all__) == len(set(pk.__all__))
+    assert not {"annotations", "Any", "TYPE_CHECKING", "import_module", "geometry", "wrapping", "files"} & set(dir(pk))
+    modules = {name for name in dir(pk) if inspect.ismodule(getattr(pk, name))}
+    assert modules == {"adapters", "delta", "errors", "kernels", "monitor", "testing"}
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
+    documented = set(re.findall(r"^::: peftkit\.(\w+)$", pages, re.MULTILINE)) - modules
+    assert documented == set(dir(pk)) - modules - {"__version__"}
+    scope: dict[str, object] = {}
+    exec("from peftkit import *", scope)
+    assert scope.keys() >= set(dir(pk))
 
 
 @pytest.mark.parametrize(
