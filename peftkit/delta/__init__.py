@@ -1,4 +1,8 @@
-"""The structures a weight change can have, one per file. Each knows its algebra and no algorithm."""
+"""Structures of a weight change ΔW (m, n), one per file, each with its algebra.
+
+May import geometry, kernels and errors; knows no algorithm, no layer and no file. Public: `Delta`, which says what a
+structure must have, `InputDependent` for a change that is no matrix, and the structures below.
+"""
 
 from peftkit.delta.base import Delta as Delta
 from peftkit.delta.butterfly import Butterfly as Butterfly

@@ -2,7 +2,8 @@
 
     with peftkit.kernels.use("torch"): ...
 
-Nothing here needs Triton before a kernel first runs. The operators are in `ops`, the kernels in `triton`.
+May import errors only; takes tensors, returns tensors, and knows no layer, ΔW or adapter. Nothing needs Triton before a
+kernel first runs. Public: `use`. The operators are in `operators`, what they mean in `references`.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def test_an_output_that_processes_sum_in_place(tmp_path: Path) -> None:
     for cells in distributed(every_reduction, folder=tmp_path):
         assert set(cells) == set(ADAPTERS)
         for adapter, (ours, plain) in cells.items():
-            agree(torch.tensor(ours), torch.tensor(plain), torch.float64, adapter)
+            agree(*(torch.tensor(each, dtype=torch.float64) for each in (ours, plain)), torch.float64, adapter)
 
 
 @pytest.mark.parametrize("route", ["factored", "dense"])
