@@ -79,6 +79,13 @@ class _Request:
     title: str
     training: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        suffix = self.path.suffix
+        if not self.goal.folder and suffix != ".safetensors":
+            raise OptionError(
+                f"{self.path}: {self.goal.title} reads *.safetensors, {suffix or 'no suffix'!r} was given"
+            )
+
 
 def export(
     source: nn.Module | str | os.PathLike[str],
@@ -107,8 +114,7 @@ def export(
         target: "a1111", "forge", "comfyui", "kohya", "lycoris", "diffusers" or "peft".
         name: which adapter of a model that has several.
         base: the model or the checkpoint that a file is for, where ΔW or names depend on it.
-        family: the model's, for its names and labels ("sd15", "sdxl", "flux", …); found by names and shapes where
-            these say it.
+        family: the model's ("sd15", "sdxl", "flux", …), where names and shapes do not say it.
         component: which part of a pipeline the source is, where its names do not say it ("text_encoder_2").
         dtype: of the tensors, None for the one they have.
         bake: write ΔW itself for adapters that depend on their base.
@@ -116,28 +122,25 @@ def export(
         training: entries of the metadata, such as kohya's ss_ and Stability's modelspec entries.
         other_base: accept a base that the file was not trained on.
         overwrite: replace what is at `path`, as `require_output` says; by default a file that is not an input.
-        **reading: as `read` takes them.
+        **reading: as in `read`.
 
     Returns:
         How every weight went out, and with which error.
 
     Raises:
-        ExportError: if the program can hold neither an adapter nor its ΔW, or has no name for a module.
-        OptionError: if an option has a value it cannot take.
-        FileError: if a number is not finite, or vanishes, in that dtype.
-        WrongBaseError: if the file was trained on another base.
+        ExportError: the program can hold neither an adapter nor its ΔW, or has no name for a module.
+        FileError: a number is not finite, or vanishes, in that dtype.
 
     Example:
-        ```python
-        report = pk.export(model, "style.safetensors", "comfyui", family="sdxl")
-        print(report)
-        ```
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = pk.wrap(model, "full")
+        >>> _ = torch.nn.init.ones_(pk.adapter_parameters(model)[0])
+        >>> pk.export(model, "style", "peft").weights[0].structure
+        'lora'
     """
     goal = programs.get(target)
     require_dtype(dtype)
     path = disk.require_output(path, [source, base], overwrite)
-    if not goal.folder and path.suffix != ".safetensors":
-        raise OptionError(f"{path}: {goal.title} reads *.safetensors, {path.suffix or 'no suffix'!r} was given")
     request = _Request(path, goal, family, component, dtype, bake, title or path.stem, training or {})
     if isinstance(source, nn.Module):
         return _export(list(items_of_model(source, name)), request)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from peftkit.delta import Dense
 from peftkit.errors import OptionError, did_you_mean
 from peftkit.geometry import Shape
 
@@ -106,7 +107,7 @@ class Target:
     @property
     def dense(self) -> bool:
         """Whether it reads a whole ΔW."""
-        return "full" in self.reads
+        return Dense.structure in self.reads
 
     def refusal(self, structure: str, shape: Shape) -> str:
         """Return why it would not read this structure on a weight of this shape, "" where it does."""
