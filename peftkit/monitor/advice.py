@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from peftkit.monitor.cs import Record
 from peftkit.monitor.fluctuation import TurningPoint
+from peftkit.monitor.record import Record
 
 
 class Criterion(Protocol):

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -20,69 +20,51 @@ from peftkit.delta.distance import product
 from peftkit.errors import OptionError, UnknownAdapterError
 from peftkit.kernels.blocks import row_sqnorms
 from peftkit.kernels.torch_private import is_outermost_step, own_modules, set_training
+from peftkit.monitor.record import Record
 from peftkit.monitor.sharding import inner_and_sqnorm, local, sharded, whole
-from peftkit.monitor.spectrum import Spectrum, spectra
+from peftkit.monitor.spectrum import spectra
 from peftkit.wrapping.backup import checksum
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, names_of
 
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Record:
-    """One measurement of the adapted weights of a model.
-
-    per_module: cos(ΔW, W) = <ΔW, W>/(‖ΔW‖·‖W‖) by weight, 0 where a norm is 0; norms: ‖ΔW‖_F; ratios: ‖ΔW‖_F/‖W‖_F.
-    An adapter is measured at strength 1; where there are several, these are of Σ λᵢ·ΔWᵢ and `alone` has each.
-    step: the optimiser steps before it. lr: the largest of the adapters' learning rates, where it is known.
-    gradients: the norm of every adapter's gradient by weight; spectra: ranks of ΔW; sizes: the numbers in each W, for
-    a weighed mean; all three where asked for.
-    """
-
-    step: int
-    per_module: dict[str, float]
-    norms: dict[str, float]
-    ratios: dict[str, float]
-    lr: float | None = None
-    gradients: dict[str, float] = field(default_factory=dict)
-    alone: dict[str, Record] = field(default_factory=dict)
-    spectra: dict[str, Spectrum] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def cs(self) -> float:
-        """The mean of `per_module`, over every adapted weight whether it has moved or not, weighed by `sizes`."""
-        if not self.sizes:
-            return math.fsum(self.per_module.values()) / len(self.per_module)
-        total = sum(self.sizes[site] for site in self.per_module)
-        return math.fsum(self.sizes[site] * cosine for site, cosine in self.per_module.items()) / total
-
-    @property
-    def ratio(self) -> float:
-        """The mean of `ratios`."""
-        return math.fsum(self.ratios.values()) / len(self.ratios)
-
-    @property
-    def finite(self) -> bool:
-        """Whether every number is; else the run has diverged."""
-        return all(map(math.isfinite, self.per_module.values())) and all(map(math.isfinite, self.norms.values()))
-
-    @property
-    def zero(self) -> bool:
-        """Whether nothing has moved, so that there is no cosine to speak of."""
-        return not any(self.norms.values())
-
-
 class CSMonitor:
-    """Measures an adapted model after every `interval` optimiser steps.
+    """Measures an adapted model after every `interval` optimiser steps, and passes each Record to its listeners.
 
-    name: one adapter, or None for all. optimizer: counts its own steps from then on, leaving out those that a gradient
-    scaler skips; without one, call `step` after each. gradients: record their norms too. spectra: add the effective and
-    stable rank of every ΔW to one in so many measurements; 0 for none. weighed: let every weight count in the mean by
-    how many numbers it has, so that a tiny one whose cosine jumps does not lead. A measurement goes to every one of
-    `listeners`. ΔW is that of evaluation: dropout has no part in it. What follows from a frozen W alone is kept;
-    writes to it through `.data`, which torch does not see, are not seen. A weight that does not lie in memory as its
-    matrix (channels_last, transposed convolutions) is copied while it is read; no other matrix of W's size is made.
+    ΔW is measured as in evaluation, without dropout. Nothing of the size of W is built, except that a weight that does
+    not lie in memory as its matrix (channels_last, transposed convolutions) is copied while it is read.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter to measure, None for all of them together.
+        interval: How many optimiser steps lie between two measurements.
+        optimizer: Counts its own steps from now on, without steps that a gradient scaler skips. Without an optimizer,
+            call `step` after each of its steps.
+        gradients: Record the norms of the adapters' gradients too.
+        spectra: Add the effective and the stable rank of every ΔW to one in so many measurements; 0 adds none.
+        weighed: Weigh the mean cosine by the sizes of the weights, so that a tiny weight whose cosine jumps counts
+            little.
+
+    Attributes:
+        listeners: Functions of a Record, called with every measurement.
+        steps: The optimiser steps counted so far.
+
+    Raises:
+        OptionError: An argument is of the wrong type or out of range.
+        UnknownAdapterError: The model has no adapter, or none of this name.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> report = pk.wrap(model, "lora", rank=2)
+        >>> optimizer = torch.optim.SGD(pk.adapter_parameters(model), lr=0.1)
+        >>> monitor = pk.monitor.CSMonitor(model, interval=2, optimizer=optimizer)
+        >>> monitor.listeners.append(lambda record: print(record.step, sorted(record.norms)))
+        >>> for _ in range(4):
+        ...     model(torch.ones(3, 8)).sum().backward()
+        ...     optimizer.step()
+        2 ['0', '2']
+        4 ['0', '2']
     """
 
     def __init__(
@@ -116,7 +98,14 @@ class CSMonitor:
     # -- counting steps -----------------------------------------------------------------------------------------
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count the optimiser's steps, also where another object steps it (a scaler, accelerate, a trainer)."""
+        """Count an optimiser's steps, also where another object makes them (a scaler, accelerate, a trainer).
+
+        Args:
+            optimizer: A torch optimiser, or accelerate's wrapper of one.
+
+        Raises:
+            OptionError: It is no optimiser.
+        """
         self.detach()
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner
@@ -129,13 +118,23 @@ class CSMonitor:
         self._hook = optimizer.register_step_post_hook(self._stepped)
 
     def detach(self) -> None:
-        """Stop counting."""
+        """Stop counting the optimiser's steps."""
         if self._hook is not None:
             self._hook.remove()
         self._hook = self._optimizer = None
 
     def step(self, lr: float | None = None) -> Record | None:
-        """Say that the optimiser made a step; the measurement, if one was due. lr: its learning rate."""
+        """Count one optimiser step, and return the measurement if one was due.
+
+        Args:
+            lr: The learning rate to record.
+
+        Returns:
+            The measurement; None between two of them, and while every ΔW is 0.
+
+        Raises:
+            OptionError: The monitor counts the steps of its optimizer by itself.
+        """
         if self._hook is not None:
             raise OptionError("step() was called, but this monitor counts the steps of its optimizer by itself")
         return self._step(None if lr is None else float(lr))
@@ -165,7 +164,7 @@ class CSMonitor:
         return record
 
     def learning_rate(self) -> float | None:
-        """The largest among the groups of the optimizer that hold the adapters' parameters."""
+        """Return the largest rate of the optimizer's groups with adapters' parameters, None without an optimizer."""
         if self._optimizer is None:
             return None
         groups = self._optimizer.param_groups
@@ -178,7 +177,23 @@ class CSMonitor:
 
     @torch.no_grad()
     def measure(self, lr: float | None = None) -> Record:
-        """The model as it is now. lr: to be recorded; by default that of the optimizer."""
+        """Measure the model as it is now.
+
+        Args:
+            lr: The learning rate to record, by default the optimizer's.
+
+        Returns:
+            The measurement, which goes to no listener.
+
+        Raises:
+            UnknownAdapterError: The adapter was taken off the model.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(8, 4))
+            >>> report = pk.wrap(model, "lora", rank=2)
+            >>> pk.monitor.CSMonitor(model).measure().zero
+            True
+        """
         everything = self._placed()
         sites: dict[str, list[InstalledAdapter]] = {}
         for where in everything:
@@ -225,7 +240,7 @@ class CSMonitor:
         sizes: dict[str, int],
         alone: dict[str, Record] | None = None,
     ) -> Record:
-        """numbers: <ΔW, W>, ‖ΔW‖² and ‖W‖² by weight."""
+        """A record of <ΔW, W>, ‖ΔW‖² and ‖W‖² by weight."""
         cosines, norms, ratios = {}, {}, {}
         for site, (inner, square, base) in numbers.items():
             norm, size = math.sqrt(0.0 if square < 0 else square), math.sqrt(base)  # NaN stays NaN
@@ -256,9 +271,11 @@ class CSMonitor:
     # -- going on after a stop ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the counts of steps and measurements, for `load_state_dict`."""
         return {"steps": self.steps, "measurements": self.measurements}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting from what `state_dict` returned."""
         self.steps, self.measurements = int(state["steps"]), int(state["measurements"])
 
 
@@ -273,7 +290,7 @@ def _fingerprint(where: InstalledAdapter) -> object:
 
 @contextmanager
 def _evaluating(adapters: Iterable[InstalledAdapter]) -> Iterator[None]:
-    """ΔW without dropout."""
+    """Adapters in evaluation mode within the block, so that ΔW has no dropout."""
     held = (where.adapter for where in adapters)
     training = [module for own in held for module in (own.modules() if own_modules(own) else [own]) if module.training]
     for module in training:

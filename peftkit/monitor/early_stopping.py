@@ -12,37 +12,63 @@ import torch
 from torch import Tensor, nn
 
 from peftkit._version import __version__
-from peftkit.errors import FileError, MergeStateError, MismatchError, OptionError
-from peftkit.files.formats import container
+from peftkit.errors import MergeStateError, MismatchError, OptionError
 from peftkit.monitor.advice import Advice, Criterion
-from peftkit.monitor.cs import CSMonitor, Record
+from peftkit.monitor.cs import CSMonitor
 from peftkit.monitor.fluctuation import MODES, SecondValley
 from peftkit.monitor.logs import RESERVED, Log, Row, log_to
 from peftkit.monitor.random_walk import chance
+from peftkit.monitor.record import Record
 from peftkit.monitor.sharding import local
-from peftkit.monitor.snapshot import Snapshot
+from peftkit.monitor.snapshot import Snapshot, snapshot_folder
 from peftkit.wrapping.layer import adapted_modules
 
 
 class EarlyStopping:
-    """Watches a run, keeps the last few states of its trained parameters, and can go back to the turning point.
+    """Watches a run, keeps snapshots of its trained parameters, and goes back to the turning point on request.
 
-        stopper = EarlyStopping(model, optimizer=optimizer, stop=True)
-        …                                # the training loop, with
-            if stopper.should_stop:      # never true unless stop=True
-                break
-        stopper.restore()                # to the turning point, if there is one
-
-    interval: optimiser steps between measurements; window: measurements in one (the authors take 5, every 20 steps);
-    steps_per_epoch: sets the window to one epoch instead. criterion: "robust", "paper", "authors" (see SecondValley)
-    or a Criterion. stop: whether `should_stop` may turn true; without it there is only advice. also: modules trained
-    beside the model, whose trained parameters are kept too. folder: keep snapshots there as files, not in memory. log:
-    a path ending in .jsonl or .csv, a TensorBoard SummaryWriter, any function of a row, or several of these.
-    gradients, spectra, weighed: as CSMonitor takes them.
-
-    Snapshots are copies of everything in the model that requires a gradient, taken every ⌈window/2⌉ measurements; at
-    most eight are kept. The optimiser's own state is not. Source: Algorithm 1 of the CS-Fluctuation paper; see
+    Snapshots are copies of every parameter that requires a gradient, taken every ⌈window/2⌉ measurements; at most eight
+    are kept. The optimiser's own state is not among them. Source: Algorithm 1 of the CS-Fluctuation paper; see
     SecondValley for the rule and what is known of it.
+
+    Args:
+        model: A model with adapters.
+        optimizer: Counts its own steps. Without an optimizer, call `step` after each of its steps.
+        name: The adapter to watch, None for all of them together.
+        interval: How many optimiser steps lie between two measurements.
+        window: How many measurements make a window, 5 by default, as the authors take it.
+        steps_per_epoch: Makes one epoch of so many optimiser steps the window, in place of `window`.
+        criterion: "robust", "paper" or "authors" (see SecondValley), or a Criterion.
+        stop: Whether `should_stop` may turn true; without it there is only advice.
+        also: Modules trained beside the model, whose trained parameters are kept too.
+        folder: Where to keep snapshots as files, None to keep them in memory.
+        log: A path ending in .jsonl or .csv, a TensorBoard SummaryWriter, a function of a Row, or several of these.
+        gradients: As in CSMonitor.
+        spectra: As in CSMonitor.
+        weighed: As in CSMonitor.
+
+    Attributes:
+        rows: Every Row so far, without the records.
+
+    Raises:
+        OptionError: An argument is of the wrong type or out of range, or two of them contradict each other.
+        UnknownAdapterError: The model has no adapter, or none of this name.
+        FileError: The folder cannot be made.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+        >>> report = pk.wrap(model, "lora", rank=2)
+        >>> optimizer = torch.optim.AdamW(pk.adapter_parameters(model), lr=1e-2)
+        >>> stopper = pk.monitor.EarlyStopping(model, optimizer=optimizer, interval=2, window=4, stop=True)
+        >>> x, y = torch.randn(12, 8), torch.randn(12, 8)
+        >>> for _ in range(30):
+        ...     (model(x) - y).square().mean().backward()
+        ...     optimizer.step()
+        ...     if stopper.should_stop:
+        ...         break
+        >>> went_back_to = stopper.restore()  # None where there is no turning point
+        >>> print(stopper.advice)
+        no turning point yet: ... windows; go on, or keep the last weights
     """
 
     def __init__(
@@ -79,12 +105,7 @@ class EarlyStopping:
         self.stop, self.also = stop, (also,) if isinstance(also, nn.Module) else tuple(also)
         if odd := [module for module in self.also if not isinstance(module, nn.Module)]:
             raise OptionError(f"also={odd[0]!r} was given, modules were expected")
-        self.folder = None if folder is None else Path(folder)
-        if self.folder is not None:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise FileError(f"{self.folder}: no folder for snapshots can be made there: {error}") from error
+        self.folder = None if folder is None else snapshot_folder(folder)
         self.rows: list[Row] = []
         self.backups: list[Snapshot] = []
         self._steps: list[int] = []  # of every measurement
@@ -98,28 +119,40 @@ class EarlyStopping:
 
     @property
     def model(self) -> nn.Module:
+        """The model that is watched."""
         return self.monitor.model
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count the optimiser's own steps from now on."""
+        """Count the optimiser's own steps from now on; see `CSMonitor.attach`."""
         self.monitor.attach(optimizer)
 
     def detach(self) -> None:
-        """Stop counting; what was seen so far stays."""
+        """Stop counting steps, and keep what was seen so far."""
         self.monitor.detach()
 
     def step(self, lr: float | None = None) -> bool:
-        """Say that the optimiser made a step (without `optimizer`); whether to stop."""
+        """Count one optimiser step, and return whether to stop; see `CSMonitor.step`.
+
+        Args:
+            lr: The learning rate to record.
+        """
         self.monitor.step(lr)
         return self.should_stop
 
     @property
     def should_stop(self) -> bool:
-        """Whether the turning point is behind us, if stopping was asked for."""
+        """Whether a turning point was found; always False without stop=True."""
         return self.stop and self.criterion.found is not None
 
     def note(self, **values: float) -> None:
-        """Put other numbers beside the measurements, such as validation=0.31: they are logged and drawn, never used."""
+        """Log and draw other numbers beside the measurements; no rule uses them.
+
+        Args:
+            **values: Numbers by name, such as validation=0.31.
+
+        Raises:
+            OptionError: A value is no number, or its name is one of the monitor's own.
+        """
         if taken := sorted(values.keys() & RESERVED):
             raise OptionError(
                 f"{taken[0]}={values[taken[0]]!r} was noted, a name other than the monitor's own was expected"
@@ -132,6 +165,7 @@ class EarlyStopping:
 
     @property
     def advice(self) -> Advice:
+        """What is known so far: the turning point, the snapshot nearest to it, and how much it says."""
         found, steps = self.criterion.found, self._steps
         windows = (len(steps) if found is None else found.detected + 1) / self.window
         known = chance(self.criterion, windows) if isinstance(self.criterion, SecondValley) else None
@@ -145,9 +179,15 @@ class EarlyStopping:
     # -- snapshots ------------------------------------------------------------------------------------------------
 
     def restore(self) -> int | None:
-        """Put the parameters back as they were at the turning point, in place; the steps they had then.
+        """Put the parameters back, in place, as they were at the turning point.
 
-        Without a turning point nothing is changed and None is returned.
+        Returns:
+            The optimiser steps before the snapshot. Without a turning point, None, and nothing is changed.
+
+        Raises:
+            MergeStateError: Adapters are merged into the model.
+            MismatchError: The model has other parameters than the snapshot; nothing was put back.
+            FileError: The file of the snapshot is gone or damaged.
         """
         if any(host.adapter_state.merged is not None for host in adapted_modules(self.model).values()):
             raise MergeStateError("adapters are merged into the model: call peftkit.restore(model) before going back")
@@ -175,7 +215,7 @@ class EarlyStopping:
                 yield (key if i == 0 else f"also.{i - 1}.{key}"), parameter
 
     def _keep(self, measurement: int, step: int) -> None:
-        """A snapshot of now, and none of those that can no longer be the turning point."""
+        """Take a snapshot if one is due, and drop every snapshot that can no longer be the turning point."""
         if measurement % self.every == 0:
             trained = ((key, p) for key, p in self._parameters() if p.requires_grad)
             tensors = {key: local(p).detach().to("cpu", copy=True).contiguous() for key, p in trained}
@@ -192,12 +232,9 @@ class EarlyStopping:
         self.backups = sorted(kept, key=lambda s: s.measurement)
 
     def _stored(self, measurement: int, step: int, tensors: dict[str, Tensor]) -> Snapshot:
-        """In memory, or in a file of the folder."""
-        if self.folder is None:
-            return Snapshot(measurement, step, tensors)
-        path = self.folder / f"snapshot-{self._run}-{step}.safetensors"
-        container.write(path, tensors, {"format": "pt", "step": str(step)})
-        return Snapshot(measurement, step, None, path)
+        """A snapshot in memory, or in a file of the folder."""
+        snapshot = Snapshot(measurement, step, tensors)
+        return snapshot if self.folder is None else snapshot.written(self.folder, self._run)
 
     def _nearest(self, measurement: int) -> Snapshot | None:
         return min(self.backups, key=lambda s: abs(s.measurement - measurement), default=None)
@@ -233,7 +270,7 @@ class EarlyStopping:
     # -- going on after a stop --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on as if it had not stopped, in types that torch.load(weights_only=True) takes."""
+        """Return what a run needs to go on, snapshots too, in types that `torch.load(weights_only=True)` takes."""
         return {
             **self._settings(),
             "run": self._run,
@@ -247,6 +284,14 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, in the middle of a window and to the bit.
+
+        Args:
+            state: Of an EarlyStopping with the same window, interval and rule.
+
+        Raises:
+            OptionError: The state is of other options, or is incomplete.
+        """
         own = self._settings()
         came = {key: state.get(key) for key in own}
         if own != came:
@@ -267,13 +312,23 @@ class EarlyStopping:
         self.diverged = state["diverged"]
 
     def _settings(self) -> dict[str, Any]:
-        """What a state only fits with."""
+        """The options that a state must have been made with."""
         own = self.criterion
         rule = own.settings() if isinstance(own, SecondValley) else {"rule": type(own).__name__}
         return {"window": self.window, "interval": self.monitor.interval, **rule}
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draw CS, its fluctuation, valleys, the turning point and what was noted; a matplotlib Figure."""
+        """Draw CS, its fluctuation, valleys, the turning point and what was noted.
+
+        Args:
+            path: Where to write the picture (.png, .svg, .pdf), None to write nothing.
+
+        Returns:
+            A matplotlib Figure.
+
+        Raises:
+            OptionError: There is no measurement yet, matplotlib is not installed, or the format is unknown.
+        """
         from peftkit.monitor.plot import draw
 
         return draw(self.rows, self.window, path=path)

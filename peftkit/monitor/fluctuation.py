@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftkit.errors import OptionError, did_you_mean
-from peftkit.monitor.cs import Record
+from peftkit.monitor.record import Record
 
 NORMS = ("none", "lr", "slope")
 MODES = ("robust", "paper", "authors")
@@ -20,15 +20,25 @@ _NOISE, _LEAST_NOISE = 4 * 2.0**-24, 2.0**-25
 
 
 class Fluctuation:
-    r"""F_t of a series CS_t, one value at a time, in constant time.
+    r"""Computes CS-Fluctuation F_t of a series CS_t, one value at a time, in constant time.
 
     With M = `window`: a_t is the mean of the last M values; x_t = (a_t − a_{t−M})/M, the mean of M of its increments;
     F_t the population variance of the last M x. It exists from t = 3M − 2 on and depends on CS_{t−3M+2} … CS_t.
     The forward-looking form of the paper is the same series, shifted: F_j^fwd = F_{j+3M−3}.
 
-    norm: "none", as the authors' code; "lr", divided by the first positive learning rate, as the paper writes (the
-    rate of the moment would make every decay to 0 a rise to infinity); "slope", with increments of CS counted per
-    learning rate, relative to that first one and at least a thousandth of it.
+    Args:
+        window: M, from 2.
+        norm: "none", as the authors' code has it; "lr", F divided by the first positive learning rate, as the paper
+            writes (the rate of the moment would make every decay to 0 a rise to infinity); or "slope", with increments
+            of CS counted per learning rate, relative to that first rate and at least a thousandth of it.
+
+    Raises:
+        OptionError: `window` or `norm` is none of these.
+
+    Example:
+        >>> fluctuation = pk.monitor.Fluctuation(2)
+        >>> [fluctuation.push(cs) for cs in (0.0, 1.0, 2.0, 3.0, 5.0)]
+        [None, None, None, None, 0.015625]
     """
 
     def __init__(self, window: int, norm: str = "none") -> None:
@@ -50,7 +60,18 @@ class Fluctuation:
         self._centre = self._first = self._second = 0.0  # Σ(x − centre) and Σ(x − centre)²
 
     def push(self, cs: float, lr: float | None = None) -> float | None:
-        """F_t after one more value, None while there are too few."""
+        """Take one more value of the series, and return F_t.
+
+        Args:
+            cs: CS_t.
+            lr: The learning rate, which norm="lr" and norm="slope" need.
+
+        Returns:
+            F_t, None before t = 3M − 2.
+
+        Raises:
+            OptionError: `cs` is not finite, or a learning rate is missing.
+        """
         if not isinstance(cs, (int, float)) or not math.isfinite(cs):
             raise OptionError(f"cs={cs!r} was given, a finite number was expected: has the run diverged?")
         if self.norm != "none":
@@ -105,7 +126,7 @@ class Fluctuation:
         return max(self._second / M - (self._first / M) ** 2, 0.0)
 
     def floor(self, size: float) -> float:
-        """What F is of rounding alone, for |CS| up to `size`: variations below it mean nothing.
+        """Return the F that rounding alone makes of |CS| up to `size`: variations below it mean nothing.
 
         A single step s of CS moves x by s/M: a flat curve that is rounded up once has an F of almost (s/M)².
         """
@@ -113,16 +134,24 @@ class Fluctuation:
         return floor / self._lr if self.norm == "lr" and self._lr else floor
 
     def state_dict(self) -> dict[str, Any]:
+        """Return everything that `load_state_dict` needs to go on with the series."""
         return {name: [*value] if isinstance(value, deque) else value for name, value in self.__dict__.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
         for name, own in self.__dict__.items():
             setattr(self, name, deque(state[name], maxlen=self.window) if isinstance(own, deque) else state[name])
 
 
 @dataclass(frozen=True)
 class TurningPoint:
-    """Where a rule says overfitting starts, in measurements from 0; `detected` is when it could say so."""
+    """Says where a rule sees overfitting start, in measurements counted from 0.
+
+    Attributes:
+        measurement: Where overfitting starts.
+        valley: The valley that it was concluded from.
+        detected: The measurement with which it was known.
+    """
 
     measurement: int
     valley: int
@@ -130,19 +159,38 @@ class TurningPoint:
 
 
 class SecondValley:
-    r"""Algorithm 1: overfitting starts at the second valley of CS-Fluctuation.
-
-    mode "paper": F over the first learning rate; a valley is where F stops falling and rises, however little.
-    "authors": as their released code, without the learning rate, both steps strict, and where the very first change of
-    F is a rise, the first valley counts as the second. "robust" (default): a valley counts once F has fallen by a
-    factor 1 + `hysteresis` and has risen by it again, and nothing below the noise of rounding counts.
-
-    attribution: the measurement that a valley at t stands for, within the 3M − 1 that F_t is made of: "start" (the
-    paper's turning point, t − 3M + 3), "centre", or "end" (t). Early with short windows the first, late with long ones
-    the last; the centre is the default of "robust".
+    r"""Finds where overfitting starts, at the second valley of CS-Fluctuation F (Algorithm 1 of its paper).
 
     A random walk has a second valley too, after 4.8 windows in the median: what a valley tells beyond a timer depends
-    on the run. See `chance`.
+    on the run. See `Advice.chance`.
+
+    Args:
+        window: M, the measurements in a window, from 2.
+        mode: "paper": F over the first learning rate; a valley is where F stops falling and rises, however little.
+            "authors": as in the authors' released code, without the learning rate, both steps strict, and where the
+            very first change of F is a rise, the first valley counts as the second. "robust" (default): a valley counts
+            once F has fallen by a factor 1 + `hysteresis` and has risen by it again, and nothing below the noise of
+            rounding counts.
+        hysteresis: For "robust", 0.2 by default.
+        attribution: The measurement that a valley at t stands for, among the 3M − 1 that F_t is made of: "start" (the
+            paper's turning point, t − 3M + 3; default of "paper" and "authors"), "centre" (default of "robust") or
+            "end" (t). The first is early with short windows, the last late with long ones.
+        norm: As in Fluctuation, "lr" by default for "paper", else "none".
+
+    Attributes:
+        found: The turning point, None until it is found.
+        valleys: The measurements of all valleys so far.
+        value: The last F.
+
+    Raises:
+        OptionError: An argument is out of range or does not go with the mode.
+
+    Example:
+        >>> rule = pk.monitor.SecondValley(2)
+        >>> for cs in (0.0, 1.0, 3.0, 3.0, 4.0, 5.0, 7.0, 7.0, 8.0):
+        ...     point = rule.push(cs)
+        >>> rule.valleys, point
+        ([5, 7], TurningPoint(measurement=6, valley=7, detected=8))
     """
 
     def __init__(
@@ -183,7 +231,15 @@ class SecondValley:
         self._bottom_at = 0
 
     def push(self, cs: float, lr: float | None = None) -> TurningPoint | None:
-        """One more measurement; the turning point, the moment it is found."""
+        """Take one more measurement, and return the turning point if it is found with this one, else None.
+
+        Args:
+            cs: The mean cosine.
+            lr: The learning rate, which some norms need.
+
+        Raises:
+            OptionError: `cs` is not finite, or a learning rate is missing.
+        """
         t = self.fluctuation.count
         F = self.fluctuation.push(cs, lr)
         self._size = max(self._size, abs(cs))
@@ -202,13 +258,13 @@ class SecondValley:
         return self.found
 
     def see(self, record: Record) -> float | None:
-        """One more measurement; F."""
+        """Take one more measurement, and return F, None while there are too few."""
         self.push(record.cs, record.lr)
         return self.value
 
     @property
     def wanted(self) -> tuple[int | None, int]:
-        """Measurements that may yet be the turning point: that of the valley F may be in now, and from which on."""
+        """The measurement that the valley F may be in would name, and the earliest that a later valley would name."""
         ahead = self.fluctuation.count - 1 - self.offset
         pending = self._bottom_at - self.offset if self.mode == "robust" and self._sign < 0 else None
         return pending, max(0, ahead)
@@ -244,17 +300,19 @@ class SecondValley:
         return None
 
     def settings(self) -> dict[str, Any]:
-        """What this rule is, in words and numbers that a log holds."""
+        """Return the rule's options, in words and numbers that a log holds."""
         hysteresis = round(self.factor - 1, 12) if self.mode == "robust" else None
         norm = self.fluctuation.norm
         return {"rule": self.mode, "hysteresis": hysteresis, "attribution": self.attribution, "norm": norm}
 
     def state_dict(self) -> dict[str, Any]:
+        """Return everything that `load_state_dict` needs to go on."""
         own = {n: v for n, v in self.__dict__.items() if n not in ("fluctuation", "found")}
         found = None if self.found is None else [self.found.measurement, self.found.valley, self.found.detected]
         return own | {"fluctuation": self.fluctuation.state_dict(), "found": found, "valleys": [*self.valleys]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
         for name in self.__dict__:
             value = state[name]
             if name == "fluctuation":

@@ -12,11 +12,22 @@ from peftkit.wrapping.layer import installed_adapters, names_of
 
 
 class CSCallback(pl.Callback):
-    """`Trainer(callbacks=[CSCallback(stop=True, window=5)])`: options are those of EarlyStopping.
+    """Watches a run of Lightning's Trainer with EarlyStopping.
 
-    Made with the module when training starts; afterwards it is `stopper`. It counts the steps of the optimiser that
-    holds the adapters. The trainer's validation metrics are noted beside the measurements, and its checkpoints hold the
-    monitor too. restore: go back to the turning point, if there is one, when training ends.
+    The EarlyStopping is made with the module when training starts, and is then `stopper`. It counts the steps of the
+    optimiser that holds the adapters. Validation metrics are noted beside the measurements. Checkpoints of the trainer
+    hold the monitor too.
+
+    Args:
+        restore: Go back to the turning point, if there is one, when training ends.
+        **options: As EarlyStopping takes them.
+
+    Attributes:
+        stopper: The EarlyStopping, None before training.
+
+    Example:
+        >>> callback = CSCallback(stop=True, window=5, restore=True)
+        >>> trainer = pl.Trainer(callbacks=[callback])  # doctest: +SKIP
     """
 
     def __init__(self, *, restore: bool = False, **options: Any) -> None:

@@ -15,15 +15,24 @@ from rich.live import Live
 from rich.text import Text
 
 from peftkit.errors import FileError, OptionError
-from peftkit.monitor.cs import Record
+from peftkit.monitor.record import Record
 
 
 @dataclass
 class Row:
-    """One line of a run: a measurement, or numbers that were noted beside them.
+    """Holds one line of a run: a measurement, or numbers that were noted beside measurements.
 
-    valley, turning_point: the steps of a valley or turning point that this measurement made known. settings: of the
-    first row. record: the measurement in full, weight by weight, which is passed on and not kept.
+    Attributes:
+        step: The optimiser steps before it.
+        cs: The mean cosine of ΔW and W, None where numbers were only noted.
+        ratio: The mean of ‖ΔW‖/‖W‖.
+        fluctuation: What the rule makes of the measurement, F for SecondValley.
+        lr: The learning rate.
+        valley: The step of a valley that this measurement made known.
+        turning_point: The step of the turning point, in the row that made it known.
+        noted: Numbers by name.
+        settings: The options of the run, in its first row only.
+        record: The measurement weight by weight, which logs receive and `EarlyStopping.rows` leaves out.
     """
 
     step: int
@@ -38,6 +47,7 @@ class Row:
     record: Record | None = None
 
     def without_record(self) -> Row:
+        """Return the same row without the record."""
         return replace(self, record=None)
 
 
@@ -50,7 +60,7 @@ _COLUMNS = ("step", "cs", "ratio", "fluctuation", "lr", "valley", "turning_point
 
 
 def log_to(targets: Log | Iterable[Log]) -> list[Callable[[Row], object]]:
-    """A function of a row for every path, SummaryWriter or function."""
+    """Return a function of a row for every path, SummaryWriter or function."""
     one = isinstance(targets, (str, Path)) or callable(targets) or hasattr(targets, "add_scalar")
     several = [targets] if one or not isinstance(targets, Iterable) else targets
     return [_log(target) for target in several]
@@ -72,7 +82,7 @@ def _log(target: Log) -> Callable[[Row], object]:
 
 
 def _ready(path: str | Path) -> Path:
-    """A path whose folder is there."""
+    """The path, whose folder is made if need be."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,9 +92,22 @@ def _ready(path: str | Path) -> Path:
 
 
 class JsonLines:
-    """One JSON object a line, appended and flushed at once. modules: write cos, ‖ΔW‖ and ‖ΔW‖/‖W‖ of every weight.
+    """Appends every row to a file as one JSON object, flushed at once.
 
-    Where they are measured, the norm of the whole gradient and the mean ranks of ΔW are there too.
+    Where they are measured, the norm of the whole gradient and the mean ranks of ΔW are written too.
+
+    Args:
+        path: The file, whose folder is made if need be. Rows go to its end.
+        modules: Write cos(ΔW, W), ‖ΔW‖ and ‖ΔW‖/‖W‖ of every weight.
+
+    Raises:
+        FileError: The folder cannot be made.
+
+    Example:
+        >>> log = pk.monitor.JsonLines("run.jsonl")
+        >>> log(pk.monitor.Row(step=20, cs=0.01, ratio=0.002))
+        >>> print(log.path.read_text().strip())
+        {"step": 20, "cs": 0.01, "ratio": 0.002}
     """
 
     def __init__(self, path: str | Path, *, modules: bool = False) -> None:
@@ -113,7 +136,14 @@ class JsonLines:
 
 
 class Csv:
-    """Measurements, one a line, under a line of names."""
+    """Appends measurements to a CSV file, one a line, under a line of names.
+
+    Args:
+        path: The file, whose folder is made if need be.
+
+    Raises:
+        FileError: The folder cannot be made.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = _ready(path)
@@ -130,7 +160,11 @@ class Csv:
 
 
 class TensorBoard:
-    """Scalars under monitor/. writer: a torch.utils.tensorboard.SummaryWriter."""
+    """Writes rows to TensorBoard, as scalars under monitor/.
+
+    Args:
+        writer: A torch.utils.tensorboard.SummaryWriter, or any object with its `add_scalar`.
+    """
 
     def __init__(self, writer: Any) -> None:
         self.writer = writer
@@ -143,7 +177,16 @@ class TensorBoard:
 
 
 class LiveLine:
-    """One line in the terminal that says where the run is. Use it in a `with` block, or call `close`."""
+    """Shows where the run is in one line of the terminal. Use it in a `with` block, or call `close`.
+
+    Args:
+        console: A rich Console, by default one on stderr.
+
+    Example:
+        >>> with pk.monitor.LiveLine() as line:  # doctest: +SKIP
+        ...     stopper = pk.monitor.EarlyStopping(model, optimizer=optimizer, log=line)
+        ...     train(model, optimizer)
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self._live = Live(console=console or Console(stderr=True), transient=False)
@@ -158,6 +201,7 @@ class LiveLine:
         self.close()
 
     def close(self) -> None:
+        """Leave the last line in the terminal as it is."""
         self._live.stop()
 
     def __call__(self, row: Row) -> None:
@@ -175,14 +219,37 @@ class LiveLine:
 
 @dataclass(frozen=True)
 class RunLog:
-    """What a .jsonl log holds: its settings, its measurements, and the series that were noted beside them."""
+    """Holds what a .jsonl log says of a run.
+
+    Attributes:
+        settings: The options of the run by name.
+        rows: Measurements and what was noted beside them, by step.
+    """
 
     settings: dict[str, Any]
     rows: list[Row]
 
 
 def read_run(path: str | Path) -> RunLog:
-    """The last run in a log that JsonLines wrote. What was measured twice, after it was resumed, counts once."""
+    """Read the last run in a log that JsonLines wrote.
+
+    Args:
+        path: A .jsonl file.
+
+    Returns:
+        Its settings and rows. What was measured twice, because the run was resumed, is there once, as measured last.
+
+    Raises:
+        FileError: The file cannot be read, is no such log, or holds no measurement.
+
+    Example:
+        >>> log = pk.monitor.JsonLines("run.jsonl")
+        >>> log(pk.monitor.Row(step=0, settings={"window": 5}))
+        >>> log(pk.monitor.Row(step=20, cs=0.01, ratio=0.002))
+        >>> run = pk.monitor.read_run("run.jsonl")
+        >>> run.settings["window"], run.rows[0].cs
+        (5, 0.01)
+    """
     path = Path(path)
     settings: dict[str, Any] = {}
     rows: dict[tuple[int, tuple[str, ...]], Row] = {}

@@ -1,4 +1,4 @@
-"""What a rule finds in a random walk: the measure of how much its finding says."""
+"""Measure how much a turning point says: how often a rule finds one in a random walk."""
 
 from __future__ import annotations
 
@@ -14,14 +14,27 @@ _WINDOW = 20  # the largest simulated: from about 5 on, windows differ in nothin
 
 
 def chance(rule: SecondValley, windows: float) -> float:
-    """The share of random walks in which a rule like this one finds its turning point in at most so many windows."""
+    """Return the share of random walks in which a rule finds a turning point within so many windows.
+
+    Args:
+        rule: Its window, mode and hysteresis count; what it has seen does not.
+        windows: How many windows of measurements.
+
+    Returns:
+        A share of 200 simulated walks, the same at every call.
+
+    Example:
+        >>> from peftkit.monitor.random_walk import chance
+        >>> chance(pk.monitor.SecondValley(2), 1.0)
+        0.0
+    """
     found = _found(min(rule.fluctuation.window, _WINDOW), rule.mode, rule.factor)
     return bisect.bisect_right(found, windows + 1e-9) / _WALKS
 
 
 @functools.cache
 def _found(window: int, mode: str, factor: float) -> list[float]:
-    """After how many windows each of the walks that have a turning point shows it, sorted."""
+    """After how many windows the turning point shows, for every walk that has one, sorted."""
     generator = random.Random(0)
     found = []
     for _ in range(_WALKS):

@@ -1,4 +1,4 @@
-"""A run that was logged, as another window or another rule sees it."""
+"""Judge a logged run again, by another window or another rule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,23 @@ from peftkit.monitor.logs import Row
 
 
 def replay(rows: Sequence[Row], rule: SecondValley) -> list[Row]:
-    """The same rows with the fluctuation, the valleys and the turning point of this rule in place of their own."""
+    """Judge the rows of a run by another rule.
+
+    Args:
+        rows: Of one run, as `EarlyStopping.rows` or `read_run(path).rows`.
+        rule: A new SecondValley, which sees every measurement.
+
+    Returns:
+        The same rows with this rule's fluctuation, valleys and turning point.
+
+    Raises:
+        OptionError: The rule has seen another run.
+
+    Example:
+        >>> rows = [pk.monitor.Row(step, cs=cs) for step, cs in enumerate((0.0, 1.0, 2.0, 3.0, 5.0))]
+        >>> [row.fluctuation for row in pk.monitor.replay(rows, pk.monitor.SecondValley(2))]
+        [None, None, None, None, 0.015625]
+    """
     if rule.fluctuation.count:
         raise OptionError("the rule has seen another run: a new one was expected")
     steps: list[int] = []

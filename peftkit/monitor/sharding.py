@@ -19,23 +19,24 @@ if TYPE_CHECKING:
 
 
 def sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether it is divided; without importing what nobody has imported, which takes half as long as torch."""
+    """Return whether a tensor is divided among processes."""
+    # Not imported here, which takes half as long as torch: without the import there is no DTensor
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it, on every process."""
+    """Return all of a tensor, on every process."""
     return tensor.full_tensor() if sharded(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds."""
+    """Return the part of a tensor that this process holds."""
     return cast(Tensor, tensor.to_local()) if sharded(tensor) else tensor
 
 
 def inner_and_sqnorm(adapter: Adapter, W: DTensor, cache: WeightCache) -> tuple[Delta, Tensor, Tensor, Tensor]:
-    """ΔW, <ΔW, W>, ‖ΔW‖² and ‖W‖², the same on every process.
+    """Return ΔW, <ΔW, W>, ‖ΔW‖² and ‖W‖², the same on every process.
 
     The adapter, which is small, is gathered. Of W each process reads its own rows, and the sums are added up; only an
     adapter that reads its base needs all of W, one weight at a time.
@@ -60,7 +61,7 @@ def inner_and_sqnorm(adapter: Adapter, W: DTensor, cache: WeightCache) -> tuple[
 
 
 def _first_row(W: DTensor) -> int:
-    """Of those that this process holds."""
+    """The number of the first row that this process holds."""
     from torch.distributed.tensor import Shard
 
     axis = W.placements.index(Shard(0))

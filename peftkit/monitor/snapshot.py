@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from peftkit.errors import FileError
+from peftkit.files.formats import container
 
 
 @dataclass(frozen=True)
@@ -43,3 +44,28 @@ class Snapshot:
             return load_file(self.path)
         except SafetensorError as error:
             raise FileError(f"{self.path}: the snapshot of step {self.step} is damaged: {error}") from error
+
+    def written(self, folder: Path, run: str) -> Snapshot:
+        """Write the parameters to a file of the folder, and return the snapshot that reads them from there.
+
+        Args:
+            folder: An existing folder.
+            run: Goes into the name of the file, so that runs may share a folder.
+        """
+        path = folder / f"snapshot-{run}-{self.step}.safetensors"
+        container.write(path, self.read(), {"format": "pt", "step": str(self.step)})
+        return Snapshot(self.measurement, self.step, None, path)
+
+
+def snapshot_folder(folder: str | Path) -> Path:
+    """Make a folder for snapshots, unless it is there.
+
+    Raises:
+        FileError: It cannot be made.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{folder}: no folder for snapshots can be made there: {error}") from error
+    return folder

@@ -1,4 +1,4 @@
-"""The singular values of ΔW, and intruder dimensions: what ΔW put among the leading singular vectors of W + ΔW."""
+"""Spectra of ΔW: singular values, ranks, and the intruders among the leading singular vectors of W + ΔW."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ _LANCZOS = 240  # steps, at most
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Of one adapted weight.
+    """Holds the ranks of one ΔW, and its intruder dimensions.
 
-    effective_rank: exp of the entropy of σᵢ/Σσ (Roy and Vetterli, 2007); stable_rank: ‖ΔW‖_F²/σ₁²; both 0 for ΔW = 0,
-    and NaN where ΔW is not finite.
-    similarity: for each of the leading left singular vectors of W + ΔW, the largest cosine to one of W's, exact where
-    it is not below the threshold, else an upper bound; intruders: how many are below (Shuttleworth et al.,
-    https://arxiv.org/abs/2410.21228).
+    Attributes:
+        effective_rank: exp of the entropy of σᵢ/Σσ (Roy and Vetterli, 2007); 0 for ΔW = 0, NaN if ΔW is not finite.
+        stable_rank: ‖ΔW‖_F²/σ₁²; 0 for ΔW = 0, NaN if ΔW is not finite.
+        similarity: For each of the leading left singular vectors of W + ΔW, the largest cosine to one of W's; exact
+            where it is not below the threshold, else an upper bound.
+        intruders: How many of them are below the threshold (Shuttleworth et al., https://arxiv.org/abs/2410.21228).
     """
 
     effective_rank: float
@@ -44,12 +45,33 @@ class Spectrum:
 def spectra(
     model: nn.Module, name: str | None = None, *, leading: int = 0, threshold: float = 0.6
 ) -> dict[str, Spectrum]:
-    """The spectrum of every adapted weight: of one adapter at strength 1, or of all of them with their strengths.
+    """Compute the spectrum of the ΔW of every adapted weight.
 
-    leading: how many singular vectors of W + ΔW to look at for intruders; 0 for none. Singular values come from the
-    factors of LoRA, LoHa, LoKr and LoLDU in milliseconds; of the others the Gram matrix of the smaller side is
-    diagonalised. Intruders need no SVD: leading vectors come from subspace iteration, and how W's own vectors divide
-    one of them from Lanczos steps on W·Wᵀ started there, until either answer is certain.
+    Singular values come from the factors of LoRA, LoHa, LoKr and LoLDU in milliseconds; for other adapters the Gram
+    matrix of the smaller side is diagonalised. Intruders need no SVD: the leading vectors come from subspace iteration,
+    and how W's own singular vectors share one of them from Lanczos steps on W·Wᵀ that start there, until either answer
+    is certain.
+
+    Args:
+        model: A model with adapters.
+        name: One adapter, measured at strength 1; None for all of them, with their strengths if a weight has several.
+        leading: How many singular vectors of W + ΔW to look at for intruders; 0 for none.
+        threshold: The cosine to W's own vectors below which a vector is an intruder.
+
+    Returns:
+        A Spectrum for every adapted weight by name.
+
+    Raises:
+        OptionError: `leading` or `threshold` is out of range, or a weight is divided among processes.
+        UnknownAdapterError: The model has no adapter, or none of this name.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> report = pk.wrap(model, "lora", rank=2)
+        >>> _ = nn.init.normal_(model[0].adapters["default"].up)
+        >>> spectrum = pk.monitor.spectra(model, leading=2)["0"]
+        >>> 1 <= spectrum.stable_rank <= spectrum.effective_rank <= 2, len(spectrum.similarity)
+        (True, 2)
     """
     if isinstance(leading, bool) or not isinstance(leading, int) or leading < 0:
         raise OptionError(f"leading={leading!r} was given, a number of singular vectors from 0 was expected")
@@ -90,7 +112,7 @@ def _spectrum(here: Sequence[InstalledAdapter], leading: int, threshold: float) 
 
 
 def singular_values(deltas: Sequence[Delta]) -> Tensor:
-    """Of Σ ΔW, in float64 and in no order; zeros may be left out."""
+    """Return the singular values of Σ ΔW in float64, in no order; zeros may be left out."""
     if len(deltas) == 1 and isinstance(deltas[0], Kron):
         kron = deltas[0]
         D = _values(kron.left, kron.right) if kron.left is not None else torch.linalg.svdvals(kron.right.double())

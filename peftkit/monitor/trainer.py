@@ -18,11 +18,21 @@ _STATE = "cs_monitor.pt"
 
 
 class CSCallback(TrainerCallback):
-    """`Trainer(…, callbacks=[CSCallback(stop=True, window=5)])`: options are those of EarlyStopping.
+    """Watches a run of transformers' Trainer with EarlyStopping.
 
-    Made with the trainer's model when training begins; afterwards it is `stopper`. What Trainer evaluates is noted
-    beside the measurements. Its checkpoints hold the monitor too, and resuming goes on from there. restore: go back to
-    the turning point, if there is one, when training ends.
+    The EarlyStopping is made with the trainer's model when training begins, and is then `stopper`. The evaluation loss
+    is noted beside the measurements. Checkpoints of the trainer hold the monitor too, and resuming goes on from there.
+
+    Args:
+        restore: Go back to the turning point, if there is one, when training ends.
+        **options: As EarlyStopping takes them.
+
+    Attributes:
+        stopper: The EarlyStopping, None before training.
+
+    Example:
+        >>> callback = CSCallback(stop=True, window=5, restore=True)
+        >>> trainer = Trainer(model, arguments, callbacks=[callback])  # doctest: +SKIP
     """
 
     def __init__(self, *, restore: bool = False, **options: Any) -> None:
