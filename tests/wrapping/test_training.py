@@ -193,7 +193,7 @@ def test_every_kind_learns(kind: str) -> None:
 
 class TestCheck:
     def test_finds_what_never_runs_and_what_gets_no_gradient(self) -> None:
-        class Net(nn.Module):
+        class Unfinished(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
                 self.used, self.forgotten, self.cut = (nn.Linear(4, 4) for _ in range(3))
@@ -201,7 +201,7 @@ class TestCheck:
             def forward(self, x: Tensor) -> Tensor:
                 return self.used(x) + self.cut(x).detach()
 
-        net, x = Net(), torch.randn(2, 4)
+        net, x = Unfinished(), torch.randn(2, 4)
         pk.wrap(net, "lora", rank=2)
         net.used.adapters["default"].up.grad = torch.ones(4, 2)
         state = torch.get_rng_state()

@@ -45,7 +45,7 @@ class FeedForward(nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
-class Net(nn.Module):
+class Transformer(nn.Module):
     """Embedding, two blocks of attention and feed-forward, a normalisation and a head."""
 
     def __init__(self, width: int = 8) -> None:
@@ -69,9 +69,9 @@ TOKENS = torch.tensor([[0, 1, 2], [3, 4, 0]])
 
 
 @pytest.fixture
-def net() -> Net:
+def net() -> Transformer:
     torch.manual_seed(0)
-    return Net()
+    return Transformer()
 
 
 def selected(net: nn.Module, *targets: str, **kwargs: Any) -> list[str]:
@@ -100,15 +100,15 @@ MLP = [f"blocks.{i}.mlp.{p}" for i in range(2) for p in ("up", "down")]
     ],
     ids=str,
 )
-def test_targets(net: Net, targets: list[str], expected: list[str]) -> None:
+def test_targets(net: Transformer, targets: list[str], expected: list[str]) -> None:
     assert sorted(selected(net, *targets)) == sorted(expected)
 
 
-def test_full_takes_every_layer_and_a_class_its_subclasses(net: Net) -> None:
+def test_full_takes_every_layer_and_a_class_its_subclasses(net: Transformer) -> None:
     assert sorted(selected(net, "full")) == sorted([*ATTENTION, *MLP, "head"]) == sorted(selected(net, "Linear"))
 
 
-def test_exclude(net: Net) -> None:
+def test_exclude(net: Transformer) -> None:
     assert selected(net, "Attention", exclude="*.to_out") == [n for n in ATTENTION if not n.endswith("out")]
 
 
@@ -126,7 +126,7 @@ def test_exclude(net: Net) -> None:
         ([""], (), "targets are strings"),
     ],
 )
-def test_a_pattern_that_selects_nothing_raises(net: Net, targets: Any, exclude: Any, said: str) -> None:
+def test_a_pattern_that_selects_nothing_raises(net: Transformer, targets: Any, exclude: Any, said: str) -> None:
     with pytest.raises(TargetError, match=re.escape(said)):
         pk.wrap(net, "lora", targets=targets, exclude=exclude)
     assert not adapted_modules(net)
@@ -134,19 +134,19 @@ def test_a_pattern_that_selects_nothing_raises(net: Net, targets: Any, exclude: 
 
 
 @pytest.mark.parametrize("target", ["embed", "norm", "*embed", "LayerNorm"])
-def test_what_cannot_be_adapted_raises_with_the_reason(net: Net, target: str) -> None:
+def test_what_cannot_be_adapted_raises_with_the_reason(net: Transformer, target: str) -> None:
     with pytest.raises(UnsupportedLayerError, match="is not a Linear or a convolution"):
         pk.wrap(net, "lora", targets=target)
 
 
-def test_what_a_glob_skips_is_listed(net: Net) -> None:
+def test_what_a_glob_skips_is_listed(net: Transformer) -> None:
     plan = pk.plan(net, "lora", targets="*")
     assert {name for name, _ in plan.skipped} == {"embed", "norm"}
     assert "skipped embed" in str(plan)
     assert f"{plan.parameters:,}" in str(plan)
 
 
-def test_rules_give_each_layer_its_own_adapter_and_the_first_wins(net: Net) -> None:
+def test_rules_give_each_layer_its_own_adapter_and_the_first_wins(net: Transformer) -> None:
     rules = [pk.Rule("*.to_q", "loha", rank=2), pk.Rule("Attention", "lora", rank=3), pk.Rule("head", "oft", blocks=1)]
     plan = pk.wrap(net, rules=rules)
     kinds = {e.site.name: e.kind for e in plan.entries}
@@ -156,7 +156,7 @@ def test_rules_give_each_layer_its_own_adapter_and_the_first_wins(net: Net) -> N
     assert plan.parameters == sum(p.numel() for p in pk.adapter_parameters(net))
 
 
-def test_plan_touches_nothing(net: Net) -> None:
+def test_plan_touches_nothing(net: Transformer) -> None:
     before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
     for kind in pk.kinds():
         options = {"rank": 2} if "rank" in registry.option_names(registry.get(kind)) else {}
@@ -193,14 +193,14 @@ def test_plan_touches_nothing(net: Net) -> None:
     ],
     ids=str,
 )
-def test_options_are_validated(net: Net, kind: str, options: dict[str, Any], said: str) -> None:
+def test_options_are_validated(net: Transformer, kind: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError) as caught:
         pk.wrap(net, kind, targets=["Attention", "head"], **options)
     assert said in str(caught.value)
     assert not adapted_modules(net)
 
 
-def test_unknown_kinds_and_taken_names_say_what_exists(net: Net) -> None:
+def test_unknown_kinds_and_taken_names_say_what_exists(net: Transformer) -> None:
     with pytest.raises(UnknownAdapterError, match="Did you mean 'lora'"):
         pk.wrap(net, "lorra")
     with pytest.raises(DuplicateNameError, match="LoRA"):
@@ -213,7 +213,7 @@ def test_unknown_kinds_and_taken_names_say_what_exists(net: Net) -> None:
             pk.wrap(net, "lora", targets="head", name=name)
 
 
-def test_the_module_stays_itself(net: Net) -> None:
+def test_the_module_stays_itself(net: Transformer) -> None:
     head, weight, keys = net.head, net.head.weight, list(net.state_dict())
     pk.wrap(net, "lora", rank=2)
     assert net.head is head
@@ -226,7 +226,7 @@ def test_the_module_stays_itself(net: Net) -> None:
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
-def test_unwrap_leaves_no_trace(net: Net, case: str) -> None:
+def test_unwrap_leaves_no_trace(net: Transformer, case: str) -> None:
     net.norm.weight.requires_grad_(False)
     modules = list(net.named_modules())
     facts = [(type(m), dict(m.__dict__), list(m._modules)) for _, m in modules]
@@ -249,7 +249,7 @@ def test_unwrap_leaves_no_trace(net: Net, case: str) -> None:
     assert [p.requires_grad for p in net.parameters()] == flags
 
 
-def test_adapters_are_freed(net: Net) -> None:
+def test_adapters_are_freed(net: Transformer) -> None:
     pk.wrap(net, "dora", rank=2)
     net(TOKENS).sum().backward()
     watched = [weakref.ref(p) for p in pk.adapter_parameters(net)]
@@ -259,7 +259,7 @@ def test_adapters_are_freed(net: Net) -> None:
     assert not any(ref() is not None for ref in watched)
 
 
-def test_several_adapters_add_and_each_has_its_strength(net: Net) -> None:
+def test_several_adapters_add_and_each_has_its_strength(net: Transformer) -> None:
     base = net.head(torch.ones(8))
     pk.wrap(net, "lora", targets="head", name="a")
     pk.wrap(net, "dora", targets="head", name="b", rank=2)
@@ -279,7 +279,7 @@ def test_several_adapters_add_and_each_has_its_strength(net: Net) -> None:
             pk.set_strength(net, strength)  # type: ignore[arg-type]
 
 
-def test_disabled_and_enabled_nest_and_survive_exceptions(net: Net) -> None:
+def test_disabled_and_enabled_nest_and_survive_exceptions(net: Transformer) -> None:
     base = net(TOKENS)
     pk.wrap(net, "lora", name="a", rank=2)
     pk.wrap(net, "loha", name="b", rank=2)
@@ -304,7 +304,7 @@ def test_disabled_and_enabled_nest_and_survive_exceptions(net: Net) -> None:
     assert torch.equal(net(TOKENS), only_b)
 
 
-def test_verbs_on_a_bare_model_say_so(net: Net) -> None:
+def test_verbs_on_a_bare_model_say_so(net: Transformer) -> None:
     for verb in (pk.unwrap, pk.adapter_parameters, pk.merge, lambda m: pk.set_strength(m, 1.0), pk.project_):
         with pytest.raises(UnknownAdapterError, match="no adapter on this model"):
             verb(net)
@@ -312,7 +312,7 @@ def test_verbs_on_a_bare_model_say_so(net: Net) -> None:
         pk.restore(net)
 
 
-def test_adapters_named_at_several_sites_need_a_name(net: Net) -> None:
+def test_adapters_named_at_several_sites_need_a_name(net: Transformer) -> None:
     pk.wrap(net, "lora", targets="head", name="a")
     assert set(pk.adapter_state_dict(net)) == {"head.up", "head.down"}
     pk.wrap(net, "lora", targets="head", name="b")
@@ -322,23 +322,23 @@ def test_adapters_named_at_several_sites_need_a_name(net: Net) -> None:
 
 class TestTied:
     @pytest.fixture
-    def tied(self, net: Net) -> Net:
+    def tied(self, net: Transformer) -> Transformer:
         net.head = nn.Linear(8, 5, bias=False)
         net.head.weight = net.embed.weight
         return net
 
-    def test_needs_a_policy(self, tied: Net) -> None:
+    def test_needs_a_policy(self, tied: Transformer) -> None:
         with pytest.raises(TiedWeightsError, match=r"embed\.weight"):
             pk.wrap(tied, "lora", targets="head")
         with pytest.raises(OptionError, match="'skip', 'untie'"):
             pk.wrap(tied, "lora", tied="ignore")
 
-    def test_skip(self, tied: Net) -> None:
+    def test_skip(self, tied: Transformer) -> None:
         plan = pk.wrap(tied, "lora", tied="skip")
         assert "head" not in plan.modules
         assert ("head", "shares its weight with embed.weight") in plan.skipped
 
-    def test_untie_gives_the_layer_its_own_copy_and_unwrap_ties_again(self, tied: Net) -> None:
+    def test_untie_gives_the_layer_its_own_copy_and_unwrap_ties_again(self, tied: Transformer) -> None:
         embedding = tied.embed.weight.detach().clone()
         pk.wrap(tied, "lora", targets="head", tied="untie")
         train(tied)
@@ -418,7 +418,7 @@ def test_dropouts_act_in_training_only() -> None:
             torch.testing.assert_close(draws.mean(0), still, rtol=0.2, atol=0.2)
 
 
-def test_a_refused_option_combination_leaves_the_model_alone(net: Net) -> None:
+def test_a_refused_option_combination_leaves_the_model_alone(net: Transformer) -> None:
     for kwargs in ({"kind": None}, {"kind": "lora", "rules": [pk.Rule("head", "lora")]}, {"rules": []}):
         with pytest.raises(OptionError):
             pk.wrap(net, **kwargs)  # type: ignore[arg-type]
