@@ -1,4 +1,4 @@
-"""Every error a user of peftkit can meet. Each names the object, what came, what was expected and what to do."""
+"""Every error that peftkit raises. Each names the object, what came, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-#: names longer than this are nobody's typing errors, and comparing them takes the square of their length
+#: longer names are no typing errors, and comparing them takes the square of their length
 _LONGEST_TYPED = 300
 
 
@@ -91,7 +91,18 @@ class WrongBaseError(FileError):
 
 @contextmanager
 def error_context(subject: object, *others: object) -> Iterator[None]:
-    """Every error of the library that leaves the block names its subject, or one of the others."""
+    """Prefix a subject to any PeftkitError raised in the block, unless its message already names it.
+
+    Args:
+        subject: What is worked on, such as a file.
+        *others: Other names of it, which the message may have in place of the subject.
+
+    Example:
+        >>> with pk.errors.error_context("a.safetensors"):
+        ...     raise pk.errors.FileError("no adapter in it")
+        Traceback (most recent call last):
+        peftkit.errors.FileError: a.safetensors: no adapter in it
+    """
     try:
         yield
     except PeftkitError as error:
@@ -101,7 +112,18 @@ def error_context(subject: object, *others: object) -> Iterator[None]:
 
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
-    """A hint naming the nearest known words, or an empty string."""
+    """Return a hint that names the nearest known words, or an empty string.
+
+    Args:
+        word: What was given.
+        known: What there is.
+        count: How many words to name at most.
+
+    Example:
+        >>> from peftkit.errors import did_you_mean
+        >>> did_you_mean("lorra", ["lora", "loha", "oft"], count=1)
+        " Did you mean 'lora'?"
+    """
     if len(word) > _LONGEST_TYPED:
         return ""
     known = (other for other in known if len(other) <= _LONGEST_TYPED)

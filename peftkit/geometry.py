@@ -1,4 +1,4 @@
-"""How a layer reads its weight. The only file that knows Linear from Conv.
+"""Read a layer's weight as a matrix, and run the layer with another: the only file that knows Linear from Conv.
 
 A weight is read as a matrix with one row per output channel; its columns are the fan-in of one output,
 (input channels of one group) × (kernel positions). An adapter sees nothing but that matrix and its `Shape`.
@@ -32,9 +32,15 @@ _CONVOLVE_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The matrix an adapter adapts: `rows` outputs by `channels` × `kernel` inputs, in `groups` bands of rows.
+    """Holds the sizes of the matrix that an adapter adapts, m = `rows` by n = `channels`·∏`kernel`.
 
     Rows [j·rows/groups, (j+1)·rows/groups) read the j-th run of `channels` input channels.
+
+    Attributes:
+        rows: The output channels, m.
+        channels: The input channels that one output reads.
+        kernel: The size of the kernel in each dimension; () for Linear.
+        groups: The number of bands of rows, each with its own input channels.
     """
 
     rows: int
@@ -44,10 +50,12 @@ class Shape:
 
     @property
     def positions(self) -> int:
+        """The kernel positions, ∏`kernel`."""
         return math.prod(self.kernel)
 
     @property
     def columns(self) -> int:
+        """The fan-in of one output, n."""
         return self.channels * self.positions
 
     def __str__(self) -> str:
@@ -56,7 +64,7 @@ class Shape:
 
 
 class Geometry:
-    """One layer without its parameters: it can run with any weight, and with a low-rank part of one.
+    """Runs a layer with any weight, and with a low-rank part of one; it has none of the layer's parameters.
 
     run(x, M)       the layer's own map with the matrix M (m, n) as its weight
     contract(x, A)  A (r, c·K) over every run of c input channels: (…, C, *s) -> (…, (C/c)·r, *s')
@@ -65,13 +73,16 @@ class Geometry:
     Operands are cast to the dtype of the activation, so fp32 factors serve a bf16 layer.
 
     expand(contract(x, A), B) == run(x, B @ A), for every stride, dilation, padding mode and grouping.
+
+    Args:
+        weight_shape: The shape of the layer's weight.
+        layer: The convolution, None for a plain matrix product.
     """
 
     shape: Shape
     spatial: int  # number of spatial dimensions; 0 for Linear, whose channels are the last dimension
 
     def __init__(self, weight_shape: torch.Size, layer: nn.Module | None = None) -> None:
-        """weight_shape: of the layer's weight. layer: the convolution, None for a plain matrix product."""
         self.transposed = isinstance(layer, _TRANSPOSED)
         self.spatial = 0 if layer is None or isinstance(layer, nn.Linear) else len(weight_shape) - 2
         if self.spatial:
@@ -90,7 +101,7 @@ class Geometry:
 
     @classmethod
     def of_weight(cls, weight_shape: tuple[int, ...], groups: int = 1, *, transposed: bool = False) -> Geometry:
-        """How a weight in a file is read as a matrix; such a geometry cannot run."""
+        """Return the geometry of a weight in a file, which reads it as a matrix and cannot run."""
         geometry = cls(torch.Size(weight_shape))
         if transposed:
             geometry.transposed, geometry.groups, geometry.spatial = True, groups, len(weight_shape) - 2
@@ -101,19 +112,19 @@ class Geometry:
     # -- the weight as a matrix -------------------------------------------------------------------------------
 
     def bands(self, weight: Tensor) -> Tensor:
-        """A view of the weight as (bands, rows of a band, channels, *kernel); all rows in order, flattened."""
+        """Return a view of the weight as (bands, rows of a band, channels, *kernel), all rows in order."""
         if not self.transposed:
             return weight.unsqueeze(0)
         return weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The layer's weight as a matrix (m, n); itself if it is one, else a view where its memory allows."""
+        """Return the weight as a matrix (m, n): itself if it is one, else a view where its memory allows."""
         if self.transposed:
             return self.bands(weight).reshape(self.shape.rows, self.shape.columns)
         return weight if weight.dim() == 2 else weight.reshape(self.shape.rows, self.shape.columns)
 
     def weight(self, matrix: Tensor) -> Tensor:
-        """The inverse of `matrix`: (m, n) -> the shape of the layer's weight."""
+        """Return a matrix (m, n) in the shape of the layer's weight; the inverse of `matrix`."""
         return self._kernel(matrix, self.groups)
 
     def _kernel(self, matrix: Tensor, groups: int) -> Tensor:
@@ -129,11 +140,11 @@ class Geometry:
     # -- the layer as a map -----------------------------------------------------------------------------------
 
     def run(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """The layer with weight `matrix` (m, n) and no bias. x: the layer's input."""
+        """Return the layer's output for input x with weight `matrix` (m, n) and no bias."""
         return self.call(x, self.weight(matrix.to(x.dtype)))
 
     def call(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer with a weight in its own shape and a bias (m,)."""
+        """Return the layer's output for input x with a weight in its own shape and a bias (m,)."""
         if not self.spatial:
             return F.linear(x, weight, bias)
         return self._convolve(x, weight, bias, self.groups)
@@ -152,7 +163,14 @@ class Geometry:
         return self.shape.positions == 1 and in_step and not self.transposed
 
     def gradients(self, gy: Tensor, x: Tensor, weight: Tensor, for_x: bool) -> tuple[Tensor | None, Tensor]:
-        """Those of x, if wanted, and of the weight, in its own shape, from that of the layer's output."""
+        """Return the gradients of the layer's input and of its weight.
+
+        Args:
+            gy: The gradient of the layer's output.
+            x: The layer's input.
+            weight: In its own shape.
+            for_x: Whether the gradient of x is wanted; if not, None stands for it.
+        """
         x = x.to(gy.dtype)
         if not self.spatial:
             rows = gy.reshape(-1, gy.shape[-1])
@@ -183,7 +201,7 @@ class Geometry:
         return _CONVOLVE[self.spatial](x, weight, bias, self.stride, padding, self.dilation, groups)
 
     def contract(self, x: Tensor, A: Tensor) -> Tensor:
-        """A (r, c·K) over every run of c input channels. x (…, C, *s) -> (…, (C/c)·r, *s')."""
+        """Return A (r, c·K) over every run of c input channels: x (…, C, *s) -> (…, (C/c)·r, *s')."""
         A = A if A.dtype == x.dtype else A.to(x.dtype)
         if not self.spatial:
             runs = x.shape[-1] // A.shape[1]
@@ -194,7 +212,14 @@ class Geometry:
         return h.reshape(*x.shape[: -self.spatial - 1], runs * h.shape[1], *h.shape[2:])
 
     def contraction_gradients(self, gh: Tensor, x: Tensor, A: Tensor, for_x: bool) -> tuple[Tensor | None, Tensor]:
-        """Those of x, if wanted, and of A in contract(x, A), of a `direct` layer, neither grouped nor transposed."""
+        """Return the gradients of x and of A in contract(x, A), for a `direct` layer, neither grouped nor transposed.
+
+        Args:
+            gh: The gradient of contract(x, A).
+            x: The layer's input.
+            A: (r, n).
+            for_x: Whether the gradient of x is wanted; if not, None stands for it.
+        """
         if self.spatial:
             channels = A.shape[1] // self.shape.positions
             own, kernel = (self._folded(gh, len(A)), self._folded(x, channels)), self._kernel(A, 1)
@@ -210,7 +235,7 @@ class Geometry:
         return x.reshape(x.numel() // (channels * size.numel() or 1), channels, *size)
 
     def expand(self, h: Tensor, B: Tensor) -> Tensor:
-        """B (m, r), pointwise, on h (…, groups·r, *s') -> (…, m, *s')."""
+        """Return B (m, r), pointwise, on h (…, groups·r, *s') -> (…, m, *s')."""
         B = B.to(h.dtype)
         if not self.spatial:
             return F.linear(h, B)
@@ -219,7 +244,7 @@ class Geometry:
     # -- channels, whatever the layer -------------------------------------------------------------------------
 
     def pointwise(self, h: Tensor, B: Tensor) -> Tensor:
-        """B (v, r) on every run of r channels: (…, a·r, *s) -> (…, a·v, *s)."""
+        """Return B (v, r) on every run of r channels: h (…, a·r, *s) -> (…, a·v, *s)."""
         B = B.to(h.dtype)
         if not self.spatial:
             return F.linear(h.unflatten(-1, (-1, B.shape[1])), B).flatten(-2)
@@ -232,7 +257,7 @@ class Geometry:
         return mixed.reshape(*h.shape[: -self.spatial - 1], runs * B.shape[0], *size)
 
     def mix(self, y: Tensor, K: Tensor, width: int = 1) -> Tensor:
-        """Block-diagonal mixing of channels, each block K_k ⊗ I_width.
+        """Return channels mixed block-diagonally, each block K_k ⊗ I_width.
 
         K (k, i, j); y (…, k·j·width, *s) -> (…, k·i·width, *s).
         """
@@ -246,7 +271,7 @@ class Geometry:
         return mixed.reshape(*lead, K.shape[0] * K.shape[1] * width, *size)
 
     def sized_for(self, layer: nn.Module, x: Tensor, output_size: list[int] | None = None) -> Geometry:
-        """The geometry of one call of a transposed convolution that names the size of its output."""
+        """Return the geometry of one call of a transposed convolution that names the size of its output."""
         if output_size is None:
             return self
         sized = copy.copy(self)
@@ -254,11 +279,11 @@ class Geometry:
         return sized
 
     def per_channel(self, v: Tensor) -> Tensor:
-        """A vector over channels (c,), shaped to broadcast against an activation."""
+        """Return a vector over channels (c,), shaped to broadcast against an activation."""
         return v[(...,) + (None,) * self.spatial] if self.spatial else v
 
     def outputs(self, x: Tensor) -> int:
-        """How many output positions the layer computes for x: tokens, or pixels of the whole batch."""
+        """Return how many output positions the layer computes for x: tokens, or pixels of the whole batch."""
         if not self.spatial:
             return x.numel() // x.shape[-1]
         count = x.shape[: -self.spatial - 1].numel()
@@ -269,7 +294,20 @@ class Geometry:
 
 
 def of(layer: nn.Module) -> Geometry:
-    """The geometry of a Linear or convolution that has a weight (`wrapping.support` says which have)."""
+    """Return the geometry of a Linear or convolution.
+
+    Args:
+        layer: With a weight of its own (`wrapping.support` says which layers have one).
+
+    Raises:
+        UnsupportedLayerError: It is no such layer.
+
+    Example:
+        >>> from peftkit import geometry
+        >>> g, x = geometry.of(conv := nn.Conv2d(4, 6, 3, bias=False)), torch.randn(1, 4, 5, 5)
+        >>> g.matrix(conv.weight).shape, torch.allclose(g.run(x, g.matrix(conv.weight)), conv(x))
+        (torch.Size([6, 36]), True)
+    """
     weight = own_parameters(layer).get("weight") if isinstance(layer, LAYERS) else None
     if weight is None:
         raise UnsupportedLayerError(

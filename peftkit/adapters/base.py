@@ -69,7 +69,7 @@ class Adapter(nn.Module, ABC):
 
     @classmethod
     def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str] | None:
-        """The tensors that have a row for every row of W, where row i of ΔW needs no other row; None if it does.
+        """Return the tensors with a row for every row of W, where row i of ΔW needs no other row; None if it does.
 
         Args:
             options: as in `Stored`.
@@ -130,5 +130,5 @@ class Stored(NamedTuple):
 
 
 def placeholder_weight(shape: Shape) -> Tensor:
-    """A weight (m, n) for adapters that never look at it: one zero, seen everywhere."""
+    """Return a weight (m, n) of zeros, one number in memory, for adapters that do not read the values of W."""
     return torch.zeros(()).expand(shape.rows, shape.columns)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def butterfly_block(size: int, bound: int) -> int | None:
-    """The largest even b ≤ bound with size/b a power of two, as LyCORIS splits it; None if there is none."""
+    """Return the largest even b ≤ bound with size/b a power of two, as LyCORIS splits it; None if there is none."""
     halvings = (size >> i for i in range(size.bit_length()) if size % (1 << i) == 0)
     return next((b for b in halvings if b <= bound and b % 2 == 0), None)
 
@@ -58,13 +58,30 @@ class ButterflyForm(Form):
 
 @register("boft")
 class BOFT(Adapter):
-    r"""W + ΔW = s∘(R_t ⋯ R_1·W), each stage R_i blocks of (I + Q)(I − Q)⁻¹ over rows 2ⁱ⁻¹·b/2 apart, Q skew.
+    r"""Rotates output channels in stages: W + ΔW = s∘(R_t ⋯ R_1·W), a butterfly of small blocks, as in LyCORIS.
 
-    block_size: the bound on the size b of a block, which is even and leaves a power of two of blocks k. stages: t, by
-    default all log₂k + 1, after which every output has met every other. constraint: bound on ‖Q‖_F over all stages as
-    a multiple of the rows. rescale: a trained factor s per output. The rotation is of outputs, as LyCORIS does it.
+    Each stage R_i consists of blocks (I + Q)(I − Q)⁻¹ over rows 2ⁱ⁻¹·b/2 apart, with Q (b, b) skew. The parameter
+    `skew` (t, k, b(b−1)/2) holds the upper triangles of all Q, and starts at 0.
 
     Paper: https://arxiv.org/abs/2311.06243.
+
+    Args:
+        shape: The shape of the weight.
+        weight: W (m, n), read for its device and dtype.
+        block_size: The bound on the size b of a block, 4 by default; b is even, and the number k of blocks is a power
+            of two.
+        stages: t, by default all log₂k + 1, after which every output has met every other.
+        constraint: The bound on ‖Q‖_F over all stages as a multiple of the rows, None for no bound.
+        rescale: Train a factor s per output.
+
+    Raises:
+        OptionError: An option has a value that it cannot take, or the weight has no such blocks.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> report = pk.wrap(model, "boft", block_size=4)
+        >>> sum(p.numel() for p in pk.adapter_parameters(model))  # 2 stages of 2 blocks of 6
+        24
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.06243"
@@ -109,7 +126,7 @@ class BOFT(Adapter):
         return Butterfly(K, weight, rescale)
 
     def generator(self) -> Tensor:
-        """Q (t, k, b, b), skew-symmetric, inside the constraint."""
+        """Return Q (t, k, b, b), skew-symmetric, inside the constraint."""
         return skew_blocks(bounded(self.skew, self.bound), self.upper, self.size)
 
     def form(self, weight: Tensor) -> ButterflyForm:

@@ -67,16 +67,31 @@ class DecompositionForm(Form):
 
 @registry.register("dora")
 class DoRA(Adapter):
-    r"""W + ΔW = t·(W + V), t = m/‖W + V‖ per row; V is the ΔW of `inner`, the trained magnitude m starts at ‖W‖.
+    r"""Decomposes the weight into magnitude and direction: W + ΔW = t·(W + V), t = μ/‖W + V‖ per row.
 
-    axis: "out" normalises rows, one per output (the paper's code, PEFT, LyCORIS); "in" normalises over each input
-    channel (LyCORIS wd_on_out=False). detach_norm: hold ‖W + V‖ constant in the gradient (§4.3 of the paper).
-    Other options are those of the inner adapter.
-
-    ‖W + V‖² = ‖W‖² + 2<W, V> + ‖V‖² row by row from V's factors: V is never built. On another base the magnitudes
-    count relative to its norms, for which those of the first base are kept.
+    V is the ΔW of an inner adapter. The parameter `magnitude`, μ (m,) or (channels,), starts at ‖W‖. ‖W + V‖² = ‖W‖² +
+    2<W, V> + ‖V‖² is summed row by row from V's factors: V is never built. On another base the magnitudes count
+    relative to the norms of that base, for which the norms of the first base are kept.
 
     Paper: https://arxiv.org/abs/2402.09353.
+
+    Args:
+        shape: The shape of the weight.
+        weight: W (m, n), read for its device, its dtype and its norms.
+        inner: The kind of the inner adapter, "lora" by default; any kind that does not read its base.
+        axis: "out" (default) normalises rows, one per output, as the paper's code, PEFT and LyCORIS do; "in" normalises
+            over each input channel (LyCORIS wd_on_out=False).
+        detach_norm: Hold ‖W + V‖ constant in the gradient (§4.3 of the paper), True by default.
+        **inner_options: Options of the inner adapter.
+
+    Raises:
+        OptionError: An option has a value that it cannot take, or the inner adapter reads its base.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> report = pk.wrap(model, "dora", rank=4)
+        >>> sum(p.numel() for p in pk.adapter_parameters(model))  # LoRA's and one magnitude per row
+        104
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.09353"

@@ -18,9 +18,21 @@ from peftkit.geometry import Shape
 
 @register("full", "diff")
 class Full(Adapter):
-    """ΔW = M (m, n), starting at 0: full fine-tuning kept apart from the base, and what any ΔW can be written as.
+    """Adds a whole matrix: ΔW = M, full fine-tuning kept apart from the base.
+
+    The parameter `change`, M (m, n), starts at 0. Any ΔW can be written as a Full.
 
     Source: LyCORIS' "full" and the "diff" of WebUI files, https://github.com/KohakuBlueleaf/LyCORIS.
+
+    Args:
+        shape: The shape of the weight.
+        weight: W (m, n), read for its device and dtype.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> report = pk.wrap(model, "full")
+        >>> sum(p.numel() for p in pk.adapter_parameters(model))
+        128
     """
 
     paper: ClassVar[str] = "https://github.com/KohakuBlueleaf/LyCORIS"

@@ -51,12 +51,28 @@ class BaseProductForm(Form):
 
 @register("glora")
 class GLoRA(Adapter):
-    r"""ΔW = γ·(W·A1·A2 + B1·B2) with A1 (n, r), A2 (r, n), B1 (m, r), B2 (r, n), γ = α/r, in LyCORIS' form.
+    r"""Adds a low-rank change of the base and a low-rank matrix: ΔW = γ·(W·A1·A2 + B1·B2), γ = α/r, in LyCORIS' form.
 
-    One low-rank matrix [γ·W·A1, γ·B1]·[A2; B2] of rank 2r, once W is known. A2 and B2 start at 0. On Linear and 1×1
+    Parameters are `base_up`, A1 (n, r); `base_down`, A2 (r, n); `up`, B1 (m, r); `down`, B2 (r, n). A2 and B2 start at
+    0. Once W is known, ΔW is one low-rank matrix [γ·W·A1, γ·B1]·[A2; B2] of rank 2r. GLoRA adapts Linear and 1×1
     convolutions: on a larger kernel A would mix channels, not columns.
 
     Paper: https://arxiv.org/abs/2306.07967, whose code has W ⊙ A in place of W·A, as PEFT has.
+
+    Args:
+        shape: The shape of the weight.
+        weight: W (m, n), read for its device and dtype.
+        rank: r, 4 by default.
+        alpha: α, by default the rank, so that γ = 1.
+
+    Raises:
+        OptionError: An option has a value that it cannot take, or the kernel is larger than 1.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> report = pk.wrap(model, "glora", rank=2)
+        >>> sum(p.numel() for p in pk.adapter_parameters(model))  # r·(3n + m)
+        112
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.07967"

@@ -43,11 +43,26 @@ class ChannelScaleForm(Form):
 
 @register("ia3")
 class IA3(Adapter):
-    """ΔW = diag(w)·W (side "out") or W·diag(w) over input channels (side "in"); w = l − 1 starts at 0.
+    """Scales channels: ΔW = diag(w)·W over outputs, or W·diag(w) over input channels.
 
-    The bias stays as it is, as in LyCORIS; PEFT scales it too on side "out".
+    The parameter `gate`, w = l − 1, (m,) or (channels,), starts at 0. The bias stays as it is, as in LyCORIS; PEFT
+    scales it too on side "out".
 
     Paper: https://arxiv.org/abs/2205.05638.
+
+    Args:
+        shape: The shape of the weight.
+        weight: W (m, n), read for its device and dtype.
+        side: "out" (default) scales output channels, "in" input channels.
+
+    Raises:
+        OptionError: `side` is neither.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> report = pk.wrap(model, "ia3")
+        >>> sum(p.numel() for p in pk.adapter_parameters(model))
+        8
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.05638"

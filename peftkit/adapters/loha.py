@@ -46,14 +46,31 @@ class LoHaForm(Additive):
 
 @register("loha")
 class LoHa(Adapter):
-    r"""ΔW = γ·(B1·A1) ⊙ (B2·A2) with Bi (m, r), Ai (r, n), γ = α/r: rank up to r² for 2r(m + n) parameters.
+    r"""Adds a Hadamard product: ΔW = γ·(B1·A1) ⊙ (B2·A2), γ = α/r, of rank up to r² for 2r(m + n) parameters.
 
-    With `tucker` (convolutions), Ai = Ti·Vi with a core Ti (r, r, K) and Vi (r, channels).
-    init: "lycoris" draws B1 ~ N(0, 0.1²), Ai ~ N(0, 1) and starts at B2 = 0; "peft" draws uniformly by fan-in
-    and starts at A2 = 0. One step of a sign optimiser moves ΔW 116 times further under the first (768², r = 8),
-    so a learning rate does not carry over from one to the other.
+    Parameters are `up1`, B1 (m, r); `down1`, A1 (r, n); `up2`, B2 (m, r); `down2`, A2 (r, n). With `tucker`, Ai = Ti·Vi
+    with `core1` and `core2`, Ti (r, r, K), and `down1` and `down2`, Vi (r, channels).
 
     Papers: FedPara, https://arxiv.org/abs/2108.06098; LyCORIS, https://arxiv.org/abs/2309.14859.
+
+    Args:
+        shape: The shape of the weight.
+        weight: W (m, n), read for its device and dtype.
+        rank: r, 4 by default.
+        alpha: α, by default the rank, so that γ = 1.
+        tucker: Use Tucker factors, on kernels larger than 1.
+        init: "lycoris" (default) draws B1 ~ N(0, 0.1²) and Ai ~ N(0, 1) and starts at B2 = 0; "peft" draws uniformly by
+            fan-in and starts at A2 = 0. One step of a sign optimiser moves ΔW 116 times further under the first (768²,
+            r = 8), so a learning rate does not carry over from one to the other.
+
+    Raises:
+        OptionError: An option has a value that it cannot take.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> report = pk.wrap(model, "loha", rank=2)
+        >>> sum(p.numel() for p in pk.adapter_parameters(model))
+        96
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2108.06098"

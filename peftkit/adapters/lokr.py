@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def factorize(size: int, factor: int) -> tuple[int, int]:
-    """(u, v) with u·v = size and u = max{u ≤ min(factor, √size) : u divides size}; factor −1 means √size.
+    """Return (u, v) with u·v = size and u = max{u ≤ min(factor, √size) : u divides size}; factor −1 means √size.
 
     Equation (5) of the LyCORIS paper, so u ≤ v always.
     """
@@ -125,19 +125,37 @@ def _peft_split(size: int, factor: int) -> int:
 
 @register("lokr")
 class LoKr(Adapter):
-    r"""ΔW = γ·C ⊗ D with C (u_p, u_q) and D (v_p, v_q·K), u·v the factorisation of rows and input channels.
+    r"""Adds a Kronecker product: ΔW = γ·C ⊗ D with C (u_p, u_q) and D (v_p, v_q·K).
 
-    rank: of D = left·right; None, or a rank of at least max(v_p, v_q)/2, keeps D full (as LyCORIS and PEFT do).
-    factor: the bound on u, for both axes or as (rows, channels); −1 splits as evenly as the size allows.
-    decompose_both: C = C_left·C_right too, where its rank is below max(u_p, u_q)/2.
-    tucker: D = left·(T·V) with a core T (r, r, K), on convolutions with a low-rank D.
-    full_scale: γ where both C and D are full and no rank bounds either. "one", as LyCORIS trains (α has no effect
-    there), or "alpha/rank", as PEFT does. Elsewhere γ = α/r.
-    outer: the exact shape (u_p, u_q) of C in place of `factor`; decompose_both then splits C at any rank. full: whether
-    D is full, in place of the rule above. Files made elsewhere need them.
-    init: "lycoris" starts at D = 0, "peft" at C = 0.
+    u_p·v_p = m factors the rows, u_q·v_q the input channels. D is full, or a product of rank r.
 
     Papers: KronA, https://arxiv.org/abs/2212.10650; LyCORIS, https://arxiv.org/abs/2309.14859.
+
+    Args:
+        shape: The shape of the weight.
+        weight: W (m, n), read for its device and dtype.
+        rank: r of D = left·right. None (default), or a rank of at least max(v_p, v_q)/2, keeps D full, as LyCORIS and
+            PEFT do.
+        alpha: α, by default the rank. γ = α/r.
+        factor: The bound on u, for both axes or as (rows, channels), 8 by default; −1 splits as evenly as the size
+            allows.
+        decompose_both: C = C_left·C_right too, where the rank is below max(u_p, u_q)/2.
+        tucker: D = left·(T·V) with a core T (r, r, K), on convolutions with a low-rank D.
+        full_scale: γ where both C and D are full. "one" (default), as LyCORIS trains, so that α has no effect; or
+            "alpha/rank", as PEFT does.
+        outer: The exact shape (u_p, u_q) of C in place of `factor`; decompose_both then splits C at any rank. Files of
+            other programs need it.
+        full: Whether D is full, in place of the rule of `rank`. Files of other programs need it.
+        init: "lycoris" (default) starts at D = 0, "peft" at C = 0.
+
+    Raises:
+        OptionError: An option has a value that it cannot take, or the weight has no such factors.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> report = pk.wrap(model, "lokr", factor=2)
+        >>> sum(p.numel() for p in pk.adapter_parameters(model))  # C (2, 2), D (4, 8)
+        36
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.10650"

@@ -20,20 +20,35 @@ INITS = ("lu", "uniform", "s_uniform", "normal", "s_normal", "constant", "zeros"
 
 @register("loldu")
 class LoLDU(Adapter):
-    r"""ΔW = P·L_r·diag(σ·z − σ0·z0)·U_r, with W = P·L·D·U and the first r pivots; at most r + 1 parameters.
+    r"""Trains pivots of the base's LDU factors: ΔW = P·L_r·diag(σ·z − σ0·z0)·U_r with W = P·L·D·U.
 
-    z (r,) starts at z0, σ at σ0 = α/r, so ΔW is exactly zero at the start under every `init`; the base is never
-    written. Held, and trained, are the offsets z − z0 (`shift`) and, with `train_scale`, σ − σ0 (`scale_shift`), whose
-    gradients are those of z and σ and which lose no digits to what they are offsets from.
-
-    L (m, r) is unit lower trapezoidal, U (r, n) unit upper, neither orthogonal. init: z0, in the names of the released
-    code, for Table V of the paper: "lu" the pivots themselves; "constant", "uniform", "normal" by their mean (and
-    spread); "s_uniform" U(−1, 1), "s_normal" N(0, 1), "zeros", "ones". epsilon: the bound on ‖ΔW‖_F that `project_`
-    restores.
-
-    The order of elimination is stored, so the factors come back the same on a base rounded to another dtype.
+    Of the first r pivots z (r,) is trained from z0, and σ from σ0 = α/r: at most r + 1 parameters. ΔW is exactly zero
+    at the start under every `init`, and the base is never written. L (m, r) is unit lower trapezoidal, U (r, n) unit
+    upper, neither orthogonal. Parameters are the offsets `shift`, z − z0 (r,), and `scale_shift`, σ − σ0 (1,), with
+    the gradients of z and σ and with no digits lost to z0 and σ0. The order of elimination is stored, so the factors
+    come back the same on a base rounded to another dtype.
 
     Paper: https://arxiv.org/abs/2410.13618.
+
+    Args:
+        shape: The shape of the weight.
+        weight: W (m, n), which is factored.
+        rank: r, 16 by default, at most min(m, n).
+        alpha: α, by default the rank; not 0.
+        init: z0, in the names of the released code (Table V of the paper): "lu" takes the pivots themselves;
+            "constant", "uniform" (default) and "normal" go by the mean of the pivots (and their spread); "s_uniform" is
+            U(−1, 1), "s_normal" N(0, 1); "zeros"; "ones".
+        train_scale: Train σ too, True by default.
+        epsilon: The bound on ‖ΔW‖_F that `project_` restores, None for no bound.
+
+    Raises:
+        OptionError: An option has a value that it cannot take.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> report = pk.wrap(model, "loldu", rank=4)
+        >>> sum(p.numel() for p in pk.adapter_parameters(model))  # r + 1
+        5
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.13618"
@@ -85,7 +100,7 @@ class LoLDU(Adapter):
             self.register_buffer("scale_shift", scale_shift)
 
     def pivot_change(self) -> Tensor:
-        """δ = σ·z − σ0·z0 = σ·(z − z0) + (σ − σ0)·z0, (r,)."""
+        """Return δ = σ·z − σ0·z0 = σ·(z − z0) + (σ − σ0)·z0, (r,)."""
         scale_shift = self.scale_shift
         return torch.addcmul((self.start_scale + scale_shift) * self.shift, scale_shift, self.start)
 
@@ -96,7 +111,7 @@ class LoLDU(Adapter):
 
     @torch.no_grad()
     def project_(self) -> None:
-        """δ ← δ·min(1, epsilon/‖ΔW‖_F), the nearest ΔW along the ray; a no-op without epsilon."""
+        """Shorten ΔW to the bound: δ ← δ·min(1, epsilon/‖ΔW‖_F). Without epsilon nothing is done."""
         if self.epsilon is None:
             return
         left, right = self.left.double(), self.right.double()

@@ -63,15 +63,33 @@ class LoRAForm(Additive):
 
 @register("lora", "locon")
 class LoRA(Adapter):
-    r"""ΔW = γ·B·A with B (m, r) = 0 and A (r, n) ~ U(±1/√n); γ = α/r, or α/√r with `rslora`.
+    r"""Adds a low-rank matrix: ΔW = γ·B·A, with γ = α/r, or α/√r with `rslora`.
 
-    On a convolution A is a kernel with r outputs and B is 1×1. With `tucker`, A = T·V with a core T (r, r, K)
-    and V (r, channels): the Tucker-2 form of LyCORIS.
-
-    dropout: of elements of the layer's input, on the adapter's branch only (as in PEFT).
-    rank_dropout: of ranks, the kept ones scaled by 1/(1−p). module_dropout: of the whole ΔW, unscaled (as in kohya).
+    Parameters are `up`, B (m, r), which starts at 0, and `down`, A (r, n), which starts at U(±1/√n). On a convolution
+    (LoCon) A is a kernel with r outputs and B is 1×1. With `tucker`, A = T·V with `core`, T (r, r, K), and `down`,
+    V (r, channels): the Tucker-2 form of LyCORIS.
 
     Papers: https://arxiv.org/abs/2106.09685; LoCon: https://arxiv.org/abs/2309.14859.
+
+    Args:
+        shape: The shape of the weight.
+        weight: W (m, n), read for its device and dtype.
+        rank: r, 8 by default.
+        alpha: α, by default the rank, so that γ = 1.
+        rslora: Scale by α/√r in place of α/r (https://arxiv.org/abs/2312.03732).
+        tucker: Use the Tucker-2 form, on kernels larger than 1.
+        dropout: The probability of dropping an element of the layer's input, on the adapter's branch only (as in PEFT).
+        rank_dropout: The probability of dropping a rank; the ranks that stay are scaled by 1/(1−p).
+        module_dropout: The probability of dropping the whole ΔW, unscaled (as in kohya).
+
+    Raises:
+        OptionError: An option has a value that it cannot take.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> report = pk.wrap(model, "lora", rank=4, alpha=8)
+        >>> sum(p.numel() for p in pk.adapter_parameters(model))  # r·(m + n)
+        96
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
@@ -128,5 +146,5 @@ class LoRA(Adapter):
 
 
 def tucker_down(core: Tensor, down: Tensor) -> Tensor:
-    """A[i, (c, k)] = Σ_j T[i, j, k]·V[j, c]. core (r, r, K), down (r, channels) -> (r, channels·K)."""
+    """Return A[i, (c, k)] = Σ_j T[i, j, k]·V[j, c], (r, channels·K), of core T (r, r, K) and down V (r, channels)."""
     return torch.einsum("ijk,jc->ick", core, down).flatten(1)

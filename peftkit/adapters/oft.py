@@ -91,18 +91,35 @@ class RotationForm(Form):
 
 @register("oft")
 class OFT(Adapter):
-    r"""W + ΔW = R·W (side "out") or W·Rᵀ (side "in"), R = diag(R_1, …, R_k), R_i = (I + Q_i)(I − Q_i)⁻¹, Q_i skew.
+    r"""Rotates the weight by blocks: W + ΔW = R·W or W·Rᵀ, R = diag(R_1, …, R_k), R_i = (I + Q_i)(I − Q_i)⁻¹.
 
-    side: "out" rotates output channels, as LyCORIS and kohya do, on any convolution; "in" rotates the fan-in, as PEFT
-    does. block_size: the size b of a block, or the largest divisor of the rotated dimension below it; blocks: their
-    number, which must divide it. constraint: bound on ‖Q‖_F as a multiple of the rotated dimension (COFT).
-    rescale: a trained factor per rotated coordinate beside R. path: what strength λ means. "linear" is W + λ(R − I)W;
-    "geodesic" is Cayley(λQ)·W, orthogonal at every λ and its own inverse at −λ. terms: R as that many terms of the
-    series I + 2Q + 2Q² + … + Qᵗ⁻¹, orthogonal only where Q is small, as PEFT trains by default (5); None solves for R.
-
-    The Cayley transform is solved in at least fp32, so R is orthogonal to 1e-6 however the parameters are kept.
+    The parameter `skew` (k, b(b−1)/2) holds the upper triangles of the skew blocks Q_i (b, b), and starts at 0. The
+    Cayley transform is solved in at least fp32, so R is orthogonal to 1e-6 in whatever dtype parameters are kept.
 
     Papers: OFT, https://arxiv.org/abs/2306.07280; BOFT, https://arxiv.org/abs/2311.06243.
+
+    Args:
+        shape: The shape of the weight.
+        weight: W (m, n), read for its device and dtype.
+        block_size: The bound on b, the largest divisor of the rotated dimension up to it; 32 by default.
+        blocks: The number k of blocks, a divisor of the rotated dimension, in place of `block_size`.
+        side: "out" (default) rotates output channels, as LyCORIS and kohya do, on any convolution; "in" rotates the
+            fan-in, as PEFT does.
+        constraint: The bound on ‖Q‖_F as a multiple of the rotated dimension (COFT), None for no bound.
+        rescale: Train a factor per rotated coordinate beside R.
+        path: What strength λ means. "linear" (default) is W + λ(R − I)W; "geodesic" is Cayley(λQ)·W, orthogonal at
+            every λ and its own inverse at −λ.
+        terms: Make R of so many terms of the series I + 2Q + 2Q² + … + Qᵗ⁻¹, orthogonal only where Q is small, as PEFT
+            trains by default (5). None (default) solves for R.
+
+    Raises:
+        OptionError: An option has a value that it cannot take, or the weight has no such blocks.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> report = pk.wrap(model, "oft", block_size=4)
+        >>> sum(p.numel() for p in pk.adapter_parameters(model))  # 2 blocks of 6
+        12
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.07280"
@@ -168,7 +185,7 @@ class OFT(Adapter):
         return self._rotation(weight, self._turn(strength * bounded(self.skew, self.bound)), strength)
 
     def generator(self) -> Tensor:
-        """Q (k, b, b), skew-symmetric, inside the constraint."""
+        """Return Q (k, b, b), skew-symmetric, inside the constraint."""
         return skew_blocks(bounded(self.skew, self.bound), self.upper, self.size)
 
     def form(self, weight: Tensor) -> RotationForm:

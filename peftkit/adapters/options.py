@@ -21,7 +21,7 @@ class Factory(TypedDict):
 
 
 def factory(weight: Tensor) -> Factory:
-    """Return the device and dtype of an adapter's parameters: those of the weight, in at least fp32.
+    """Return the device and dtype of an adapter's parameters: the weight's own, in at least fp32.
 
     Example:
         >>> from peftkit.adapters import factory

@@ -32,7 +32,15 @@ _DECOMPOSITION = ("axis", "detach_norm")
 
 
 def register(kind: str, *aliases: str) -> Callable[[AdapterType], AdapterType]:
-    """Class decorator: make an Adapter available under `kind` and its aliases."""
+    """Return a class decorator that makes an Adapter available under a name and its aliases.
+
+    Args:
+        kind: The name, which files and messages show.
+        *aliases: Other names for `pk.wrap`.
+
+    Raises:
+        DuplicateNameError: A name is taken.
+    """
 
     def add(cls: AdapterType) -> AdapterType:
         for name in (kind, *aliases):
@@ -51,12 +59,21 @@ def register(kind: str, *aliases: str) -> Callable[[AdapterType], AdapterType]:
 
 
 def kinds() -> tuple[str, ...]:
-    """The registered names, aliases left out."""
+    """Return the registered names, without aliases."""
     return tuple(_CLASSES)
 
 
 def get(kind: str) -> type[Adapter]:
-    """The class registered under a name or an alias."""
+    """Return the class that is registered under a name or an alias.
+
+    Raises:
+        UnknownAdapterError: There is none.
+
+    Example:
+        >>> from peftkit.adapters import registry
+        >>> registry.get("locon").kind
+        'lora'
+    """
     if not isinstance(kind, str):
         raise UnknownAdapterError(f"an adapter is named by a string, not {kind!r}; there are: {', '.join(kinds())}")
     name = _ALIASES.get(kind, kind)
@@ -74,7 +91,7 @@ def additive(delta: Delta) -> Additive:
 
 
 def option_names(cls: type[Adapter]) -> tuple[str, ...]:
-    """The options a class takes by name."""
+    """Return the names of the options that a class takes."""
     return tuple(p.name for p in _parameters(cls) if p.kind is inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -89,11 +106,24 @@ def _hints(cls: type[Adapter]) -> dict[str, Any]:
 
 
 def build(kind: str, shape: Shape, weight: Tensor, dtype: torch.dtype | None = None, /, **options: Any) -> Adapter:
-    """An adapter for one weight matrix.
+    """Make an adapter for one weight matrix.
 
-    weight: (m, n), read for its device, its dtype and, by algorithms that start from it, its values.
-    dtype: of the adapter's parameters; by default at least fp32.
-    Raises OptionError for an option the algorithm does not have or a value it cannot take.
+    Args:
+        kind: A registered name or alias.
+        shape: The shape of the weight.
+        weight: W (m, n), read for its device, its dtype and, by algorithms that start from it, its values.
+        dtype: The dtype of the adapter's parameters, by default at least fp32.
+        **options: The algorithm's own options, and `decompose`, which makes it the inner adapter of a DoRA.
+
+    Raises:
+        UnknownAdapterError: No adapter has this name.
+        OptionError: The algorithm does not have an option, or the option cannot take the value.
+
+    Example:
+        >>> from peftkit.adapters import registry
+        >>> from peftkit.geometry import Shape
+        >>> registry.build("lora", Shape(8, 16), torch.zeros(8, 16), rank=2).delta(torch.zeros(8, 16))
+        B(8×2)·A(2×16)
     """
     cls = get(kind)
     decompose = options.pop("decompose", False)

@@ -1,4 +1,4 @@
-"""W + Σ ΔW, in place: summed in at least fp32, rounded once, with what the rounding cost."""
+"""Add Σ ΔW to W in place, summed in at least fp32 and rounded once, and measure what the rounding lost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHARE, _LEAST, _PLACES = 64, 32, 4
 
 @dataclass(frozen=True)
 class MergedWeight:
-    """What happened to one weight."""
+    """Holds what a merge did to one weight."""
 
     site: str
     adapters: tuple[str, ...]
@@ -224,7 +224,7 @@ def _write(bands: Tensor, block: slice, rows: Tensor) -> None:
 
 
 def overflows(wide: Tensor, dtype: torch.dtype) -> bool:
-    """Whether finite numbers of a tensor are beyond a narrower dtype, even rounded down to its largest."""
+    """Return whether a finite number of a tensor is beyond the largest of a narrower dtype, rounding included."""
     limits = torch.finfo(dtype)
     most = limits.max * (1 + limits.eps / 4)  # half a step beyond the largest, 2 − eps times a power of two
     flat = wide.reshape(-1)
@@ -233,9 +233,12 @@ def overflows(wide: Tensor, dtype: torch.dtype) -> bool:
 
 
 def rounded_to(dtype: torch.dtype, before: Tensor, after: Tensor) -> tuple[Tensor, float, float]:
-    """A sum in its new dtype, ‖what moved‖ there and ‖ΔW − what moved‖; W too would have been rounded to it.
+    """Round W + ΔW to a dtype, and return it with ‖what moved‖ in that dtype and ‖ΔW − what moved‖.
 
-    before, after: W in its own dtype and W + ΔW in a wider one, of one shape. The memory of `before` is used up.
+    Args:
+        dtype: To round to; W alone would have been rounded to it too.
+        before: W in its own dtype, whose memory is used up.
+        after: W + ΔW in a wider dtype, of the same shape.
     """
     old, new = before.reshape(-1), after.reshape(-1)
     same_size = before.itemsize == dtype.itemsize and before.is_contiguous()

@@ -89,13 +89,17 @@ def total(parts: list[Tensor]) -> Tensor:
 
 
 def identity_factors(M: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors of M (m, n) as M·I or I·M, whichever identity is smaller."""
+    """Return factors of M (m, n) as M·I or I·M, whichever identity is smaller."""
     identity = torch.eye(min(M.shape), dtype=M.dtype, device=M.device)
     return (M, identity) if M.shape[1] <= M.shape[0] else (identity, M)
 
 
 class Delta(ABC):
-    """ΔW (m, n). Immutable: every method returns something new and writes nothing."""
+    """A weight change ΔW (m, n), held as factors.
+
+    Immutable: every method returns something new, but for methods whose name ends in `_`, which write to an argument.
+    A subclass defines `shape`, `dense` and `scaled`, and overrides what its factors give for less.
+    """
 
     #: whether `apply` reads wx, the layer's output without bias
     reads_output: bool = False
@@ -109,7 +113,7 @@ class Delta(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """(m, n)."""
+        """The shape (m, n) of ΔW."""
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -133,7 +137,7 @@ class Delta(ABC):
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
-        """Every tensor that ΔW is made of, those of inner ΔW too."""
+        """Every tensor that ΔW is made of, the tensors of inner ΔW included."""
         found: list[Tensor] = []
         for value in self._fields().values():
             if isinstance(value, Delta):
@@ -143,7 +147,7 @@ class Delta(ABC):
         return tuple(found)
 
     def mapped(self, function: Callable[[str, Tensor], Tensor]) -> Delta:
-        """Return the same structure with function(name, factor) in place of every factor, those of inner ΔW too."""
+        """Return the same structure with function(name, factor) in place of every factor, of inner ΔW too."""
         new = object.__new__(type(self))
         for name, value in self._fields().items():
             if isinstance(value, Delta):
@@ -172,7 +176,7 @@ class Delta(ABC):
 
     @property
     def rank(self) -> int | None:
-        """The rank of its low-rank products, None for structures without one."""
+        """The rank of its low-rank products, None for structures without such products."""
         return None
 
     def folded(self) -> Delta:
@@ -180,11 +184,11 @@ class Delta(ABC):
         return self
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor]:
-        """B (m, r) and A (r, n) with B·A = ΔW and r ≤ min(m, n)."""
+        """Return B (m, r) and A (r, n) with B·A = ΔW and r ≤ min(m, n)."""
         return identity_factors(self.dense())
 
     def as_parameters(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The options and the parameters of the adapter that has this ΔW: of `structure`, or of "full" without one."""
+        """Return options and parameters of the adapter with this ΔW, of kind `structure`, or "full" without one."""
         return {}, {"change": self.dense()}
 
     # -- blocks of rows ---------------------------------------------------------------------------------------

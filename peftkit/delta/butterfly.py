@@ -14,10 +14,16 @@ from peftkit.geometry import Geometry
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Butterfly(Delta):
-    """ΔW = λ·(s∘R·W − W), R = R_t ⋯ R_1, R_i − I = P_iᵀ·diag(K_i1, …, K_ik)·P_i with K (t, k, b, b), s (m,) or None.
+    """ΔW = λ·(s∘R·W − W), R = R_t ⋯ R_1, R_i − I = P_iᵀ·diag(K_i1, …, K_ik)·P_i.
 
     P_i reads (c, 2, w) as (c, w, 2) with w = 2ⁱ⁻¹·b/2, so that stage i mixes rows w apart. What the stages add is
     summed, not subtracted from W: near the identity it has digits that R·W − W has lost.
+
+    Attributes:
+        K: (t, k, b, b), R_i − I block by block for each of t stages.
+        W: The base weight (m, n), m = k·b.
+        rescale: s (m,), None for 1.
+        strength: λ, a number or a 0-d tensor.
     """
 
     K: Tensor

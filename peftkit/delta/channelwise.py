@@ -15,7 +15,13 @@ from peftkit.kernels.blocks import row_dots, row_sqnorms
 
 @dataclass(frozen=True, repr=False, eq=False)
 class ChannelScale(Delta):
-    """ΔW = e·W over rows, e (m,); or over columns, e (n,), equal on the positions of one input channel."""
+    """ΔW = diag(e)·W over rows, or W·diag(e) over columns.
+
+    Attributes:
+        e: (m,) over rows; or (n,) over columns, equal on the kernel positions of one input channel.
+        W: The base weight (m, n).
+        columns: Whether e scales columns.
+    """
 
     e: Tensor
     W: Tensor

@@ -20,8 +20,13 @@ from peftkit.kernels.torch_private import eager
 class Decomposed(Delta):
     """ΔW = e·W + f·V, held without cancellation: e = t − 1 and f = t, so that t = 1 leaves exactly V.
 
-    e, f: (m,) scale rows; or (n,) scale columns when `columns`. W (m, n) the base, V (m, n) the inner ΔW.
-    known: ‖W_i‖², <W_i, V_i> and ‖V_i‖² per row (or column), where they were computed for t.
+    Attributes:
+        e: t − 1, (m,) over rows, or (n,) over columns.
+        f: t, of the same shape.
+        W: The base weight (m, n).
+        V: The inner ΔW (m, n).
+        columns: Whether e and f scale columns.
+        known: ‖W_i‖², <W_i, V_i> and ‖V_i‖² per row (or column), where they were computed for t.
     """
 
     e: Tensor

@@ -13,7 +13,12 @@ from peftkit.delta.base import Delta, WeightCache
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Dense(Delta):
-    """ΔW = λ·M with M (m, n), which is not multiplied before its rows are asked for."""
+    """ΔW = λ·M, multiplied when its rows are read.
+
+    Attributes:
+        M: (m, n).
+        strength: λ, a number or a 0-d tensor.
+    """
 
     structure: ClassVar[str] = "full"
 

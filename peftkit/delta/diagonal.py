@@ -15,7 +15,14 @@ from peftkit.kernels import fused
 
 @dataclass(frozen=True, repr=False, eq=False)
 class DiagonalLowRank(LowRank):
-    """ΔW = B·A with B = L·diag(δ) (m, r) and A = U (r, n), where L (m, r) and U stay and only δ (r,) is trained."""
+    """ΔW = B·A with B = L·diag(δ) and A = U, where L and U are constant and only δ is trained.
+
+    Attributes:
+        B: L·diag(δ), (m, r).
+        A: U, (r, n).
+        L: (m, r).
+        change: δ (r,).
+    """
 
     L: Tensor
     change: Tensor

@@ -1,4 +1,4 @@
-"""How far two ΔW are apart, by their factors where that is exact, else in blocks of rows."""
+"""Compare two ΔW, by their factors where that is exact, else in blocks of rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RANKS = 256
 
 @torch.no_grad()
 def distance(delta: Delta, other: Delta) -> tuple[float, float]:
-    """‖delta − other‖ and ‖delta‖, good to 1e-8 of the latter. Both (m, n)."""
+    """Return ‖delta − other‖ and ‖delta‖, both ΔW (m, n), to an error of 1e-8·‖delta‖."""
     one, two = _low_rank(delta), _low_rank(other)
     if one is not None and two is not None:
         apart = LowRank(torch.cat([one.B, -two.B], 1), torch.cat([one.A, two.A]))
@@ -40,12 +40,12 @@ def distance(delta: Delta, other: Delta) -> tuple[float, float]:
 
 
 def relative(truth: Delta, other: Delta) -> float:
-    """‖other − truth‖/‖truth‖; 0 for two that are equal, infinity where there is nothing to be relative to."""
+    """Return ‖other − truth‖/‖truth‖: 0 for equal ΔW, infinity where only truth is 0."""
     return ratio(*distance(truth, other))
 
 
 def ratio(gap: float, norm: float) -> float:
-    """gap/norm as a relative error: 0 without a gap, infinity without a norm."""
+    """Return gap/norm as a relative error: 0 without a gap, infinity without a norm."""
     if gap == 0:
         return 0.0
     return gap / norm if norm else math.inf
@@ -53,7 +53,7 @@ def ratio(gap: float, norm: float) -> float:
 
 @torch.no_grad()
 def product(delta: Delta, other: Delta) -> float:
-    """<delta, other>_F in float64, without a matrix of their size. Both (m, n)."""
+    """Return <delta, other>_F of two ΔW (m, n) in float64, without a matrix of their size."""
     one, two = _low_rank(delta), _low_rank(other)
     if one is not None and two is not None:
         return float(((one.B.mT @ two.B) * (one.A @ two.A.mT)).sum())
@@ -64,7 +64,7 @@ def product(delta: Delta, other: Delta) -> float:
 
 @torch.no_grad()
 def norm(delta: Delta) -> float:
-    """‖ΔW‖, in float64: factors of any size neither overflow nor vanish."""
+    """Return ‖ΔW‖_F in float64, where numbers of any size neither overflow nor vanish."""
     low = _low_rank(delta)
     if low is not None:
         return _root(low.sqnorm())

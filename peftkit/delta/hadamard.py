@@ -23,7 +23,14 @@ _NARROW = 8
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Hadamard(Delta):
-    """ΔW = (B1·A1) ⊙ (B2·A2) with Bi (m, r) and Ai (r, n); of rank at most r²."""
+    """ΔW = (B1·A1) ⊙ (B2·A2), of rank at most r².
+
+    Attributes:
+        B1: (m, r).
+        A1: (r, n).
+        B2: (m, r).
+        A2: (r, n).
+    """
 
     structure: ClassVar[str] = "loha"
     factored: ClassVar[bool] = True

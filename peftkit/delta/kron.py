@@ -19,9 +19,14 @@ from peftkit.kernels.cache import cached_without_grad
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Kron(Delta):
-    """ΔW = C ⊗ D with C (a, c) and D (b, d); D = left·right with left (b, r), right (r, d), or right alone.
+    """ΔW = C ⊗ D (a·b, c·d), where D is whole or a product left·right.
 
-    Row i = (a, b) in order, so ΔW_ij = C[i // b, j // d]·D[i % b, j % d].
+    ΔW_ij = C[i // b, j // d]·D[i % b, j % d].
+
+    Attributes:
+        C: (a, c).
+        right: (r, d); D itself, (b, d), without `left`.
+        left: (b, r), or None.
     """
 
     structure: ClassVar[str] = "lokr"
@@ -33,6 +38,7 @@ class Kron(Delta):
 
     @property
     def D(self) -> Tensor:
+        """The second factor (b, d)."""
         return self.right if self.left is None else self.left @ self.right
 
     @cached_without_grad

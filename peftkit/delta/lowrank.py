@@ -17,7 +17,17 @@ from peftkit.kernels.cache import cached_without_grad
 
 @dataclass(frozen=True, repr=False, eq=False)
 class LowRank(Delta):
-    """ΔW = B·A with B (m, r) and A (r, n)."""
+    """ΔW = B·A, of rank at most r.
+
+    Attributes:
+        B: (m, r).
+        A: (r, n).
+
+    Example:
+        >>> delta = pk.delta.LowRank(torch.ones(3, 2), torch.ones(2, 4))
+        >>> delta.shape, delta.sqnorm(), delta.inner(torch.ones(3, 4))
+        ((3, 4), tensor(48.), tensor(24.))
+    """
 
     structure: ClassVar[str] = "lora"
     factored: ClassVar[bool] = True

@@ -17,9 +17,14 @@ from peftkit.kernels.torch_private import eager
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Rotation(Delta):
-    """ΔW = K·W (side "out") or W·Kᵀ (side "in") with K = R − I = diag(K_1, …, K_k), blocks (k, b, b).
+    """ΔW = K·W (side "out") or W·Kᵀ (side "in") with K = R − I = diag(K_1, …, K_k).
 
     K is held, not R: near the identity R − I has digits that R has lost.
+
+    Attributes:
+        K: The blocks (k, b, b).
+        W: The base weight (m, n), of which k·b rows (side "out") or columns (side "in") are rotated.
+        side: "out" or "in".
     """
 
     K: Tensor

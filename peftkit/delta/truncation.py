@@ -1,4 +1,4 @@
-"""The best low-rank part of a matrix, of factors without building them, and how many ranks are worth keeping."""
+"""Truncate a matrix, or a product of factors that is not built, to its best low-rank part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _POWER_STEPS = 4  # error within 1.004 of the optimum on flat spectra of 1280²,
 
 @dataclass(frozen=True)
 class Keep:
-    """Which ranks to keep: `rank` of them; or enough for the share `energy` of ‖·‖²; or those σ ≥ threshold·σ₁."""
+    """Says which ranks to keep: `rank` of them; or enough for the share `energy` of ‖·‖²; or all σ ≥ threshold·σ₁."""
 
     rank: int | None = None
     energy: float | None = None
@@ -35,7 +35,7 @@ class Keep:
             raise OptionError(f"{name}={value!r} was given, {expected} was expected")
 
     def count(self, values: Tensor, total: float) -> int:
-        """How many of these singular values, in falling order, of a matrix with ‖·‖² = total; at least one."""
+        """Return how many singular values to keep, at least one, given in falling order; ‖·‖² = total."""
         if self.rank is not None:
             return min(self.rank, len(values))
         if self.threshold is not None:
@@ -45,7 +45,7 @@ class Keep:
         return int(reached.int().argmax()) + 1 if reached.any() else len(values)
 
     def satisfied(self, values: Tensor, total: float) -> bool:
-        """Whether singular values beyond these could not be kept too."""
+        """Return whether no singular value beyond the given ones can be kept."""
         if self.rank is not None:
             return len(values) >= self.rank
         if self.threshold is not None:
@@ -55,7 +55,7 @@ class Keep:
 
 
 def truncate(delta: LowRank, keep: Keep) -> tuple[LowRank, float]:
-    """The best B·A of fewer ranks, and ‖lost‖/‖ΔW‖. QR of the factors leaves an r×r core: no m×n matrix is built."""
+    """Return the best B·A of fewer ranks, and ‖lost‖/‖ΔW‖, by QR of the factors and an SVD of the r×r core."""
     Q_B, R_B = torch.linalg.qr(delta.B.double())
     Q_A, R_A = torch.linalg.qr(delta.A.double().mT)
     U, S, V = torch.linalg.svd(R_B @ R_A.mT)
@@ -65,7 +65,7 @@ def truncate(delta: LowRank, keep: Keep) -> tuple[LowRank, float]:
 
 
 def nearest(X: Tensor, keep: Keep, *, seed: int = 0) -> tuple[LowRank, float]:
-    """The best B·A for a matrix X (m, n), and ‖X − B·A‖/‖X‖; by random projection where few ranks are asked for.
+    """Return the best B·A for a matrix X (m, n), and ‖X − B·A‖/‖X‖, by random projection where few ranks are kept.
 
     Halko, Martinsson and Tropp, https://arxiv.org/abs/0909.4061, algorithm 4.4 with a range finder that grows until
     `keep` is satisfied.
@@ -111,7 +111,7 @@ def _lost(kept: Tensor, total: float) -> float:
 
 
 def nearest_kronecker(X: Tensor, outer: tuple[int, int]) -> tuple[Tensor, Tensor, float]:
-    """C (u_p, u_q) and D with the least ‖X − C ⊗ D‖, and that over ‖X‖. X (m, n).
+    """Return C (u_p, u_q) and D with the least ‖X − C ⊗ D‖ for X (m, n), and ‖X − C ⊗ D‖/‖X‖.
 
     The leading singular pair of X rearranged to one row per entry of C (Van Loan and Pitsianis, 1993), by the
     eigenvectors of the small Gram matrix.

@@ -41,5 +41,5 @@ class Window(Delta):
 
 
 def window(delta: Delta, first: int, size: int) -> Delta:
-    """Rows [first, first + size) of a ΔW (m, n), and that ΔW itself where these are all of its rows."""
+    """Return rows [first, first + size) of a ΔW (m, n); the ΔW itself if these are all its rows."""
     return delta if (first, size) == (0, delta.shape[0]) else Window(delta, first, size)

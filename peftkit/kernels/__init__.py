@@ -1,4 +1,4 @@
-"""Which code makes ΔW from its factors on a GPU: Triton kernels where they serve, else plain PyTorch.
+"""Make ΔW from its factors on a GPU: by Triton kernels where they serve, else in plain PyTorch.
 
     with peftkit.kernels.use("torch"): ...
 
@@ -34,9 +34,21 @@ _choice = "auto"
 
 @contextmanager
 def use(choice: str) -> Iterator[None]:
-    """Within the block, "torch" runs no kernel, "triton" raises where a GPU's tensors get none, "auto" takes its pick.
+    """Choose within the block whether ΔW is made by Triton kernels.
 
-    Holds for the whole process, threads included. Blocks nest.
+    The choice holds for the whole process, threads included. Blocks nest.
+
+    Args:
+        choice: "auto" runs a kernel where one serves, "torch" runs none, "triton" raises where tensors of a GPU get
+            none.
+
+    Raises:
+        OptionError: The choice is unknown, or Triton cannot run here.
+
+    Example:
+        >>> from peftkit import kernels
+        >>> with kernels.use("torch"):
+        ...     x = pk.delta.Hadamard(*(torch.ones(2, 2) for _ in range(4))).dense()
     """
     global _choice
     if choice not in CHOICES:
@@ -52,12 +64,18 @@ def use(choice: str) -> Iterator[None]:
 
 
 def forced() -> bool:
-    """Whether the user asked for Triton and nothing else."""
+    """Return whether `use("triton")` is in force."""
     return _choice == "triton"
 
 
 def refusal(operator: str, factors: Sequence[Tensor], others: Sequence[Tensor]) -> str | None:
-    """Why no kernel serves these tensors, None if one does. others: what the operator reads beside the factors."""
+    """Return why no kernel serves these tensors, None if one does.
+
+    Args:
+        operator: The operator's name.
+        factors: The factors of ΔW.
+        others: Tensors that the operator reads beside the factors.
+    """
     if _choice == "torch":
         return "kernels.use('torch') is in force"
     device = factors[0].device

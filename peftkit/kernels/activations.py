@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftkit.kernels.blocks import accumulation_dtype, row_blocks
 
-#: elements of a block of products: with those of `blocks.BLOCK`, which leave the second level of cache, summing them
+#: elements of a block of products: with as many as `blocks.BLOCK`, which leave the second level of cache, summing
 #: takes 1.3 to 2.4 times as long
 _BLOCK = 1 << 16
 

@@ -15,7 +15,7 @@ _SMALL_PIVOT = 1e-3
 
 @dataclass(frozen=True)
 class Pivoting:
-    """Which rows were taken, in order, and which pivots there really were: what must not be decided twice.
+    """Holds the rows that were chosen, in order, and the pivots that are none: what must not be decided twice.
 
     The same weight rounded to another dtype would choose other rows, and would take rounding noise for pivots.
     order (m,) int32: row i of L·D·U is W[order[i]]. dead (2, r) bool: columns with nothing left to eliminate, and
@@ -27,9 +27,9 @@ class Pivoting:
 
 
 def pivot(weight: Tensor, rank: int) -> Pivoting:
-    """Partial pivoting of W (m, n) for `rank` pivots.
+    """Choose `rank` pivots of W (m, n) by partial pivoting.
 
-    Rows are chosen column by column, so those for the first `rank` columns alone are those of the whole matrix.
+    Rows are chosen column by column, so the first `rank` columns alone give the first pivots of the whole matrix.
     """
     panel = weight[:, :rank].to(accumulation_dtype(weight.dtype))
     packed, swaps, _ = torch.linalg.lu_factor_ex(panel)
@@ -49,7 +49,7 @@ def pivot(weight: Tensor, rank: int) -> Pivoting:
 
 
 def factor(weight: Tensor, pivoting: Pivoting) -> tuple[Tensor, Tensor, Tensor]:
-    """P·L (m, r), pivots (r,) and U (r, n) with unit diagonal, no further pivoting.
+    """Return P·L (m, r), pivots (r,) and U (r, n) with unit diagonal, without further pivoting.
 
     A pivot that is zero, or tiny beside its row, gives way to the row's largest entry: U stays bounded, and
     P·L·diag(pivots)·U still is W in its first r columns and rows.

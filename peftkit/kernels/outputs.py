@@ -1,7 +1,7 @@
-"""A layer's output rotated or rescaled, W·x -> W·x + K·(W·x): what DoRA, (IA)³ and OFT make of it in few passes.
+"""Rotate or rescale a layer's output, W·x -> W·x + K·(W·x), in few passes: for DoRA, (IA)³ and OFT.
 
-Each writes a new output and keeps the layer's own for backward, which needs W·x. That one is nobody else's: what is
-written over the new output, counted by autograd or not, changes no gradient.
+Each function writes a new output and keeps the layer's own for backward, which needs W·x. No other code holds that one:
+a write to the new output, counted by autograd or not, changes no gradient.
 """
 
 from __future__ import annotations
