@@ -53,12 +53,12 @@ bench: $(VENV)/ready-dev
 	$(BIN)/python benchmarks/transformer.py --peers lycoris,peft --save
 	$(BIN)/python benchmarks/routes.py --save
 	$(BIN)/python benchmarks/curves.py --save
-	$(BIN)/peftkit bench step --shapes $(STEPS) --dtype fp32,bf16 --peers lycoris,peft --rounds 3 --json $(RESULTS)/step.json
+	$(BIN)/peftkit bench step --shapes $(STEPS) --dtype fp32,bf16 --peers lycoris,peft --rounds 3 --json $(RESULTS)/step.json --force
 	$(BIN)/peftkit bench merge --kinds lora,loha,lokr,dora,loldu --shapes sd15-unet --peers lycoris,peft --rounds 3 \
-		--json $(RESULTS)/merge.json
-	$(BIN)/peftkit bench merge --kinds oft --shapes sd15-unet --peers lycoris --rounds 3 --json $(RESULTS)/merge-oft.json
+		--json $(RESULTS)/merge.json --force
+	$(BIN)/peftkit bench merge --kinds oft --shapes sd15-unet --peers lycoris --rounds 3 --json $(RESULTS)/merge-oft.json --force
 	$(BIN)/peftkit bench ops --shapes 4096x4096@512 --operations dense,add --dtype fp32,bf16 \
-		--peers lycoris,peft --rounds 5 --json $(RESULTS)/ops.json
+		--peers lycoris,peft --rounds 5 --json $(RESULTS)/ops.json --force
 
 evidence: $(VENV)/ready-dev
 	$(BIN)/python scripts/fetch_assets.py text

@@ -1,6 +1,6 @@
 """peftkit: adapters for PyTorch that say what ΔW is once; wrap, merge, save and export follow from it.
 
-What works on files, `monitor` and `testing` are imported when they are first used.
+Every name is imported when it is first used: help and completion of the command need no torch.
 """
 
 from __future__ import annotations
@@ -8,31 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from peftkit import adapters as adapters
-from peftkit import delta as delta
-from peftkit import errors as errors
-from peftkit import kernels as kernels
 from peftkit._version import __version__ as __version__
-from peftkit.adapters.base import Adapter as Adapter
-from peftkit.adapters.registry import kinds as kinds
-from peftkit.adapters.registry import register as register
-from peftkit.delta import Delta as Delta
-from peftkit.wrapping.check import CheckReport as CheckReport
-from peftkit.wrapping.check import check as check
-from peftkit.wrapping.merge import MergeReport as MergeReport
-from peftkit.wrapping.merge import merge as merge
-from peftkit.wrapping.merge import restore as restore
-from peftkit.wrapping.plan import Plan as Plan
-from peftkit.wrapping.plan import Rule as Rule
-from peftkit.wrapping.plan import plan as plan
-from peftkit.wrapping.strength import disabled as disabled
-from peftkit.wrapping.strength import enabled as enabled
-from peftkit.wrapping.strength import set_strength as set_strength
-from peftkit.wrapping.wrap import adapter_parameters as adapter_parameters
-from peftkit.wrapping.wrap import adapter_state_dict as adapter_state_dict
-from peftkit.wrapping.wrap import project_ as project_
-from peftkit.wrapping.wrap import unwrap as unwrap
-from peftkit.wrapping.wrap import wrap as wrap
 
 __all__ = [
     "Adapter",
@@ -85,8 +61,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from peftkit import adapters as adapters
+    from peftkit import delta as delta
+    from peftkit import errors as errors
+    from peftkit import kernels as kernels
     from peftkit import monitor as monitor
     from peftkit import testing as testing
+    from peftkit.adapters.base import Adapter as Adapter
+    from peftkit.adapters.registry import kinds as kinds
+    from peftkit.adapters.registry import register as register
+    from peftkit.delta import Delta as Delta
     from peftkit.files.combine import combine as combine
     from peftkit.files.convert import ConvertReport as ConvertReport
     from peftkit.files.convert import convert as convert
@@ -107,22 +91,91 @@ if TYPE_CHECKING:
     from peftkit.files.read import read as read
     from peftkit.files.rescale import rescale as rescale
     from peftkit.files.save import save as save
+    from peftkit.wrapping.check import CheckReport as CheckReport
+    from peftkit.wrapping.check import check as check
+    from peftkit.wrapping.merge import MergeReport as MergeReport
+    from peftkit.wrapping.merge import merge as merge
+    from peftkit.wrapping.merge import restore as restore
+    from peftkit.wrapping.plan import Plan as Plan
+    from peftkit.wrapping.plan import Rule as Rule
+    from peftkit.wrapping.plan import plan as plan
+    from peftkit.wrapping.strength import disabled as disabled
+    from peftkit.wrapping.strength import enabled as enabled
+    from peftkit.wrapping.strength import set_strength as set_strength
+    from peftkit.wrapping.wrap import adapter_parameters as adapter_parameters
+    from peftkit.wrapping.wrap import adapter_state_dict as adapter_state_dict
+    from peftkit.wrapping.wrap import project_ as project_
+    from peftkit.wrapping.wrap import unwrap as unwrap
+    from peftkit.wrapping.wrap import wrap as wrap
 
-_ON_FILES = {
-    "peftkit.files.merge": ("merge_checkpoint",),
+_PUBLIC = {
+    "peftkit.adapters.base": ("Adapter",),
+    "peftkit.adapters.registry": (
+        "kinds",
+        "register",
+    ),
+    "peftkit.delta": ("Delta",),
     "peftkit.files.combine": ("combine",),
-    "peftkit.files.convert": ("ConvertReport", "convert", "resize"),
-    "peftkit.files.export.export": ("ExportReport", "export"),
-    "peftkit.files.extract": ("ExtractReport", "extract"),
-    "peftkit.files.inspect": ("Inspection", "diff", "doctor", "inspect"),
-    "peftkit.files.load": ("LoadReport", "load"),
-    "peftkit.files.merge_plan": ("MergePlan", "plan_merge"),
+    "peftkit.files.convert": (
+        "ConvertReport",
+        "convert",
+        "resize",
+    ),
+    "peftkit.files.export.export": (
+        "ExportReport",
+        "export",
+    ),
+    "peftkit.files.extract": (
+        "ExtractReport",
+        "extract",
+    ),
+    "peftkit.files.inspect": (
+        "Inspection",
+        "diff",
+        "doctor",
+        "inspect",
+    ),
+    "peftkit.files.load": (
+        "LoadReport",
+        "load",
+    ),
+    "peftkit.files.merge": ("merge_checkpoint",),
+    "peftkit.files.merge_plan": (
+        "MergePlan",
+        "plan_merge",
+    ),
     "peftkit.files.read": ("read",),
     "peftkit.files.rescale": ("rescale",),
     "peftkit.files.save": ("save",),
+    "peftkit.wrapping.check": (
+        "CheckReport",
+        "check",
+    ),
+    "peftkit.wrapping.merge": (
+        "MergeReport",
+        "merge",
+        "restore",
+    ),
+    "peftkit.wrapping.plan": (
+        "Plan",
+        "Rule",
+        "plan",
+    ),
+    "peftkit.wrapping.strength": (
+        "disabled",
+        "enabled",
+        "set_strength",
+    ),
+    "peftkit.wrapping.wrap": (
+        "adapter_parameters",
+        "adapter_state_dict",
+        "project_",
+        "unwrap",
+        "wrap",
+    ),
 }
-_MODULES = {name: module for module, names in _ON_FILES.items() for name in names}
-_PACKAGES = ("monitor", "testing")
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
+_PACKAGES = ("adapters", "delta", "errors", "kernels", "monitor", "testing")
 
 
 def __getattr__(name: str) -> object:

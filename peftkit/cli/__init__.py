@@ -3,5 +3,5 @@
 May import everything; nothing imports it. Public: `app` (typer) and `run` (the entry point).
 """
 
-from peftkit.cli.files import app as app
-from peftkit.cli.files import run as run
+from peftkit.cli.main import app as app
+from peftkit.cli.process import run as run

@@ -7,14 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
+from peftkit.cli.options import Force, among
 from peftkit.cli.terminal import OUT, show
 from peftkit.errors import FileError
 
-app = typer.Typer(help="What the log of a training run says, and its picture.", no_args_is_help=True)
+app = typer.Typer(help="Read the log of a training run: its turning point, and its picture.", no_args_is_help=True)
+
+# As peftkit.monitor.fluctuation has them, which imports torch
+MODES = ("robust", "paper", "authors")
 
 RunFile = Annotated[Path, typer.Argument(help="A log that EarlyStopping(log='run.jsonl') wrote.", metavar="RUN.jsonl")]
 Window = Annotated[int | None, typer.Option(help="See it again with windows of so many measurements.")]
-Mode = Annotated[str | None, typer.Option(help="See it again by the rule robust, paper or authors.")]
+Mode = Annotated[str | None, among("--mode", words=MODES, help="See it again by another rule.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -25,15 +29,17 @@ def plot(
     window: Window = None,
     mode: Mode = None,
     title: Annotated[str, typer.Option(help="Above the picture.")] = "",
+    force: Force = False,
 ) -> None:
     """Draw CS, its fluctuation, the valleys, the turning point, and losses that were noted beside them.
 
     Example: peftkit monitor plot run.jsonl -o run.png
     """
+    from peftkit.files.formats.disk import require_output
     from peftkit.monitor.plot import draw
 
+    path = require_output(run.with_suffix(".png") if out is None else out, [run], force)
     rows, window = _seen(run, window, mode)
-    path = run.with_suffix(".png") if out is None else out
     draw(rows, window, path=path, title=title or run.stem)
     OUT.print(f"wrote {path}", soft_wrap=True)
 

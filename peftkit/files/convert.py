@@ -27,6 +27,7 @@ from peftkit.files.formats.patch import AdapterFile
 from peftkit.files.kinds import KINDS, Recipe, cast, computing, keep_of, kind_of, shown, truncated
 from peftkit.files.read import Reading, read
 from peftkit.geometry import Shape
+from peftkit.wrapping.listing import Row, listing
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -67,12 +68,10 @@ class ConvertReport:
             f"{self.path}: {len(self.modules)} modules, {size}, error at most {100 * self.error:.3g} % of a module's ΔW"
         )
 
-    def table(self) -> Table:
-        """Every module, for rich to print."""
-        table = Table("module", "before", "after", "error")
-        for m in self.modules:
-            table.add_row(m.name, m.before, m.after, f"{100 * m.error:.3g} %")
-        return table
+    def table(self, *, every: bool = True) -> Table:
+        """Every module, for rich to print; every=False: one row for modules that are alike."""
+        rows = [Row(m.name, (m.before, m.after), (100 * m.error,)) for m in self.modules]
+        return listing(["before", "after"], {"error": "{:.3g} %".format}, rows, every=every)
 
 
 def convert(

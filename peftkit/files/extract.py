@@ -27,6 +27,7 @@ from peftkit.files.kinds import Kind, Recipe, cast, computing, keep_of, kind_of
 from peftkit.files.patterns import Selection
 from peftkit.files.place import FLOATS, paths_of
 from peftkit.geometry import Shape
+from peftkit.wrapping.listing import Row, listing
 
 #: a LoKr of a difference that is not a Kronecker product says little: above this the report warns
 _POOR = 0.5
@@ -74,12 +75,11 @@ class ExtractReport:
             lines.append(f"{len(poor)} weights lost more than half, {poor[0].weight} {100 * poor[0].lost:.3g} %")
         return "\n".join(lines)
 
-    def table(self) -> Table:
-        """Every weight, for rich to print."""
-        table = Table("weight", "rank", "‖difference‖", "lost")
-        for w in self.weights:
-            table.add_row(w.weight, "" if w.rank is None else str(w.rank), f"{w.norm:.4g}", f"{100 * w.lost:.3g} %")
-        return table
+    def table(self, *, every: bool = True) -> Table:
+        """Every weight, for rich to print; every=False: one row for weights that are alike."""
+        measures = {"‖difference‖": "{:.4g}".format, "lost": "{:.3g} %".format}
+        rows = [Row(w.weight, ("" if w.rank is None else str(w.rank),), (w.norm, 100 * w.lost)) for w in self.weights]
+        return listing(["rank"], measures, rows, every=every)
 
 
 def extract(

@@ -21,6 +21,7 @@ from peftkit.files.families import names
 from peftkit.files.formats.patch import Patch
 from peftkit.files.loads import loads
 from peftkit.files.read import Reading, read, read_all
+from peftkit.wrapping.listing import Row, listing
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,6 +39,7 @@ class Inspected:
     norm: float | None
     parameters: int
     problem: str = ""
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,17 @@ class Inspection:
         lines += [f"problem: {problem}" for problem in self.problems[:8]]
         return "\n".join([*lines, *self.notes])
 
-    def table(self) -> Table:
-        """Every module, for rich to print."""
-        table = Table("module", "kind", "weight", "rank", "scale", "‖ΔW‖", "problem")
-        for m in self.modules:
-            norm = "" if m.norm is None else f"{m.norm:.4g}"
-            table.add_row(m.name, m.kind, m.shape, str(m.rank or ""), m.scale, norm, m.problem)
-        return table
+    def table(self, *, every: bool = True) -> Table:
+        """Every module, for rich to print; every=False: one row for modules that are alike."""
+        rows = [
+            Row(
+                f"{m.name}: {m.problem}" if m.problem else m.name,
+                (m.kind, str(m.rank or ""), m.dtype, m.shape, m.scale),
+                (m.norm,),
+            )
+            for m in self.modules
+        ]
+        return listing(["kind", "rank", "dtype", "weight", "scale"], {"‖ΔW‖": "{:.4g}".format}, rows, every=every)
 
 
 def inspect(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Inspection:
@@ -200,6 +206,11 @@ class Difference:
         """Whether they are the same change of the same weights, to the rounding of fp32."""
         return not any(self.only) and all(d < 1e-6 for d in self.distances.values())
 
+    def table(self) -> Table:
+        """Every module that both have, for rich to print."""
+        rows = [Row(name, (), (distance,)) for name, distance in self.distances.items()]
+        return listing([], {"‖ΔW₂ − ΔW₁‖/‖ΔW₁‖": "{:.3g}".format}, rows, every=True)
+
     def __str__(self) -> str:
         worst = max(self.distances, key=lambda name: self.distances[name], default=None)
         same = sum(d < 1e-6 for d in self.distances.values())
@@ -266,9 +277,10 @@ _DEAD = "ΔW is zero: it does nothing"
 @torch.no_grad()
 def _inspected(name: str, patch: Patch, portable: bool) -> Inspected:
     parameters = sum(tensor.numel() for tensor in patch.tensors.values())
+    dtype = "/".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in patch.tensors.values()}))
 
     def said(norm: float | None, problem: str = "") -> Inspected:
-        return Inspected(name, patch.kind, described(patch), patch.rank, patch.scale, norm, parameters, problem)
+        return Inspected(name, patch.kind, described(patch), patch.rank, patch.scale, norm, parameters, problem, dtype)
 
     broken = [key for key, tensor in patch.tensors.items() if not torch.isfinite(tensor.float()).all()]
     if broken:

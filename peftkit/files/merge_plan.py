@@ -39,6 +39,7 @@ from peftkit.files.read import Reading, read_all
 from peftkit.files.resolve import families_of
 from peftkit.geometry import Shape
 from peftkit.kernels.blocks import accumulation_dtype
+from peftkit.wrapping.listing import Row, listing
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -119,12 +120,13 @@ class MergePlan:
             lines.append(f"{file}: {len(own)} weights at strength {shown}{laws}{differ}")
         return "\n".join(lines)
 
-    def table(self) -> Table:
-        """Every patch, for rich to print."""
-        table = Table("file", "module", "kind", "tensor", "strength", "law")
-        for p in self.patches:
-            table.add_row(Path(p.file).name, p.name, p.kind, p.weight, f"{p.strength:g}", p.law)
-        return table
+    def table(self, *, every: bool = True) -> Table:
+        """Every patch, for rich to print; every=False: one row for patches that are alike."""
+        rows = [
+            Row(f"{p.name} in {p.weight}", (Path(p.file).name, p.kind, str(p.shape), f"{p.strength:g}", p.law))
+            for p in self.patches
+        ]
+        return listing(["file", "kind", "weight", "strength", "law"], {}, rows, every=every)
 
 
 def plan_merge(

@@ -20,6 +20,7 @@ from peftkit.errors import MergeError, MergeStateError, OptionError
 from peftkit.geometry import Geometry
 from peftkit.wrapping.backup import BACKUPS, Backup, Copy, Merged, checksum
 from peftkit.wrapping.layer import Adapted, adapted_modules, names_of
+from peftkit.wrapping.listing import Row, listing
 from peftkit.wrapping.sites import dotted
 from peftkit.wrapping.wrap import unwrap
 
@@ -65,12 +66,11 @@ class MergeReport:
             f"‖ΔW‖ = {self.norm:.4g}, {100 * self.lost:.2g} % of it lost to the dtype"
         )
 
-    def table(self) -> Table:
-        """Every weight, for rich to print."""
-        table = Table("weight", "adapters", "‖ΔW‖", "lost to the dtype")
-        for w in self.weights:
-            table.add_row(w.site, ", ".join(w.adapters), f"{w.norm:.4g}", f"{100 * w.lost:.2g} %")
-        return table
+    def table(self, *, every: bool = True) -> Table:
+        """Every weight, for rich to print; every=False: one row for weights with the same adapters."""
+        measures = {"‖ΔW‖": "{:.4g}".format, "lost to the dtype": "{:.2g} %".format}
+        rows = [Row(w.site, (", ".join(w.adapters),), (w.norm, 100 * w.lost)) for w in self.weights]
+        return listing(["adapters"], measures, rows, every=every)
 
 
 def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup: str | None = "copy") -> MergeReport:

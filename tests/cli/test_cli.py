@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import peftkit as pk
-from peftkit.cli import files
+from tests.support.command import HANDS, ODD, Ran, entry_point, require_clear_error
 from tests.support.files import listing, load, metadata, require_bits, write
-from tests.support.hands import exact, full, hand_merge, loha, lora, lycoris_tensors
+from tests.support.hands import full, hand_merge, lora, lycoris_tensors
 from tests.support.models import net, state
 
 COMMANDS = (
@@ -35,70 +30,6 @@ COMMANDS = (
     "extract",
 )
 WRITERS = ("merge", "export", "convert", "resize", "rescale", "combine", "extract")
-
-#: a name with all that shells and parsers stumble over
-ODD = "mein Stil=2 ☃ [bold].safetensors"
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        assert self.code == 0, self.err
-        return json.loads(self.out)
-
-
-def entry_point(*arguments: object, **environment: str) -> Ran:
-    """A process of its own, as a shell starts it."""
-    program = Path(sys.executable).with_name("peftkit")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
-    done = subprocess.run([program, *map(str, arguments)], capture_output=True, env=env, check=False, timeout=240)
-    encoding = environment.get("PYTHONIOENCODING", "utf-8").partition(":")[0]
-    return Ran(done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding))
-
-
-@pytest.fixture
-def peftkit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """The same without a process."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["peftkit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            files.run()
-        out, err = capsys.readouterr()
-        return Ran(int(ended.value.code or 0), out, err)
-
-    return call
-
-
-HANDS = {"lin": lora(12, 8, 4, seed=1), "bare": loha(8, 8, seed=5), "k1": lora(12, 8, 2, seed=9)}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A base, what it was tuned to, an adapter of three of its weights under an odd name, and another."""
-    before = state(net())
-    write(tmp_path / "base.safetensors", before)
-    write(tmp_path / "tuned.safetensors", {**before, "lin.weight": before["lin.weight"] + exact(12, 8, seed=3)})
-    write(tmp_path / ODD, lycoris_tensors(HANDS))
-    write(tmp_path / "other.safetensors", lycoris_tensors({"lin": full(12, 8, seed=4)}))
-    return tmp_path
-
-
-def require_clear_error(ran: Ran, *words: str) -> None:
-    """Code 2, nothing on stdout, one message on stderr, and no traceback."""
-    assert ran.code == 2, ran
-    assert ran.out == ""
-    assert "Traceback" not in ran.err
-    assert ran.err.startswith("error: ") or "Usage: " in ran.err, ran.err
-    assert ran.err.count("error: ") <= 1
-    for word in words:
-        assert word in ran.err, ran.err
 
 
 # ---------------------------------------------------------------------------------------------- through the entry point
@@ -213,7 +144,7 @@ def test_the_help_lists_the_commands_and_the_codes(peftkit: Callable[..., Ran]) 
     ran = peftkit("--help")
     assert ran.code == 0
     assert all(re.search(rf"^│ {command}\s", ran.out, re.MULTILINE) for command in COMMANDS)
-    assert peftkit("--version").out.strip() == pk.__version__
+    assert peftkit("--version").out.strip() == f"peftkit {pk.__version__}"
     nothing = peftkit()
     assert "Usage: " in nothing.out + nothing.err and "Traceback" not in nothing.err
 
@@ -267,8 +198,11 @@ def test_a_dry_run_says_the_same_and_writes_nothing(command: str, folder: Path, 
         assert real["path"] == str(out)
     else:
         assert {p["parts"][0]["weight"] for p in dry["patches"]} == {w["site"] for w in real["weights"]}
-    again = peftkit(*arguments)
-    assert again.code == 0 and (str(out) in again.out or command == "merge")
+    for more in ((), ("--dry-run",)):
+        require_clear_error(peftkit(*arguments, *more), "is there already", "--force")
+    assert listing(folder)[out.name] != before.get(out.name)
+    again = peftkit(*arguments, "--force")
+    assert again.code == 0 and again.out.endswith(f"wrote {out}\n")
 
 
 def test_json_carries_the_numbers_of_the_reports(folder: Path, peftkit: Callable[..., Ran]) -> None:
@@ -285,13 +219,16 @@ def test_json_carries_the_numbers_of_the_reports(folder: Path, peftkit: Callable
     assert json.loads(difference.out)["distances"] == pk.diff(file, other).distances
     out = folder / "out.safetensors"
     report = pk.merge_checkpoint(base, {file: 0.5}, out)
-    merged = peftkit("merge", base, f"{file}=0.5", "-o", out, "--json").json
+    merged = peftkit("merge", base, f"{file}=0.5", "-o", out, "--json", "--force").json
     assert [(w["site"], w["norm"], w["change"], w["lost"]) for w in merged["weights"]] == [
         (w.site, w.norm, w.change, w.lost) for w in report.weights
     ]
-    resized, resize = peftkit("resize", file, "--rank", 1, "-o", out, "--json").json, pk.resize(file, out, rank=1)
+    resized, resize = (
+        peftkit("resize", file, "--rank", 1, "-o", out, "--json", "--force").json,
+        pk.resize(file, out, rank=1),
+    )
     assert [m["error"] for m in resized["modules"]] == [m.error for m in resize.modules]
-    extracted = peftkit("extract", folder / "tuned.safetensors", base, "--rank", 2, "-o", out, "--json").json
+    extracted = peftkit("extract", folder / "tuned.safetensors", base, "--rank", 2, "-o", out, "--json", "--force").json
     extraction = pk.extract(folder / "tuned.safetensors", base, out, rank=2)
     assert [(w["weight"], w["lost"]) for w in extracted["weights"]] == [(w.weight, w.lost) for w in extraction.weights]
 
@@ -418,9 +355,9 @@ def test_a_negative_factor_is_a_factor(folder: Path, peftkit: Callable[..., Ran]
 
 def test_options_reach_the_functions(folder: Path, peftkit: Callable[..., Ran]) -> None:
     base, file, out = folder / "base.safetensors", folder / ODD, folder / "out.safetensors"
-    assert peftkit("merge", base, file, "-o", out, "--dtype", "bf16").code == 0
+    assert peftkit("merge", base, file, "-o", out, "--dtype", "bf16", "--force").code == 0
     assert {t.dtype for t in load(out).values() if t.is_floating_point()} == {torch.bfloat16}
-    assert peftkit("convert", file, "-k", "full", "-o", out, "--dtype", "fp16").code == 0
+    assert peftkit("convert", file, "-k", "full", "-o", out, "--dtype", "fp16", "--force").code == 0
     assert {t.dtype for t in load(out).values()} == {torch.float16}
     stray = write(folder / "stray.safetensors", {**lycoris_tensors(HANDS), "epoch": torch.ones(1)})
     require_clear_error(peftkit("plan", base, stray), "ignore")
@@ -437,9 +374,11 @@ def test_options_reach_the_functions(folder: Path, peftkit: Callable[..., Ran]) 
         load(folder / "1.safetensors")["lycoris_lin.diff"].ne(load(folder / "2.safetensors")["lycoris_lin.diff"]).any()
     )
     assert "lycoris_lin" not in peftkit("inspect", file, "--no-modules").out
-    exported = peftkit("export", file, "-t", "comfyui", "-o", out, "--title", "Ein Titel")
+    exported = peftkit("export", file, "-t", "comfyui", "-o", out, "--title", "Ein Titel", "--force")
     assert exported.code == 0 and any("Ein Titel" in value for value in metadata(out).values())
-    some = peftkit("extract", folder / "tuned.safetensors", base, "--rank", 1, "--targets", "lin*", "-o", out, "--json")
+    some = peftkit(
+        "extract", folder / "tuned.safetensors", base, "--rank", 1, "--targets", "lin*", "-o", out, "--json", "--force"
+    )
     assert [w["weight"] for w in some.json["weights"]] == ["lin"]
 
 
@@ -451,13 +390,13 @@ def test_another_base_needs_to_be_accepted_or_transplanted_from(folder: Path, pe
     own = pk.save(model, folder / "own.safetensors")
     moved = {k: t * 2 if t.is_floating_point() else t for k, t in state(net()).items()}
     other, out = write(folder / "moved.safetensors", moved), folder / "out.safetensors"
-    require_clear_error(peftkit("merge", other, own, "-o", out), "another base", "other_base")
+    require_clear_error(peftkit("merge", other, own, "-o", out), "another base", "--other-base")
     assert not out.exists()
     W = state(net())["lin.weight"]
     assert peftkit("merge", other, own, "-o", out, "--other-base").code == 0
     torch.testing.assert_close(load(out)["lin.weight"], 3 * W)
     origin = ("--rebase", "transplant", "--origin", folder / "base.safetensors")
-    assert peftkit("merge", other, own, "-o", out, *origin).code == 0
+    assert peftkit("merge", other, own, "-o", out, "--force", *origin).code == 0
     torch.testing.assert_close(load(out)["lin.weight"], 2.5 * W)
     planned = peftkit("plan", other, own, *origin)
     assert planned.code == 0 and "transplant" in planned.out and "100 %" in planned.out
@@ -469,7 +408,7 @@ def test_a_folder_of_peft_goes_in_and_out(folder: Path, peftkit: Callable[..., R
     assert {p.name for p in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert "peft file" in peftkit("inspect", out).out
     assert peftkit("diff", folder / ODD, out, "--base", folder / "base.safetensors").code == 0
-    require_clear_error(peftkit("resize", out, "--rank", 1, "-o", out), "there already")
+    require_clear_error(peftkit("resize", out, "--rank", 1, "-o", out), "one of the inputs", "--force")
     assert peftkit("resize", out, "--rank", 1, "-o", folder / "small", "--dry-run").code == 0
     assert not (folder / "small").exists()
 

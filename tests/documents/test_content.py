@@ -43,6 +43,7 @@ def test_every_kind_has_a_page_that_states_its_options_and_their_defaults(kind: 
 
 def test_every_error_is_explained() -> None:
     page = (DOCS / "guides" / "errors.md").read_text()
+    assert all(getattr(pk, name) is not None for name in pk.__all__)  # errors outside errors.py are imported with these
     classes, new = {errors.PeftkitError}, {errors.PeftkitError}
     while new := {child for parent in new for child in parent.__subclasses__()}:
         classes |= new

@@ -31,6 +31,7 @@ from peftkit.files.export.tensors import shared_alpha, tensors_of
 from peftkit.files.families.names import Family
 from peftkit.files.formats import container, disk
 from peftkit.files.read import Reading, read
+from peftkit.wrapping.listing import Row, listing
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,12 +59,10 @@ class ExportReport:
         size = f"{grown:.2g} times the adapter's bytes"
         return f"{self.path} for {self.target}: {len(self.weights)} weights: {said}; {size}; error {worst:.2g}{notes}"
 
-    def table(self) -> Table:
-        """Every weight, for rich to print."""
-        table = Table("weight", "in the file", "kind", "written as", "how", "error")
-        for w in self.weights:
-            table.add_row(w.weight, w.written, w.kind, w.structure, w.how, "" if w.error is None else f"{w.error:.2g}")
-        return table
+    def table(self, *, every: bool = True) -> Table:
+        """Every weight, for rich to print; every=False: one row for weights that are alike."""
+        rows = [Row(f"{w.weight} as {w.written}", (w.kind, w.structure, w.how), (w.error,)) for w in self.weights]
+        return listing(["kind", "written as", "how"], {"error": "{:.2g}".format}, rows, every=every)
 
 
 @dataclass(frozen=True)

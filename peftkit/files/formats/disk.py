@@ -86,7 +86,7 @@ def require_output(out: str | os.PathLike[str], inputs: Iterable[object] = (), o
         FileError: `out` may not be written, or the folder it would be in does not exist.
 
     Example:
-        >>> from peftkit.files.formats.atomic import require_output
+        >>> from peftkit.files.formats.disk import require_output
         >>> require_output("adapter.safetensors", ["tuned.safetensors"], overwrite=False)
         PosixPath('adapter.safetensors')
     """

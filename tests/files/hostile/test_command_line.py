@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from peftkit.cli import files as cli
+from peftkit import cli
 from tests.support.corpus import LORA, Place, ones, safetensors
 
 _NAMES = {
