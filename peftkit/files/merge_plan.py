@@ -345,7 +345,8 @@ class _Planner:
 def _required(strengths: Strengths, names: Sequence[str], file: str) -> float:
     found = strengths.of(*names, default=math.nan)
     if math.isnan(found):  # a strength that was given is finite
-        raise OptionError(f"{file}: no strength pattern matches {names[0]}; add '*' for the rest")
+        idle = f", and {strengths.unmatched[0]!r} has matched nothing" if strengths.unmatched else ""
+        raise OptionError(f"{file}: no strength pattern matches {names[0]}{idle}; add '*' for the rest")
     return found
 
 

@@ -179,7 +179,7 @@ def _native(source: _Source) -> AdapterFile:
 
 def _peft(source: _Source, config: Mapping[str, Any]) -> AdapterFile:
     modules, unknown = peft.modules(source.keys)
-    _refuse_unknown(source.path, unknown)
+    _refuse_unknown(source, unknown)
     scale = peft.scale_of(config)
 
     def patch(module: str) -> Patch:
@@ -192,7 +192,7 @@ def _peft(source: _Source, config: Mapping[str, Any]) -> AdapterFile:
 
 def _foreign(source: _Source, dora_axis: str | None, alpha_zero: str | None) -> AdapterFile:
     modules, unknown = kohya.split(source.keys)
-    _refuse_unknown(source.path, unknown)
+    _refuse_unknown(source, unknown)
     alphas = {module: source.number(roles["alpha"]) for module, roles in modules.items() if "alpha" in roles}
     configs = _diffusers_configs(source, modules)
     if configs and alphas:
@@ -280,7 +280,13 @@ def _diffusers_configs(source: _Source, modules: Modules) -> dict[str, dict[str,
     return configs
 
 
-def _refuse_unknown(path: Path, unknown: Sequence[str]) -> None:
+def _refuse_unknown(source: _Source, unknown: Sequence[str]) -> None:
+    path = source.path
+    if unknown and len(unknown) == len(source.keys) and any(key.endswith(".weight") for key in unknown):
+        raise MismatchError(
+            f"{path} looks like a checkpoint: all its {len(unknown)} tensors are a model's, as {unknown[0]}, and none "
+            "is an adapter's; give it as the base, or name an adapter file"
+        )
     if unknown:
         listed = "\n".join(f"  {key}" for key in unknown[:8]) + ("\n  …" if len(unknown) > 8 else "")
         what = f"{path} holds {len(unknown)} tensors that are no adapter's"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from peftkit.wrapping.layer import adapted_modules, names_of
 def require_strength(strength: float) -> None:
     """Raise OptionError unless it is a finite number."""
     try:
-        finite = not isinstance(strength, bool) and isinstance(strength, (int, float)) and math.isfinite(strength)
+        finite = not isinstance(strength, bool) and isinstance(strength, Real) and math.isfinite(strength)
     except OverflowError:
         finite = False
     if not finite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import stat
@@ -12,8 +13,11 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-from peftkit.errors import FileError
+from peftkit.errors import FileError, did_you_mean
 from peftkit.files.formats.temporaries import remove_stale, temporary_beside
+
+#: how many names of a folder are looked at for the one that was meant
+_LISTED = 1000
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def opened(path: Path, stamp: Stamp | None = None) -> Iterator[BufferedReader]:
             before or after the block.
     """
     if not os.path.isfile(path):  # unlike Path.is_file, no name is too long or too odd for it
-        raise FileError(f"there is no file {path}, or it may not be read")
+        raise FileError(f"there is no file {path}, or it may not be read.{_neighbours(path)}".removesuffix("."))
     try:
         with open(path, "rb") as file:
             stamp = Stamp.of(file.fileno()) if stamp is None else stamp
@@ -161,6 +165,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise FileError(f"{path} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _neighbours(path: Path) -> str:
+    """A hint naming the files beside a path that are called almost as it is."""
+    if "\0" in str(path) or not os.path.isdir(path.parent):
+        return ""
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        names = [entry.name for entry in itertools.islice(entries, _LISTED)]
+        return did_you_mean(path.name, sorted(name for name in names if not name.startswith(".")))
+    return ""
 
 
 def _require_unchanged(file: BinaryIO, path: Path, stamp: Stamp) -> None:

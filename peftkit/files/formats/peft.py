@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import warnings
@@ -41,6 +42,12 @@ _ROLES = frozenset(
 )
 
 
+#: what ΔW's scale depends on, which a misspelt key would change in silence; what PEFT calls almost so; how near that is
+_SCALES = ("lora_alpha", "alpha", "alpha_pattern", "rank_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
+_ALIKE = ("use_qalora", "use_bdlora", "use_lora")
+_NEAR = 0.85
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """adapter_config.json, checked as far as this library depends on it."""
     config = strict_json.read_json(path)
@@ -58,6 +65,10 @@ def read_config(path: Path) -> dict[str, Any]:
     for option in ("use_qalora", "alora_invocation_tokens", "use_bdlora", "layer_replication"):
         if config.get(option):
             raise FileError(f"{path}: {option}={config[option]!r} is more than a change of weights, and is not read")
+    for key in config:
+        near = difflib.get_close_matches(key, _SCALES, n=1, cutoff=_NEAR)
+        if near and key not in (*_SCALES, *_ALIKE):
+            raise FileError(f"{path}: {key!r} is no option of PEFT, and would be ignored. Did you mean {near[0]!r}?")
     return config
 
 
