@@ -2,6 +2,7 @@
 # make demo-text   the same with a real language model              make test-full  the long sweeps too
 # make docs   build the site of docs/ into site/
 # make laws   print adapter × layer × law                           make bench      the measurements in benchmarks/
+# make gpu    all that needs a GPU, in ten minutes: kernels tested and timed, steps, merges; into benchmarks/results/<gpu>.json
 # make evidence   train 156 runs past overfitting and judge the monitor's rules by them (hours)
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ STEPS := 320x320@64,320x320@512,320x320@2048,1280x1280@64,1280x1280@512,1280x128
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-text docs test test-full laws bench evidence readme format clean
+.PHONY: demo demo-text docs test test-full laws bench gpu evidence readme format clean
 
 $(VENV)/ready-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -59,6 +60,9 @@ bench: $(VENV)/ready-dev
 	$(BIN)/peftkit bench merge --kinds oft --shapes sd15-unet --peers lycoris --rounds 3 --json $(RESULTS)/merge-oft.json --force
 	$(BIN)/peftkit bench ops --shapes 4096x4096@512 --operations dense,add --dtype fp32,bf16 \
 		--peers lycoris,peft --rounds 5 --json $(RESULTS)/ops.json --force
+
+gpu: $(VENV)/ready-dev
+	$(BIN)/python benchmarks/gpu.py
 
 evidence: $(VENV)/ready-dev
 	$(BIN)/python scripts/fetch_assets.py text

@@ -55,7 +55,8 @@ def unet(size: str, latents: int, dtype: torch.dtype = torch.float32, device: st
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
         }
-    body = condition.UNet2DConditionModel(**options).to(**where)
+    with torch.device(device):  # where 860M numbers are drawn in no time
+        body = condition.UNet2DConditionModel(**options).to(dtype)
     inputs = torch.randn(1, 4, latents, latents, **where), torch.tensor([500], device=device)
     return Network(body, (*inputs, torch.randn(1, 77, 768, **where)))
 
@@ -125,7 +126,8 @@ def decoder(
         dtype: of weights and input.
         device: of weights and input.
     """
-    body = _Decoder(layers, width, heads).to(device, dtype)
+    with torch.device(device):
+        body = _Decoder(layers, width, heads).to(dtype)
     angles = torch.arange(tokens)[:, None] * 10000 ** -torch.arange(0, 1, 2 * heads / width)
     cos, sin = (f(torch.cat((angles, angles), -1)).to(device, dtype) for f in (torch.cos, torch.sin))
     return Network(body, (torch.randn(batch, tokens, width, device=device, dtype=dtype), cos, sin))

@@ -133,13 +133,14 @@ def measure(operator: Operator, size: tuple[int, int, int], dtype: torch.dtype, 
         rounds: turns of every way.
 
     Returns:
-        A row whose values are the error of every way, and whether two runs of ours gave the same bits.
+        A row whose values are the error of every way, whether two runs of ours gave the same bits, and the messages of
+        torch.compile or lycoris where they fail.
 
     Raises:
         BenchError: ours errs by more than rounding does, or does not repeat.
     """
     W, factors = inputs(*size, device, dtype)
-    calls = _ways(operator, W, factors, device)
+    calls, refused = _ways(operator, W, factors, device)
     exact = _flat(operator.eager(W.double(), [factor.double() for factor in factors]))
     errors = {way: _relative(_flat(call()), exact) for way, call in calls.items()}
     repeats = torch.equal(_flat(calls["ours"]()), _flat(calls["ours"]()))
@@ -162,12 +163,16 @@ def measure(operator: Operator, size: tuple[int, int, int], dtype: torch.dtype, 
         ratio=ratios(seconds, eager),
         memory={way: peak_bytes(calls[way], device) / 1e6 for way in seconds},
         error=errors["ours"],
-        values={"errors": {way: float(f"{error:.2g}") for way, error in errors.items()}, "repeats": repeats},
+        values={
+            "errors": {way: float(f"{error:.2g}") for way, error in errors.items()},
+            "repeats": repeats,
+            **({"left out": refused} if refused else {}),
+        },
     )
 
 
-def _ways(operator: Operator, W: Tensor, factors: list[Tensor], device: str) -> dict[str, Call]:
-    """Every way to run an operator on its inputs."""
+def _ways(operator: Operator, W: Tensor, factors: list[Tensor], device: str) -> tuple[dict[str, Call], dict[str, str]]:
+    """Every way to run an operator on its inputs; and what ways of others say that fail on them."""
 
     def pinned(choice: str) -> object:
         with kernels.use(choice):
@@ -178,12 +183,20 @@ def _ways(operator: Operator, W: Tensor, factors: list[Tensor], device: str) -> 
         "eager": lambda: operator.eager(W, factors),
     }
     if device != "cpu":
+        torch.compiler.reset()  # it compiles one function for so many sizes and dtypes, and no more
         compiled = torch.compile(operator.eager, fullgraph=True, dynamic=False)
         calls |= {"reference": lambda: pinned("torch"), "compiled": lambda: compiled(W, factors)}
     peer = operator.lycoris
     if peer is not None and importlib.util.find_spec("lycoris"):
         calls["lycoris"] = lambda: peer(W, factors)
-    return calls
+    refused: dict[str, str] = {}
+    for way in {"compiled", "lycoris"} & set(calls):
+        try:
+            calls[way]()
+        except (RuntimeError, TypeError, ValueError) as error:
+            refused[way] = str(error).partition("\n")[0]
+            del calls[way]
+    return calls, refused
 
 
 def _flat(result: Any) -> Tensor:
