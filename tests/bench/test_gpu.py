@@ -19,7 +19,10 @@ from peftkit.bench.rows import Row
 from peftkit.bench.runner import Cell
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which `make gpu` measures")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which `make gpu` measures"),
+]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -61,6 +61,7 @@ def test_a_small_unet_of_the_same_kind() -> None:
     assert row.ratio["ours"].median > 0
 
 
+@pytest.mark.processes
 def test_the_transformer_benchmark(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     sizes = ["--layers", "1", "--width", "64", "--tokens", "8", "--rounds", "1", "--kinds", "lora,oft"]

@@ -60,6 +60,7 @@ def test_the_roofline_asks_lycoris_for_the_same(operator: Operator) -> None:
         torch.testing.assert_close(operator.lycoris(W, factors), operator.eager(W, factors))
 
 
+@pytest.mark.processes
 def test_the_roofline_is_written(tmp_path: Path) -> None:
     out = tmp_path / "roofline.json"
     command = [sys.executable, "benchmarks/roofline.py", "--json", out]
