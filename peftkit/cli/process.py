@@ -34,7 +34,7 @@ _FLAGS = {"overwrite": "--force"} | {
         *("method", "density", "seed"),
     )
 }
-_OPTION = re.compile(rf"(?<![\w./=-])({'|'.join(_FLAGS)})=(?:True\b|('[^'\s]*')|(?=[\s,;:.)]|$)|)")
+_OPTION = re.compile(rf"(?<![\w./=-])({'|'.join(_FLAGS)})=(?:True\b|('[^'\s]*'))?")
 
 
 def run() -> None:
