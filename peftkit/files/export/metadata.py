@@ -39,7 +39,7 @@ def build(
     training: Mapping[str, Any],
     own: Mapping[str, Any],
 ) -> dict[str, str]:
-    """All entries of a file that holds these tensors. The same arguments give the same entries: there is no clock.
+    """Return all entries of the header of a file. The same arguments give the same entries: there is no clock.
 
     training: the user's, which may add to or replace any entry but the hashes; values that are not text become JSON.
     """
@@ -61,7 +61,10 @@ def build(
 
 
 def hashes(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> dict[str, str]:
-    """sshs_model_hash, of the tensors' bytes; sshs_legacy_hash, of 64 KiB at 1 MiB of a file with only ss_ entries."""
+    """Return sshs_model_hash and sshs_legacy_hash, as WebUIs compute them.
+
+    The first is of the tensors' bytes, the second of 64 KiB at 1 MiB of a file with only ss_ entries.
+    """
     file = io.BytesIO()
     container.emit(file, tensors, {name: value for name, value in entries.items() if name.startswith("ss_")})
     view = file.getbuffer()

@@ -56,6 +56,7 @@ class Component:
 
     @property
     def denoiser(self) -> bool:
+        """Whether it is the network that denoises."""
         return self.name in ("unet", "transformer")
 
     @cached_property
@@ -71,12 +72,12 @@ class Component:
         return MappingProxyType({module.name: placed(module) for module in self.build()})
 
     def ldm(self, module: ModuleSpec) -> str:
-        """The path that adapter files spell in the original naming. Text encoders have none: all use transformers'."""
+        """Return the path in the original naming, as adapter files spell it; transformers' for text encoders."""
         return module.original.removeprefix(self.original).rpartition(".")[0] if self.denoiser else module.path
 
 
 def entry(name: str, original: str, *shape: int, bias: bool = True, weight: str = "weight", **rows: Any) -> ModuleSpec:
-    """rows: start, stop, swapped, as in `Module`."""
+    """Return one module by its diffusers name, its original name and its shape. rows: start, stop, swapped."""
     return ModuleSpec(name, shape, bias, f"{original}.{weight}", f"{original}.bias" if bias else None, **rows)
 
 
@@ -136,7 +137,9 @@ def _attention(name: str, original: str, width: int, depth: int, context: int, l
 def unet(
     widths: tuple[int, ...], depths: tuple[int, ...], middle: int, context: int, linear: bool, added: int | None = None
 ) -> Iterator[ModuleSpec]:
-    """UNet2DConditionModel; ldm's UNetModel, which numbers its blocks through, samplers included.
+    """Yield the modules of UNet2DConditionModel.
+
+    Originals are of ldm's UNetModel, which numbers its blocks through, samplers included.
 
     widths, depths: channels and transformer blocks per attention of each level. middle: of the mid block.
     context: width of the text. linear: whether proj_in and proj_out are Linear. added: width of SDXL's conditioning.
@@ -217,7 +220,7 @@ _TEXT = _Stream(
 
 
 def flux(guidance: bool = True) -> Iterator[ModuleSpec]:
-    """FluxTransformer2DModel. guidance: schnell has no embedder for it."""
+    """Yield the modules of FluxTransformer2DModel. guidance: whether it is embedded, as not in schnell."""
     width, head = 3072, 128
     embedders = {"timestep": ("time_in", 256), "guidance": ("guidance_in", 256), "text": ("vector_in", 768)}
     for kind, (original, inputs) in embedders.items():
@@ -251,7 +254,7 @@ def flux(guidance: bool = True) -> Iterator[ModuleSpec]:
 
 
 def sd3(depth: int, normed: bool = False, dual: int = 0) -> Iterator[ModuleSpec]:
-    """SD3Transformer2DModel; MMDiT, which is 64·depth wide.
+    """Yield the modules of SD3Transformer2DModel; originals are of MMDiT, which is 64·depth wide.
 
     normed: whether queries and keys are (SD 3.5). dual: how many blocks have a second attention over the image.
     """

@@ -35,7 +35,7 @@ def clip(width: int, layers: int, projected: bool = False) -> Iterator[ModuleSpe
 
 
 def open_clip(width: int, layers: int, projected: bool = False) -> Iterator[ModuleSpec]:
-    """The same modules, whose originals are an OpenCLIP text transformer's."""
+    """Yield the modules of `clip`, whose originals are an OpenCLIP text transformer's."""
     renamed = {
         "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
         "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -68,7 +68,10 @@ def open_clip(width: int, layers: int, projected: bool = False) -> Iterator[Modu
 
 
 def t5(width: int = 4096, hidden: int = 10240, layers: int = 24) -> Iterator[ModuleSpec]:
-    """T5EncoderModel, XXL. Its two token embeddings are one tied weight, of which a file may hold either or both."""
+    """Yield the modules of T5EncoderModel, XXL.
+
+    Its two token embeddings are one tied weight, of which a file may hold either or both.
+    """
     paths = {"shared": (32128, width), "encoder.embed_tokens": (32128, width)}
     for i in range(layers):
         block = f"encoder.block.{i}.layer"

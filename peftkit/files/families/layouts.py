@@ -47,12 +47,12 @@ class Layout:
     places: Mapping[str, Placement]  # canonical name -> its place
 
     def locate(self, name: str) -> Placement | None:
-        """The place of a module, None if this checkpoint does not have it."""
+        """Return the place of a module, None if this checkpoint does not have it."""
         return self.places.get(name)
 
 
 def of_checkpoint(shapes: Mapping[str, Sequence[int]], families: Iterable[Family] | None = None) -> Layout | None:
-    """What a base checkpoint is, None if it is of no family here.
+    """Return what a base checkpoint is, None if it is of no family here.
 
     shapes: all its keys and their shapes, over all its shards. It may hold one component only; a text encoder alone
     can be that of several families, of which the first that fits is taken. families: those to try, all by default.

@@ -89,6 +89,7 @@ class Family:
 
     @property
     def components(self) -> tuple[str, ...]:
+        """The names of its networks, the denoiser first."""
         return tuple(part.name for part in self.parts)
 
     @cached_property
@@ -97,7 +98,7 @@ class Family:
         return MappingProxyType({m.name: m for part in self.parts for m in part.modules.values()})
 
     def find(self, foreign: str) -> tuple[ModuleSpec, ...]:
-        """The modules whose rows a foreign name covers, in the order of its rows; () if there are none.
+        """Return the modules whose rows a foreign name covers, in the order of its rows; () if there are none.
 
         foreign: what an adapter file has before the name of the tensor. A path without a component is found if only
         one component can have it: both text encoders of SDXL have a "text_model.encoder.layers.0.mlp.fc1".
@@ -111,7 +112,7 @@ class Family:
         return match is not None and match.ldm and any(module.swapped for module in match.modules)
 
     def spell(self, name: str, style: str) -> str:
-        """Canonical name -> foreign name, which `find` reads back.
+        """Return the foreign name of a module, which `find` reads back.
 
         style: "kohya", "diffusers", "ldm", "transformer", "lycoris" or "peft". Modules that the original network has
         fused have one name in "ldm", and in "kohya" where sd-scripts trains the original.
@@ -127,14 +128,14 @@ class Family:
         return spelled
 
     def spelled(self, name: str, style: str) -> str:
-        """`spell`, or "" where the style has no name for the module."""
+        """Return the foreign name as `spell` does, or "" where the style has no name for the module."""
         try:
             return self.spell(name, style)
         except OptionError:
             return ""
 
     def own(self, foreign: str) -> bool:
-        """Whether a foreign name is spelled as `spell` spells it, in any style."""
+        """Whether `spell` produces this exact name in some style."""
         return foreign in self._spellings
 
     @cached_property
@@ -219,7 +220,7 @@ STYLES: Mapping[str, Callable[[Family, Component, ModuleSpec], str | None]] = Ma
 
 
 def guess(foreign: Mapping[str, tuple[int, int] | None]) -> tuple[Family, ...]:
-    """The families that have all these modules in these shapes; those whose own spelling they are in come first.
+    """Return the families that have all these modules in these shapes, first the ones that spell names so.
 
     foreign: name -> (rows, columns) of its ΔW, the columns being its fan-in; None if not known.
     """

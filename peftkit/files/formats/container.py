@@ -65,11 +65,12 @@ class Info:
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """The number of bytes."""
         return self.stop - self.start
 
     @property
     def numel(self) -> int:
+        """The number of entries."""
         return math.prod(self.shape)
 
     def __str__(self) -> str:
@@ -87,7 +88,7 @@ class Container:
     stamp: Stamp  # of the file whose header this is
 
     def tensor(self, name: str, into: Tensor | None = None) -> Tensor:
-        """One tensor, in memory of its own, or in that of `into`, bytes that are at least as many (uint8)."""
+        """Read one tensor, into memory of its own, or into `into`, at least as many bytes (uint8)."""
         info = self.infos[name]
         dtype = DTYPES.get(info.dtype)
         if dtype is None:
@@ -102,7 +103,7 @@ class Container:
         return bits.view(dtype).reshape(info.shape)
 
     def elements(self, name: str, index: list[int]) -> Tensor:
-        """A few entries of one tensor, in the order of its memory, without reading the rest."""
+        """Read a few entries of one tensor, in the order of its memory, without the rest."""
         info = self.infos[name]
         dtype = DTYPES[info.dtype]
         chunks = []
@@ -115,7 +116,7 @@ class Container:
         return torch.frombuffer(bytearray(b"".join(chunks)), dtype=dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them."""
+        """Read all tensors."""
         return {name: self.tensor(name) for name in self.infos}
 
     def copy(self, name: str, to: BinaryIO) -> None:
@@ -126,7 +127,7 @@ class Container:
             _copy_bytes(file, to, info.size, self.path)
 
     def digest(self, name: str) -> str:
-        """sha256 of one tensor's bytes, undecoded."""
+        """Return the sha256, in hex, of one tensor's bytes, undecoded."""
         info = self.infos[name]
         hasher = hashlib.sha256()
         left = info.size
@@ -192,7 +193,10 @@ def emit(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, s
 
 
 def header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a file, length and all. tensors: name -> (dtype, shape, bytes), in the order of the data."""
+    """Return the first bytes of a file, length and all.
+
+    tensors: name -> (dtype, shape, bytes), in the order of the data.
+    """
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name, (dtype, shape, size) in tensors.items():
@@ -217,7 +221,7 @@ def put(file: BinaryIO, data: memoryview) -> None:
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """A tensor's bytes, row by row."""
+    """Return a tensor's bytes, row by row."""
     whole = tensor.detach().cpu().contiguous()
     # not reshape(-1), which keeps the stride of a single number, whatever it is
     return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy().data

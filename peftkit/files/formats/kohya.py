@@ -63,7 +63,7 @@ Modules = dict[str, dict[str, str]]
 
 
 def split(keys: Iterable[str]) -> tuple[Modules, list[str]]:
-    """Keys -> {module: {role: key}}, and the keys that end in nothing known."""
+    """Sort the keys of a file as {module: {role: key}}, and return the keys that end in nothing known beside it."""
     modules: defaultdict[str, dict[str, str]] = defaultdict(dict)
     unknown: list[str] = []
     for key in keys:
@@ -77,7 +77,7 @@ def split(keys: Iterable[str]) -> tuple[Modules, list[str]]:
                 f"{key} and {modules[module][role]} are both the {role} of {module}: one of them was expected"
             )
         modules[module][role] = key
-    for key in list(unknown):  # (IA)³ of LyCORIS calls its vector "weight", which only its companion gives away
+    for key in list(unknown):  # (IA)³ of LyCORIS calls its vector "weight", known by its companion alone
         module = key.removesuffix(".weight")
         if module != key and "on_input" in modules.get(module, {}):
             modules[module]["ia3_weight"] = key
@@ -89,9 +89,20 @@ _LONGEST_FIRST = tuple(sorted(SUFFIXES, key=len, reverse=True))
 
 
 def patch(module: str, t: Mapping[str, Tensor], scale: Scale, dora_axis: str | None = None) -> Patch | None:
-    """One module's tensors, by role -> its adapter; None if all it changes are vectors (see `vectors`).
+    """Read one module's adapter.
 
-    Raises FileError for a set of tensors that is none, AmbiguousFileError for one that is two.
+    Args:
+        module: its name, for errors.
+        t: its tensors by role.
+        scale: what gives the factor γ.
+        dora_axis: the axis of magnitudes whose shape does not tell it, None where the user gave none.
+
+    Returns:
+        The adapter; None if all that changes are vectors (see `vectors`).
+
+    Raises:
+        FileError: if the tensors do not make one adapter.
+        AmbiguousFileError: if they make two.
     """
     t = {role: tensor for role, tensor in t.items() if role not in ("alpha", "diff_b", "w_norm", "b_norm")}
     if not t or ("diff" in t and t["diff"].dim() == 1):
@@ -109,7 +120,7 @@ def patch(module: str, t: Mapping[str, Tensor], scale: Scale, dora_axis: str | N
 
 
 def vectors(module: str, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The changes of a module's bias and of a norm's weight, by "bias" and "weight"."""
+    """Return the changes of a module's bias and of a norm's weight, by "bias" and "weight"."""
     found: dict[str, Tensor] = {}
     for role, name in (("diff_b", "bias"), ("b_norm", "bias"), ("w_norm", "weight"), ("diff", "weight")):
         if role in t and (role != "diff" or t[role].dim() == 1):
@@ -120,7 +131,10 @@ def vectors(module: str, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def alpha_scale(alphas: Mapping[str, float], zero: str | None) -> Scale:
-    """γ = α/r from alpha tensors, 1 without one. zero: what α = 0 means, "off" or "rank"; None asks."""
+    """Return the scale γ = α/r by alpha tensors, 1 for modules without one.
+
+    zero: what α = 0 means, "off" or "rank"; with None such a module raises AmbiguousFileError.
+    """
 
     def scale(module: str, rank: int | None) -> tuple[dict[str, Any], str]:
         alpha = alphas.get(module)

@@ -62,7 +62,7 @@ class Header:
 
 
 def encode(header: Header) -> dict[str, str]:
-    """Header -> safetensors metadata."""
+    """Return the metadata of a safetensors file with this header."""
     groups: dict[str, dict[str, Any]] = {}
     for weight, record in header.records.items():
         described = {"kind": record.kind, "convention": record.convention, "options": record.options}
@@ -85,7 +85,15 @@ def encode(header: Header) -> dict[str, str]:
 
 
 def decode(metadata: Mapping[str, str] | None, path: object) -> Header:
-    """safetensors metadata -> Header. path: for the errors."""
+    """Read the metadata of a safetensors file.
+
+    Args:
+        metadata: the entries of the container.
+        path: of the file, for errors.
+
+    Raises:
+        FileError: if peftkit did not write it, if another version did, or if it is damaged.
+    """
     if not metadata or KEY not in metadata:
         raise FileError(f"{path} has no {KEY!r} entry in its header: peftkit did not write it")
     where = f"the {KEY!r} header of {path}"
@@ -144,7 +152,7 @@ def _samples(text: Any, where: str) -> np.ndarray:
 
 
 def sorted_by_weight(keys: Iterable[str], weights: Collection[str]) -> dict[str | None, list[str]]:
-    """The keys of a file by the weight they belong to, the longest name that fits; None for those without one."""
+    """Sort the keys of a file by the weight they belong to, the longest name that fits; under None without one."""
     found: dict[str | None, list[str]] = {}
     depth = max((weight.count(".") + 1 for weight in weights), default=0)
     for key in sorted(keys):
@@ -155,7 +163,7 @@ def sorted_by_weight(keys: Iterable[str], weights: Collection[str]) -> dict[str 
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """‖ours − theirs‖ / ‖theirs‖ of two sets of samples; infinite where they cannot be compared."""
+    """Return ‖ours − theirs‖ / ‖theirs‖ of two sets of samples; infinite where they cannot be compared."""
     if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         return float("inf")
     gap, norm = float(np.linalg.norm(ours - theirs)), float(np.linalg.norm(theirs))

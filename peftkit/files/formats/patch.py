@@ -38,6 +38,7 @@ class Patch:
 
     @property
     def rank(self) -> int | None:
+        """The rank among the options, None without one."""
         rank = self.options.get("rank")
         return rank if isinstance(rank, int) else None
 

@@ -26,7 +26,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 _LARGE = 2**62
-#: a longer name or pattern is nobody's, and takes long to match
+#: no real name or pattern is longer, and matching takes long
 _LONGEST = 1000
 
 #: inits that move part of the base into the adapter: what the file adds to is then not the base
@@ -49,7 +49,7 @@ _NEAR = 0.85
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """adapter_config.json, checked as far as this library depends on it."""
+    """Read adapter_config.json and check it as far as this library depends on it. Raises FileError."""
     config = strict_json.read_json(path)
     if not isinstance(config, dict):
         raise FileError(f"{path} is not a configuration of PEFT: it holds a {type(config).__name__}")
@@ -73,17 +73,17 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def scale_of(config: Mapping[str, Any]) -> Scale:
-    """γ from a configuration: lora_alpha (or alpha) / r, per module where a pattern says so."""
+    """Return the scale γ by a configuration: lora_alpha (or alpha) / r, per module where a pattern matches it."""
     default_alpha = config.get("lora_alpha", config.get("alpha"))
     alphas, ranks = (_patterns(config, name) for name in ("alpha_pattern", "rank_pattern"))
     rslora = _flag(config, "use_rslora")
 
     def scale(module: str, rank: int | None) -> tuple[dict[str, Any], str]:
         alpha = _by_pattern(alphas, module, default_alpha)
-        told = _by_pattern(ranks, module, config.get("r"))
-        rank = told if rank is None else rank
-        if told not in (None, rank):
-            raise FileError(f"{module}: {CONFIG} says rank {told!r}, its tensors are of rank {rank}")
+        configured = _by_pattern(ranks, module, config.get("r"))
+        rank = configured if rank is None else rank
+        if configured not in (None, rank):
+            raise FileError(f"{module}: {CONFIG} says rank {configured!r}, its tensors are of rank {rank}")
         if type(alpha) not in (int, float) or type(rank) is not int or not abs(alpha) < _LARGE > rank > 0:
             raise FileError(f"{module}: alpha={alpha!r:.40} and rank={rank!r:.40} in {CONFIG}, numbers were expected")
         root = "√" if rslora else ""
@@ -139,7 +139,7 @@ def _flag(config: Mapping[str, Any], name: str) -> bool:
 
 
 def modules(keys: list[str]) -> tuple[Modules, list[str]]:
-    """Keys -> {path in the model: {role: key}}, and those that are no adapter's of PEFT."""
+    """Sort keys as {path in the model: {role: key}}, and return the keys that PEFT does not write beside it."""
     found, unknown = kohya.split(keys)
     own: Modules = {}
     for module, roles in found.items():
@@ -152,7 +152,17 @@ def modules(keys: list[str]) -> tuple[Modules, list[str]]:
 
 
 def patch(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any], scale: Scale) -> Patch:
-    """One module's tensors, by role, and the configuration -> its adapter. scale: `scale_of` the configuration."""
+    """Read one module's adapter.
+
+    Args:
+        module: its path, for errors.
+        t: its tensors by role.
+        config: PEFT's configuration.
+        scale: `scale_of` the configuration.
+
+    Raises:
+        FileError: if the tensors and the configuration do not make one adapter.
+    """
     kind = config["peft_type"]
     if kind in _READERS:
         return _READERS[kind](module, t, config)
@@ -243,9 +253,12 @@ _READERS: Mapping[str, Callable[[str, Mapping[str, Tensor], Mapping[str, Any]], 
 
 
 def config(kind: str, ranks: Mapping[str, int], options: Mapping[str, Any]) -> dict[str, Any]:
-    """adapter_config.json of modules with these ranks, α = r for each, so that every scale is 1.
+    """Return what adapter_config.json says of modules, with α = r for each, so that every scale is 1.
 
-    ranks: path of a module -> its rank. options: what else the kind needs.
+    Args:
+        kind: PEFT's type.
+        ranks: the rank of every module, by path.
+        options: other entries that the type needs.
     """
     common = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != common}

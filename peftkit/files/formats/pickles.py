@@ -27,7 +27,7 @@ _PICKLES_IN_A_FILE = 5
 
 
 def unpickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pt, .ckpt or .bin file, read as data: an object that is not a plain tensor is refused."""
+    """Read the tensors of a .pt, .ckpt or .bin file as data; an object that is no plain tensor raises FileError."""
     with opened(path) as file:
         _refuse_bombs(file, path)
         file.seek(0)

@@ -117,9 +117,9 @@ def _oft(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
     return Patch("oft", options, Shape(n * b, 0), tensors, kernel_known=False, scale=words)
 
 
-def _boft(t: Mapping[str, Tensor], told: tuple[dict[str, Any], str]) -> Patch:
+def _boft(t: Mapping[str, Tensor], constraint: tuple[dict[str, Any], str]) -> Patch:
     """Stages of blocks A, which LyCORIS applies untransposed: Q = A − Aᵀ."""
-    A, (bound, words) = t["oft_blocks"], told
+    A, (bound, words) = t["oft_blocks"], constraint
     stages, n, b, _ = A.shape
     i, j = torch.triu_indices(b, b, 1)
     options: dict[str, Any] = {"block_size": b, "stages": stages} | bound
@@ -184,8 +184,19 @@ READERS: tuple[tuple[set[str], Callable[[str, Mapping[str, Tensor], Scale], Patc
 )
 
 
-def decompose(module: str, inner: Patch, found: Mapping[str, Tensor], told: str | None) -> Patch:
-    """DoRA around another adapter. Its vector's shape says which axis it is for: (rows, 1, …) or (1, channels, …)."""
+def decompose(module: str, inner: Patch, found: Mapping[str, Tensor], axis_given: str | None) -> Patch:
+    """Put a DoRA around another adapter. The magnitudes' shape tells their axis: (rows, 1, …) or (1, channels, …).
+
+    Args:
+        module: its name, for errors.
+        inner: the adapter inside.
+        found: the magnitudes, by role.
+        axis_given: the axis the user says, for a shape that does not tell it; None without.
+
+    Raises:
+        FileError: if the inner adapter depends on the base, or the magnitudes do not fit it.
+        AmbiguousFileError: if the axis cannot be known.
+    """
     if registry.get(inner.kind).reads_base:
         raise FileError(f"{module}: a DoRA around {inner.kind}, whose change depends on the base, is not read")
     if len(found) > 1:
@@ -201,8 +212,8 @@ def decompose(module: str, inner: Patch, found: Mapping[str, Tensor], told: str 
         axis = "in"
     elif vector.dim() == 1 and (vector.numel() == rows) != _may_be_channels(vector.numel(), inner):
         axis = "out" if vector.numel() == rows else "in"
-    elif told is not None:
-        axis = told
+    elif axis_given is not None:
+        axis = axis_given
     else:
         raise AmbiguousFileError(
             f"{module}: dora_scale of shape {tuple(vector.shape)} on a {inner.shape} weight can be per output or per "
