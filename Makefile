@@ -3,6 +3,8 @@
 # make docs   build the site of docs/ into site/
 # make laws   print adapter × layer × law                           make bench      the measurements in benchmarks/
 # make gpu    all that needs a GPU, in ten minutes: kernels tested and timed, steps, merges; into benchmarks/results/<gpu>.json
+# make test-oldest   the fast tests without other libraries, on the oldest dependencies of pyproject.toml, in .venv-oldest
+# make test-newest   the same on the newest that pip finds, in .venv-newest
 # make evidence   train 156 runs past overfitting and judge the monitor's rules by them (hours)
 
 PYTHON ?= python3
@@ -10,10 +12,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 RESULTS := benchmarks/results
 STEPS := 320x320@64,320x320@512,320x320@2048,1280x1280@64,1280x1280@512,1280x1280@2048,4096x4096@64,4096x4096@512,4096x4096@2048,320x320k1@64,320x320k3@64,1280x1280k1@16,1280x1280k3@16
+# tests of what needs no other library than the package's own dependencies
+CORE := tests/kernels tests/delta tests/adapters tests/wrapping --ignore=tests/adapters/test_oracles.py
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-text docs test test-full laws bench gpu evidence readme format clean
+.PHONY: demo demo-text docs test test-full test-oldest test-newest laws bench gpu evidence readme format clean
 
 $(VENV)/ready-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,6 +44,15 @@ test: $(VENV)/ready-dev docs
 
 test-full: $(VENV)/ready-dev
 	$(BIN)/pytest -n 2
+
+.venv-oldest/ready: CONSTRAINTS := -c constraints-oldest.txt
+.venv-%/ready: pyproject.toml constraints-oldest.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --upgrade $(CONSTRAINTS) -e . pytest pytest-xdist hypothesis
+	touch $@
+
+test-oldest test-newest: test-%: .venv-%/ready
+	.venv-$*/bin/python -m pytest -n 2 -m "not slow" $(CORE)
 
 laws: $(VENV)/ready-dev
 	$(BIN)/python scripts/laws_table.py
@@ -77,4 +90,4 @@ format: $(VENV)/ready-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) out site .assets
+	rm -rf $(VENV) .venv-oldest .venv-newest out site .assets
