@@ -16,10 +16,11 @@ from peftkit.bench.peers import KINDS, LYCORIS_MODULES, randomize, ways, wrap
 from peftkit.bench.rows import Row
 from peftkit.bench.step import saved_bytes
 from peftkit.bench.timing import Call, Spread, contest, ratios
+from peftkit.wrapping.support import is_layer
 
 
 def adapted(way: str, kind: str, network: Network) -> Network:
-    """Put adapters on all Linear and Conv2d layers of a network, in place, and return it.
+    """Put adapters on all Linear and convolution layers of a network, in place, and return it.
 
     Args:
         way: one of `peers.ways`.
@@ -27,7 +28,7 @@ def adapted(way: str, kind: str, network: Network) -> Network:
         network: whose layers are adapted.
     """
     _, of_lycoris, of_peft = KINDS[kind]
-    layers = {name: m for name, m in network.body.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    layers = {name: m for name, m in network.body.named_modules() if is_layer(m)}
     if way == "ours":
         wrap(network.body, kind)
     elif way.startswith("lycoris"):
