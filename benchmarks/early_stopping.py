@@ -60,6 +60,7 @@ class Run:
         return int(self.validation.argmin()) + 1
 
     def regret(self, step: float) -> float:
+        """The validation loss at a step over the best of the run, minus 1."""
         index = min(max(round(step), 1), self.steps) - 1
         return float(self.validation[index] / self.validation.min() - 1)
 
@@ -68,6 +69,7 @@ Rule = Callable[[Run], int]
 
 
 def load() -> list[Run]:
+    """Return the runs that benchmarks/trajectories.py left in out/trajectories."""
     runs = []
     for path in sorted(FOLDER.glob("*.json")):
         task, kind, _ = path.stem.rsplit("-", 2)
@@ -154,6 +156,8 @@ SIGNALS: dict[str, tuple[str, Callable[[Run], np.ndarray]]] = {
 
 
 def below(signal: Callable[[Run], np.ndarray], threshold: float) -> Rule:
+    """Return the rule that stops at the first step whose signal is below a threshold."""
+
     def rule(run: Run) -> int:
         under = np.flatnonzero(signal(run)[3:] < threshold)
         return int(under[0]) + 4 if len(under) else run.steps

@@ -56,6 +56,7 @@ class Case:
 
 
 def digits() -> Case:
+    """The U-Net of the digits example."""
     import digits8
     from handwriting.diffusion import loss
 
@@ -74,6 +75,7 @@ def digits() -> Case:
 
 
 def minilm() -> Case:
+    """The 36 linear layers of MiniLM on sentences."""
     import text_minilm
     import transformers
 
@@ -94,7 +96,7 @@ def minilm() -> Case:
 
 @torch.no_grad()
 def naive(model: nn.Module) -> float:
-    """The mean cosine as anyone would write it."""
+    """The mean cosine of W and ΔW by materialising ΔW."""
     cosines = []
     for where in installed_adapters(model, ["default"]):
         dense = where.adapter.delta(where.base).dense()

@@ -15,7 +15,16 @@ from peftkit.files.families.names import FAMILIES
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A layer by its sizes. kernel 0 is a Linear; `side` pixels each way for a convolution, else `tokens`."""
+    """A Linear or a Conv2d by its sizes, with the positions one call of it sees.
+
+    Attributes:
+        outputs: m, rows of the weight.
+        inputs: columns of a Linear's weight, or channels of a convolution.
+        kernel: pixels each way of a convolution's kernel; 0 for a Linear.
+        tokens: positions of a Linear's call.
+        side: pixels each way of a convolution's image.
+        bias: whether the layer has one.
+    """
 
     outputs: int
     inputs: int
@@ -26,7 +35,14 @@ class LayerShape:
 
     @classmethod
     def parse(cls, text: str) -> LayerShape:
-        """OUTxIN@TOKENS for a Linear, OUTxINkKERNEL@SIDE for a convolution."""
+        """Return the layer that a text describes.
+
+        Args:
+            text: OUTxIN@TOKENS for a Linear, OUTxINkKERNEL@SIDE for a convolution.
+
+        Raises:
+            OptionError: the text is neither.
+        """
         found = re.fullmatch(r"(\d+)x(\d+)(?:k(\d+))?@(\d+)", text)
         sizes = [int(size or 0) for size in found.groups()] if found else []
         if not found or not all((sizes[0], sizes[1], sizes[3])):
@@ -38,7 +54,7 @@ class LayerShape:
         return cls(outputs, inputs, kernel, side=last) if kernel else cls(outputs, inputs, tokens=last)
 
     def layer(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
-        """The layer, frozen."""
+        """Return the layer, frozen, with the weights PyTorch gives it."""
         where = {"dtype": dtype, "device": device, "bias": self.bias}
         if self.kernel:
             made: nn.Module = nn.Conv2d(self.inputs, self.outputs, self.kernel, padding=self.kernel // 2, **where)
@@ -47,7 +63,7 @@ class LayerShape:
         return made.requires_grad_(False)
 
     def input(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
-        """A batch of one for the layer: (tokens, inputs), or (1, inputs, side, side)."""
+        """Return a batch of one for the layer: (tokens, inputs), or (1, inputs, side, side)."""
         size = (1, self.inputs, self.side, self.side) if self.kernel else (self.tokens, self.inputs)
         return torch.randn(size, dtype=dtype, device=device)
 
@@ -123,7 +139,7 @@ _DISTINCT: dict[str, tuple[LayerShape, ...]] = {
 
 
 def sd15_unet() -> list[LayerShape]:
-    """All 282 weights of the U-Net, with the tokens and pixels of one image of 512²."""
+    """Return all 282 layers of SD 1.5's U-Net, with the tokens and pixels of one image of 512²."""
     layers = []
     for module in FAMILIES["sd15"].modules.values():
         if not module.name.startswith("unet.") or len(module.shape) < 2:

@@ -35,7 +35,20 @@ def merge(
     peers: list[str],
     rounds: int,
 ) -> Row:
-    """Merging for good into a model of these layers, over reading and writing each of its weights once."""
+    """Time merging for good into a model, over reading and writing each of its weights once.
+
+    Args:
+        shapes: the model's layers.
+        case: the model's name.
+        kind: one of `peers.KINDS`.
+        dtype: of the weights.
+        device: "cpu" or "cuda".
+        peers: of "lycoris" and "peft".
+        rounds: turns of every way.
+
+    Raises:
+        BenchError: a merged weight errs by more than its rounding.
+    """
     base = _model(shapes, dtype, device)
     prepare: dict[str, Call] = {}
     calls: dict[str, Call] = {}
@@ -68,7 +81,7 @@ def merge(
 
 
 def _merging(way: str, kind: str, model: nn.Module) -> tuple[Call, Call]:
-    """What puts adapters on the model, and what merges them into it."""
+    """A call that puts adapters on the model, and one that merges them into it."""
     _, of_lycoris, of_peft = KINDS[kind]
     held: list[Any] = []
 
@@ -104,7 +117,7 @@ def _merging(way: str, kind: str, model: nn.Module) -> tuple[Call, Call]:
 
 
 def _merge_error(shape: LayerShape, kind: str, dtype: torch.dtype, device: str) -> float:
-    """Of one merged weight against W + ΔW in float64, relative to it; no more than its rounding."""
+    """The relative error of one merged weight against W + ΔW in float64, which may be that of its rounding."""
     layer = shape.layer(dtype, device)
     wrap(layer, kind)
     randomize(layer)
@@ -117,7 +130,19 @@ def _merge_error(shape: LayerShape, kind: str, dtype: torch.dtype, device: str) 
 
 
 def monitor(shapes: Sequence[LayerShape], case: str, kind: str, dtype: torch.dtype, *, device: str, rounds: int) -> Row:
-    """Measuring CS once on these layers, over a training step of each."""
+    """Time measuring CS once on all layers, over a training step of each.
+
+    Args:
+        shapes: the layers.
+        case: the name of the model they are of.
+        kind: one of `peers.KINDS`.
+        dtype: of layers and inputs.
+        device: "cpu" or "cuda".
+        rounds: turns of both.
+
+    Raises:
+        BenchError: CS is not what float64 gives; nothing was timed.
+    """
     model = _model(shapes, dtype, device)
     wrap(model, kind)
     randomize(model)
@@ -154,6 +179,7 @@ def monitor(shapes: Sequence[LayerShape], case: str, kind: str, dtype: torch.dty
 
 @torch.no_grad()
 def _cosine(model: nn.Module) -> float:
+    """The mean cosine of W and ΔW by its definition in float64."""
     cosines = []
     for layer in model.children():
         W = cast(Tensor, layer.weight).detach().flatten(1).double()
@@ -163,7 +189,18 @@ def _cosine(model: nn.Module) -> float:
 
 
 def checkpoint(shapes: Sequence[LayerShape], case: str, kind: str, dtype: torch.dtype, *, rounds: int) -> Row:
-    """Merging an adapter file into a checkpoint file of these layers, over copying that file."""
+    """Time merging an adapter file into a checkpoint file, over copying that file.
+
+    Args:
+        shapes: the checkpoint's layers.
+        case: its name.
+        kind: one of `peers.KINDS`.
+        dtype: of the checkpoint.
+        rounds: turns of both.
+
+    Raises:
+        BenchError: not every weight was merged, or one errs by more than its rounding.
+    """
     model = _model(shapes, dtype, "cpu")
     with tempfile.TemporaryDirectory() as folder:
         base, adapter, out, copied = (
@@ -198,7 +235,7 @@ def checkpoint(shapes: Sequence[LayerShape], case: str, kind: str, dtype: torch.
 
 
 def _refused(error: float, kind: str, case: str, dtype: torch.dtype) -> float:
-    """The relative error of a merged weight, which may be that of its rounding."""
+    """The error, if it is no more than that of rounding; else BenchError."""
     if not error < 2 * torch.finfo(dtype).eps:
         raise BenchError(f"{kind} into {case} in {dtype}: merged with an error of {error:.1e}; nothing was reported")
     return error

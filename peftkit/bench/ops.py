@@ -1,7 +1,7 @@
-"""One operation on one weight: building ΔW, adding it, watching it, and making the adapter, over what they must cost.
+"""One operation on one weight: building ΔW, adding it, watching it, or making the adapter, over a floor.
 
 The floor of an operation is writing its result into fresh memory, plus its multiplications at the speed of a large
-product of matrices; both are measured in the same rounds.
+product of matrices. Floor and operation are measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,20 @@ def measure(
     peers: list[str],
     rounds: int = 11,
 ) -> Row:
-    """operation: one of OPERATIONS. Factors are in `dtype` too. Raises BenchError if ours is wrong."""
+    """Time an operation, ours and the peers', over its floor.
+
+    Args:
+        operation: one of `OPERATIONS`.
+        shape: the layer.
+        kind: one of `peers.KINDS`.
+        dtype: of weight and factors.
+        device: "cpu" or "cuda".
+        peers: of "lycoris" and "peft".
+        rounds: turns of every way.
+
+    Raises:
+        BenchError: our ΔW is wrong; nothing was timed.
+    """
     torch.manual_seed(0)
     layer = shape.layer(dtype, device)
     models = {way: adapted(way, kind, layer).to(dtype) for way in ways(peers, kind)}

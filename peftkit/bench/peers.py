@@ -1,4 +1,4 @@
-"""The same adapter on the same layer in other libraries, as their users train it."""
+"""The same adapter on the same layer in lycoris and peft, as users of these libraries train it."""
 
 from __future__ import annotations
 
@@ -43,12 +43,17 @@ LYCORIS_MODULES = {
 
 
 def missing(names: list[str]) -> list[str]:
-    """Those of the peers `lycoris` and `peft` that are not installed."""
+    """Return the names among "lycoris" and "peft" that are not installed."""
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def ways(peers: list[str], kind: str) -> list[str]:
-    """What to compare: "ours", and every way in which the peers train this kind."""
+    """Return what to compare: "ours", and every way in which peers train a kind.
+
+    Args:
+        peers: of "lycoris" and "peft".
+        kind: one of `KINDS`.
+    """
     _, of_lycoris, of_peft = KINDS[kind]
     found = ["ours"]
     if "lycoris" in peers and of_lycoris is not None:
@@ -61,7 +66,13 @@ def ways(peers: list[str], kind: str) -> list[str]:
 
 
 def wrap(model: nn.Module, kind: str, **ours: Any) -> None:
-    """Our adapters on every layer; LoLDU's of no more pivots than the layer has. ours: other arguments of `pk.wrap`."""
+    """Put our adapters on every layer of a model; LoLDU's have no more pivots than the layer.
+
+    Args:
+        model: adapted in place.
+        kind: one of `KINDS`.
+        ours: other arguments of `pk.wrap`.
+    """
     options = KINDS[kind][0]
     pivots = {name: min(site.matrix.shape) for name, site in sites(model).items() if kind == "loldu"}
     narrow = [pk.Rule(name, kind, rank=most) for name, most in pivots.items() if most < options["rank"]]
@@ -80,9 +91,13 @@ class Host(nn.Module):
 
 
 def adapted(way: str, kind: str, layer: nn.Module, **ours: Any) -> nn.Module:
-    """A copy of the layer under one adapter. Whatever requires a gradient is the adapter's.
+    """Return a model of a copy of the layer under one adapter, of which only the adapter requires gradients.
 
-    way: one of `ways`. ours: keyword arguments of `peftkit.wrap` that are not options of the adapter.
+    Args:
+        way: one of `ways`.
+        kind: one of `KINDS`.
+        layer: copied.
+        ours: keyword arguments of `peftkit.wrap` that are not options of the adapter.
     """
     host = Host(copy.deepcopy(layer))
     _, of_lycoris, of_peft = KINDS[kind]
@@ -107,7 +122,7 @@ def adapted(way: str, kind: str, layer: nn.Module, **ours: Any) -> nn.Module:
 
 @torch.no_grad()
 def randomize(host: nn.Module) -> None:
-    """Move the parameters off their start, where a factor is zero and some work could be left out."""
+    """Move trained parameters off their start, where a factor is zero and some work could be left out."""
     generator = torch.Generator().manual_seed(0)
     for parameter in host.parameters():
         if parameter.requires_grad:

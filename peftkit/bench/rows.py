@@ -52,6 +52,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, ...]:
+        """What identifies the cell in two files: all but its figures."""
         return self.question, self.kind, self.case, self.dtype, self.reference
 
     @property

@@ -22,7 +22,19 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 def measure(
     shape: LayerShape, kind: str, dtype: torch.dtype, *, device: str = "cpu", peers: list[str], rounds: int = 11
 ) -> Row:
-    """Ours and every peer's, with the bytes that autograd keeps beyond the input. Raises BenchError if ours errs."""
+    """Time a step, ours and the peers', over the frozen layer's, and count what waits for backward.
+
+    Args:
+        shape: the layer.
+        kind: one of `peers.KINDS`.
+        dtype: of layer, adapter and input.
+        device: "cpu" or "cuda".
+        peers: of "lycoris" and "peft"; a peer that does not take the dtype is left out.
+        rounds: turns of every way.
+
+    Raises:
+        BenchError: ours errs by more than rounding does; nothing was timed.
+    """
     torch.manual_seed(0)
     layer = shape.layer(dtype, device)
     x = shape.input(dtype, device).requires_grad_()
@@ -53,7 +65,7 @@ def measure(
 
 
 def _runs(call: Call) -> bool:
-    """Whether a peer can do this at all: not every kind takes every dtype."""
+    """Whether a peer takes this kind in this dtype."""
     try:
         call()
     except RuntimeError:
@@ -62,13 +74,19 @@ def _runs(call: Call) -> bool:
 
 
 def step(model: nn.Module, x: Tensor, g: Tensor) -> Call:
-    """Forward, and the gradients of the input and of everything that is trained, from that of the output."""
+    """Return the call of a step: forward, and the gradients of the input and of all that is trained.
+
+    Args:
+        model: called with x.
+        x: the input, which requires a gradient.
+        g: the gradient of the output.
+    """
     wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
     return lambda: torch.autograd.grad(model(x), wanted, g)
 
 
 def error(model: nn.Module, x: Tensor, g: Tensor) -> float:
-    """The largest relative error of output and gradients, against W + ΔW as its definition says, in float64."""
+    """Return the largest relative error of output and gradients against W + ΔW by its definition in float64."""
     exact = copy.deepcopy(model).double()
     for host in adapted_modules(exact).values():
         host.adapter_state.route = "dense"
@@ -80,7 +98,7 @@ def error(model: nn.Module, x: Tensor, g: Tensor) -> float:
 
 
 def kept(model: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps for backward, beyond the input and what the model holds anyway."""
+    """Return the bytes that autograd keeps for backward, beyond the input and what the model holds anyway."""
     return saved_bytes(lambda: model(x), [*model.parameters(), *model.buffers(), x])
 
 

@@ -26,6 +26,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
+        """Return the spread of figures, of which there is at least one."""
         if len(values) < 2:
             return cls(values[0], values[0], values[0])
         cuts = statistics.quantiles(values, n=10, method="inclusive")
@@ -47,10 +48,14 @@ def contest(
     least: float = 0.02,
     prepare: Mapping[str, Call] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds per call of every contestant, one figure per round; each round calls all of them in a random order.
+    """Return seconds per call of every contestant, one figure per round; a round calls all in a random order.
 
-    least: a figure is the mean over as many calls as take at least this many seconds.
-    prepare: what to do before a call and not to count; such a contestant is called once a round.
+    Args:
+        contestants: calls by name.
+        rounds: how often every contestant takes its turn.
+        least: a figure is the mean over as many calls as take at least this many seconds.
+        prepare: by name of a contestant, what to do before its call without counting it; such a contestant is called
+            once a round.
     """
     prepare = prepare or {}
     repeats: dict[str, int] = {}
@@ -80,9 +85,14 @@ def contest(
 
 
 def gpu_contest(contestants: Mapping[str, Call], *, rounds: int = 11) -> dict[str, list[float]]:
-    """Seconds of the GPU per call of every contestant, as `contest`, each after a write that is larger than any cache.
+    """Return seconds of the GPU per call of every contestant, one figure per round, as `contest` has them.
 
-    The write also keeps the GPU busy while the host enqueues the call, so that the host's own time does not count.
+    Every call follows a write that is larger than any cache. The write also keeps the GPU busy while the host enqueues
+    the call, so that the host's own time does not count.
+
+    Args:
+        contestants: calls by name.
+        rounds: how often every contestant takes its turn.
     """
     cache = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -103,14 +113,19 @@ def gpu_contest(contestants: Mapping[str, Call], *, rounds: int = 11) -> dict[st
 
 
 def ratios(seconds: Mapping[str, list[float]], reference: list[float]) -> dict[str, Spread]:
-    """Every contestant's time over the reference's in the same round."""
+    """Return every contestant's time over that of the reference in the same round."""
     return {
         name: Spread.of([a / b for a, b in zip(values, reference, strict=True)]) for name, values in seconds.items()
     }
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """The most memory that one call holds at a time, beyond what was held before it."""
+    """Return the most bytes that one call holds at a time, beyond what was held before it.
+
+    Args:
+        call: made once.
+        device: "cpu", where PyTorch's own allocations count, or "cuda".
+    """
     if device != "cpu":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
