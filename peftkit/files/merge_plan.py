@@ -200,7 +200,8 @@ def _distinct(adapters: Adapters) -> list[str]:
     found: dict[object, str] = {}
     for path in map(str, adapters):
         weights = os.path.join(path, peft.WEIGHTS) if os.path.isdir(path) else path
-        file = os.path.realpath(weights) if not os.path.exists(weights) else Stamp.of(Path(weights))
+        # what is not there is refused by name when it is read
+        file = Stamp.of(Path(weights)) if os.path.exists(weights) else os.path.abspath(weights)
         if file in found:
             also = "" if found[file] == path else f", as {found[file]} too"
             raise OptionError(f"{path} is among the adapters twice{also}: give it once, with the sum of its strengths")
