@@ -111,6 +111,40 @@ def error_context(subject: object, *others: object) -> Iterator[None]:
         raise type(error)(f"{subject}: {error}") from error
 
 
+def require_file(condition: bool, where: object, what: str) -> None:
+    """Raise a FileError that names the place in a file and what is wrong there, unless the condition holds."""
+    if not condition:
+        raise FileError(f"{where}: {what}")
+
+
+def require_option(condition: bool, option: str, value: object, expected: str, advice: str = "") -> None:
+    """Raise an OptionError that names the option, what came and what was expected, unless the condition holds."""
+    if not condition:
+        raise OptionError(f"{option}={value!r} was given, {expected} was expected{advice and '.'}{advice}")
+
+
+def require_choice(option: str, value: object, known: Iterable[object]) -> None:
+    """Raise OptionError unless the value is one of the known ones; the error names the nearest.
+
+    Example:
+        >>> from peftkit.errors import require_choice
+        >>> require_choice("side", "inn", ("in", "out"))
+        Traceback (most recent call last):
+        peftkit.errors.OptionError: side='inn' was given, 'in' or 'out' was expected. Did you mean 'in'?
+    """
+    known = tuple(known)
+    *others, last = map(repr, known)
+    expected = f"{', '.join(others)} or {last}" if others else last
+    hint = did_you_mean(str(value), map(str, known), count=1)
+    require_option(value in known, option, value, expected, hint)
+
+
+def require_integer(option: str, value: object, least: int, what: str) -> None:
+    """Raise OptionError unless the value is an integer (True and False are none) of at least this size."""
+    fits = isinstance(value, int) and value is not True and value is not False and value >= least
+    require_option(fits, option, value, f"{what} from {least}")
+
+
 def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
     """Return a hint that names the nearest known words, or an empty string.
 

@@ -8,7 +8,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from peftkit.errors import OptionError
+from peftkit.errors import OptionError, require_choice
 from peftkit.geometry import Shape
 from peftkit.kernels.blocks import accumulation_dtype
 
@@ -51,9 +51,7 @@ def require(condition: bool, kind: str, option: str, value: object, expected: st
 
 def require_dtype(dtype: torch.dtype | None) -> None:
     """Raise OptionError unless adapters and their files can be kept in it; None means a default."""
-    known = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if dtype not in known:
-        raise OptionError(f"dtype={dtype!r} was given, one of {', '.join(str(d) for d in known)} was expected")
+    require_choice("dtype", dtype, (None, torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 def require_rank(kind: str, rank: object) -> None:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.table import Table
 from rich.text import Text
 
-from peftkit.errors import OptionError
+from peftkit.errors import require_choice
 
 if TYPE_CHECKING:
     import torch
@@ -72,8 +72,7 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     """Return the dtype that an option names; None where it is left out."""
     if name is None:
         return None
-    if name not in DTYPES:
-        raise OptionError(f"dtype={name!r} was given, one of {', '.join(DTYPES)} was expected")
+    require_choice("dtype", name, DTYPES)
     import torch
 
     return getattr(torch, DTYPES[name])

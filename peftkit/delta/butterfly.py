@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -51,7 +51,7 @@ class Butterfly(Delta):
         return self.tile(slice(0, self.shape[0]), slice(0, self.shape[1]))
 
     def scaled(self, strength: float | Tensor) -> Butterfly:
-        return replace(self, strength=self.strength * strength)
+        return Butterfly(self.K, self.W, self.rescale, self.strength * strength)
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         added = self._added(self.W[:, columns].to(self.dtype))
@@ -66,7 +66,7 @@ class Butterfly(Delta):
             return super().inner_and_sqnorm(W, cache)
         # W = L·Q with rows of Q orthonormal: (R − I)·L has the products and norms of (R − I)·W, on fewer columns
         L = cache("L", lambda: torch.linalg.qr(W.mT.to(self.dtype), mode="r").R.mT.contiguous())
-        return super(Butterfly, replace(self, W=L)).inner_and_sqnorm(L, cache)
+        return super(Butterfly, Butterfly(self.K, L, self.rescale, self.strength)).inner_and_sqnorm(L, cache)
 
     def _added(self, W: Tensor) -> Tensor:
         """λ·(s∘R·W − W), W (m, z)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class ChannelScale(Delta):
         return self.rows(slice(0, self.shape[0]))
 
     def scaled(self, strength: float | Tensor) -> ChannelScale:
-        return replace(self, e=self.e * strength)
+        return ChannelScale(self.e * strength, self.W, self.columns)
 
     @property
     def row_multiple(self) -> int:

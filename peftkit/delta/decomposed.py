@@ -52,8 +52,9 @@ class Decomposed(Delta):
     def device(self) -> torch.device:
         return self.e.device
 
-    def _along(self, v: Tensor, block: slice = slice(None)) -> Tensor:
-        return v if self.columns else v[block, None]
+    def _along(self, v: Tensor, block: slice | None = None) -> Tensor:
+        rows = v if block is None else v[block]
+        return v if self.columns else rows[:, None]
 
     def dense(self) -> Tensor:
         if torch.is_grad_enabled() or not eager():
@@ -62,7 +63,7 @@ class Decomposed(Delta):
         return self.dense_blockwise()
 
     def scaled(self, strength: float | Tensor) -> Decomposed:
-        return replace(self, e=self.e * strength, f=self.f * strength)
+        return Decomposed(self.e * strength, self.f * strength, self.W, self.V, self.columns, self.known)
 
     @property
     def row_multiple(self) -> int:

@@ -45,6 +45,10 @@ class Hadamard(Delta):
         return self.B1.shape[0], self.A1.shape[1]
 
     @property
+    def factors(self) -> tuple[Tensor, ...]:  # by name: the compiler of torch 2.4 does not read __dict__
+        return self.B1, self.A1, self.B2, self.A2
+
+    @property
     def rank(self) -> int:
         return self.A1.shape[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -67,7 +67,7 @@ class Kron(Delta):
         return rearrange(C * D, "a b c d -> (a b) (c d)")
 
     def scaled(self, strength: float | Tensor) -> Kron:
-        return replace(self, C=self.C * strength)
+        return Kron(self.C * strength, self.right, self.left)
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor]:
         # (C ⊗ B)(I ⊗ A) of rank c·r, or (I ⊗ B)(C ⊗ A) of rank a·r, whichever is smaller; D = B·A, or I·D, or D·I

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -56,7 +56,7 @@ class Rotation(Delta):
         return self.rows(slice(0, self.shape[0])) if torch.is_grad_enabled() or not eager() else self.dense_blockwise()
 
     def scaled(self, strength: float | Tensor) -> Rotation:
-        return replace(self, K=self.K * strength)
+        return Rotation(self.K * strength, self.W, self.side)
 
     @property
     def row_multiple(self) -> int:

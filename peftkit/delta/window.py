@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ class Window(Delta):
         return self.rows(slice(0, self.size))
 
     def scaled(self, strength: float | Tensor) -> Window:
-        return replace(self, of=self.of.scaled(strength))
+        return Window(self.of.scaled(strength), self.first, self.size)
 
     @property
     def row_multiple(self) -> int:

@@ -17,7 +17,7 @@ from peftkit.delta import Delta, Dense, LowRank
 from peftkit.delta.as_low_rank import as_low_rank, of_matrix, side_by_side
 from peftkit.delta.distance import relative
 from peftkit.delta.truncation import Keep
-from peftkit.errors import MismatchError, OptionError, did_you_mean, error_context
+from peftkit.errors import MismatchError, OptionError, error_context, require_choice, require_option
 from peftkit.files.convert import Converted, ConvertReport, Source, alpha_of
 from peftkit.files.entries import AdapterEntry, canonical_items, delta_of
 from peftkit.files.export.write import write_deltas
@@ -166,12 +166,8 @@ class _Way:
 
 
 def _way(method: str, keep: Keep | None, density: float, seed: int) -> _Way:
-    if method not in METHODS:
-        raise OptionError(
-            f"method={method!r} was given, one of {', '.join(METHODS)} was expected.{did_you_mean(method, METHODS)}"
-        )
-    if not 0 < density <= 1:
-        raise OptionError(f"density={density!r} was given, a number in (0, 1] was expected")
+    require_choice("method", method, METHODS)
+    require_option(0 < density <= 1, "density", density, "a number in (0, 1]")
     if method == "svd" and keep is None:
         raise OptionError("method='svd' needs rank= or energy=")
     return _Way(METHODS[method], density, torch.Generator().manual_seed(seed), keep)

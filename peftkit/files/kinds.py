@@ -14,7 +14,7 @@ from peftkit.adapters.lokr import factorize
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
 from peftkit.delta.as_low_rank import as_low_rank
 from peftkit.delta.truncation import Keep, nearest, nearest_kronecker, truncate
-from peftkit.errors import ExportError, FileError, OptionError, did_you_mean, error_context
+from peftkit.errors import ExportError, FileError, error_context, require_choice
 from peftkit.geometry import Shape
 
 #: entries of the largest ΔW that is written whole; the embeddings of the largest models have as many
@@ -76,9 +76,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 
 def kind_of(name: str, among: Iterable[str]) -> Kind:
     """The kind of that name, OptionError unless it is among these."""
-    if name not in among:
-        hint = did_you_mean(name, among)
-        raise OptionError(f"kind={name!r} was given, one of {', '.join(among)} was expected.{hint}")
+    require_choice("kind", name, among)
     return KINDS[name]
 
 

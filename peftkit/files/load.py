@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peftkit.adapters.base import Adapter
-from peftkit.errors import MismatchError, OptionError, TiedWeightsError, did_you_mean, error_context
+from peftkit.errors import MismatchError, TiedWeightsError, did_you_mean, error_context, require_choice
 from peftkit.files.bind import Misfit, bind, misfit, take_rows
 from peftkit.files.families.layouts import Placement
 from peftkit.files.families.names import Family
@@ -110,8 +110,7 @@ def load(
         >>> pk.load(model, path).loaded
         ('0',)
     """
-    if tied not in (None, "untie"):
-        raise OptionError(f"tied={tied!r} was given, 'untie' or None was expected")
+    require_choice("tied", tied, (None, "untie"))
     require_strength(strength)
     bundle = read(path, **reading)
     name = bundle.name if name is None else name

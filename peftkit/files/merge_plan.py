@@ -15,13 +15,12 @@ from rich.table import Table
 
 from peftkit.adapters import registry
 from peftkit.delta.distance import relative
-from peftkit.errors import MismatchError, OptionError, error_context
+from peftkit.errors import MismatchError, OptionError, error_context, require_choice, require_option
 from peftkit.files.base import Base, open_base
 from peftkit.files.bind import bind, is_of_its_base, misfit
 from peftkit.files.families.layouts import Placement
 from peftkit.files.fingerprint import require_same_base
-from peftkit.files.formats import container, native, peft
-from peftkit.files.formats.disk import Stamp
+from peftkit.files.formats import container, native
 from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.patterns import Strength, Strengths
 from peftkit.files.place import (
@@ -35,7 +34,7 @@ from peftkit.files.place import (
     spans,
     whole,
 )
-from peftkit.files.read import Reading, read_all
+from peftkit.files.read import Reading, distinct, read_all
 from peftkit.files.resolve import families_of
 from peftkit.geometry import Shape
 from peftkit.kernels.blocks import accumulation_dtype
@@ -173,16 +172,14 @@ def plan_merge(
         >>> plan.touched, plan.patches[0].strength
         (('0.weight',), 0.5)
     """
-    if rebase not in ("reapply", "transplant"):
-        raise OptionError(f"rebase={rebase!r} was given, 'reapply' or 'transplant' was expected")
-    if dtype is not None and container.NAMES.get(dtype) not in FLOATS:
-        raise OptionError(f"dtype={dtype!r} was given, a floating point dtype was expected")
+    require_choice("rebase", rebase, ("reapply", "transplant"))
+    require_option(dtype is None or container.NAMES.get(dtype) in FLOATS, "dtype", dtype, "a floating point dtype")
     if not adapters:
         raise OptionError("adapters is empty: give at least one file and its strength")
     pickles = reading.get("allow_pickle", False)
     opened = open_base(base, allow_pickle=pickles)
     own = None if origin is None else open_base(origin, allow_pickle=pickles)
-    files = _distinct(adapters)
+    files = distinct(adapters)
     bundles = dict(zip(files, read_all(files, **reading), strict=True))
     planner = _Planner(opened, own, rebase, other_base)
     with error_context(base, *adapters):
@@ -193,20 +190,6 @@ def plan_merge(
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
-
-
-def _distinct(adapters: Adapters) -> list[str]:
-    """The paths of the adapters, of which no two may lead to the same file."""
-    found: dict[object, str] = {}
-    for path in map(str, adapters):
-        weights = os.path.join(path, peft.WEIGHTS) if os.path.isdir(path) else path
-        # what is not there is refused by name when it is read
-        file = Stamp.of(Path(weights)) if os.path.exists(weights) else os.path.abspath(weights)
-        if file in found:
-            also = "" if found[file] == path else f", as {found[file]} too"
-            raise OptionError(f"{path} is among the adapters twice{also}: give it once, with the sum of its strengths")
-        found[file] = path
-    return list(found.values())
 
 
 class _Planner:

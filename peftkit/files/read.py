@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
-from peftkit.errors import AmbiguousFileError, FileError, MismatchError, OptionError, error_context
+from peftkit.errors import AmbiguousFileError, FileError, MismatchError, OptionError, error_context, require_choice
 from peftkit.files.formats import container, disk, kohya, native, peft
 from peftkit.files.formats.disk import Stamp
 from peftkit.files.formats.kohya import Modules
@@ -80,14 +80,26 @@ def read(
 def read_all(paths: Sequence[str | os.PathLike[str]], **reading: Unpack[Reading]) -> list[AdapterFile]:
     """Several files in one way. A pattern of `ignore` has to match in one of them."""
     for option, known in (("dora_axis", ("out", "in")), ("alpha_zero", ("off", "rank"))):
-        value = reading.get(option)
-        if value not in (None, *known):
-            raise OptionError(f"{option}={value!r} was given, {known[0]!r} or {known[1]!r} was expected")
+        require_choice(option, reading.get(option), (None, *known))
     ignored = Selection(reading.get("ignore", ()))
     bundles = [_read(Path(path), reading, ignored) for path in paths]
     if ignored.unmatched:
         raise OptionError(f"ignore={ignored.unmatched[0]!r} matches no tensor of {', '.join(map(str, paths))}")
     return bundles
+
+
+def distinct(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Return the paths of adapters, OptionError if two of them lead to the same file."""
+    found: dict[object, str] = {}
+    for path in map(str, paths):
+        weights = os.path.join(path, peft.WEIGHTS) if os.path.isdir(path) else path
+        # what is not there is refused by name when it is read
+        file = Stamp.of(Path(weights)) if os.path.exists(weights) else os.path.abspath(weights)
+        if file in found:
+            also = "" if found[file] == path else f", as {found[file]} too"
+            raise OptionError(f"{path} is among the adapters twice{also}: give it once, with the sum of its strengths")
+        found[file] = path
+    return list(found.values())
 
 
 def _read(path: Path, reading: Reading, ignored: Selection) -> AdapterFile:

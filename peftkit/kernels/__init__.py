@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from peftkit.errors import OptionError, did_you_mean
+from peftkit.errors import OptionError, require_choice
 
 CHOICES = ("auto", "torch", "triton")
 
@@ -51,9 +51,7 @@ def use(choice: str) -> Iterator[None]:
         ...     x = pk.delta.Hadamard(*(torch.ones(2, 2) for _ in range(4))).dense()
     """
     global _choice
-    if choice not in CHOICES:
-        hint = did_you_mean(choice, CHOICES)
-        raise OptionError(f"kernels.use: got {choice!r}, expected one of {', '.join(CHOICES)}.{hint}")
+    require_choice("choice", choice, CHOICES)
     if choice == "triton" and (why := _missing()):
         raise OptionError(f"kernels.use('triton'): {why}. Use 'auto', which takes plain PyTorch here")
     before, _choice = _choice, choice

@@ -29,8 +29,8 @@ def eager() -> bool:
 
 
 def transformed() -> bool:
-    """Return whether a transform of torch.func runs, which knows nothing of functions with their own backward."""
-    return not _compiling() and _transforming()
+    """Return whether a transform of torch.func or forward-mode AD runs: neither follows a function's own backward."""
+    return not _compiling() and (_transforming() or forward_ad._current_level >= 0)
 
 
 def version(tensor: Tensor) -> int | None:

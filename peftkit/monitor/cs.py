@@ -17,7 +17,7 @@ from peftkit.adapters.base import Adapter
 from peftkit.delta import Delta
 from peftkit.delta.base import WeightCache
 from peftkit.delta.distance import product
-from peftkit.errors import OptionError, UnknownAdapterError
+from peftkit.errors import OptionError, UnknownAdapterError, require_integer, require_option
 from peftkit.kernels.blocks import row_sqnorms
 from peftkit.kernels.torch_private import is_outermost_step, own_modules, set_training
 from peftkit.monitor.record import Record
@@ -78,12 +78,9 @@ class CSMonitor:
         spectra: int = 0,
         weighed: bool = False,
     ) -> None:
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise OptionError(f"interval={interval!r} was given, a number of optimiser steps from 1 was expected")
-        if isinstance(spectra, bool) or not isinstance(spectra, int) or spectra < 0:
-            raise OptionError(f"spectra={spectra!r} was given, a number of measurements, or 0 for none, was expected")
-        if not isinstance(model, nn.Module):
-            raise OptionError(f"model={model!r} was given, an nn.Module that adapters are on was expected")
+        require_integer("interval", interval, 1, "a number of optimiser steps")
+        require_integer("spectra", spectra, 0, "a number of measurements")
+        require_option(isinstance(model, nn.Module), "model", model, "an nn.Module that adapters are on")
         names_of(model, name)
         self.model, self.name, self.interval, self.gradients = model, name, interval, gradients
         self.spectra, self.weighed = spectra, weighed
@@ -109,8 +106,7 @@ class CSMonitor:
         self.detach()
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise OptionError(f"optimizer={optimizer!r} was given, a torch.optim.Optimizer was expected")
+        require_option(isinstance(optimizer, torch.optim.Optimizer), "optimizer", optimizer, "a torch.optim.Optimizer")
         own = {id(p) for where in self._placed() for p in where.adapter.parameters()}
         if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             _LOG.warning("none of the adapters' parameters is in the optimizer: are its steps the ones to count?")

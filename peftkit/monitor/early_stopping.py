@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit._version import __version__
-from peftkit.errors import MergeStateError, MismatchError, OptionError
+from peftkit.errors import MergeStateError, MismatchError, OptionError, require_integer
 from peftkit.monitor.advice import Advice, Criterion
 from peftkit.monitor.cs import CSMonitor
 from peftkit.monitor.fluctuation import MODES, SecondValley
@@ -339,9 +339,6 @@ def _window(window: int | None, steps_per_epoch: int | None, interval: int) -> i
         raise OptionError(f"window={window} and steps_per_epoch={steps_per_epoch} were given; give one of them")
     if steps_per_epoch is None:
         return 5 if window is None else window
-    if isinstance(steps_per_epoch, bool) or not isinstance(steps_per_epoch, int) or steps_per_epoch < 2 * interval:
-        raise OptionError(
-            f"steps_per_epoch={steps_per_epoch!r} was given, a number of at least two intervals of {interval} was "
-            "expected: measure more often"
-        )
+    two = f"a number of steps, two intervals of {interval} or more (measure more often),"
+    require_integer("steps_per_epoch", steps_per_epoch, 2 * interval, two)
     return round(steps_per_epoch / interval)

@@ -6,14 +6,28 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from peftkit.errors import OptionError, did_you_mean
+from peftkit.errors import require_choice, require_integer, require_option
 from peftkit.monitor.record import Record
 
 NORMS = ("none", "lr", "slope")
-MODES = ("robust", "paper", "authors")
 ATTRIBUTIONS = ("start", "centre", "end")
+
+
+class _Defaults(NamedTuple):
+    """What a mode of SecondValley takes where nothing is given."""
+
+    attribution: str
+    norm: str
+
+
+_DEFAULTS = {
+    "robust": _Defaults("centre", "none"),
+    "paper": _Defaults("start", "lr"),
+    "authors": _Defaults("start", "none"),
+}
+MODES = tuple(_DEFAULTS)
 
 #: rounding of a cosine summed in fp32: two of its own last places, and at least this much, whatever its size
 _NOISE, _LEAST_NOISE = 4 * 2.0**-24, 2.0**-25
@@ -42,12 +56,8 @@ class Fluctuation:
     """
 
     def __init__(self, window: int, norm: str = "none") -> None:
-        if isinstance(window, bool) or not isinstance(window, int) or window < 2:
-            raise OptionError(f"window={window!r} was given, a number of measurements from 2 was expected")
-        if norm not in NORMS:
-            raise OptionError(
-                f"norm={norm!r} was given, one of {', '.join(NORMS)} was expected.{did_you_mean(str(norm), NORMS)}"
-            )
+        require_integer("window", window, 2, "a number of measurements")
+        require_choice("norm", norm, NORMS)
         self.window, self.norm = window, norm
         self.count = 0
         self._lr: float | None = None
@@ -72,11 +82,11 @@ class Fluctuation:
         Raises:
             OptionError: `cs` is not finite, or a learning rate is missing.
         """
-        if not isinstance(cs, (int, float)) or not math.isfinite(cs):
-            raise OptionError(f"cs={cs!r} was given, a finite number was expected: has the run diverged?")
+        finite = isinstance(cs, (int, float)) and math.isfinite(cs)
+        require_option(finite, "cs", cs, "a finite number", " Has the run diverged?")
         if self.norm != "none":
-            if lr is None or not (math.isfinite(lr) and lr >= 0):
-                raise OptionError(f"lr={lr!r} was given, a learning rate was expected by norm={self.norm!r}")
+            rate = lr is not None and math.isfinite(lr) and lr >= 0
+            require_option(rate, "lr", lr, f"a learning rate for norm={self.norm!r}")
             self._lr = self._lr or lr or None
         F = self._push(self._scaled(cs, lr))
         if F is None or self.norm != "lr":
@@ -202,20 +212,14 @@ class SecondValley:
         attribution: str | None = None,
         norm: str | None = None,
     ) -> None:
-        if mode not in MODES:
-            raise OptionError(
-                f"mode={mode!r} was given, one of {', '.join(MODES)} was expected.{did_you_mean(str(mode), MODES)}"
-            )
-        robust = mode == "robust"
+        require_choice("mode", mode, MODES)
+        defaults = _DEFAULTS[mode]
+        attribution = defaults.attribution if attribution is None else attribution
+        require_choice("attribution", attribution, ATTRIBUTIONS)
         number = isinstance(hysteresis, (int, float)) and not isinstance(hysteresis, bool)
-        if hysteresis is not None and not (robust and number and 0 < hysteresis < math.inf):
-            expected = "a positive number" if robust else f"None by mode={mode!r}"
-            raise OptionError(f"hysteresis={hysteresis!r} was given, {expected} was expected")
-        attribution = ("centre" if robust else "start") if attribution is None else attribution
-        if attribution not in ATTRIBUTIONS:
-            raise OptionError(f"attribution={attribution!r} was given, one of {', '.join(ATTRIBUTIONS)} was expected")
-        norm = ("lr" if mode == "paper" else "none") if norm is None else norm
-        self.fluctuation = Fluctuation(window, norm)
+        fits = hysteresis is None or (mode == "robust" and number and 0 < hysteresis < math.inf)
+        require_option(fits, "hysteresis", hysteresis, "a positive number with mode='robust', else None")
+        self.fluctuation = Fluctuation(window, defaults.norm if norm is None else norm)
         self.mode, self.attribution = mode, attribution
         self.factor = 1 + (0.2 if hysteresis is None else hysteresis)
         span = 3 * window - 3

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.delta import Delta, Hadamard, Kron, LowRank
 from peftkit.delta.base import WeightCache
-from peftkit.errors import OptionError
+from peftkit.errors import OptionError, require_integer, require_option
 from peftkit.kernels.blocks import accumulation_dtype, tiles
 from peftkit.monitor.sharding import sharded
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, names_of
@@ -73,10 +73,8 @@ def spectra(
         >>> 1 <= spectrum.stable_rank <= spectrum.effective_rank <= 2, len(spectrum.similarity)
         (True, 2)
     """
-    if isinstance(leading, bool) or not isinstance(leading, int) or leading < 0:
-        raise OptionError(f"leading={leading!r} was given, a number of singular vectors from 0 was expected")
-    if not 0 < threshold < 1:
-        raise OptionError(f"threshold={threshold!r} was given, a cosine between 0 and 1 was expected")
+    require_integer("leading", leading, 0, "a number of singular vectors")
+    require_option(0 < threshold < 1, "threshold", threshold, "a cosine between 0 and 1")
     sites: dict[str, list[InstalledAdapter]] = {}
     for where in installed_adapters(model, names_of(model, name)):
         if sharded(where.base):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftkit.delta import Delta
 from peftkit.delta.addition import MergedWeight, add_, refuse_inert, refuse_overflow
-from peftkit.errors import MergeError, MergeStateError, OptionError
+from peftkit.errors import MergeError, MergeStateError, OptionError, require_choice
 from peftkit.geometry import Geometry
 from peftkit.wrapping.backup import BACKUPS, Backup, Copy, Merged, checksum
 from peftkit.wrapping.layer import Adapted, adapted_modules, names_of
@@ -106,8 +106,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup:
         >>> pk.restore(model)
         ('',)
     """
-    if backup is not None and backup not in BACKUPS:
-        raise OptionError(f"backup={backup!r} was given, one of {', '.join(map(repr, BACKUPS))} or None was expected")
+    require_choice("backup", backup, (*BACKUPS, None))
     affected = _affected(model, names)
     if backup is None:
         return _bake(model, affected)

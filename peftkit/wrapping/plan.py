@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.options import require_dtype
-from peftkit.errors import DuplicateNameError, OptionError, TargetError, TiedWeightsError, UnsupportedLayerError
+from peftkit.errors import (
+    DuplicateNameError,
+    OptionError,
+    TargetError,
+    TiedWeightsError,
+    UnsupportedLayerError,
+    require_choice,
+)
 from peftkit.kernels.blocks import accumulation_dtype
 from peftkit.kernels.torch_private import own_modules
 from peftkit.wrapping.foreign import refuse_foreign
@@ -184,8 +191,7 @@ def plan(
     """
     rules = _rules(kind, targets, exclude, rules, options)
     require_dtype(dtype)
-    if tied not in (None, "skip", "untie"):
-        raise OptionError(f"tied={tied!r} was given, 'skip', 'untie' or None was expected")
+    require_choice("tied", tied, ("skip", "untie", None))
     selector = Selector(model)
     chosen, skipped = _choose(selector, rules)
     shared = tied_with(model, [selector.sites[site] for site in chosen])

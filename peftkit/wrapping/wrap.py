@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
-from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError
+from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError, require_choice
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.layer import (
     Adapted,
@@ -207,8 +207,7 @@ def install(
 def check_install(sites: Sequence[Site], strength: float, route: str) -> None:
     """Raise unless adapters can be installed on these sites now, at this strength and by this route."""
     require_strength(strength)
-    if route not in ROUTES:
-        raise OptionError(f"route={route!r} was given, one of {', '.join(map(repr, ROUTES))} was expected")
+    require_choice("route", route, ROUTES)
     if torch.is_inference_mode_enabled():
         raise OptionError("adapters made inside torch.inference_mode() cannot train: wrap or load outside it")
     for site in sites:

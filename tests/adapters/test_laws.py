@@ -16,7 +16,7 @@ from peftkit.adapters import registry
 from peftkit.adapters.loldu import INITS
 from peftkit.errors import MergeError
 from tests.support import laws
-from tests.support.zoo import ADAPTERS, LAYERS, train
+from tests.support.zoo import ADAPTERS, LAYERS, make, train
 
 CELLS = [(adapter, layer) for adapter in ADAPTERS for layer in LAYERS]
 REFUSED = {cell: reason for cell in CELLS if (reason := laws.refusal(*cell)) is not None}
@@ -38,6 +38,11 @@ def test_law(law: str, adapter: str, layer: str) -> None:
 @every_cell
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_law_in_other_dtypes(adapter: str, layer: str, dtype: torch.dtype) -> None:
+    plain, x = make(layer, dtype)
+    try:
+        plain(x)
+    except RuntimeError as error:  # of an old torch on the CPU: padding of half precision
+        pytest.skip(f"this torch does not run the plain layer: {error}")
     laws.identity_at_start(adapter, layer, dtype)
     laws.routes_agree(adapter, layer, dtype)
     laws.forward_is_merged(adapter, layer, dtype)

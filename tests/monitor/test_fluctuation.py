@@ -240,16 +240,16 @@ def test_resumes_to_the_bit(mode: str) -> None:
     [
         (lambda: Fluctuation(1), "window=1"),
         (lambda: Fluctuation(True), "window=True"),
-        (lambda: Fluctuation(5, "rate"), "one of none, lr, slope"),
+        (lambda: Fluctuation(5, "rate"), "'none', 'lr' or 'slope'"),
         (lambda: SecondValley(5, mode="papers"), "Did you mean 'paper'"),
         (lambda: SecondValley(5, mode="paper", hysteresis=0.1), "hysteresis=0.1"),
         (lambda: SecondValley(5, hysteresis=0.0), "a positive number"),
-        (lambda: SecondValley(5, attribution="middle"), "start, centre, end"),
+        (lambda: SecondValley(5, attribution="middle"), "'start', 'centre' or 'end'"),
         (lambda: SecondValley(5, mode="paper").push(0.1), "lr=None"),
         (lambda: SecondValley(5, mode="paper").push(0.1, -1.0), "lr=-1.0"),
         (lambda: SecondValley(5, hysteresis="a"), "hysteresis='a'"),
         (lambda: SecondValley(5, mode=3), "mode=3"),
-        (lambda: SecondValley(5).push(math.nan), "has the run diverged"),
+        (lambda: SecondValley(5).push(math.nan), "Has the run diverged"),
     ],
 )
 def test_errors_say_what_was_expected(make: object, message: str) -> None:

@@ -41,7 +41,7 @@ def distributed(function: Callable[..., Any], *arguments: Any, folder: Path, wor
             for process in running.processes:
                 process.kill()
             raise TimeoutError(f"{function.__name__} is still running in {world} processes")
-    return [torch.load(folder / str(rank)) for rank in range(world)]
+    return [torch.load(folder / str(rank), weights_only=True) for rank in range(world)]
 
 
 def _run(rank: int, world: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

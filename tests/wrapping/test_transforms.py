@@ -109,6 +109,8 @@ def test_a_trace_follows_the_parameters(cells: Iterator[tuple[str, nn.Module, Te
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_a_layer_compiles_in_one_graph(adapter: str, layer: str) -> None:
     """torch.compile(fullgraph=True), with the route left to choose; the same numbers and gradients."""
+    if layer == "transposed2d" and torch.__version__ < "2.5":
+        pytest.skip("torch.compile of 2.4 cannot guard the default arguments of a forward reached through super()")
     try:
         module, x = wrapped(adapter, layer)
     except REFUSALS as refusal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from peftkit.errors import ExportError, OptionError
+from peftkit.errors import ExportError, require_choice
 from peftkit.files.entries import AdapterEntry
 from peftkit.files.export.programs import Target
 from peftkit.files.families import names
@@ -32,8 +32,7 @@ def family_of(items: Sequence[AdapterEntry], asked: str | None, component: str |
         OptionError: if there is no family of the name asked for.
     """
     if asked is not None:
-        if asked not in names.FAMILIES:
-            raise OptionError(f"family={asked!r} was given, one of {', '.join(names.FAMILIES)} was expected")
+        require_choice("family", asked, names.FAMILIES)
         return names.FAMILIES[asked]
     prefix = f"{component}." if component else ""
     shapes = {prefix + item.name: (item.shape.rows, item.shape.columns) for item in items}

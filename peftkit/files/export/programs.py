@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from peftkit.delta import Dense
-from peftkit.errors import OptionError, did_you_mean
+from peftkit.errors import require_choice
 from peftkit.geometry import Shape
 
 _ALL = frozenset({0, 1, 2, 3})
@@ -266,7 +266,5 @@ def styles_read(target: Target, family: str, denoiser: str, component: str) -> f
 
 def get(name: str) -> Target:
     """Return the program of that name. Raises OptionError for a name there is no program of."""
-    if name not in TARGETS:
-        hint = did_you_mean(name, TARGETS)
-        raise OptionError(f"target={name!r} was given, one of {', '.join(TARGETS)} was expected.{hint}")
+    require_choice("target", name, TARGETS)
     return TARGETS[name]

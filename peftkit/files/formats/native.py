@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from peftkit.errors import FileError
+from peftkit.errors import FileError, require_file
 from peftkit.files.formats import strict_json
 from peftkit.geometry import Shape
 
@@ -98,8 +98,7 @@ def decode(metadata: Mapping[str, str] | None, path: object) -> Header:
         raise FileError(f"{path} has no {KEY!r} entry in its header: peftkit did not write it")
     where = f"the {KEY!r} header of {path}"
     value = strict_json.parse(metadata[KEY], where)
-    if not isinstance(value, dict):
-        raise FileError(f"{where} is damaged: it is no JSON object")
+    require_file(isinstance(value, dict), where, "it is damaged, and no JSON object")
     if value.get("schema") != SCHEMA:
         raise FileError(
             f"{path} has schema {value.get('schema')!r}, this version of peftkit reads {SCHEMA}: update peftkit"
@@ -107,25 +106,23 @@ def decode(metadata: Mapping[str, str] | None, path: object) -> Header:
 
     def take(holder: dict[str, Any], key: str, kind: type[Any]) -> Any:
         found = holder.get(key)
-        if not isinstance(found, kind):
-            raise FileError(f"{where} is damaged: {key} is {found!r:.60}, a {kind.__name__} was expected")
+        expected = f"a {kind.__name__} was expected: it is damaged"
+        require_file(isinstance(found, kind), where, f"{key} is {found!r:.60}, {expected}")
         return found
 
     transposed = set(map(str, take(value, "transposed", list))) if "transposed" in value else set()
     records: dict[str, WeightRecord] = {}
     for group in take(value, "groups", list):
-        if not isinstance(group, dict):
-            raise FileError(f"{where} is damaged: {group!r:.60} is no group of weights")
+        require_file(isinstance(group, dict), where, f"it is damaged: {group!r:.60} is no group of weights")
         kind, convention = take(group, "kind", str), take(group, "convention", str)
         options = take(group, "options", dict)
         for weight, described in take(group, "weights", dict).items():
-            if weight in records:
-                raise FileError(f"{where} is damaged: {weight} is in it twice")
+            require_file(weight not in records, where, f"it is damaged: {weight} is in it twice")
             records[weight] = WeightRecord(kind, convention, options, _shape(described, where), weight in transposed)
     base = {weight: _samples(text, where) for weight, text in take(value, "base", dict).items()}
     strangers = sorted({*base, *transposed} - set(records))
-    if strangers:
-        raise FileError(f"{where} is damaged: it says something of {strangers[0]}, which has no adapter in it")
+    listed = ", ".join(strangers[:3])
+    require_file(not strangers, where, f"it is damaged: it says something of {listed}, which has no adapter in it")
     name, portable, training = take(value, "name", str), take(value, "portable", bool), take(value, "training", dict)
     return Header(name, records, base, portable, training, take(value, "version", str))
 
@@ -146,8 +143,7 @@ def _samples(text: Any, where: str) -> np.ndarray:
         samples = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
     except (TypeError, ValueError) as error:
         raise FileError(f"{where} is damaged: a fingerprint is no base64 of float32: {error}") from None
-    if not np.isfinite(samples).all():
-        raise FileError(f"{where} is damaged: a fingerprint is not finite")
+    require_file(bool(np.isfinite(samples).all()), where, "it is damaged: a fingerprint is not finite")
     return samples
 
 

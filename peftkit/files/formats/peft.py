@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit.errors import FileError
+from peftkit.errors import FileError, did_you_mean, require_file
 from peftkit.files.formats import kohya, strict_json
 from peftkit.files.formats.kohya import Modules
 from peftkit.files.formats.patch import Patch
@@ -51,24 +51,22 @@ _NEAR = 0.85
 def read_config(path: Path) -> dict[str, Any]:
     """Read adapter_config.json and check it as far as this library depends on it. Raises FileError."""
     config = strict_json.read_json(path)
-    if not isinstance(config, dict):
-        raise FileError(f"{path} is not a configuration of PEFT: it holds a {type(config).__name__}")
-    kind = config.get("peft_type")
-    if kind not in _TYPES:
-        raise FileError(f"{path}: peft_type is {kind!r}; this library reads {', '.join(_TYPES)}")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(_BASE_CHANGING):
-        raise FileError(
-            f"{path}: init_lora_weights={init!r} moved part of the base into the adapter, so that the file does not "
-            "say what it adds to the base; convert it with PEFT's path_initial_model_for_weight_conversion first"
-        )
+    holds = type(config).__name__
+    require_file(isinstance(config, dict), path, f"it holds a {holds}, and a configuration of PEFT is a JSON object")
+    kind, init = config.get("peft_type"), config.get("init_lora_weights")
+    require_file(kind in _TYPES, path, f"peft_type is {kind!r}; this library reads {', '.join(_TYPES)}")
+    require_file(
+        not str(init).startswith(_BASE_CHANGING),
+        path,
+        f"init_lora_weights={init!r} moved part of the base into the adapter, so that the file does not say what it "
+        "adds to the base; convert it with PEFT's path_initial_model_for_weight_conversion first",
+    )
     for option in ("use_qalora", "alora_invocation_tokens", "use_bdlora", "layer_replication"):
-        if config.get(option):
-            raise FileError(f"{path}: {option}={config[option]!r} is more than a change of weights, and is not read")
-    for key in config:
+        value = config.get(option)
+        require_file(not value, path, f"{option}={value!r} is more than a change of weights, and is not read")
+    for key in sorted(config.keys() - {*_SCALES, *_ALIKE}):
         near = difflib.get_close_matches(key, _SCALES, n=1, cutoff=_NEAR)
-        if near and key not in (*_SCALES, *_ALIKE):
-            raise FileError(f"{path}: {key!r} is no option of PEFT, and would be ignored. Did you mean {near[0]!r}?")
+        require_file(not near, path, f"{key!r} is no option of PEFT, and would be ignored.{did_you_mean(key, near)}")
     return config
 
 
@@ -82,10 +80,12 @@ def scale_of(config: Mapping[str, Any]) -> Scale:
         alpha = _by_pattern(alphas, module, default_alpha)
         configured = _by_pattern(ranks, module, config.get("r"))
         rank = configured if rank is None else rank
-        if configured not in (None, rank):
-            raise FileError(f"{module}: {CONFIG} says rank {configured!r}, its tensors are of rank {rank}")
-        if type(alpha) not in (int, float) or type(rank) is not int or not abs(alpha) < _LARGE > rank > 0:
-            raise FileError(f"{module}: alpha={alpha!r:.40} and rank={rank!r:.40} in {CONFIG}, numbers were expected")
+        agreed = configured in (None, rank)
+        require_file(agreed, module, f"{CONFIG} says rank {configured!r}, its tensors are of rank {rank}")
+        numbers = type(alpha) in (int, float) and type(rank) is int and abs(alpha) < _LARGE > rank > 0
+        both = f"alpha={alpha!r:.40} and rank={rank!r:.40}"
+        require_file(numbers, module, f"{both} in {CONFIG}, numbers were expected")
+        assert rank is not None
         root = "√" if rslora else ""
         options: dict[str, Any] = {"alpha": alpha} | ({"rslora": True} if rslora else {})
         return (
@@ -98,22 +98,19 @@ def scale_of(config: Mapping[str, Any]) -> Scale:
 
 def _by_pattern(patterns: Mapping[re.Pattern[str], Any], module: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that matches the end of the module's path, whole names at a time."""
-    if patterns and len(module) > _LONGEST:
-        raise FileError(f"{module:.60}…: a name of {len(module)} letters is not matched with the patterns of {CONFIG}")
+    short, letters = len(module) <= _LONGEST, f"a name of {len(module)} letters"
+    require_file(short or not patterns, f"{module:.60}…", f"{letters} is not matched with the patterns of {CONFIG}")
     return next((value for pattern, value in patterns.items() if pattern.match(module)), default)
 
 
 def _patterns(config: Mapping[str, Any], name: str) -> dict[re.Pattern[str], Any]:
     """An option of regular expressions, compiled once."""
     given = config.get(name) or {}
-    if not isinstance(given, dict):
-        raise FileError(f"{CONFIG}: {name} is {given!r:.40}, a dictionary was expected")
+    require_file(isinstance(given, dict), CONFIG, f"{name} is {given!r:.40}, a dictionary was expected")
     found = {}
     for pattern, value in given.items():
-        if not _is_quick(pattern):
-            raise FileError(
-                f"{CONFIG}: the pattern {pattern!r:.60} of {name} might be matched for ever; it is not read"
-            )
+        slow = f"the pattern {pattern!r:.60} of {name} might be matched for ever; it is not read"
+        require_file(_is_quick(pattern), CONFIG, slow)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of sets that may mean something else one day
@@ -133,8 +130,8 @@ def _is_quick(pattern: str) -> bool:
 
 def _flag(config: Mapping[str, Any], name: str) -> bool:
     value = config.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise FileError(f"{CONFIG}: {name} is {value!r:.40}, true or false was expected")
+    boolean = value is None or isinstance(value, bool)
+    require_file(boolean, CONFIG, f"{name} is {value!r:.40}, true or false was expected")
     return bool(value)
 
 
@@ -144,8 +141,7 @@ def modules(keys: list[str]) -> tuple[Modules, list[str]]:
     own: Modules = {}
     for module, roles in found.items():
         path = module.removeprefix(PREFIX)
-        if path in own:
-            raise FileError(f"{path} is in it twice, with and without {PREFIX!r}")
+        require_file(path not in own, path, f"it is there twice, with and without {PREFIX!r}")
         unknown += [key for role, key in roles.items() if role not in _ROLES]
         own[path] = {role: key for role, key in roles.items() if role in _ROLES}
     return {path: roles for path, roles in own.items() if roles}, unknown
@@ -166,9 +162,8 @@ def patch(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any], scale
     kind = config["peft_type"]
     if kind in _READERS:
         return _READERS[kind](module, t, config)
-    if ("magnitude" in t) != _flag(config, "use_dora"):
-        has = "has" if "magnitude" in t else "has no"
-        raise FileError(f"{module}: it {has} magnitudes, and use_dora={config.get('use_dora')!r} in {CONFIG}")
+    has, said = "magnitude" in t, f"use_dora={config.get('use_dora')!r} in {CONFIG}"
+    require_file(has == _flag(config, "use_dora"), module, f"it has {'' if has else 'no '}magnitudes, and {said}")
     found = kohya.patch(module, t, scale)
     if found is None or _KINDS[kind] not in (found.kind, found.options.get("inner")):
         raise FileError(f"{module}: {', '.join(sorted(t))} is not what a {kind} adapter has")
@@ -186,8 +181,7 @@ def _scaled_full_lokr(module: str, found: Patch, scale: Scale) -> Patch:
 
 def _transposed(module: str, found: Patch) -> Patch:
     """fan_in_fan_out: the layer keeps its weight as (in, out), and B·A is of the transpose."""
-    if set(found.tensors) != {"up", "down"}:
-        raise FileError(f"{module}: fan_in_fan_out with {found.kind} is not read")
+    require_file(set(found.tensors) == {"up", "down"}, module, f"fan_in_fan_out with {found.kind} is not read")
     tensors = {"up": found.tensors["down"].mT, "down": found.tensors["up"].mT}
     shape = Shape(found.shape.channels, found.shape.rows)
     return Patch("lora", found.options, shape, tensors, found.kernel_known, scale=found.scale)
@@ -195,20 +189,16 @@ def _transposed(module: str, found: Patch) -> Patch:
 
 def _oft(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Patch:
     """PEFT's rotation of the input, W·Rᵀ: by its series R(Q), or exactly by the inverse rotation R(−Q)."""
-    if set(t) != {"oft_R"}:
-        raise FileError(f"{module}: {', '.join(sorted(t))} was found, oft_R alone was expected")
-    vectors = t["oft_R"]
-    b = (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2 if vectors.dim() == 2 else 0
-    if vectors.dim() != 2 or b * (b - 1) // 2 != vectors.shape[1]:
-        raise FileError(f"{module}: oft_R of shape {tuple(vectors.shape)} is no upper triangle of blocks")
-    if _flag(config, "block_share"):
-        raise FileError(
-            f"{module}: block_share=True repeats one block over a width the file does not say; it is not read"
-        )
+    vectors = _only(module, t, "oft_R")
+    b = (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2
+    triangle = vectors.dim() == 2 and b * (b - 1) // 2 == vectors.shape[1]
+    require_file(triangle, module, f"oft_R of shape {tuple(vectors.shape)} is no upper triangle of blocks")
+    shared = "block_share=True repeats one block over a width the file does not say; it is not read"
+    require_file(not _flag(config, "block_share"), module, shared)
     if _flag(config, "coft"):
         eps = config.get("eps", 6e-5)
-        if type(eps) not in (int, float) or not 0 < eps < _LARGE:
-            raise FileError(f"{CONFIG}: eps is {eps!r:.40}, a positive number was expected")
+        fits = type(eps) in (int, float) and 0 < eps < _LARGE
+        require_file(fits, CONFIG, f"eps is {eps!r:.40}, a positive number was expected")
         vectors = _projected(vectors, float(eps))
     series = "use_cayley_neumann" not in config or _flag(config, "use_cayley_neumann")
     options: dict[str, Any] = {"block_size": b, "side": "in"}
@@ -217,6 +207,12 @@ def _oft(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Pat
     words = f"1: {'Cayley–Neumann series' if series else 'Cayley transform, of the inverse rotation'}, on the input"
     skew = vectors if series else -vectors
     return Patch("oft", options, Shape(0, vectors.shape[0] * b), {"skew": skew}, kernel_known=False, scale=words)
+
+
+def _only(module: str, t: Mapping[str, Tensor], role: str) -> Tensor:
+    """The one tensor that a module of this type has."""
+    require_file(set(t) == {role}, module, f"{', '.join(sorted(t))} was found, {role} alone was expected")
+    return t[role]
 
 
 def _projected(vectors: Tensor, eps: float) -> Tensor:
@@ -229,11 +225,9 @@ def _projected(vectors: Tensor, eps: float) -> Tensor:
 def _ia3(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Patch:
     """ia3_l (rows, 1) multiplies the output, bias and all; (1, channels) the input."""
     del config
-    if set(t) != {"ia3_l"}:
-        raise FileError(f"{module}: {', '.join(sorted(t))} was found, ia3_l alone was expected")
-    gain = t["ia3_l"]
-    if gain.dim() != 2 or 1 not in gain.shape:
-        raise FileError(f"{module}: ia3_l of shape {tuple(gain.shape)} is not read: (rows, 1) or (1, channels) is")
+    gain = _only(module, t, "ia3_l")
+    vector = gain.dim() == 2 and 1 in gain.shape
+    require_file(vector, module, f"ia3_l of shape {tuple(gain.shape)} is not read: (rows, 1) or (1, channels) is")
     out = gain.shape[0] != 1
     shape = Shape(gain.numel(), 0) if out else Shape(0, gain.numel())
     reason = "PEFT's (IA)³ scales it too, and a change of the weight cannot" if out else ""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkit.adapters import registry
-from peftkit.errors import AmbiguousFileError, FileError
+from peftkit.errors import AmbiguousFileError, FileError, require_file
 from peftkit.files.formats.patch import Patch
 from peftkit.geometry import Shape
 
@@ -24,10 +24,10 @@ LOKR_PARTS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
 def _lora(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
     _require(module, t, {"up", "down"}, {"mid"})
     up, down, mid = t["up"], t["down"], t.get("mid")
-    _refuse_unless(2 <= down.dim() <= 5, module, f"lora_down of shape {tuple(down.shape)} is no layer's")
-    _refuse_unless(up[0, 0].numel() == 1, module, "lora_up is a kernel larger than 1")
+    require_file(2 <= down.dim() <= 5, module, f"lora_down of shape {tuple(down.shape)} is no layer's")
+    require_file(up[0, 0].numel() == 1, module, "lora_up is a kernel larger than 1")
     B, rank = up.flatten(1), down.shape[0]
-    _refuse_unless(B.shape[1] == rank, module, f"lora_up has {B.shape[1]} ranks, lora_down {rank}")
+    require_file(B.shape[1] == rank, module, f"lora_up has {B.shape[1]} ranks, lora_down {rank}")
     options, words = scale(module, rank)
     options |= {"rank": rank}
     if mid is None:
@@ -35,7 +35,7 @@ def _lora(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
         tensors = {"up": B, "down": down.flatten(1)}
         shape = Shape(B.shape[0], down.shape[1], kernel)
         return Patch("lora", options, shape, tensors, down.dim() > 2, scale=words)
-    _refuse_unless(mid.shape[:2] == (rank, rank) and down[0, 0].numel() == 1, module, "lora_mid is not a core")
+    require_file(mid.shape[:2] == (rank, rank) and down[0, 0].numel() == 1, module, "lora_mid is not a core")
     tensors = {"up": B, "down": down.flatten(1), "core": mid.flatten(2)}
     shape = Shape(B.shape[0], down.shape[1], tuple(mid.shape[2:]))
     return Patch("lora", options | {"tucker": True}, shape, tensors, scale=words)
@@ -45,11 +45,11 @@ def _loha(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
     names = {f"hada_{half}_{side}" for half in ("w1", "w2") for side in ("a", "b")}
     _require(module, t, names, {"hada_t1", "hada_t2"})
     tucker = "hada_t1" in t
-    _refuse_unless(tucker == ("hada_t2" in t), module, "one of hada_t1 and hada_t2 is missing")
+    require_file(tucker == ("hada_t2" in t), module, "one of hada_t1 and hada_t2 is missing")
     ups = [t[f"hada_{half}_a"].mT if tucker else t[f"hada_{half}_a"] for half in ("w1", "w2")]
     downs = [t[f"hada_{half}_b"] for half in ("w1", "w2")]
     rank = downs[0].shape[0]
-    _refuse_unless(
+    require_file(
         all(up.shape == (ups[0].shape[0], rank) for up in ups) and all(d.shape == downs[0].shape for d in downs),
         module,
         "its two products differ in rank or shape",
@@ -101,9 +101,9 @@ def _oft(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
     """Blocks A of kohya and LyCORIS: Q = A − Aᵀ, W' = Rᵀ·W on output rows, so this library's Q is Aᵀ − A."""
     _require(module, t, {"oft_blocks"}, {"rescale"})
     A = t["oft_blocks"]
-    _refuse_unless(A.dim() in (3, 4) and A.shape[-1] == A.shape[-2] > 1, module, "oft_blocks are no square blocks")
+    require_file(A.dim() in (3, 4) and A.shape[-1] == A.shape[-2] > 1, module, "oft_blocks are no square blocks")
     size = A.shape[-3] * A.shape[-1]
-    _refuse_unless("rescale" not in t or t["rescale"].numel() == size, module, f"rescale has not {size} factors")
+    require_file("rescale" not in t or t["rescale"].numel() == size, module, f"rescale has not {size} factors")
     if A.dim() == 4:
         return _boft(t, scale(module, None))
     n, b, _ = A.shape
@@ -144,10 +144,10 @@ def _glora(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
     a1, a2, b1, b2 = (
         t[name].flatten(1) if t[name][0, 0].numel() == 1 else t[name] for name in ("a1", "a2", "b1", "b2")
     )
-    _refuse_unless(all(x.dim() == 2 for x in (a1, a2, b1, b2)), module, "GLoRA on a kernel larger than 1 is not read")
+    require_file(all(x.dim() == 2 for x in (a1, a2, b1, b2)), module, "GLoRA on a kernel larger than 1 is not read")
     new = a1.shape[1] == a2.shape[0] == b1.shape[1] == b2.shape[0] and a1.shape[0] == b2.shape[1]
     old = a2.shape[1] == a1.shape[0] == b2.shape[1] == b1.shape[0] and a2.shape[0] == b1.shape[1]
-    _refuse_unless(new or old, module, "its factors do not go together")
+    require_file(new or old, module, "its factors do not go together")
     if new and old and a1.shape[0] == a1.shape[1]:
         raise AmbiguousFileError(
             f"{module}: a GLoRA whose rank is the width of its weight can be read in two layouts; use a smaller rank"
@@ -164,7 +164,7 @@ def _ia3(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
     """LyCORIS' additive gate: ΔW = w∘W along outputs, or inputs where `on_input` says so."""
     del scale
     _require(module, t, {"ia3_weight", "on_input"}, set())
-    _refuse_unless(t["on_input"].numel() == 1 and t["on_input"].item() in (0, 1), module, "on_input is not 0 or 1")
+    require_file(t["on_input"].numel() == 1 and t["on_input"].item() in (0, 1), module, "on_input is not 0 or 1")
     gate, on_input = t["ia3_weight"].flatten(), bool(t["on_input"].item())
     shape = Shape(0, len(gate)) if on_input else Shape(len(gate), 0)
     side = "in" if on_input else "out"
@@ -235,12 +235,5 @@ def _decomposed(inner: Patch, magnitude: Tensor, axis: str) -> Patch:
 
 def _require(module: str, t: Mapping[str, Tensor], needed: set[str], optional: set[str]) -> None:
     missing, extra = needed - set(t), set(t) - needed - optional
-    if missing or extra:
-        what = [f"{', '.join(sorted(missing))} is missing"] if missing else []
-        what += [f"{', '.join(sorted(extra))} does not belong there"] if extra else []
-        raise FileError(f"{module}: {'; '.join(what)}")
-
-
-def _refuse_unless(condition: bool, module: str, what: str) -> None:
-    if not condition:
-        raise FileError(f"{module}: {what}")
+    require_file(not missing, module, f"{', '.join(sorted(missing))} is missing")
+    require_file(not extra, module, f"{', '.join(sorted(extra))} does not belong there")
