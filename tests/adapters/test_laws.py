@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -35,14 +35,20 @@ def test_law(law: str, adapter: str, layer: str) -> None:
     laws.LAWS[law](adapter, layer)
 
 
+def _runs(layer: nn.Module, x: Tensor) -> bool:
+    """Not so for padding of half precision on the CPU in old releases of torch."""
+    try:
+        layer(x)
+    except RuntimeError:
+        return False
+    return True
+
+
 @every_cell
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_law_in_other_dtypes(adapter: str, layer: str, dtype: torch.dtype) -> None:
-    plain, x = make(layer, dtype)
-    try:
-        plain(x)
-    except RuntimeError as error:  # of an old torch on the CPU: padding of half precision
-        pytest.skip(f"this torch does not run the plain layer: {error}")
+    if not _runs(*make(layer, dtype)):
+        pytest.skip(f"this torch does not run the plain layer in {dtype}")
     laws.identity_at_start(adapter, layer, dtype)
     laws.routes_agree(adapter, layer, dtype)
     laws.forward_is_merged(adapter, layer, dtype)
@@ -196,6 +202,7 @@ def test_laws_of_drawn_cells(cell: Cell, seed: int) -> None:
 @given(cells(), st.integers(0, 2**16), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 @settings(max_examples=150, **relaxed)
 def test_laws_of_drawn_cells_in_other_dtypes(cell: Cell, seed: int, dtype: torch.dtype) -> None:
+    assume(_runs(copy.deepcopy(cell[0]).to(dtype), torch.zeros(cell[1], dtype=dtype)))
     hold_narrow(cell, seed, dtype)
 
 

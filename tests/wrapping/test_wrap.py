@@ -422,6 +422,6 @@ def test_a_refused_option_combination_leaves_the_model_alone(net: Transformer) -
     for kwargs in ({"kind": None}, {"kind": "lora", "rules": [pk.Rule("head", "lora")]}, {"rules": []}):
         with pytest.raises(OptionError):
             pk.wrap(net, **kwargs)  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="'auto', 'factored', 'dense'"):
+    with pytest.raises(OptionError, match="'auto', 'factored' or 'dense'"):
         pk.wrap(net, "lora", route="fast")
     assert not adapted_modules(net)

@@ -190,9 +190,10 @@ def _transposed(module: str, found: Patch) -> Patch:
 def _oft(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Patch:
     """PEFT's rotation of the input, W·Rᵀ: by its series R(Q), or exactly by the inverse rotation R(−Q)."""
     vectors = _only(module, t, "oft_R")
-    b = (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2
-    triangle = vectors.dim() == 2 and b * (b - 1) // 2 == vectors.shape[1]
-    require_file(triangle, module, f"oft_R of shape {tuple(vectors.shape)} is no upper triangle of blocks")
+    listed = f"oft_R of shape {tuple(vectors.shape)}"
+    require_file(vectors.dim() == 2, module, f"{listed} is not read: (blocks, entries of a triangle) is")
+    b = (1 + math.isqrt(1 + 8 * vectors.shape[1])) // 2
+    require_file(b * (b - 1) // 2 == vectors.shape[1], module, f"{listed} is no upper triangle of blocks")
     shared = "block_share=True repeats one block over a width the file does not say; it is not read"
     require_file(not _flag(config, "block_share"), module, shared)
     if _flag(config, "coft"):
