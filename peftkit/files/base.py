@@ -17,6 +17,7 @@ from peftkit.files.formats import container, strict_json
 from peftkit.files.formats.container import Info
 from peftkit.files.formats.disk import Stamp
 from peftkit.files.formats.pickles import unpickle
+from peftkit.wrapping.walk import plain_name
 
 _PICKLED = (".pt", ".ckpt", ".bin", ".pth")
 
@@ -99,7 +100,11 @@ class Base:
 
 def of_model(model: nn.Module) -> Base:
     """A model in memory as a base, under its state dict's names."""
-    tensors = {key: tensor.detach() for key, tensor in model.state_dict().items() if tensor.dtype in container.NAMES}
+    tensors = {
+        plain_name(model, key): tensor.detach()
+        for key, tensor in model.state_dict().items()
+        if tensor.dtype in container.NAMES
+    }
     return _joined(Path("the model"), {"the model": (_loaded(tensors), "")})
 
 

@@ -23,8 +23,9 @@ from peftkit.files.resolve import HINTS, Resolver, common, component_of, familie
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.plan import refuse_taken
 from peftkit.wrapping.select import tied_with
-from peftkit.wrapping.sites import Site, dotted, sites
+from peftkit.wrapping.sites import Site, sites
 from peftkit.wrapping.strength import require_strength
+from peftkit.wrapping.walk import dotted
 from peftkit.wrapping.wrap import check_install, install
 
 if TYPE_CHECKING:

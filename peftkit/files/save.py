@@ -20,7 +20,7 @@ from peftkit.files.fingerprint import samples
 from peftkit.files.formats import container, disk, native
 from peftkit.files.formats.native import Header, WeightRecord
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
-from peftkit.wrapping.sites import dotted
+from peftkit.wrapping.walk import dotted
 
 
 def save(

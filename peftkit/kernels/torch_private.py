@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 from collections.abc import Sequence
 from typing import cast
 
@@ -54,6 +56,41 @@ def output_padding(conv: nn.Module, x: Tensor, output_size: Sequence[int], spati
 def convolves_as(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Return whether a convolution computes its output by the method of `cls`."""
     return type(module)._conv_forward is cls._conv_forward  # type: ignore[attr-defined]
+
+
+#: the module and the class of each wrapper of torch -> the attribute that holds what it wraps
+_WRAPPERS = {
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
+    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
+    ("torch.optim.swa_utils", "AveragedModel"): "module",
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",
+    ): "_checkpoint_wrapped_module",
+    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+}
+
+
+@functools.cache
+def _attribute_of_wrapper(cls: type[nn.Module]) -> str | None:
+    """The attribute of what instances of the class wrap. A wrapper that no code has imported has no instance."""
+    for (where, name), attribute in _WRAPPERS.items():
+        wrapper = getattr(sys.modules.get(where), name, None)
+        if wrapper is not None and issubclass(cls, wrapper):
+            return attribute
+    return None
+
+
+def wrapped(module: nn.Module) -> tuple[str, nn.Module] | None:
+    """Return what a wrapper of torch wraps, and the wrapper's attribute for it; None for a module that is no wrapper.
+
+    Wrappers are what torch.compile returns, DistributedDataParallel, DataParallel, AveragedModel, checkpoint_wrapper
+    with its like, and FullyShardedDataParallel: classes that add a segment to every name inside them.
+    """
+    attribute = _attribute_of_wrapper(type(module))
+    inside = None if attribute is None else own_modules(module).get(attribute)
+    return None if attribute is None or inside is None else (attribute, inside)
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:

@@ -22,7 +22,8 @@ from peftkit.geometry import Geometry
 from peftkit.kernels.torch_private import eager, own_modules, own_parameters
 from peftkit.wrapping.backup import Merged
 from peftkit.wrapping.routes import changed, choose, dense
-from peftkit.wrapping.sites import Slot, dotted
+from peftkit.wrapping.sites import Slot
+from peftkit.wrapping.walk import dotted, named_modules
 
 #: how many different calls of a layer have their route remembered
 _CALLS = 64
@@ -243,7 +244,7 @@ class InstalledAdapter:
 
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
     """Every adapted module of the model, by its name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+    return {name: module for name, module in named_modules(model) if isinstance(module, Adapted)}
 
 
 def installed_adapters(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[InstalledAdapter]:

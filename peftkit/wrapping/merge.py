@@ -21,7 +21,7 @@ from peftkit.geometry import Geometry
 from peftkit.wrapping.backup import BACKUPS, Backup, Copy, Merged, checksum
 from peftkit.wrapping.layer import Adapted, adapted_modules, names_of
 from peftkit.wrapping.listing import Row, listing
-from peftkit.wrapping.sites import dotted
+from peftkit.wrapping.walk import dotted
 from peftkit.wrapping.wrap import unwrap
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from peftkit.errors import TargetError, UnsupportedLayerError, did_you_mean
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.layer import Adapted, base_class
-from peftkit.wrapping.sites import Site, base_modules, dotted, sites, why_not
+from peftkit.wrapping.sites import Site, sites, why_not
+from peftkit.wrapping.walk import dotted, named_modules
 
 # A block of a U-Net that is named for the attention in it, UNetMidBlock2DCrossAttn, holds resnets too
 _ATTENTION = r"(?!.*Block\dD).*(Attention|Attn)\d*"
@@ -47,8 +48,8 @@ class Selector:
 
     def __init__(self, model: nn.Module) -> None:
         self.sites = sites(model)
-        self.modules = dict(base_modules(model, every_name=True))
-        first = {id(module): name for name, module in base_modules(model)}
+        self.modules = dict(named_modules(model, every_name=True))
+        first = {id(module): name for name, module in named_modules(model)}
         #: every name of a module -> the one its sites go by
         self.canonical = {name: first[id(module)] for name, module in self.modules.items()}
         self.within: dict[str, list[str]] = {}
@@ -183,7 +184,7 @@ def patterns(value: str | Sequence[str]) -> tuple[str, ...]:
 def tied_with(model: nn.Module, targeted: Sequence[Site]) -> dict[str, str]:
     """Return, for each targeted site that shares its memory, the names of the other parameters in it."""
     owners: dict[Any, list[str]] = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in named_modules(model):
         for parameter_name, parameter in own_parameters(module).items():
             if parameter is not None:
                 owners.setdefault(_memory(parameter), []).append(dotted(module_name, parameter_name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from peftkit import geometry
 from peftkit.geometry import Geometry
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.support import calls_its_weight, is_layer, refusal, supported
+from peftkit.wrapping.walk import dotted, named_modules, unwrapped
 
 
 @dataclass(frozen=True)
@@ -56,34 +56,11 @@ class Site:
         return self.slot.geometry.matrix(self.slot.of(self.parameter))
 
 
-def dotted(*names: str) -> str:
-    """Join names by dots, leaving out the root's, which is empty."""
-    return ".".join(name for name in names if name)
-
-
-def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the model's modules by name, in order, without adapters and what is inside them.
-
-    Args:
-        model: with or without adapters.
-        every_name: a module in several places comes under each of its names, not just the first.
-    """
-    adapters = {
-        id(inside)
-        for module in model.modules()
-        if "adapter_state" in module.__dict__
-        for inside in module.get_submodule("adapters").modules()
-    }
-    for name, module in model.named_modules(remove_duplicate=not every_name):
-        if id(module) not in adapters:
-            yield name, module
-
-
 def sites(model: nn.Module) -> dict[str, Site]:
     """Return every weight that can be adapted, by name, in the order of the model's modules."""
     found: dict[str, Site] = {}
     read = _read_by_their_parent(model)
-    for name, module in base_modules(model):
+    for name, module in named_modules(model):
         for slot_name, slot in slots(module).items():
             full = dotted(name, slot_name)
             state = module.__dict__.get("adapter_state")  # an adapted module stays as it was adapted first
@@ -127,9 +104,9 @@ def _read_by_their_parent(model: nn.Module) -> set[int]:
     linear1 and linear2 when it infers.
     """
     read: set[int] = set()
-    for module in model.modules():
+    for _, module in named_modules(model):
         if isinstance(module, nn.MultiheadAttention):
-            read.add(id(module.out_proj))
+            read.add(id(unwrapped(module.out_proj)))
         elif isinstance(module, nn.TransformerEncoderLayer):
-            read.update((id(module.linear1), id(module.linear2)))
+            read.update((id(unwrapped(module.linear1)), id(unwrapped(module.linear2))))
     return read

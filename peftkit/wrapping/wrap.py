@@ -24,8 +24,9 @@ from peftkit.wrapping.layer import (
 )
 from peftkit.wrapping.plan import Plan, Rule, plan
 from peftkit.wrapping.routes import ROUTES
-from peftkit.wrapping.sites import Site, dotted, slots
+from peftkit.wrapping.sites import Site, slots
 from peftkit.wrapping.strength import require_strength
+from peftkit.wrapping.walk import dotted, named_modules, unwrapped
 
 # The parameters that required gradients before the first wrap, kept on the model until its last unwrap
 _TRAINABLE = "_peftkit_trainable"
@@ -193,11 +194,12 @@ def install(
     dropping = [site.name for site, adapter in built if route == "dense" and adapter.input_dropout]
     if dropping:
         raise OptionError(f"{dropping[0]}: dropout acts on the factored route only, and route='dense' was given")
-    if _TRAINABLE not in model.__dict__:
-        nested = [p for module in model.modules() for p in module.__dict__.pop(_TRAINABLE, ())]
+    root = unwrapped(model)
+    if _TRAINABLE not in root.__dict__:
+        nested = [p for _, module in named_modules(root) for p in module.__dict__.pop(_TRAINABLE, ())]
         own = {id(p) for host in adapted_modules(model).values() for p in host.adapters.parameters()}
         trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-        model.__dict__[_TRAINABLE] = [*nested, *trainable]
+        root.__dict__[_TRAINABLE] = [*nested, *trainable]
         for parameter in trainable:
             parameter.requires_grad_(False)
     for site, adapter in built:
@@ -287,7 +289,7 @@ def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
         if not len(host.adapters):
             _detach(host, baked)
     if not adapted_modules(model):
-        for module in model.modules():
+        for _, module in named_modules(model):
             for parameter in module.__dict__.pop(_TRAINABLE, ()):
                 parameter.requires_grad_(True)
     return tuple(affected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -9,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim.swa_utils import AveragedModel
 
 from peftkit.kernels import torch_private
 
@@ -167,6 +172,30 @@ def test_own_tensors_and_modules_by_name() -> None:
     assert module[1] is child
 
 
+def test_wrapped() -> None:
+    """The classes and the attributes of torch's wrappers are what they are called here."""
+    layer = nn.Linear(2, 2)
+    sharded = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # a real one needs an accelerator
+    nn.Module.__init__(sharded)
+    sharded._fsdp_wrapped_module = layer
+    assert FSDP_WRAPPED_MODULE == "_fsdp_wrapped_module"
+    for wrapper, attribute in (
+        (torch.compile(layer, backend="eager"), "_orig_mod"),
+        (nn.DataParallel(layer), "module"),
+        (checkpoint_wrapper(layer), "_checkpoint_wrapped_module"),
+        (offload_wrapper(layer), "_checkpoint_wrapped_module"),
+        (sharded, "_fsdp_wrapped_module"),
+    ):
+        assert torch_private.wrapped(wrapper) == (attribute, layer)
+        assert f"{attribute}.weight" in [name for name, _ in nn.Module.named_parameters(wrapper)]
+    averaged = AveragedModel(layer)
+    assert torch_private.wrapped(averaged) == ("module", averaged.module)
+    assert torch_private.wrapped(layer) is None
+    assert torch_private.wrapped(nn.ModuleDict({"module": layer})) is None
+    for where, name in torch_private._WRAPPERS:
+        assert issubclass(getattr(importlib.import_module(where), name), nn.Module)
+
+
 def test_every_function_has_a_test() -> None:
     names = {name for name, value in vars(torch_private).items() if callable(value) and not name.startswith("_")}
     own = {name for name in names if getattr(torch_private, name).__module__ == torch_private.__name__}
@@ -182,4 +211,5 @@ def test_every_function_has_a_test() -> None:
         "set_training",
         "transformed",
         "version",
+        "wrapped",
     }
