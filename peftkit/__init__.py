@@ -45,6 +45,7 @@ __all__ = [
     "merge",
     "merge_checkpoint",
     "monitor",
+    "parameter_groups",
     "plan",
     "plan_merge",
     "project_",
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from peftkit.files.read import read as read
     from peftkit.files.rescale import rescale as rescale
     from peftkit.files.save import save as save
+    from peftkit.training.groups import parameter_groups as parameter_groups
     from peftkit.wrapping.check import CheckReport as CheckReport
     from peftkit.wrapping.check import check as check
     from peftkit.wrapping.merge import MergeReport as MergeReport
@@ -147,6 +149,7 @@ _PUBLIC = {
     "peftkit.files.read": ("read",),
     "peftkit.files.rescale": ("rescale",),
     "peftkit.files.save": ("save",),
+    "peftkit.training.groups": ("parameter_groups",),
     "peftkit.wrapping.check": (
         "CheckReport",
         "check",

@@ -42,6 +42,10 @@ class Adapter(nn.Module, ABC):
 
     #: every option with its value, as `registry.build` resolved them
     options: dict[str, Any]
+    #: the trained factors that start at 0 beside others that do not, which have no gradient until these have moved
+    starts_at_zero: frozenset[str] = frozenset()
+    #: the parameters that weight decay may shrink: with the others as they start, ΔW goes to 0 with them
+    decays: frozenset[str] = frozenset()
     #: probability of dropping an element of the layer's input before ΔW is applied to it
     input_dropout: float = 0.0
     #: whether `delta` draws random numbers in training

@@ -88,6 +88,7 @@ class BOFT(Adapter):
     convention: ClassVar[str] = "stages of cayley(I+Q)(I-Q)^-1 on outputs,upper triangle row by row"
     reads_base: ClassVar[bool] = True
     on_another_base: ClassVar[str] = "rotates the new base the same way"
+    decays = frozenset({"skew"})
 
     upper: Tensor
 

@@ -119,6 +119,8 @@ class DoRA(Adapter):
         self.inner = registry.build(inner, shape, weight, **inner_options)
         self.options = {"inner": self.inner.kind, **self.inner.options}
         self.input_dropout = self.inner.input_dropout
+        self.starts_at_zero = frozenset(f"inner.{name}" for name in self.inner.starts_at_zero)
+        self.decays = frozenset(f"inner.{name}" for name in self.inner.decays)
         self.columns, self.detach_norm, self.positions = axis == "in", detach_norm, shape.positions
         norm = self._per_scale(self._base_sqnorms(weight)).sqrt()
         self.magnitude = nn.Parameter(norm.clone())

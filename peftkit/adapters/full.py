@@ -38,6 +38,7 @@ class Full(Adapter):
     paper: ClassVar[str] = "https://github.com/KohakuBlueleaf/LyCORIS"
     convention: ClassVar[str] = "change"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"change"})
+    decays = frozenset({"change"})
     additive = Additive
 
     def __init__(self, shape: Shape, weight: Tensor) -> None:

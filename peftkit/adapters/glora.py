@@ -78,6 +78,8 @@ class GLoRA(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.07967"
     convention: ClassVar[str] = "gamma*(W@base_up@base_down+up@down)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"base_up", "up"})
+    starts_at_zero = frozenset({"base_down", "down"})
+    decays = frozenset({"base_up", "base_down", "up", "down"})
     reads_base: ClassVar[bool] = True
     on_another_base: ClassVar[str] = "multiplies the new base by the same matrix, and adds the same one"
 

@@ -76,6 +76,7 @@ class LoHa(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2108.06098"
     convention: ClassVar[str] = "gamma*(up1@down1)*(up2@down2)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up1"})
+    decays = frozenset({"up1", "down1", "core1", "up2", "down2", "core2"})
     additive = LoHaForm
 
     def __init__(
@@ -92,6 +93,7 @@ class LoHa(Adapter):
         require_rank("loha", rank)
         require(init in ("lycoris", "peft"), "loha", "init", init, "'lycoris' or 'peft'")
         self.scale = rank_scale("loha", rank, alpha)
+        self.starts_at_zero = frozenset({"up2" if init == "lycoris" else "down2"})
         new = factory(weight)
         inputs = shape.columns
         if tucker:

@@ -161,6 +161,7 @@ class LoKr(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.10650"
     convention: ClassVar[str] = "gamma*kron(outer,block)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"outer", "outer_left"})
+    decays = frozenset({"outer", "outer_left", "outer_right", "block", "left", "right", "core"})
     additive = LoKrForm
 
     def __init__(
@@ -199,8 +200,9 @@ class LoKr(Adapter):
         else:
             self.outer = nn.Parameter(uniform_fan_in_(torch.empty(u_p, u_q, **new), u_q))
         self._make_block(shape, v_p, v_q, None if full else rank, tucker, new)
-        start = (self.block, self.right) if init == "lycoris" else (self.outer, self.outer_left)
-        for parameter in start:
+        self.starts_at_zero = frozenset({"block", "right"} if init == "lycoris" else {"outer", "outer_left"})
+        for name in self.starts_at_zero:
+            parameter = getattr(self, name)
             if parameter is not None:
                 nn.init.zeros_(parameter)
 

@@ -57,6 +57,8 @@ class LoLDU(Adapter):
         "is made of the first base's own LDU factors, which this file does not hold: save it with portable=True"
     )
 
+    decays = frozenset({"shift"})
+
     scale_shift: Tensor
     start: Tensor
     order: Tensor

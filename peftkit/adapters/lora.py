@@ -95,6 +95,8 @@ class LoRA(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
     convention: ClassVar[str] = "gamma*up@down"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})
+    starts_at_zero = frozenset({"up"})
+    decays = frozenset({"up", "down", "core"})
     additive = LoRAForm
 
     def __init__(

@@ -126,6 +126,7 @@ class OFT(Adapter):
     convention: ClassVar[str] = "cayley(I+Q)(I-Q)^-1,upper triangle row by row"
     reads_base: ClassVar[bool] = True
     on_another_base: ClassVar[str] = "rotates the new base the same way"
+    decays = frozenset({"skew"})
 
     upper: Tensor
 

@@ -11,6 +11,7 @@ import torch
 from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
 from peftkit.errors import LawError, OptionError, UnknownAdapterError
+from peftkit.testing.facts import facts_for
 from peftkit.testing.laws import LAYERS, Cell, Comparison, laws_for
 
 #: relative to the norms of what is summed: float64 has 16 digits, and an algorithm that subtracts loses some of them
@@ -60,8 +61,9 @@ def check_laws(kind: str | type[Adapter], **options: Any) -> LawReport:
     A fresh adapter changes nothing, bit for bit. After its parameters have moved: every method of its ΔW agrees with
     `dense`; the strength is linear; the factored and the dense route, and the merged weight, give the same output; the
     gradients are those of a layer with the weight W + ΔW; merge and restore return every bit; copies and files give
-    the same output. A layer that the adapter refuses with an `OptionError` is reported as refused. A change that
-    depends on the layer's input is held to the laws that need no matrix. The random state is put back.
+    the same output; what the kind states of its parameters, for training and for scaling, is true. A layer that the
+    adapter refuses with an `OptionError` is reported as refused. A change that depends on the layer's input is held to
+    the laws that need no matrix. The random state is put back.
 
     Args:
         kind: the name under which the adapter is registered, or its class.
@@ -104,14 +106,15 @@ def check_laws(kind: str | type[Adapter], **options: Any) -> LawReport:
 def _held(name: str, cell: Cell) -> tuple[str, ...]:
     """The laws that hold, which are all that have a meaning for the adapter; LawError at the first that fails."""
     held: dict[str, None] = {}
-    for law in laws_for(cell):
+    for law in (*laws_for(cell), *facts_for(cell)):
         for comparison in law(cell):
-            _require_equal(name, cell.layer, comparison)
+            require_equal(name, cell.layer, comparison)
             held[comparison.law] = None
     return tuple(held)
 
 
-def _require_equal(kind: str, layer: str, comparison: Comparison) -> None:
+def require_equal(kind: str, layer: str, comparison: Comparison) -> None:
+    """Raise LawError unless the two tensors of a comparison are equal, as far as it says."""
     law, got, expected, terms = comparison
     where = f"{kind} on {layer}: {law!r} does not hold"
     if got.shape != expected.shape or got.dtype != expected.dtype:

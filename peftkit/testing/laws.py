@@ -77,7 +77,7 @@ class Comparison(NamedTuple):
     terms: tuple[Tensor, ...] | None = ()  # None: equal to the bit
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     """What a wrapped layer is made of."""
 
     adapter: Adapter
@@ -88,15 +88,16 @@ class _Parts(NamedTuple):
 
 def _routes_of(cell: Cell) -> tuple[str, ...]:
     """The routes to which the adapter can be pinned."""
-    adapter, W, _, _ = _parts(cell.wrapped()[0])
+    adapter, W, _, _ = parts_of(cell.wrapped()[0])
     return ("factored",) if adapter.input_dropout or not adapter(W, 1.0).is_matrix else ("factored", "dense")
 
 
-def _parts(module: Adapted) -> _Parts:
+def parts_of(module: Adapted) -> Parts:
+    """Take a wrapped layer apart."""
     adapter = module.adapter("default", "")
     assert adapter is not None
     bias = cast("Tensor | None", module._parameters["bias"])
-    return _Parts(adapter, module.base_of("").detach(), bias, module.adapter_state.slots[""].geometry)
+    return Parts(adapter, module.base_of("").detach(), bias, module.adapter_state.slots[""].geometry)
 
 
 # -- the laws ---------------------------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ def _moves(cell: Cell) -> Iterator[Comparison]:
 def _strength(cell: Cell) -> Iterator[Comparison]:
     """The change of the output is λ times that at λ = 1."""
     module, x = cell.wrapped("factored")
-    if type(_parts(module).adapter).at is not Adapter.at:
+    if type(parts_of(module).adapter).at is not Adapter.at:
         return  # the adapter says itself what lies between 0 and 1
     base, whole = cell.plain()[0](x), module(x)
     for strength in STRENGTHS:
@@ -155,7 +156,7 @@ def _no_matrix(cell: Cell) -> Iterator[Comparison]:
 
 def _methods(cell: Cell) -> Iterator[Comparison]:
     """What each method of ΔW returns is what `dense` says."""
-    adapter, W, _, _ = _parts(cell.wrapped()[0])
+    adapter, W, _, _ = parts_of(cell.wrapped()[0])
     with torch.no_grad():
         delta = adapter(W, 1.0)
         dense = delta.dense()
@@ -214,7 +215,7 @@ def _products(delta: Delta, dense: Tensor, M: Tensor) -> Iterator[Comparison]:
 
 def _of_the_base(cell: Cell) -> Iterator[Comparison]:
     """<ΔW, W> and ‖ΔW‖², as the monitor asks for them: with nothing known of W, and with all that is."""
-    adapter, W, _, _ = _parts(cell.wrapped()[0])
+    adapter, W, _, _ = parts_of(cell.wrapped()[0])
     with torch.no_grad():
         delta, cache = adapter(W, 1.0), WeightCache()
         dense = delta.dense()
@@ -228,7 +229,7 @@ def _of_the_base(cell: Cell) -> Iterator[Comparison]:
 def _products_with_x(cell: Cell) -> Iterator[Comparison]:
     """ΔW·x, alone and added to an output with a bias."""
     module, x = cell.wrapped()
-    adapter, W, bias, g = _parts(module)
+    adapter, W, bias, g = parts_of(module)
     with torch.no_grad():
         delta = adapter(W, 1.0)
         wx, expected, y = g.run(x, W), g.run(x, delta.dense()), g.call(x, g.weight(W), bias)
@@ -240,7 +241,7 @@ def _routes(cell: Cell) -> Iterator[Comparison]:
     """The factored and the dense route give the output of W + λ·ΔW, and so does the merged weight."""
     for route in _routes_of(cell):
         module, x = cell.wrapped(route)
-        adapter, W, bias, g = _parts(module)
+        adapter, W, bias, g = parts_of(module)
         for strength in STRENGTHS:
             set_strength(module, strength)
             dense = adapter(W, strength).dense()
@@ -255,7 +256,7 @@ def _gradients(cell: Cell) -> Iterator[Comparison]:
     """The gradients are those of a layer whose weight is W + ΔW."""
     for route in _routes_of(cell):
         module, x = cell.wrapped(route)
-        adapter, W, bias, g = _parts(module)
+        adapter, W, bias, g = parts_of(module)
         x.requires_grad_(True)
         inputs = [x, *adapter_parameters(module)]
         y = module(x)
@@ -290,6 +291,6 @@ def _merging(cell: Cell) -> Iterator[Comparison]:
 
 def laws_for(cell: Cell) -> tuple[Callable[[Cell], Iterator[Comparison]], ...]:
     """The laws that have a meaning for the adapter: more of them where its change is a matrix ΔW."""
-    adapter, W, _, _ = _parts(cell.wrapped()[0])
+    adapter, W, _, _ = parts_of(cell.wrapped()[0])
     of_a_matrix = (_methods, _of_the_base, _products_with_x, _routes, _gradients, _merging)
     return (_identity, _moves, _strength, *(of_a_matrix if adapter(W, 1.0).is_matrix else (_no_matrix,)), _copies)

@@ -80,7 +80,7 @@ class Selector:
         if pattern in PRESETS and pattern not in self.modules:
             return self._by_preset(re.compile(PRESETS[pattern]))
         if pattern.startswith("re:"):
-            return self._by_name(_regex(pattern[3:]))
+            return self._by_name(regular_expression(pattern[3:]))
         if any(c in pattern for c in "*?["):
             return self._by_name(re.compile(fnmatch.translate(pattern)))
         if pattern in self.sites:
@@ -88,7 +88,7 @@ class Selector:
         if pattern in self.modules:
             return self._inside([pattern])
         # Every class that a module is an instance of counts: "Linear" finds subclasses of nn.Linear too
-        typed = [name for name, module in self.modules.items() if pattern in _class_names(module)]
+        typed = [name for name, module in self.modules.items() if pattern in class_names(module)]
         return self._inside(typed) if typed else self._by_name(re.compile(rf".*\.{re.escape(pattern)}"))
 
     def _by_name(self, regex: re.Pattern[str]) -> tuple[set[str], dict[str, str]]:
@@ -117,7 +117,7 @@ class Selector:
 
     def _by_preset(self, classes: re.Pattern[str]) -> tuple[set[str], dict[str, str]]:
         """All sites inside the modules of these classes but the output head, which is refused."""
-        holders = [name for name, module in self.modules.items() if any(map(classes.fullmatch, _class_names(module)))]
+        holders = [name for name, module in self.modules.items() if any(map(classes.fullmatch, class_names(module)))]
         found = {site for name in holders for site in self.within.get(self.canonical[name], [])}
         refused = {
             name: reason
@@ -143,7 +143,7 @@ class Selector:
         holders = [name for name in self.modules if name and self.within.get(self.canonical[name])]
         if any(name.endswith(f".{pattern}") for name in holders):
             return f" The layers inside modules of that last name are matched by '*.{pattern}.*'."
-        classes = [name for holder in holders for name in _class_names(self.modules[holder])]
+        classes = [name for holder in holders for name in class_names(self.modules[holder])]
         presets = [preset for preset in PRESETS if preset != pattern and self._match(preset)[0]]
         ends = [name.rpartition(".")[2] for name in self.sites]
         hint = did_you_mean(pattern, dict.fromkeys([*holders, *self.sites, *classes, *presets, *ends]))
@@ -160,13 +160,14 @@ def _holds_matrices(module: nn.Module) -> bool:
     return any(p is not None and p.dim() > 1 for p in own_parameters(module).values())
 
 
-def _class_names(module: nn.Module) -> list[str]:
+def class_names(module: nn.Module) -> list[str]:
     """The names of the module's classes below nn.Module, without what wrapping made of them."""
     mro = (base_class(module) if isinstance(module, Adapted) else type(module)).__mro__
     return [cls.__name__ for cls in mro[: mro.index(nn.Module)]]
 
 
-def _regex(source: str) -> re.Pattern[str]:
+def regular_expression(source: str) -> re.Pattern[str]:
+    """Return what follows "re:" in a target, compiled; raises TargetError where it is no regular expression."""
     try:
         return re.compile(source)
     except re.error as error:

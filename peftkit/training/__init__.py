@@ -1,0 +1,6 @@
+"""Training aids: what an optimiser is given, and bounds on what it makes.
+
+May import wrapping and what is below it; reads live models, no files. Public: `parameter_groups`.
+"""
+
+from peftkit.training.groups import parameter_groups as parameter_groups
