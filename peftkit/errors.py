@@ -45,6 +45,10 @@ class MergeStateError(PeftkitError, RuntimeError):
     """merge, restore or another verb was called in a state in which it has no meaning."""
 
 
+class LeftOutWarning(UserWarning):
+    """Parameters that trained beside the adapters were left out of a file, as extras=False asks."""
+
+
 class NotAWeightChangeError(PeftkitError, TypeError):
     """The matrix ΔW was asked of an adapter whose change depends on the layer's input."""
 
@@ -55,10 +59,6 @@ class ChangedTensorError(PeftkitError, RuntimeError):
 
 class MergeError(PeftkitError, RuntimeError):
     """A merge that would not do what it says: non-finite, or a weight that did not change."""
-
-
-class NormError(PeftkitError, RuntimeError):
-    """The norm of a ΔW that cannot be limited: it is not finite, or no parameter scales that ΔW."""
 
 
 class LawError(PeftkitError, AssertionError):

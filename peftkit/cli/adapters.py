@@ -38,6 +38,9 @@ def export(
     dtype: Dtype = None,
     bake: Annotated[bool, typer.Option("--bake", help="Write ΔW itself for adapters that read their base.")] = False,
     title: Annotated[str | None, typer.Option(help="For the metadata.")] = None,
+    extras: Annotated[
+        bool, typer.Option("--extras/--no-extras", help="Fail on parameters trained beside, or leave them out.")
+    ] = True,
 ) -> None:
     """Export an adapter file the way another program reads it.
 
@@ -55,6 +58,7 @@ def export(
             dtype=dtype_of(dtype),
             bake=bake,
             title=title or output.out.stem,
+            extras=extras,
             overwrite=output.force,
             **base.given,
             **reading.given,

@@ -21,6 +21,7 @@ from peftkit.errors import MismatchError, OptionError, error_context, require_ch
 from peftkit.files.convert import Converted, ConvertReport, Source, alpha_of
 from peftkit.files.entries import AdapterEntry, canonical_items, delta_of
 from peftkit.files.export.write import write_deltas
+from peftkit.files.extras import refuse_extras
 from peftkit.files.families import names
 from peftkit.files.formats.disk import require_output
 from peftkit.files.formats.patch import AdapterFile
@@ -74,6 +75,7 @@ def combine(
 
     Raises:
         OptionError: an unknown method, fewer than two files, a density or a weight that is none.
+        LossyError: a file with parameters that trained beside its adapters, of which there is no sum.
         MismatchError: modules that differ in shape, or that the first file's names cannot tell apart.
         ExportError: a ΔW that depends on a base that is not given, or that memory cannot hold.
         FileError: a source that is no adapter file, or whose ΔW is not finite.
@@ -97,6 +99,8 @@ def combine(
     path = require_output(out, [base, *sources], overwrite)
     with error_context(out, *sources):
         bundles = list(zip(sources, read_all(list(sources), **reading), strict=True))
+        for file, bundle in bundles:
+            refuse_extras(bundle, file, "combine sums ΔW alone")
         files = list(zip(canonical_items(bundles, base, other_base), sources.values(), strict=True))
         return _written(_sums(files, way), [bundle for _, bundle in bundles], path, dtype)
 

@@ -23,6 +23,7 @@ from peftkit.files.bind import (
     placeholder_weight,
     take_rows,
 )
+from peftkit.files.extras import under_adapters
 from peftkit.files.families import names
 from peftkit.files.families.names import Family
 from peftkit.files.fingerprint import require_same_base
@@ -155,6 +156,7 @@ def _patches(file: object, bundle: AdapterFile, families: Sequence[Family]) -> I
 def _on_base(file: object, bundle: AdapterFile, base: Base, other_base: bool, apart: bool) -> Iterator[AdapterEntry]:
     resolver, families = resolver_of(base)
     families = families or families_of(bundle)
+    trained = under_adapters(bundle)
     distances: dict[str, float] = {}
     bound: list[str] = []
     items: list[AdapterEntry] = []
@@ -164,6 +166,8 @@ def _on_base(file: object, bundle: AdapterFile, base: Base, other_base: bool, ap
         if not parts:
             raise MismatchError(f"{where}: the base has no such weight.{resolver.hint(name)}")
         shape, W = shape_of(base, parts, patch), whole(base, parts, patch)
+        if name in trained and needs_base(patch, shape, bundle.portable):
+            raise ExportError(f"{where}: it was trained on a weight that is in the file too, which is not the base's")
         found = misfit(patch, shape, W.dtype, portable=bundle.portable, where=where)
         if found:
             raise ExportError(f"{where}: {found.first}")

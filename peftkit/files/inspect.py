@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from peftkit.adapters import registry
-from peftkit.delta.distance import norm, relative
+from peftkit.delta.distance import norm, ratio, relative
 from peftkit.errors import PeftkitError
 from peftkit.files.bind import bind, described, misfit, needs_base, placeholder_weight
 from peftkit.files.entries import canonical_items, delta_of
+from peftkit.files.extras import listed
 from peftkit.files.families import names
 from peftkit.files.formats.patch import Patch
 from peftkit.files.loads import loads
@@ -55,7 +59,8 @@ class Inspection:
     metadata: dict[str, str]
     loads: dict[str, str]
     notes: tuple[str, ...]
-    damage: tuple[str, ...] = ()  # what is wrong with the changes of biases and norms
+    damage: tuple[str, ...] = ()  # what is wrong with the changes of biases and norms, and with the extras
+    extras: tuple[str, ...] = ()  # parameters that trained beside the adapters
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -79,6 +84,7 @@ class Inspection:
         ]
         if self.vectors:
             lines.append(f"{len(self.vectors)} changes of biases and norms")
+        lines += [f"{listed(self.extras)} that trained beside the adapters"] if self.extras else []
         lines += [f"problem: {problem}" for problem in self.problems[:8]]
         return "\n".join([*lines, *self.notes])
 
@@ -134,7 +140,8 @@ def inspect(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Inspect
     family = next(iter(names.guess(shapes)), None)
     notes = [f"{key}: no adapter in the header has it" for key in bundle.unclaimed]
     title = "" if family is None else family.title
-    damage = [f"{key} is not finite" for key, v in bundle.vectors.items() if not torch.isfinite(v.float()).all()]
+    beside = itertools.chain(bundle.vectors.items(), bundle.extras.items())
+    damage = [f"{key} is not finite" for key, v in beside if not torch.isfinite(v.float()).all()]
     return Inspection(
         Path(path),
         bundle.format,
@@ -146,6 +153,7 @@ def inspect(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Inspect
         loads(bundle, structures, family),
         tuple(notes),
         tuple(damage),
+        tuple(bundle.extras),
     )
 
 
@@ -189,14 +197,17 @@ def doctor(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Diagnosi
     dead = [m.name for m in found.modules if m.problem == _DEAD]
     silent = [f"{len(dead)} of {len(found.modules)} modules do nothing: {dead[0]}, …"] if dead else []
     findings = [*broken, *silent, *found.notes]
-    if broken or (dead and len(dead) == len(found.modules) and not found.vectors):
+    if broken or (dead and len(dead) == len(found.modules) and not found.vectors and not found.extras):
         return Diagnosis(2, tuple(findings))
     return Diagnosis(1 if findings else 0, tuple(findings))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How two files differ. distances: module -> ‖ΔW₂ − ΔW₁‖/‖ΔW₁‖, for the modules both have."""
+    """How two files differ.
+
+    distances: module -> ‖ΔW₂ − ΔW₁‖/‖ΔW₁‖, for the modules both have; and extra -> ‖E₂ − E₁‖/‖E₁‖.
+    """
 
     distances: dict[str, float]
     only: tuple[tuple[str, ...], tuple[str, ...]]
@@ -266,10 +277,24 @@ def diff(
         one, other = delta_of(ours[name]), delta_of(theirs[name])
         distances[name] = relative(one, other) if one.shape == other.shape else math.inf
     ordered = {name: distances[name] for name in ours if name in distances}
-    return Difference(ordered, (tuple(n for n in ours if n not in theirs), tuple(n for n in theirs if n not in ours)))
+    beside = _extras_apart(*(bundle.extras for _, bundle in files))
+    first_only = (*(n for n in ours if n not in theirs), *beside.only[0])
+    second_only = (*(n for n in theirs if n not in ours), *beside.only[1])
+    return Difference(ordered | beside.distances, (first_only, second_only))
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _extras_apart(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Difference:
+    """How far the extras of two files are apart, relative to the first's."""
+    distances: dict[str, float] = {}
+    for name in (name for name in ours if name in theirs):
+        one, other = ours[name].double(), theirs[name].double()
+        gap = float((other - one).norm()) if one.shape == other.shape else math.inf
+        distances[name] = ratio(gap, float(one.norm()))
+    return Difference(distances, (tuple(n for n in ours if n not in theirs), tuple(n for n in theirs if n not in ours)))
+
 
 _DEAD = "ΔW is zero: it does nothing"
 

@@ -11,8 +11,16 @@ import torch
 from torch import nn
 
 from peftkit.adapters.base import Adapter
-from peftkit.errors import MismatchError, TiedWeightsError, did_you_mean, error_context, require_choice
+from peftkit.errors import (
+    MismatchError,
+    TiedWeightsError,
+    WrongBaseError,
+    did_you_mean,
+    error_context,
+    require_choice,
+)
 from peftkit.files.bind import Misfit, bind, misfit, take_rows
+from peftkit.files.extras import PlacedExtras, listed, placed, under_adapters
 from peftkit.files.families.layouts import Placement
 from peftkit.files.families.names import Family
 from peftkit.files.fingerprint import require_same_base, samples
@@ -21,6 +29,7 @@ from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.read import Reading, read
 from peftkit.files.resolve import HINTS, Resolver, common, component_of, families_of
 from peftkit.kernels.torch_private import own_parameters
+from peftkit.wrapping.extras import replace_, require_unmerged
 from peftkit.wrapping.plan import refuse_taken
 from peftkit.wrapping.select import tied_with
 from peftkit.wrapping.sites import Site, sites
@@ -43,14 +52,18 @@ class LoadReport:
     mismatched: tuple[str, ...] = ()
     non_finite: tuple[str, ...] = ()
     base_distance: float = 0.0
+    extras: tuple[str, ...] = ()  # parameters of the model that were loaded beside the adapters
+    left_out: tuple[str, ...] = ()  # and those that extras=False left out
 
     @property
     def complete(self) -> bool:
-        """Whether every key of the file went to the model and every parameter came from the file."""
+        """Whether every key of the file, but those left out, went to the model, and every parameter came from it."""
         return not (self.missing or self.unexpected or self.mismatched or self.non_finite)
 
     def __str__(self) -> str:
         lines = [f"adapter {self.name!r}: {len(self.loaded)} weights loaded"]
+        lines += [f"{listed(self.extras)} beside them loaded"] if self.extras else []
+        lines += [f"{listed(self.left_out)} left out, as extras=False asks"] if self.left_out else []
         for title in ("missing", "unexpected", "mismatched", "non_finite"):
             items = getattr(self, title)
             if items:
@@ -70,9 +83,13 @@ def load(
     tied: str | None = None,
     route: str = "auto",
     component: str | None = None,
+    extras: bool = True,
     **reading: Unpack[Reading],
 ) -> LoadReport:
     """Wrap a model as an adapter file says, with the tensors of the file.
+
+    Parameters that trained beside the adapters get their values of the file in place and train on; what they were is
+    kept, in as much memory again, until `unwrap` gives it back. Strength does not act on them.
 
     Nothing is changed if anything raises. Nothing is unpickled, unless as data only with allow_pickle=True.
 
@@ -88,6 +105,8 @@ def load(
         route: how ΔW is applied, as in `wrap`.
         component: which part of a pipeline the model is ("unet", "text_encoder", …), where the file is of several; the
             keys of the others are left alone.
+        extras: False leaves the parameters that trained beside the adapters as they are on the model; the report names
+            them.
         **reading: as in `read`.
 
     Returns:
@@ -117,6 +136,9 @@ def load(
     name = bundle.name if name is None else name
     with error_context(path):
         fitting, distances, report = _compare(path, name, bundle, sites(model), component)
+        beside = placed(bundle, model) if extras else PlacedExtras()
+        report = _with_extras(report, bundle, beside, extras)
+        _require_trained_bases(path, bundle, extras or other_base)
         if not fitting or (strict and not report.complete):
             what = f"{path} does not fit this model" if fitting else f"nothing in {path} fits this model"
             raise MismatchError(f"{what}\n{report}")
@@ -129,8 +151,10 @@ def load(
             raise TiedWeightsError(
                 f"{site_name} shares its weight with {other}: pass tied='untie' to give it its own copy"
             )
-        built = _built(path, fitting, bundle, distances, other_base)
+        require_unmerged(beside.values)
+        built = _built(path, fitting, bundle, beside, distances, other_base)
         install(model, built, name, strength=strength, route=route, untie=set(shared))
+        replace_(beside.values, name)
         return report
 
 
@@ -141,18 +165,42 @@ def _built(
     path: object,
     fitting: Sequence[tuple[Site, Patch]],
     bundle: AdapterFile,
+    beside: PlacedExtras,
     distances: Mapping[str, float],
     other_base: bool,
 ) -> list[tuple[Site, Adapter]]:
     """The adapters of the patches, on the base they were trained on."""
-    built = [
-        (site, bind(patch, site.slot.geometry.shape, site.matrix.detach(), f"{path}: {site.label}").train())
-        for site, patch in fitting
-    ]
+    built: list[tuple[Site, Adapter]] = []
+    for site, patch in fitting:
+        trained = beside.of(site.module, site.slot.parameter)  # the weight itself may come with the file
+        weight = site.matrix.detach() if trained is None else site.slot.geometry.matrix(site.slot.of(trained))
+        built.append((site, bind(patch, site.slot.geometry.shape, weight, f"{path}: {site.label}").train()))
     kinds = {site.name: adapter.kind for site, adapter in built}
     bound = [site.name for site, adapter in built if adapter.derived() and not bundle.portable]
     require_same_base(path, "this model", distances, kinds, bound, other_base)
     return built
+
+
+def _with_extras(report: LoadReport, bundle: AdapterFile, beside: PlacedExtras, extras: bool) -> LoadReport:
+    """The report on the adapters and on what trained beside them."""
+    return replace(
+        report,
+        unexpected=report.unexpected + beside.misfit.unexpected,
+        mismatched=report.mismatched + beside.misfit.mismatched,
+        non_finite=report.non_finite + beside.misfit.non_finite,
+        extras=beside.names,
+        left_out=() if extras else tuple(bundle.extras),
+    )
+
+
+def _require_trained_bases(path: object, bundle: AdapterFile, accepted: bool) -> None:
+    """Refuse to leave out weights that the file's own adapters were trained on, unless another base is accepted."""
+    lost = list(dict.fromkeys(under_adapters(bundle).values()))
+    if lost and not accepted:
+        raise WrongBaseError(
+            f"{path}: extras=False leaves out {listed(lost)} that its adapters were trained on. Load them too, or pass "
+            "other_base=True"
+        )
 
 
 def _compare(

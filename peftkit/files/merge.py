@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,12 +26,14 @@ from peftkit.delta import Delta, Dense
 from peftkit.delta.addition import MergedWeight, add_, overflows, refuse_inert, rounded_to
 from peftkit.delta.window import window
 from peftkit.errors import FileError, MergeError, error_context
-from peftkit.files.base import Base
 from peftkit.files.bind import bind
-from peftkit.files.formats import container, disk, strict_json
+from peftkit.files.extras import blend_
+from peftkit.files.folder import copy_rest
+from peftkit.files.formats import container, disk
 from peftkit.files.formats.container import Info
 from peftkit.files.formats.patch import Patch
-from peftkit.files.merge_plan import Adapters, MergePlan, Planned, PlannedVector, plan_merge
+from peftkit.files.merge_plan import Adapters, MergePlan, plan_merge
+from peftkit.files.merge_steps import Planned, PlannedExtra, PlannedVector
 from peftkit.files.place import FLOATS, Span, spans, whole
 from peftkit.files.read import Reading
 from peftkit.geometry import Geometry
@@ -64,6 +65,8 @@ def merge_checkpoint(
     **reading: Unpack[Reading],
 ) -> MergeReport:
     """Write base + Σ strength·ΔW to `out`, a file for a file and a folder for shards or a pipeline.
+
+    A parameter E that trained beside the adapters makes its tensor W + strength·(E − W); at strength 1, E itself.
 
     All or nothing: if anything raises, `out` is what it was before. The same weights come out, bit for bit, as from
     merging in memory.
@@ -142,7 +145,7 @@ def _merge(plan: MergePlan, out: Path, verify: bool, progress: Progress) -> Merg
             if verify:
                 writer.verify(shard, target)
         refuse_inert(writer.weights)
-        _copy_rest(plan.base, folder, writer.sizes)
+        copy_rest(plan.base, folder, writer.sizes)
     return MergeReport(tuple(writer.weights))
 
 
@@ -165,6 +168,10 @@ class _Writer:
         for vector in plan.vectors:
             for span in vector.spans:
                 self.vectors[span.key].append((vector, span))
+        self.extras: defaultdict[str, list[PlannedExtra]] = defaultdict(list)
+        for extra in plan.extras:
+            self.extras[extra.key].append(extra)
+        self.changed = self.claims.keys() | self.vectors.keys() | self.extras.keys()
 
     def shard(self, name: str, file: BinaryIO) -> None:
         """Write one shard: its header, then its tensors in the order they had."""
@@ -176,7 +183,7 @@ class _Writer:
         total = self.plan.base.size
         for key in order:
             info = shard.infos[key]
-            if prefix + key in self.claims or prefix + key in self.vectors or self._entry(info)[0] != info.dtype:
+            if prefix + key in self.changed or self._entry(info)[0] != info.dtype:
                 data = container.raw(self._merged(prefix + key))
                 if self.verifies:
                     self.checksums[prefix + key] = hashlib.sha256(data).hexdigest()
@@ -202,9 +209,10 @@ class _Writer:
 
     def _metadata(self, own: Mapping[str, str], keys: Sequence[str]) -> dict[str, str]:
         kept = {key: value for key, value in own.items() if key not in _STALE}
-        if not any(key in self.claims or key in self.vectors for key in keys):
+        if not self.changed & set(keys):
             return dict(own) if self.plan.dtype is None else kept
-        strengths = [(each.file, each.strength) for each in (*self.plan.patches, *self.plan.vectors)]
+        steps = (*self.plan.patches, *self.plan.vectors, *self.plan.extras)
+        strengths = [(each.file, each.strength) for each in steps]
         files = [[Path(f).name, sorted({s for file, s in strengths if file == f})] for f in self.plan.bundles]
         recipe = json.dumps({"version": __version__, "adapters": files}, ensure_ascii=False)
         return kept | {"peftkit_merge": recipe}
@@ -216,7 +224,7 @@ class _Writer:
         own = weight.dtype
         target = self.plan.dtype if self.plan.dtype is not None and weight.is_floating_point() else own
         layouts = {self._patch(planned).transposed for planned, _ in self.claims[key]}
-        before, changes = weight, bool(self.claims[key] or self.vectors[key])
+        before, changes = weight, key in self.changed
         if target != own or len(layouts) > 1:  # sums are formed in a dtype that holds both, and rounded once
             wide = torch.promote_types(accumulation_dtype(own), accumulation_dtype(target))
             weight = weight.clone() if wide == own and changes else weight.to(wide)
@@ -224,6 +232,9 @@ class _Writer:
             self._add_claims(key, weight)
         elif self.vectors[key]:
             self._add_vectors(key, weight)
+        elif self.extras[key]:
+            values = [(e.file, e.strength, self.plan.bundles[e.file].extras[e.name]) for e in self.extras[key]]
+            self.weights.append(blend_(weight, key, values))
         if target == weight.dtype:
             return weight
         if overflows(weight, target):
@@ -320,24 +331,3 @@ def _squares(result: tuple[float, float, float]) -> np.ndarray:
     """‖ΔW‖², ‖moved‖² and ‖lost‖², which add up over regions."""
     norm, change, lost = result
     return np.array([norm, change, lost * norm]) ** 2
-
-
-def _copy_rest(base: Base, folder: Path, sizes: Mapping[str, int]) -> None:
-    """What else a model's folder holds: configurations, tokenizers, indices. sizes: of the shards' tensors."""
-    indexed = {str(Path(name).parent) for name in base.shards}
-    for name, stamp in base.others.items():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(base.path / name, target)
-        disk.require_stamp(base.path / name, stamp)
-        if name.endswith(".safetensors.index.json") and str(Path(name).parent) in indexed:
-            _rewrite_sizes(target, str(Path(name).parent), sizes)
-
-
-def _rewrite_sizes(path: Path, component: str, sizes: Mapping[str, int]) -> None:
-    """Say in a copied index how large the new shards are, where the index says it of the old ones."""
-    index = strict_json.read_json(path)
-    if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
-        own = {str(Path(component) / name) for name in index["weight_map"].values()}
-        index["metadata"]["total_size"] = sum(sizes[name] for name in own)
-        path.write_text(json.dumps(index, indent=2) + "\n")

@@ -17,15 +17,16 @@ from peftkit.adapters import registry
 from peftkit.delta.distance import relative
 from peftkit.errors import MismatchError, OptionError, error_context, require_choice, require_option
 from peftkit.files.base import Base, open_base
-from peftkit.files.bind import bind, is_of_its_base, misfit
+from peftkit.files.bind import bind, is_of_its_base, misfit, shown
+from peftkit.files.extras import key_in, listed
 from peftkit.files.families.layouts import Placement
 from peftkit.files.fingerprint import require_same_base
 from peftkit.files.formats import container, native
 from peftkit.files.formats.patch import AdapterFile, Patch
+from peftkit.files.merge_steps import Planned, PlannedExtra, PlannedVector
 from peftkit.files.patterns import Strength, Strengths
 from peftkit.files.place import (
     FLOATS,
-    Span,
     require_addable,
     require_same_keys,
     resolver_of,
@@ -47,38 +48,6 @@ if TYPE_CHECKING:
 Adapters = Mapping[str, Strength] | Mapping[Path, Strength] | Mapping[str | Path, Strength]
 
 
-@dataclass(frozen=True)
-class Planned:
-    """One patch and its place in the base. law: "additive" (the same ΔW on any base), "reapply" or "transplant".
-
-    difference: ‖ΔW reapplied − ΔW transplanted‖/‖ΔW transplanted‖ where both bases are at hand; None elsewhere.
-    """
-
-    file: str
-    name: str
-    kind: str
-    parts: tuple[Placement, ...]
-    shape: Shape
-    strength: float
-    law: str
-    difference: float | None = None
-
-    @property
-    def weight(self) -> str:
-        """Where it goes, in one line."""
-        return ", ".join(p.weight + ("" if p.start is None else f"[{p.start}:{p.stop}]") for p in self.parts)
-
-
-@dataclass(frozen=True)
-class PlannedVector:
-    """A change of a bias or a norm, and where its entries go."""
-
-    file: str
-    name: str
-    spans: tuple[Span, ...]
-    strength: float
-
-
 @dataclass(frozen=True, eq=False)
 class MergePlan:
     """What a merge will do. str(plan) is a summary, table() every weight."""
@@ -89,13 +58,13 @@ class MergePlan:
     bundles: Mapping[str, AdapterFile]
     origin: Base | None = None
     dtype: torch.dtype | None = None
+    extras: tuple[PlannedExtra, ...] = ()
 
     @property
     def touched(self) -> tuple[str, ...]:
         """The base's tensors that will change, in the base's order."""
-        keys = {part.weight for p in self.patches for part in p.parts} | {
-            span.key for v in self.vectors for span in v.spans
-        }
+        keys = {part.weight for p in self.patches for part in p.parts} | {extra.key for extra in self.extras}
+        keys |= {span.key for v in self.vectors for span in v.spans}
         return tuple(key for key in self.base.where if key in keys)
 
     @property
@@ -111,12 +80,15 @@ class MergePlan:
         ]
         for file in self.bundles:
             own = [p for p in self.patches if p.file == file]
-            strengths = sorted({p.strength for p in own} | {v.strength for v in self.vectors if v.file == file})
+            beside = [e for e in self.extras if e.file == file]
+            others = {v.strength for v in self.vectors if v.file == file} | {e.strength for e in beside}
+            strengths = sorted({p.strength for p in own} | others)
             shown = ", ".join(f"{s:g}" for s in strengths[:4]) + (", …" if len(strengths) > 4 else "")
             laws = "".join(f"; {law}" for law in sorted({p.law for p in own} - {"additive"}))
             apart = max((p.difference for p in own if p.difference is not None), default=None)
             differ = "" if apart is None else f" (reapplied and transplanted differ by up to {100 * apart:.3g} %)"
-            lines.append(f"{file}: {len(own)} weights at strength {shown}{laws}{differ}")
+            trained = f" and {listed([e.name for e in beside])}" if beside else ""
+            lines.append(f"{file}: {len(own)} weights{trained} at strength {shown}{laws}{differ}")
         return "\n".join(lines)
 
     def table(self, *, every: bool = True) -> Table:
@@ -185,8 +157,10 @@ def plan_merge(
     with error_context(base, *adapters):
         for path, strength in adapters.items():
             planner.add(str(path), bundles[str(path)], strength)
+        planner.find_shared()
         planner.raise_problems()
-    return MergePlan(opened, tuple(planner.patches), tuple(planner.vectors), bundles, own, dtype)
+    extras = tuple(planner.extras)
+    return MergePlan(opened, tuple(planner.patches), tuple(planner.vectors), bundles, own, dtype, extras)
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
@@ -200,6 +174,7 @@ class _Planner:
         self.resolver, self.families = resolver_of(base)
         self.patches: list[Planned] = []
         self.vectors: list[PlannedVector] = []
+        self.extras: list[PlannedExtra] = []
         self.unresolved: list[str] = []
         self.misfits: list[str] = []
         self.bound: set[str] = set()  # patches whose file needs the very base they were trained on
@@ -224,9 +199,11 @@ class _Planner:
                 self._patch(file, name, bundle, parts, factor, distances)
         for key in bundle.vectors:
             self._vector(file, key, bundle, strengths)
+        for name in bundle.extras:
+            self._extra(file, name, bundle, strengths)
         if strengths.unmatched:
             raise OptionError(f"{file}: the strength pattern {strengths.unmatched[0]!r} matches none of its weights")
-        if not targets and not bundle.vectors:
+        if not targets and not bundle.vectors and not bundle.extras:
             self.unresolved.append(f"{file}: there is no adapter in it")
         self._check_base(file, bundle, distances)
 
@@ -307,6 +284,31 @@ class _Planner:
         factor = _required(strengths, (module, key, *map(str, targets)), file)
         if factor:
             self.vectors.append(PlannedVector(file, key, places, factor))
+
+    def _extra(self, file: str, name: str, bundle: AdapterFile, strengths: Strengths) -> None:
+        key, value, where = key_in(self.base, name), bundle.extras[name], f"{file}: {name}"
+        if key is None:
+            self.unresolved.append(f"{where}: the base has no such tensor")
+            return
+        require_addable(self.base, key, where)
+        shape = self.base.info(key).shape
+        if shape != tuple(value.shape) or not value.is_floating_point():
+            self.misfits.append(f"{where}: {shown(value)} in the file, {shape} in the base")
+        elif not torch.isfinite(value.float()).all():
+            self.misfits.append(f"{where}: it is not finite")
+        factor = _required(strengths, (name, name.rpartition(".")[0], key), file)
+        if factor:
+            self.extras.append(PlannedExtra(file, name, key, factor))
+
+    def find_shared(self) -> None:
+        """A tensor that gets a trained value can get nothing else: which of them came first would matter."""
+        changed = {part.weight: p.file for p in self.patches for part in p.parts}
+        changed |= {span.key: v.file for v in self.vectors for span in v.spans}
+        for extra in (e for e in self.extras if e.key in changed):
+            self.misfits.append(
+                f"{extra.file}: {extra.name} replaces {extra.key}, which {changed[extra.key]} changes too: load both "
+                "into a model and merge there"
+            )
 
     def _check_base(self, file: str, bundle: AdapterFile, distances: Mapping[str, float]) -> None:
         kinds = {name: bundle.patches[name].kind for name in distances}

@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
-from peftkit.errors import AmbiguousFileError, FileError, MismatchError, OptionError, error_context, require_choice
+from peftkit.errors import (
+    AmbiguousFileError,
+    FileError,
+    MismatchError,
+    OptionError,
+    error_context,
+    require_choice,
+    require_file,
+)
 from peftkit.files.formats import container, disk, kohya, native, peft
 from peftkit.files.formats.disk import Stamp
 from peftkit.files.formats.kohya import Modules
-from peftkit.files.formats.patch import AdapterFile, Patch, Patches
+from peftkit.files.formats.patch import AdapterFile, OnDemand, Patch
 from peftkit.files.formats.pickles import unpickle
 from peftkit.files.formats.structures import Scale
 from peftkit.files.patterns import Selection
@@ -134,6 +142,7 @@ class _Source:
             file = container.read(path)
             self.size = sum(info.size for info in file.infos.values())
             self.metadata, names, self._tensor = file.metadata, list(file.infos), file.tensor
+        self.names = frozenset(names)
         self.keys = [name for name in names if not ignored.has(name)]
         if not self.keys:
             raise FileError(f"{path} holds no tensors")
@@ -160,7 +169,10 @@ class _Source:
 
 def _native(source: _Source) -> AdapterFile:
     header = native.decode(source.metadata, source.path)
-    owned = native.sorted_by_weight(source.keys, header.records)
+    for name in header.extras:
+        require_file(name in source.names, source.path, f"it is damaged: there is no tensor of the extra {name!r}")
+    extras = dict.fromkeys(name for name in header.extras if name in set(source.keys))
+    owned = native.sorted_by_weight([key for key in source.keys if key not in extras], header.records)
 
     def patch(name: str) -> Patch:
         record = header.records[name]
@@ -178,7 +190,7 @@ def _native(source: _Source) -> AdapterFile:
 
     return AdapterFile(
         "native",
-        Patches(source.path, header.records, patch),
+        OnDemand(source.path, header.records, patch),
         header.name,
         base=header.base,
         portable=header.portable,
@@ -186,6 +198,7 @@ def _native(source: _Source) -> AdapterFile:
         training=header.training,
         metadata=source.metadata,
         size=source.size,
+        extras=OnDemand(source.path, extras, source.__getitem__),
     )
 
 
@@ -198,7 +211,7 @@ def _peft(source: _Source, config: Mapping[str, Any]) -> AdapterFile:
         return peft.patch(module, {role: source.factor(key) for role, key in modules[module].items()}, config, scale)
 
     flipped = bool(config.get("fan_in_fan_out"))
-    patches = Patches(source.path, modules, patch)
+    patches = OnDemand(source.path, modules, patch)
     return AdapterFile("peft", patches, metadata=source.metadata, size=source.size, flipped=flipped)
 
 
@@ -245,7 +258,7 @@ def _foreign(source: _Source, dora_axis: str | None, alpha_zero: str | None) -> 
     dotted = any("." in module for module in modules)
     return AdapterFile(
         "diffusers" if dotted else "kohya",
-        Patches(source.path, matrices, patch),
+        OnDemand(source.path, matrices, patch),
         vectors=vectors,
         metadata=source.metadata,
         size=source.size,

@@ -24,6 +24,8 @@ def rescale(
 ) -> ConvertReport:
     """Write an adapter file again with ΔW times a factor; every other tensor and entry stays as it is.
 
+    Parameters that trained beside the adapters are other tensors: they stay whole.
+
     Args:
         source: the adapter file, or a folder of PEFT.
         factor: one number, or numbers by patterns over modules, of which the first that matches counts; a module that
@@ -89,7 +91,7 @@ def _configuration(path: Path) -> tuple[bytes, Stamp]:
 def _native_keys(path: Path, file: Container) -> dict[str, list[str]]:
     """Weight -> the tensors of a file of this library that its whole ΔW is proportional to."""
     header = native.decode(file.metadata, path)
-    owned = native.sorted_by_weight(file.infos, header.records)
+    owned = native.sorted_by_weight([key for key in file.infos if key not in header.extras], header.records)
     found: dict[str, list[str]] = {}
     for weight, record in header.records.items():
         factors = registry.get(record.kind).scaling_parameters

@@ -36,7 +36,7 @@ _TEXT_ENCODERS = {
 #: a level of CLIP's modules that transformers 5 leaves out
 _LEVEL = "text_model."
 #: what checkpoints put before it
-_WEIGHT_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+WEIGHT_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
 
 
 class Resolver:
@@ -48,7 +48,7 @@ class Resolver:
     def __init__(self, paths: Mapping[str, Placement], places: Callable[[str], Placement | None]) -> None:
         self._dotted: defaultdict[str, dict[str, Placement]] = defaultdict(dict)
         for path, part in paths.items():
-            for prefix in _WEIGHT_PREFIXES:
+            for prefix in WEIGHT_PREFIXES:
                 if path.startswith(prefix):
                     self._dotted[path.removeprefix(prefix)][path] = part
             for spelled in _of_text_encoder(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 
 from peftkit._version import __version__
 from peftkit.adapters.options import require_dtype
-from peftkit.errors import FileError, OptionError
+from peftkit.errors import FileError, LeftOutWarning, OptionError
 from peftkit.files.bind import fill, stored_keys
+from peftkit.files.extras import listed
 from peftkit.files.fingerprint import samples
 from peftkit.files.formats import container, disk, native
 from peftkit.files.formats.native import Header, WeightRecord
+from peftkit.kernels.torch_private import own_parameters
+from peftkit.wrapping.extras import BaseParameter, extras_of, require_unmerged
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.walk import dotted
 
@@ -33,8 +37,13 @@ def save(
     training: Mapping[str, Any] | None = None,
     allow_zero: bool = False,
     overwrite: bool | None = None,
+    extras: bool = True,
 ) -> Path:
     """Write one adapter to a safetensors file that `load` needs nothing else to read.
+
+    What trained is what is saved: parameters of the model that require gradients beside the adapters (a head, norms,
+    biases, new embeddings) go into the file as they are now, each once. Buffers, such as the running statistics of
+    BatchNorm, are no parameters and do not.
 
     The file is written under another name, read back, and moved into place only if it holds what was meant. On failure
     nothing is left behind.
@@ -48,6 +57,7 @@ def save(
         training: JSON-able facts to keep in the header.
         allow_zero: write an adapter of which every ΔW is zero.
         overwrite: False refuses a file that is there, which is replaced by default.
+        extras: False leaves out the parameters that train beside the adapters, with a LeftOutWarning that names them.
 
     Returns:
         The path.
@@ -56,6 +66,7 @@ def save(
         FileError: a path that cannot be written, a tensor that is not finite in the dtype, or every ΔW zero there.
         OptionError: a dtype that adapters are not kept in, or facts that JSON does not hold.
         UnknownAdapterError: no adapter of that name, or several and no name.
+        MergeStateError: an adapter is merged into a weight that trains beside it.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -72,8 +83,10 @@ def save(
     require_dtype(dtype)
     name = one_name(model, name)
     own = {at.site: at for at in installed_adapters(model, [name])}
-    tensors = _tensors(own, name, dtype, portable)
-    metadata = _metadata(own, name, portable, training)
+    beside = _beside(model, path, extras)
+    _require_derivable(path, own, beside, portable)
+    tensors = _tensors(own, beside, name, dtype, portable)
+    metadata = _metadata(own, beside, name, portable, training)
     with disk.atomic(path) as file:
         container.emit(file, tensors, metadata)
         file.flush()
@@ -84,14 +97,55 @@ def save(
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
+def _beside(model: nn.Module, path: Path, extras: bool) -> dict[str, BaseParameter]:
+    """The parameters that train beside the adapters; none, after a warning that names them, where they are left out."""
+    found = extras_of(model)
+    if found and not extras:
+        advice = "load() would give a model without them; leave out extras=False to save them too"
+        warnings.warn(f"{path}: {listed(tuple(found))} left out; {advice}", LeftOutWarning, stacklevel=3)
+        return {}
+    require_unmerged(found.values())
+    for extra in found.values():
+        if extra.tensor.dtype not in container.NAMES:
+            raise FileError(f"{path}: {extra.name} is {extra.tensor.dtype}, which safetensors cannot hold")
+    return found
+
+
+def _on_extras(own: Mapping[str, InstalledAdapter], beside: Mapping[str, BaseParameter]) -> list[str]:
+    """The adapters whose weight trains beside them, by name."""
+    held = {id(extra.tensor) for extra in beside.values()}
+    return [site for site, at in own.items() if id(own_parameters(at.host)[at.slot.parameter]) in held]
+
+
+def _require_derivable(
+    path: Path, own: Mapping[str, InstalledAdapter], beside: Mapping[str, BaseParameter], portable: bool
+) -> None:
+    """Refuse a file without factors of a weight that has trained since they were taken from it."""
+    for site in _on_extras(own, beside):
+        kind, where = own[site].adapter.kind, site or "the model"
+        if own[site].adapter.derived() and not portable:
+            raise FileError(
+                f"{path}: {kind} of {where} is made of the factors of a weight that has trained since, so that they "
+                "cannot be derived from it again: pass portable=True"
+            )
+
+
 def _tensors(
-    own: Mapping[str, InstalledAdapter], name: str, dtype: torch.dtype | None, portable: bool
+    own: Mapping[str, InstalledAdapter],
+    beside: Mapping[str, BaseParameter],
+    name: str,
+    dtype: torch.dtype | None,
+    portable: bool,
 ) -> dict[str, Tensor]:
-    """The adapters' tensors by the keys of the file."""
-    tensors: dict[str, Tensor] = {}
+    """The adapters' tensors by the keys of the file, and the extras'."""
+    tensors = {key: _packed(extra.tensor, dtype) for key, extra in beside.items()}
     for site, at in own.items():
         for key in stored_keys(at.adapter, portable):
             full = dotted(site, key)
+            if full in beside:
+                raise FileError(
+                    f"{full} would be a tensor of {name!r} and a parameter that trains beside it: rename one"
+                )
             if full in tensors:
                 raise FileError(f"two adapters of {name!r} would be saved under the key {full!r}: give them two names")
             tensors[full] = _packed(at.adapter.state_dict()[key], dtype)
@@ -99,9 +153,15 @@ def _tensors(
 
 
 def _metadata(
-    own: Mapping[str, InstalledAdapter], name: str, portable: bool, training: Mapping[str, Any] | None
+    own: Mapping[str, InstalledAdapter],
+    beside: Mapping[str, BaseParameter],
+    name: str,
+    portable: bool,
+    training: Mapping[str, Any] | None,
 ) -> dict[str, str]:
     """What the header says of the adapters and of the weights they were trained on."""
+    held = _on_extras(own, beside)
+    bases = {site: at for site, at in own.items() if site not in held}  # a weight in the file needs no fingerprint
     header = Header(
         name=name,
         records={
@@ -114,10 +174,11 @@ def _metadata(
             )
             for site, at in own.items()
         },
-        base={site: print_ for site, at in own.items() if np.isfinite(print_ := samples(at.base)).all()},
+        base={site: print_ for site, at in bases.items() if np.isfinite(print_ := samples(at.base)).all()},
         portable=portable,
         training=dict(training or {}),
         version=__version__,
+        extras=tuple(beside),
     )
     try:
         return native.encode(header)

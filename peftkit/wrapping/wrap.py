@@ -12,6 +12,7 @@ from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
 from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError, require_choice
 from peftkit.kernels.torch_private import own_parameters
+from peftkit.wrapping.extras import give_back_, require_returnable
 from peftkit.wrapping.layer import (
     Adapted,
     AdapterState,
@@ -246,14 +247,14 @@ def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str
 
 
 def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = False) -> tuple[str, ...]:
-    """Take one adapter, or all, off the model.
+    """Take one adapter, or all, off the model, and give parameters that its file was loaded over their values back.
 
     The last adapter to go leaves the modules as they were before the first wrap, with their gradient flags.
 
     Args:
         model: a wrapped model.
         name: of one adapter; by default all.
-        keep_merged: leave merged weights as they are, which bakes the adapters in, where otherwise it raises.
+        keep_merged: leave merged weights, and what came with the file, as they are, where otherwise it raises.
 
     Returns:
         The names of the modules that the adapters were on.
@@ -275,8 +276,10 @@ def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     affected = {n: host for n, host in adapted_modules(model).items() if set(names) & set(host.adapters)}
     for host_name, host in affected.items():
         _check_removal(host_name or "the model", host, names, keep_merged)
+    require_returnable(model, names, keep=keep_merged)
     if keep_merged and not any(host.adapter_state.merged for host in affected.values()):
         raise MergeStateError("keep_merged=True was given, but nothing is merged: merge(model) first")
+    give_back_(model, names, keep=keep_merged)
     for host in affected.values():
         state = host.adapter_state
         for own in [own for own in names if own in host.adapters]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from peftkit.adapters.options import require_dtype
 from peftkit.delta import LowRank
-from peftkit.errors import ExportError, OptionError, error_context
+from peftkit.errors import ExportError, LossyError, OptionError, error_context
 from peftkit.files.entries import AdapterEntry, items_of_file, items_of_model
 from peftkit.files.export import metadata, programs
 from peftkit.files.export.job import Job, jobs
@@ -28,9 +28,11 @@ from peftkit.files.export.peft_folder import peft_type, write_peft
 from peftkit.files.export.programs import Target
 from peftkit.files.export.proof import Exported, proven
 from peftkit.files.export.tensors import shared_alpha, tensors_of
+from peftkit.files.extras import listed
 from peftkit.files.families.names import Family
 from peftkit.files.formats import container, disk
 from peftkit.files.read import Reading, read
+from peftkit.wrapping.extras import extras_of
 from peftkit.wrapping.listing import Row, listing
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class ExportReport:
     target: str
     path: Path
     weights: tuple[Exported, ...]
+    left_out: tuple[str, ...] = ()  # parameters that trained beside the adapters, left out as extras=False asks
 
     @property
     def exact(self) -> bool:
@@ -55,6 +58,7 @@ class ExportReport:
         grown = sum(w.bytes for w in self.weights) / max(1, sum(w.own for w in self.weights))
         worst = max((w.error for w in self.weights if w.error is not None), default=0.0)
         notes = "".join(f"\n{note}" for note in sorted({w.note for w in self.weights if w.note}))
+        notes += f"\n{listed(self.left_out)} left out, as extras=False asks" if self.left_out else ""
         said = ", ".join(f"{count} {how}" for how, count in counts.items())
         size = f"{grown:.2g} times the adapter's bytes"
         return f"{self.path} for {self.target}: {len(self.weights)} weights: {said}; {size}; error {worst:.2g}{notes}"
@@ -77,6 +81,7 @@ class _Request:
     bake: bool
     title: str
     training: Mapping[str, Any]
+    extras: bool
 
     def __post_init__(self) -> None:
         suffix = self.path.suffix
@@ -101,6 +106,7 @@ def export(
     training: Mapping[str, Any] | None = None,
     other_base: bool = False,
     overwrite: bool | None = None,
+    extras: bool = True,
     **reading: Unpack[Reading],
 ) -> ExportReport:
     """Write the adapters of a wrapped model, or of any adapter file, for another program.
@@ -121,6 +127,7 @@ def export(
         training: entries of the metadata, such as kohya's ss_ and Stability's modelspec entries.
         other_base: accept a base that the file was not trained on.
         overwrite: replace what is at `path`, as `require_output` says; by default a file that is not an input.
+        extras: False leaves out parameters that trained beside the adapters, and the report names them.
         **reading: as in `read`.
 
     Returns:
@@ -128,6 +135,7 @@ def export(
 
     Raises:
         ExportError: the program can hold neither an adapter nor its ΔW, or has no name for a module.
+        LossyError: parameters trained beside the adapters that the program has no place for; see `extras`.
         FileError: a number is not finite, or vanishes, in that dtype.
 
     Example:
@@ -140,22 +148,30 @@ def export(
     goal = programs.get(target)
     require_dtype(dtype)
     path = disk.require_output(path, [source, base], overwrite)
-    request = _Request(path, goal, family, component, dtype, bake, title or path.stem, training or {})
+    request = _Request(path, goal, family, component, dtype, bake, title or path.stem, training or {}, extras)
     if isinstance(source, nn.Module):
-        return _export(list(items_of_model(source, name)), request)
+        return _export(list(items_of_model(source, name)), request, tuple(extras_of(source)))
     with error_context(source):
         apart = goal.transformer_style != "kohya"  # the style that keeps the layers of the original network
-        return _export(list(items_of_file(source, read(source, **reading), base, other_base, apart=apart)), request)
+        bundle = read(source, **reading)
+        return _export(
+            list(items_of_file(source, bundle, base, other_base, apart=apart)), request, tuple(bundle.extras)
+        )
 
 
-def _export(items: Sequence[AdapterEntry], request: _Request) -> ExportReport:
-    """Name and encode every adapter, and write them."""
+def _export(items: Sequence[AdapterEntry], request: _Request, beside: Sequence[str]) -> ExportReport:
+    """Name and encode every adapter, and write them. beside: the parameters that trained beside them."""
     _require_exportable(items)
+    if beside and request.extras:
+        raise LossyError(
+            f"{request.path}: {listed(beside)} trained beside the adapters, and the file for {request.goal.title} has "
+            "no place for them; pass extras=False to leave them out, or save in this library's own format"
+        )
     family = family_of(items, request.family, request.component)
     modules = named_modules(items, request.goal, family, request.component)
     found = _consistent(modules, request.goal, family, request.bake)
     weights = _write_folder(found, request) if request.goal.folder else _write_file(found, request, family)
-    return ExportReport(request.goal.name, request.path, weights)
+    return ExportReport(request.goal.name, request.path, weights, tuple(beside))
 
 
 def _require_exportable(items: Sequence[AdapterEntry]) -> None:

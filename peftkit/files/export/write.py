@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from peftkit._version import __version__
 from peftkit.adapters import registry
 from peftkit.delta import Delta, Dense, LowRank
 from peftkit.delta.as_low_rank import as_low_rank
-from peftkit.errors import FileError, OptionError
+from peftkit.errors import FileError, OptionError, require_file
 from peftkit.files.export import programs
 from peftkit.files.export.encode import Encoding
 from peftkit.files.export.peft_folder import peft_type, write_peft
@@ -55,7 +56,7 @@ def write_deltas(
     named = [(name, shape, delta if delta.structure else Dense(delta.dense())) for name, shape, delta in deltas]
     if like.format == "native":
         base = {name: like.base[name] for name, _, _ in named if name in like.base}
-        return write_native(out, named, base, like.name, dtype, like.training, transposed)
+        return write_native(out, named, base, like.name, dtype, like.training, transposed, like.extras)
     pieces = [ModuleTensors(name, _encoded(delta), shape) for name, shape, delta in named]
     write = _write_peft if like.format == "peft" else _write_file
     return write(like, out, pieces, dtype)
@@ -115,6 +116,7 @@ def write_native(
     dtype: torch.dtype | None,
     training: Mapping[str, Any] | None = None,
     transposed: Collection[str] = (),
+    extras: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> int:
     """Write ΔW by weights' names as this library's own file.
 
@@ -126,6 +128,7 @@ def write_native(
         dtype: of the tensors, None for the one they have.
         training: what the header says of the training.
         transposed: the weights that are transposed convolutions'.
+        extras: parameters that trained beside the adapters, which keep their dtype.
 
     Returns:
         The bytes of the tensors that were written.
@@ -134,7 +137,7 @@ def write_native(
         FileError: if a number is not finite in that dtype.
     """
     require_safetensors(out)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = dict(extras)
     records: dict[str, WeightRecord] = {}
     for weight, shape, delta in deltas:
         kind, (options, own) = delta.structure or "full", delta.as_parameters()
@@ -143,8 +146,18 @@ def write_native(
             cast = tensor.detach().cpu().to(tensor.dtype if dtype is None else dtype).contiguous()
             if not torch.isfinite(cast).all():
                 raise FileError(f"{out}: {weight}.{key} is not finite as {cast.dtype}; nothing was written")
-            tensors[f"{weight}.{key}".lstrip(".")] = cast
-    header = Header(name, records, dict(base), training=dict(training or {}), version=__version__, portable=True)
+            full = f"{weight}.{key}".lstrip(".")
+            require_file(full not in extras, out, f"{full} would be a tensor of the adapter and an extra; not written")
+            tensors[full] = cast
+    header = Header(
+        name,
+        records,
+        dict(base),
+        training=dict(training or {}),
+        version=__version__,
+        portable=True,
+        extras=tuple(extras),
+    )
     container.write(out, tensors, native.encode(header))
     return sum(tensor.nbytes for tensor in tensors.values())
 

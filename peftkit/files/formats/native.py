@@ -11,6 +11,8 @@ entry, "peftkit", a JSON object:
     transposed   [names of the weights that are transposed convolutions'], where there are any
     base         {name: base64 of float32 samples of the base weight}
     training     whatever the user passed to `save`
+    extras       [names of parameters of the model that trained beside the adapters], where there are any; their
+                 tensors are keyed by these names
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ class Header:
     portable: bool = False
     training: dict[str, Any] = field(default_factory=dict)
     version: str = ""
+    extras: tuple[str, ...] = ()  # the parameters of the model whose values are in the file
 
 
 def encode(header: Header) -> dict[str, str]:
@@ -80,6 +83,7 @@ def encode(header: Header) -> dict[str, str]:
         ),
         "base": {k: base64.b64encode(v.astype("<f4").tobytes()).decode() for k, v in header.base.items()},
         "training": header.training,
+        **({"extras": list(header.extras)} if header.extras else {}),
     }
     return {KEY: json.dumps(value, ensure_ascii=False)}
 
@@ -124,7 +128,10 @@ def decode(metadata: Mapping[str, str] | None, path: object) -> Header:
     listed = ", ".join(strangers[:3])
     require_file(not strangers, where, f"it is damaged: it says something of {listed}, which has no adapter in it")
     name, portable, training = take(value, "name", str), take(value, "portable", bool), take(value, "training", dict)
-    return Header(name, records, base, portable, training, take(value, "version", str))
+    extras = take(value, "extras", list) if "extras" in value else []
+    named = all(isinstance(extra, str) for extra in extras) and len(set(map(str, extras))) == len(extras)
+    require_file(named, where, f"it is damaged: extras is {extras!r:.60}, a list of names was expected, each once")
+    return Header(name, records, base, portable, training, take(value, "version", str), tuple(extras))
 
 
 def _shape(described: Any, where: str) -> Shape:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from peftkit.errors import error_context
 from peftkit.geometry import Shape
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,13 @@ class Patch:
         return rank if isinstance(rank, int) else None
 
 
-class Patches(Mapping[str, Patch]):
-    """Patches by name, each read from its file when it is asked for and not kept. path: for the errors."""
+class OnDemand(Mapping[str, T]):
+    """Parts of a file by name, each read when it is asked for and not kept. path: for the errors."""
 
-    def __init__(self, path: Path, names: Iterable[str], read: Callable[[str], Patch]) -> None:
+    def __init__(self, path: Path, names: Iterable[str], read: Callable[[str], T]) -> None:
         self._path, self._names, self._read = path, dict.fromkeys(names), read
 
-    def __getitem__(self, name: str) -> Patch:
+    def __getitem__(self, name: str) -> T:
         if name not in self._names:
             raise KeyError(name)
         with error_context(self._path):
@@ -70,6 +72,7 @@ class AdapterFile:
     "module.bias" or "module.weight". base: fingerprints of the weights it was trained on. portable: whether derived
     tensors are in the file. unclaimed: tensors of a native file that its header does not mention. size: of all tensors,
     in bytes. flipped: whether the layers keep their weight as (in, out), and so do the patches; PEFT's fan_in_fan_out.
+    extras: values of parameters that trained beside the adapters, by their names in the model.
     """
 
     format: str
@@ -83,3 +86,4 @@ class AdapterFile:
     training: Mapping[str, Any] = field(default_factory=dict)
     size: int = 0
     flipped: bool = False
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
