@@ -90,7 +90,9 @@ def convert(
     overwrite: bool | None = None,
     **reading: Unpack[Reading],
 ) -> ConvertReport:
-    """Write the ΔW of an adapter file as another kind, under the same names and in the same format.
+    """Write the ΔW of an adapter file as another kind, under the same names and in the same format, at strength 1.
+
+    Parameters that trained beside the adapters stay in the file as they are.
 
     Args:
         source: the adapter file, or a folder of PEFT.

@@ -41,6 +41,8 @@ def save(
 ) -> Path:
     """Write one adapter to a safetensors file that `load` needs nothing else to read.
 
+    The file holds the adapter at strength 1, whatever λ it has on the model; `load` takes one of its own.
+
     What trained is what is saved: parameters of the model that require gradients beside the adapters (a head, norms,
     biases, new embeddings) go into the file as they are now, each once. Buffers, such as the running statistics of
     BatchNorm, are no parameters and do not.

@@ -102,7 +102,9 @@ def test_the_specification_names_every_key_of_a_header() -> None:
     page = (DOCS / "native_format.md").read_text()
     shape = Shape(4, 6, (3, 3), 2)
     records = {"a": WeightRecord("lora", "c", {}, shape, transposed=True)}
-    header = json.loads(native.encode(native.Header("style", records, {"a": np.zeros(32, "f4")}))[native.KEY])
+    header = json.loads(
+        native.encode(native.Header("style", records, {"a": np.zeros(32, "f4")}, extras=("b",)))[native.KEY]
+    )
     assert list(header) == re.findall(r"^\| `(\w+)` \| ", page, re.MULTILINE)
     (group,) = header["groups"]
     assert "{" + ", ".join(f'"{key}"' for key in group) + "}" in page

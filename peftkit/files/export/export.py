@@ -111,6 +111,7 @@ def export(
 ) -> ExportReport:
     """Write the adapters of a wrapped model, or of any adapter file, for another program.
 
+    The file holds the adapters at strength 1, whatever λ they have on the model: programs have a strength of their own.
     The file is read back and compared with the adapters before it takes its name.
 
     Args:
