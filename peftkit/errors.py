@@ -49,6 +49,18 @@ class LeftOutWarning(UserWarning):
     """Parameters that trained beside the adapters were left out of a file, as extras=False asks."""
 
 
+class LostAdapterError(PeftkitError, RuntimeError):
+    """A layer was replaced after it was adapted, and its adapter is not in the model any more."""
+
+
+class NeverRanWarning(UserWarning):
+    """Adapters that are installed took no part while the rest of the model ran."""
+
+
+class CoverageWarning(UserWarning):
+    """A preset adapts less than half of the weights that it stands for."""
+
+
 class NotAWeightChangeError(PeftkitError, TypeError):
     """The matrix ΔW was asked of an adapter whose change depends on the layer's input."""
 

@@ -30,12 +30,12 @@ from peftkit.files.read import Reading, read
 from peftkit.files.resolve import HINTS, Resolver, common, component_of, families_of
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.extras import replace_, require_unmerged
+from peftkit.wrapping.install import check_install, install
 from peftkit.wrapping.plan import refuse_taken
 from peftkit.wrapping.select import tied_with
 from peftkit.wrapping.sites import Site, sites
 from peftkit.wrapping.strength import require_strength
 from peftkit.wrapping.walk import dotted
-from peftkit.wrapping.wrap import check_install, install
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

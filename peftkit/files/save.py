@@ -23,7 +23,8 @@ from peftkit.files.formats import container, disk, native
 from peftkit.files.formats.native import Header, WeightRecord
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.extras import BaseParameter, extras_of, require_unmerged
-from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
+from peftkit.wrapping.layer import InstalledAdapter, adapted_modules, installed_adapters, one_name
+from peftkit.wrapping.roll import require_none_lost
 from peftkit.wrapping.walk import dotted
 
 
@@ -84,6 +85,7 @@ def save(
     disk.require_output(path, overwrite=overwrite)
     require_dtype(dtype)
     name = one_name(model, name)
+    require_none_lost(model, list(adapted_modules(model)))
     own = {at.site: at for at in installed_adapters(model, [name])}
     beside = _beside(model, path, extras)
     _require_derivable(path, own, beside, portable)

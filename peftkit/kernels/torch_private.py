@@ -120,6 +120,12 @@ def is_outermost_step(optimizer: torch.optim.Optimizer) -> bool:
     return running <= 1
 
 
+def compiled(model: nn.Module) -> set[int]:
+    """Return the ids of modules that run as parts of compiled code, by `module.compile()` or inside torch.compile's."""
+    whole = (m for m in model.modules() if m._compiled_call_impl is not None or "_orig_mod" in own_modules(m))
+    return {id(inside) for module in whole for inside in module.modules()}
+
+
 def set_training(module: nn.Module, mode: bool) -> None:
     """Set `module.training`, of this module alone, without the checks of `nn.Module.__setattr__`."""
     object.__setattr__(module, "training", mode)  # nn.Module's own takes as long as a matrix product of an adapter

@@ -19,9 +19,10 @@ from peftkit.delta.base import WeightCache
 from peftkit.delta.distance import product
 from peftkit.errors import OptionError, UnknownAdapterError, require_integer, require_option
 from peftkit.kernels.blocks import row_sqnorms
+from peftkit.kernels.sharding import local, sharded, whole
 from peftkit.kernels.torch_private import is_outermost_step, own_modules, set_training
 from peftkit.monitor.record import Record
-from peftkit.monitor.sharding import inner_and_sqnorm, local, sharded, whole
+from peftkit.monitor.sharding import inner_and_sqnorm
 from peftkit.monitor.spectrum import spectra
 from peftkit.wrapping.backup import checksum
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, names_of

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from peftkit._version import __version__
 from peftkit.errors import MergeStateError, MismatchError, OptionError, require_integer
+from peftkit.kernels.sharding import local
 from peftkit.monitor.advice import Advice, Criterion
 from peftkit.monitor.cs import CSMonitor
 from peftkit.monitor.fluctuation import MODES, SecondValley
 from peftkit.monitor.logs import RESERVED, Log, Row, log_to
 from peftkit.monitor.random_walk import chance
 from peftkit.monitor.record import Record
-from peftkit.monitor.sharding import local
 from peftkit.monitor.snapshot import Snapshot, snapshot_folder
 from peftkit.wrapping.layer import adapted_modules
 

@@ -1,10 +1,9 @@
-"""Weights divided among processes (DTensor, as FSDP2 makes them). Imports torch's own module only when used."""
+"""<ΔW, W> and the norms of a weight that is divided among processes (DTensor, as FSDP2 makes them)."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeGuard, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -13,26 +12,10 @@ from peftkit.adapters.base import Adapter
 from peftkit.delta import Delta
 from peftkit.delta.base import WeightCache
 from peftkit.kernels.blocks import row_blocks, row_sqnorms
+from peftkit.kernels.sharding import whole
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-
-
-def sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Return whether a tensor is divided among processes."""
-    # Not imported here, which takes half as long as torch: without the import there is no DTensor
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor, on every process."""
-    return tensor.full_tensor() if sharded(tensor) else tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this process holds."""
-    return cast(Tensor, tensor.to_local()) if sharded(tensor) else tensor
 
 
 def inner_and_sqnorm(adapter: Adapter, W: DTensor, cache: WeightCache) -> tuple[Delta, Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from peftkit.delta import Delta, Hadamard, Kron, LowRank
 from peftkit.delta.base import WeightCache
 from peftkit.errors import OptionError, require_integer, require_option
 from peftkit.kernels.blocks import accumulation_dtype, tiles
-from peftkit.monitor.sharding import sharded
+from peftkit.kernels.sharding import sharded
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, names_of
 
 _OVERSAMPLE = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.errors import PeftkitError
+from peftkit.errors import NeverRanWarning, PeftkitError
 from peftkit.kernels.torch_private import own_buffers
 from peftkit.wrapping.layer import installed_adapters, names_of
 
@@ -82,7 +83,8 @@ def check(
     ran: set[int] = set()
     hooks = [a.register_forward_hook(lambda module, *_: ran.add(id(module))) for _, a in watched]
     try:
-        with _left_as_it_is(model):
+        with _left_as_it_is(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore", NeverRanWarning)  # the report says it
             output = _call(model, batch)
             value = _squares(output) if loss is None else loss(output)
             if not value.requires_grad:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.delta import Delta
-from peftkit.errors import MergeStateError, UnknownAdapterError, did_you_mean
+from peftkit.errors import MergeStateError, UnknownAdapterError, UnsupportedLayerError, did_you_mean
 from peftkit.geometry import Geometry
 from peftkit.kernels.torch_private import eager, own_modules, own_parameters
 from peftkit.wrapping.backup import Merged
+from peftkit.wrapping.roll import Roll
 from peftkit.wrapping.routes import changed, choose, dense
 from peftkit.wrapping.sites import Slot
 from peftkit.wrapping.walk import dotted, named_modules
@@ -48,6 +49,10 @@ class AdapterState:
     acting: tuple[str, ...] = ()
     #: their strengths as numbers: cheaper than tensors, but part of the code to torch.compile
     numbers: dict[str, float] = field(default_factory=dict)
+    #: whether the module has run, or its weight was read, since it was adapted
+    ran: bool = False
+    #: the roll of the model that was wrapped, until its first backward
+    roll: Roll | None = None
     #: the route that was chosen for a number of output positions, with and without gradients, in 16 bits or more
     chosen: dict[tuple[int, bool, bool], str] = field(default_factory=dict)
 
@@ -62,8 +67,17 @@ class AdapterState:
         self.acting = tuple(self.numbers)
         self.chosen = {}
 
+    def answer(self, output: Tensor | None = None) -> None:
+        """Note on the roll that the module has run, until the model's first backward."""
+        self.ran = True
+        if self.roll is not None and output is not None:
+            self.roll.watch(output)
+        if self.roll is not None and not self.roll.pending:
+            self.roll = None
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "hidden": {}}  # a copy is not inside anyone's `disabled` block
+        # a copy is not inside anyone's `disabled` block, nor on the roll of the model it was copied from
+        return {**self.__dict__, "hidden": {}, "roll": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -78,7 +92,13 @@ class Adapted(nn.Module):
 
     def weight_of(self, slot: Slot) -> Tensor:
         """The slot's own part of its parameter, merged or not: a view that writes through."""
-        return slot.of(cast(Tensor, own_parameters(self)[slot.parameter]))
+        parameter = own_parameters(self).get(slot.parameter)
+        if parameter is None:
+            raise UnsupportedLayerError(
+                f"an adapted {base_class(self).__name__} has no parameter {slot.parameter!r} any more (weight_norm, "
+                "parametrize or pruning took it): undo that, or call it before wrapping, which then refuses the layer"
+            )
+        return slot.of(parameter)
 
     def base_of(self, slot_name: str) -> Tensor:
         """The slot's weight without what is merged into it, as a matrix (m, n)."""
@@ -108,6 +128,25 @@ class Adapted(nn.Module):
         W = self.base_of(slot_name) if reads_base else self.weight_of(state.slots[slot_name])
         return [adapter(W, strength) for adapter, strength in acting]
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As torch's, without the adapters that are merged: their ΔW is in the weight, and would count twice."""
+        found = super().state_dict(*args, **kwargs)
+        merged = self.adapter_state.merged
+        for name in () if merged is None else merged.names:
+            prefix = f"{kwargs.get('prefix', '')}adapters.{name}."
+            for key in [key for key in found if key.startswith(prefix)]:
+                del found[key]
+        return found
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        merged = self.adapter_state.merged
+        if merged is not None:
+            raise MergeStateError(
+                f"{', '.join(merged.names)} is merged into a weight that load_state_dict would overwrite: "
+                "restore(model) first, or unwrap(model, keep_merged=True)"
+            )
+        super()._load_from_state_dict(*args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = super().__reduce_ex__(max(2, protocol))
         return _new, (base_class(self), self.adapter_state.reads), *state
@@ -129,12 +168,16 @@ class AdaptedLayer(Adapted):
         device = input.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         narrow = compute.itemsize < 4
+        plain = eager() and type(input) is Tensor
         if self._route(deltas, drops, g, input, narrow) == "dense":
             if narrow:
-                return super().forward(input, *args, **kwargs) + dense(input, g, None, None, deltas)
-            return dense(input, g, self.weight_of(state.slots[""]), cast("Tensor | None", self.bias), deltas)
+                out = super().forward(input, *args, **kwargs) + dense(input, g, None, None, deltas)
+            else:
+                out = dense(input, g, self.weight_of(state.slots[""]), cast("Tensor | None", self.bias), deltas)
+            if plain and state.roll is not None:
+                state.answer(out)
+            return out
         # A Linear of tokens is one of rows: what torch makes of it is then a tensor of its own, which can be added to
-        plain = eager() and type(input) is Tensor
         rows = plain and not g.spatial and input.dim() > 2 and input.is_contiguous()
         x = input.flatten(0, -2) if rows else input
         y = super().forward(x, *args, **kwargs)
@@ -147,7 +190,10 @@ class AdaptedLayer(Adapted):
             # a tracer or a transform follows the definition, not what writes in place
             add = type(delta).apply_onto if plain else Delta.apply_onto
             out = add(delta, out, own, y, bias, g)
-        return out.unflatten(0, input.shape[:-1]) if rows else out
+        out = out.unflatten(0, input.shape[:-1]) if rows else out
+        if plain and state.roll is not None:
+            state.answer(out)
+        return out
 
     def _drop(self, name: str) -> float:
         adapter = self.adapter(name, "")
@@ -185,8 +231,11 @@ class AdaptedParameters(Adapted):
         """The parameter with every acting adapter's ΔW, in the parameter's dtype and shape."""
         parameter = cast(Tensor, own_parameters(self)[parameter_name])
         slots = {n: s for n, s in self.adapter_state.slots.items() if s.parameter == parameter_name}
-        if not self.adapter_state.acting:
+        state = self.adapter_state
+        if not state.acting:
             return parameter
+        if state.roll is not None and eager():
+            state.answer()
         parts = []
         for slot_name, slot in slots.items():
             weight, deltas = slot.of(parameter), self.deltas(slot_name)

@@ -6,7 +6,7 @@ The merged weight is W + Σ λᵢ·ΔWᵢ(W), summed in at least fp32 and rounde
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from peftkit.delta import Delta
 from peftkit.delta.addition import MergedWeight, add_, refuse_inert, refuse_overflow
-from peftkit.errors import MergeError, MergeStateError, OptionError, require_choice
+from peftkit.errors import MergeError, MergeStateError, OptionError, TiedWeightsError, require_choice
 from peftkit.geometry import Geometry
 from peftkit.wrapping.backup import BACKUPS, Backup, Copy, Merged, checksum
 from peftkit.wrapping.layer import Adapted, adapted_modules, names_of
 from peftkit.wrapping.listing import Row, listing
+from peftkit.wrapping.roll import require_none_lost, roll_of, warn_never_ran
+from peftkit.wrapping.select import tied_with
+from peftkit.wrapping.sites import sites
 from peftkit.wrapping.walk import dotted
 from peftkit.wrapping.wrap import unwrap
 
@@ -177,9 +180,25 @@ def _affected(model: nn.Module, names: str | Sequence[str] | None) -> _Affected:
         names_of(model, name)
     own = {at: tuple(n for n in host.adapters if n in wanted) for at, host in adapted_modules(model).items()}
     affected = {at: (host, own[at]) for at, host in adapted_modules(model).items() if own[at]}
+    require_none_lost(model, list(own))
     for host_name, (host, merging) in affected.items():
         _check_state(host_name or "the model", host, merging)
+    _refuse_shared(model, affected)
+    roll = roll_of(model)
+    absent = set() if roll is None else set(roll.absent())
+    warn_never_ran([at for at in affected if (at or "the model") in absent], "are merged, and never ran")
     return affected
+
+
+def _refuse_shared(model: nn.Module, affected: Collection[str]) -> None:
+    """Raise for a weight that came to be shared after it was adapted: a merge would change its other module too."""
+    shared = tied_with(model, [site for site in sites(model).values() if site.module_name in affected])
+    if shared:
+        site, other = next(iter(shared.items()))
+        raise TiedWeightsError(
+            f"{site} shares its weight with {other} since it was adapted (tie_weights ties them again): a merge would "
+            "change both. Give the layer a weight of its own, or merge before the weights are tied"
+        )
 
 
 def _check_state(where: str, host: Adapted, own: tuple[str, ...]) -> None:

@@ -24,13 +24,14 @@ from peftkit.errors import (
     TiedWeightsError,
     UnsupportedLayerError,
     require_choice,
+    require_option,
 )
 from peftkit.kernels.blocks import accumulation_dtype
 from peftkit.kernels.torch_private import own_modules
 from peftkit.wrapping.foreign import refuse_foreign
 from peftkit.wrapping.routes import choose
 from peftkit.wrapping.select import Selector, listed, patterns, reasons, tied_with
-from peftkit.wrapping.sites import Site
+from peftkit.wrapping.sites import Site, as_read
 
 
 class Rule:
@@ -40,6 +41,9 @@ class Rule:
         targets: one pattern or several, as in `wrap`.
         kind: the adapter, as in `wrap`.
         exclude: patterns of layers that this rule leaves alone.
+        read: True adapts the weight where other code reads it, `F.linear(h, layer.weight)`, and not the layer's call:
+            for layers whose weight goes into a fused loss or kernel (lm_head under Liger, Mamba's conv1d and dt_proj).
+            By default a layer is adapted where it is called, unless torch or the layer's class reads its weight.
         **options: the adapter's own options.
 
     Raises:
@@ -55,18 +59,26 @@ class Rule:
     """
 
     def __init__(
-        self, targets: str | Sequence[str], kind: str, *, exclude: str | Sequence[str] = (), **options: Any
+        self,
+        targets: str | Sequence[str],
+        kind: str,
+        *,
+        exclude: str | Sequence[str] = (),
+        read: bool = False,
+        **options: Any,
     ) -> None:
         self.targets = patterns(targets)
         if not self.targets:
             raise TargetError("targets is empty: name at least one layer, class or preset")
         self.exclude = patterns(exclude)
         self.kind = registry.get(kind).kind
+        require_option(isinstance(read, bool), "read", read, "True or False")
         refuse_foreign(self.kind, options)
-        self.options = options
+        self.read, self.options = read, options
 
     def __repr__(self) -> str:
-        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        given = {"read": True, **self.options} if self.read else self.options
+        options = "".join(f", {name}={value!r}" for name, value in given.items())
         return f"Rule({', '.join(self.targets)!r}, {self.kind!r}{options})"
 
 
@@ -200,7 +212,10 @@ def plan(
     elif tied is None:
         _refuse_shared(shared)
     dry = _DryRun(dtype)
-    entries = tuple(dry.entry(selector.sites[site], rule, pattern) for site, (rule, pattern) in chosen.items())
+    entries = tuple(
+        dry.entry(as_read(selector.sites[site]) if rule.read else selector.sites[site], rule, pattern)
+        for site, (rule, pattern) in chosen.items()
+    )
     refuse_taken([entry.site for entry in entries], name)
     return Plan(entries, tuple(skipped.items()), frozenset(shared) if tied == "untie" else frozenset())
 

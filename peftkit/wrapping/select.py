@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from peftkit.errors import TargetError, UnsupportedLayerError, did_you_mean
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.layer import Adapted, base_class
 from peftkit.wrapping.sites import Site, sites, why_not
+from peftkit.wrapping.support import is_layer
 from peftkit.wrapping.walk import dotted, named_modules
 
 # A block of a U-Net that is named for the attention in it, UNetMidBlock2DCrossAttn, holds resnets too
@@ -156,8 +158,9 @@ def _below(name: str, holder: str) -> bool:
 
 
 def _holds_matrices(module: nn.Module) -> bool:
-    """Whether the module has a parameter of two or more dimensions."""
-    return any(p is not None and p.dim() > 1 for p in own_parameters(module).values())
+    """Whether the module is a layer, or has a parameter of two or more dimensions."""
+    own = [p for p in own_parameters(module).values() if p is not None]
+    return is_layer(module) or any(not is_lazy(p) and p.dim() > 1 for p in own)
 
 
 def class_names(module: nn.Module) -> list[str]:
@@ -200,7 +203,7 @@ def tied_with(model: nn.Module, targeted: Sequence[Site]) -> dict[str, str]:
 
 def _memory(parameter: torch.Tensor) -> Any:
     """What two parameters have in common if one is written through the other."""
-    if parameter.is_meta or parameter.numel() == 0:
+    if parameter.is_meta or is_lazy(parameter) or parameter.numel() == 0:
         return id(parameter)
     try:
         return parameter.untyped_storage().data_ptr(), parameter.storage_offset()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from peftkit import geometry
+from peftkit.errors import UnsupportedLayerError
 from peftkit.geometry import Geometry
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.support import calls_its_weight, is_layer, refusal, supported
@@ -70,6 +71,16 @@ def sites(model: nn.Module) -> dict[str, Site]:
                 by_other = id(module) in read or bool(slot_name) or not calls_its_weight(module)
             found[full] = Site(full, name, module, slot_name, slot, by_other)
     return found
+
+
+def as_read(site: Site) -> Site:
+    """Return the site as one whose weight is read; raises where the layer was adapted before as one that is called."""
+    state = site.module.__dict__.get("adapter_state")
+    if state is not None and not state.reads:
+        raise UnsupportedLayerError(
+            f"{site.label} has an adapter that acts where the layer is called, and read=True was given: unwrap it first"
+        )
+    return replace(site, read=True)
 
 
 def slots(module: nn.Module) -> dict[str, Slot]:

@@ -31,7 +31,7 @@ def refusal(module: nn.Module) -> str | None:
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         return f"its weight is {weight.dtype}: a quantised or complex base has no ΔW to add to"
     if weight.numel() == 0:
-        return "its weight is empty"
+        return "its weight is empty (DeepSpeed's ZeRO-3 leaves it so: wrap inside deepspeed.zero.GatheredParameters)"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance (by an offloading hook or a patch), which would bypass ΔW"
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
-from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError, require_choice
+from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.extras import give_back_, require_returnable
+from peftkit.wrapping.install import TRAINABLE, check_install, install
 from peftkit.wrapping.layer import (
     Adapted,
-    AdapterState,
     adapted_class,
     adapted_modules,
     base_class,
@@ -24,13 +24,8 @@ from peftkit.wrapping.layer import (
     one_name,
 )
 from peftkit.wrapping.plan import Plan, Rule, plan
-from peftkit.wrapping.routes import ROUTES
-from peftkit.wrapping.sites import Site, slots
-from peftkit.wrapping.strength import require_strength
-from peftkit.wrapping.walk import dotted, named_modules, unwrapped
-
-# The parameters that required gradients before the first wrap, kept on the model until its last unwrap
-_TRAINABLE = "_peftkit_trainable"
+from peftkit.wrapping.sites import Site
+from peftkit.wrapping.walk import dotted, named_modules
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
@@ -172,80 +167,6 @@ def wrap(
     return planned
 
 
-def install(
-    model: nn.Module,
-    built: Sequence[tuple[Site, Adapter]],
-    name: str,
-    *,
-    strength: float = 1.0,
-    route: str = "auto",
-    untie: Collection[str] = (),
-) -> None:
-    """Put adapters that are built and checked on their sites, and freeze the model if it has none yet.
-
-    Args:
-        model: the model of the sites.
-        built: sites with their adapters.
-        name: of the adapters.
-        strength: λ.
-        route: as in `wrap`.
-        untie: names of sites whose shared parameter is replaced by a copy.
-    """
-    check_install([site for site, _ in built], strength, route)
-    dropping = [site.name for site, adapter in built if route == "dense" and adapter.input_dropout]
-    if dropping:
-        raise OptionError(f"{dropping[0]}: dropout acts on the factored route only, and route='dense' was given")
-    root = unwrapped(model)
-    if _TRAINABLE not in root.__dict__:
-        nested = [p for _, module in named_modules(root) for p in module.__dict__.pop(_TRAINABLE, ())]
-        own = {id(p) for host in adapted_modules(model).values() for p in host.adapters.parameters()}
-        trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-        root.__dict__[_TRAINABLE] = [*nested, *trainable]
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-    for site, adapter in built:
-        _attach(site, adapter, name, strength, route, site.name in untie)
-
-
-def check_install(sites: Sequence[Site], strength: float, route: str) -> None:
-    """Raise unless adapters can be installed on these sites now, at this strength and by this route."""
-    require_strength(strength)
-    require_choice("route", route, ROUTES)
-    if torch.is_inference_mode_enabled():
-        raise OptionError("adapters made inside torch.inference_mode() cannot train: wrap or load outside it")
-    for site in sites:
-        if isinstance(site.module, Adapted) and site.module.adapter_state.merged is not None:
-            raise MergeStateError(f"{site.label} has merged adapters in its weight: restore before adding one")
-
-
-def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str, untie: bool) -> None:
-    module = site.module
-    if not isinstance(module, Adapted):
-        own = slots(module)
-        reads = tuple(dict.fromkeys(slot.parameter for slot in own.values())) if site.read else ()
-        base = type(module)
-        module.__class__ = adapted_class(base, reads)
-        assert isinstance(module, Adapted)
-        module.adapters = nn.ModuleDict()
-        module.adapter_state = AdapterState(own, reads)
-    host = module
-    state = host.adapter_state
-    state.route = route
-    if untie and site.slot.parameter not in state.tied:
-        shared = cast(nn.Parameter, own_parameters(host)[site.slot.parameter])
-        state.tied[site.slot.parameter] = shared
-        own_parameters(host)[site.slot.parameter] = nn.Parameter(shared.detach().clone(), requires_grad=False)
-    adapter.train(host.training)
-    if site.slot_name:
-        if name not in host.adapters:
-            host.adapters[name] = nn.ModuleDict()
-        cast(nn.ModuleDict, host.adapters[name])[site.slot_name] = adapter
-    else:
-        host.adapters[name] = adapter
-    state.strengths[name] = torch.tensor(float(strength), dtype=torch.float64)
-    state.refresh()
-
-
 def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = False) -> tuple[str, ...]:
     """Take one adapter, or all, off the model, and give parameters that its file was loaded over their values back.
 
@@ -293,7 +214,7 @@ def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
             _detach(host, baked)
     if not adapted_modules(model):
         for _, module in named_modules(model):
-            for parameter in module.__dict__.pop(_TRAINABLE, ()):
+            for parameter in module.__dict__.pop(TRAINABLE, ()):
                 parameter.requires_grad_(True)
     return tuple(affected)
 

@@ -1,0 +1,28 @@
+"""Tensors divided among processes (DTensor, as FSDP2 makes them). Imports torch's own module only when used."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, TypeGuard, cast
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Return whether a tensor is divided among processes."""
+    # Not imported here, which takes half as long as torch: without the import there is no DTensor
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, on every process."""
+    return tensor.full_tensor() if sharded(tensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds."""
+    return cast(Tensor, tensor.to_local()) if sharded(tensor) else tensor

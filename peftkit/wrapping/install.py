@@ -1,0 +1,103 @@
+"""Put adapters that are built on their sites: the module becomes an adapted one, the model is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import cast
+
+import torch
+from torch import nn
+
+from peftkit.adapters.base import Adapter
+from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError, require_choice
+from peftkit.kernels.sharding import sharded
+from peftkit.kernels.torch_private import own_parameters
+from peftkit.wrapping.layer import Adapted, AdapterState, adapted_class, adapted_modules
+from peftkit.wrapping.roll import enrol
+from peftkit.wrapping.routes import ROUTES
+from peftkit.wrapping.sites import Site, slots
+from peftkit.wrapping.strength import require_strength
+from peftkit.wrapping.walk import named_modules, unwrapped
+
+#: where the parameters that required gradients before the first wrap are kept on the model, until its last unwrap
+TRAINABLE = "_peftkit_trainable"
+
+
+def install(
+    model: nn.Module,
+    built: Sequence[tuple[Site, Adapter]],
+    name: str,
+    *,
+    strength: float = 1.0,
+    route: str = "auto",
+    untie: Collection[str] = (),
+) -> None:
+    """Put adapters that are built and checked on their sites, and freeze the model if it has none yet.
+
+    Args:
+        model: the model of the sites.
+        built: sites with their adapters.
+        name: of the adapters.
+        strength: λ.
+        route: as in `wrap`.
+        untie: names of sites whose shared parameter is replaced by a copy.
+    """
+    check_install([site for site, _ in built], strength, route)
+    dropping = [site.name for site, adapter in built if route == "dense" and adapter.input_dropout]
+    if dropping:
+        raise OptionError(f"{dropping[0]}: dropout acts on the factored route only, and route='dense' was given")
+    root = unwrapped(model)
+    if TRAINABLE not in root.__dict__:
+        nested = [p for _, module in named_modules(root) for p in module.__dict__.pop(TRAINABLE, ())]
+        own = {id(p) for host in adapted_modules(model).values() for p in host.adapters.parameters()}
+        trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+        root.__dict__[TRAINABLE] = [*nested, *trainable]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+    for site, adapter in built:
+        _attach(site, adapter, name, strength, route, site.name in untie)
+    enrol(root, {site.module_name: cast(Adapted, site.module) for site, _ in built})
+
+
+def check_install(sites: Sequence[Site], strength: float, route: str) -> None:
+    """Raise unless adapters can be installed on these sites now, at this strength and by this route."""
+    require_strength(strength)
+    require_choice("route", route, ROUTES)
+    if torch.is_inference_mode_enabled():
+        raise OptionError("adapters made inside torch.inference_mode() cannot train: wrap or load outside it")
+    for site in sites:
+        if sharded(site.parameter):
+            raise UnsupportedLayerError(
+                f"{site.label}: its weight is divided among processes (a DTensor, as fully_shard makes it), and its "
+                "adapter would not be: wrap or load first, then shard"
+            )
+        if isinstance(site.module, Adapted) and site.module.adapter_state.merged is not None:
+            raise MergeStateError(f"{site.label} has merged adapters in its weight: restore before adding one")
+
+
+def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str, untie: bool) -> None:
+    module = site.module
+    if not isinstance(module, Adapted):
+        own = slots(module)
+        reads = tuple(dict.fromkeys(slot.parameter for slot in own.values())) if site.read else ()
+        base = type(module)
+        module.__class__ = adapted_class(base, reads)
+        assert isinstance(module, Adapted)
+        module.adapters = nn.ModuleDict()
+        module.adapter_state = AdapterState(own, reads)
+    host = module
+    state = host.adapter_state
+    state.route = route
+    if untie and site.slot.parameter not in state.tied:
+        shared = cast(nn.Parameter, own_parameters(host)[site.slot.parameter])
+        state.tied[site.slot.parameter] = shared
+        own_parameters(host)[site.slot.parameter] = nn.Parameter(shared.detach().clone(), requires_grad=False)
+    adapter.train(host.training)
+    if site.slot_name:
+        if name not in host.adapters:
+            host.adapters[name] = nn.ModuleDict()
+        cast(nn.ModuleDict, host.adapters[name])[site.slot_name] = adapter
+    else:
+        host.adapters[name] = adapter
+    state.strengths[name] = torch.tensor(float(strength), dtype=torch.float64)
+    state.refresh()

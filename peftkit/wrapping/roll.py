@@ -1,0 +1,105 @@
+"""Remember which layers of a model were adapted, to tell those that lost their adapter and those that never ran."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from peftkit.errors import LostAdapterError, NeverRanWarning
+from peftkit.kernels.torch_private import compiled
+from peftkit.wrapping.walk import unwrapped
+
+if TYPE_CHECKING:
+    from peftkit.wrapping.layer import Adapted
+
+_ROLLS: weakref.WeakKeyDictionary[nn.Module, Roll] = weakref.WeakKeyDictionary()
+
+
+class Roll:
+    """The adapted modules of one model by name, and whether its first backward has come yet.
+
+    References are weak: a layer that other code replaces is gone, and its adapter with it. A copied or pickled model
+    starts a roll of its own at its next wrap. What runs compiled is not seen to run, and not missed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+        self.hosts: dict[str, weakref.ref[Adapted]] = {}
+        self.pending = True
+
+    def absent(self) -> list[str]:
+        """Return the names of modules whose acting adapters have not run since they were put there, if others have."""
+        model = self.model()
+        hosts = {name: host for name, ref in self.hosts.items() if (host := ref()) is not None and is_adapted(host)}
+        if model is None or not any(host.adapter_state.ran for host in hosts.values()):
+            return []
+        unseen = compiled(model)
+        waiting = {name: host.adapter_state for name, host in hosts.items() if id(host) not in unseen}
+        return [name or "the model" for name, state in waiting.items() if state.acting and not state.ran]
+
+    def watch(self, output: Tensor) -> None:
+        """Call the roll when the first gradient arrives at an output: by then the whole forward has run."""
+        if output.requires_grad:
+            output.register_hook(self._first_backward)
+
+    def _first_backward(self, gradient: Tensor) -> None:
+        del gradient
+        if self.pending:
+            self.pending = False
+            warn_never_ran(self.absent(), "got no gradient in the model's first training step")
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Return whether a module carries adapters now."""
+    return "adapter_state" in module.__dict__
+
+
+def roll_of(model: nn.Module) -> Roll | None:
+    """Return the roll of a model that was wrapped; None of any other, and of a copy."""
+    return _ROLLS.get(unwrapped(model))
+
+
+def enrol(model: nn.Module, hosts: Mapping[str, Adapted]) -> None:
+    """Put the adapted modules of a model on its roll."""
+    roll = _ROLLS.setdefault(model, Roll(model))
+    roll.pending = True
+    for name, host in hosts.items():
+        roll.hosts[name] = weakref.ref(host)
+        host.adapter_state.roll = roll
+
+
+def require_none_lost(model: nn.Module, present: Sequence[str]) -> None:
+    """Raise LostAdapterError if a module that was adapted is no longer part of the model.
+
+    Args:
+        model: the model that was wrapped.
+        present: the names of the modules that are adapted now.
+    """
+    roll = roll_of(model)
+    enrolled = {} if roll is None else {n: r for n, r in roll.hosts.items() if n not in present}
+    # one that was unwrapped as part of something smaller is still there, and carries nothing
+    lost = [name for name, ref in enrolled.items() if (host := ref()) is None or is_adapted(host)]
+    if lost:
+        raise LostAdapterError(
+            f"{lost[0] or 'the model'} was adapted and is now another layer without an adapter"
+            f"{f', and {len(lost) - 1} more' if len(lost) > 1 else ''}: it was replaced since "
+            "(resize_token_embeddings, fuse_qkv_projections, quantisation, …), and what its adapter learned is not in "
+            "this model any more. Put the layer back, or wrap the new one under the same name= to go on without it"
+        )
+
+
+def warn_never_ran(names: Sequence[str], what: str) -> None:
+    """Warn of adapters whose weight is never used through them."""
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"the adapters of {', '.join(names[:3])}{more} {what}, while others ran: the model reads their weight "
+            "without calling the layer, or does not use it. Adapt a weight that is read with "
+            "Rule(targets, kind, read=True), or leave it out with exclude=",
+            NeverRanWarning,
+            stacklevel=3,
+        )
