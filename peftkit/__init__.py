@@ -99,8 +99,8 @@ if TYPE_CHECKING:
     from peftkit.wrapping.merge import merge as merge
     from peftkit.wrapping.merge import restore as restore
     from peftkit.wrapping.plan import Plan as Plan
-    from peftkit.wrapping.plan import Rule as Rule
     from peftkit.wrapping.plan import plan as plan
+    from peftkit.wrapping.rule import Rule as Rule
     from peftkit.wrapping.strength import disabled as disabled
     from peftkit.wrapping.strength import enabled as enabled
     from peftkit.wrapping.strength import set_strength as set_strength

@@ -24,62 +24,14 @@ from peftkit.errors import (
     TiedWeightsError,
     UnsupportedLayerError,
     require_choice,
-    require_option,
 )
 from peftkit.kernels.blocks import accumulation_dtype
 from peftkit.kernels.torch_private import own_modules
-from peftkit.wrapping.foreign import refuse_foreign
+from peftkit.wrapping.coverage import Covered, coverage, described, warn_of_little
 from peftkit.wrapping.routes import choose
-from peftkit.wrapping.select import Selector, listed, patterns, reasons, tied_with
+from peftkit.wrapping.rule import Rule
+from peftkit.wrapping.select import Selector, listed, reasons, tied_with
 from peftkit.wrapping.sites import Site, as_read
-
-
-class Rule:
-    """Pair target patterns with an adapter; `wrap` and `plan` take a list of rules, and the first that matches wins.
-
-    Args:
-        targets: one pattern or several, as in `wrap`.
-        kind: the adapter, as in `wrap`.
-        exclude: patterns of layers that this rule leaves alone.
-        read: True adapts the weight where other code reads it, `F.linear(h, layer.weight)`, and not the layer's call:
-            for layers whose weight goes into a fused loss or kernel (lm_head under Liger, Mamba's conv1d and dt_proj).
-            By default a layer is adapted where it is called, unless torch or the layer's class reads its weight.
-        **options: the adapter's own options.
-
-    Raises:
-        TargetError: targets is empty, or no strings.
-        UnknownAdapterError: no adapter is called `kind`.
-        OptionError: an option is another library's; the message names this one's.
-
-    Example:
-        >>> model = nn.TransformerEncoderLayer(16, 2, 32)
-        >>> plan = pk.wrap(model, rules=[pk.Rule("*.out_proj", "loha", rank=4), pk.Rule("Linear", "lora", rank=8)])
-        >>> [(entry.site.name, entry.kind) for entry in plan.entries]
-        [('self_attn.out_proj', 'loha'), ('linear1', 'lora'), ('linear2', 'lora')]
-    """
-
-    def __init__(
-        self,
-        targets: str | Sequence[str],
-        kind: str,
-        *,
-        exclude: str | Sequence[str] = (),
-        read: bool = False,
-        **options: Any,
-    ) -> None:
-        self.targets = patterns(targets)
-        if not self.targets:
-            raise TargetError("targets is empty: name at least one layer, class or preset")
-        self.exclude = patterns(exclude)
-        self.kind = registry.get(kind).kind
-        require_option(isinstance(read, bool), "read", read, "True or False")
-        refuse_foreign(self.kind, options)
-        self.read, self.options = read, options
-
-    def __repr__(self) -> str:
-        given = {"read": True, **self.options} if self.read else self.options
-        options = "".join(f", {name}={value!r}" for name, value in given.items())
-        return f"Rule({', '.join(self.targets)!r}, {self.kind!r}{options})"
 
 
 @dataclass(frozen=True)
@@ -115,6 +67,7 @@ class Plan:
         entries: the weights that get an adapter, in the order of the rules and of the model.
         skipped: (name, reason) of what a glob, an expression or a preset matches and does not adapt.
         untie: names of weights that get a copy of their own, with tied="untie".
+        coverage: by type of layer, how many numbers its weights hold, and in how many of them that get an adapter.
 
     Example:
         >>> plan = pk.plan(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), "lora", targets="*", rank=2)
@@ -127,6 +80,7 @@ class Plan:
     entries: tuple[Entry, ...]
     skipped: tuple[tuple[str, str], ...] = field(default=())
     untie: frozenset[str] = frozenset()
+    coverage: Mapping[str, Covered] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -151,6 +105,7 @@ class Plan:
         out = io.StringIO()
         console = Console(file=out, width=110)
         console.print(table)
+        console.print(described(self.coverage), markup=False, highlight=False)
         for line in reasons(dict(self.skipped)):
             console.print(f"skipped {line}", markup=False, highlight=False)
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip()
@@ -217,7 +172,8 @@ def plan(
         for site, (rule, pattern) in chosen.items()
     )
     refuse_taken([entry.site for entry in entries], name)
-    return Plan(entries, tuple(skipped.items()), frozenset(shared) if tied == "untie" else frozenset())
+    shares = coverage(selector.distinct(), [entry.site for entry in entries])
+    return Plan(entries, tuple(skipped.items()), frozenset(shared) if tied == "untie" else frozenset(), shares)
 
 
 #: site -> the rule and the pattern that selected it
@@ -251,6 +207,8 @@ def _choose(selector: Selector, rules: Sequence[Rule]) -> tuple[_Choice, dict[st
         excluded = {site for pattern in rule.exclude for site in selector.find(pattern).sites}
         for pattern in rule.targets:
             matched = selector.find(pattern)
+            if selector.is_preset(pattern):
+                warn_of_little(pattern, *selector.promised(matched))
             found = [site for site in matched.sites if site not in excluded]
             fresh = [site for site in found if site not in chosen]
             if not fresh:

@@ -78,8 +78,25 @@ class Selector:
             )
         raise TargetError(f"target {pattern!r} matches no layer of the model.{self._hint(pattern)}")
 
+    def distinct(self) -> list[nn.Module]:
+        """Return the model's modules, each once."""
+        return [module for name, module in self.modules.items() if self.canonical[name] == name]
+
+    def is_preset(self, pattern: str) -> bool:
+        """Return whether a pattern is a preset's name, and no module's."""
+        return pattern in PRESETS and pattern not in self.modules
+
+    def promised(self, matched: Selection) -> tuple[list[Site], dict[str, tuple[nn.Module, str]]]:
+        """Return the sites of a preset, and what it would take too if it could: no embeddings, and no output head."""
+        refused = {
+            name: (self.modules[name], reason)
+            for name, reason in matched.refused.items()
+            if reason != _HEAD and not isinstance(self.modules[name], (nn.Embedding, nn.EmbeddingBag))
+        }
+        return [self.sites[site] for site in matched.sites], refused
+
     def _match(self, pattern: str) -> tuple[set[str], dict[str, str]]:
-        if pattern in PRESETS and pattern not in self.modules:
+        if self.is_preset(pattern):
             return self._by_preset(re.compile(PRESETS[pattern]))
         if pattern.startswith("re:"):
             return self._by_name(regular_expression(pattern[3:]))

@@ -23,7 +23,8 @@ from peftkit.wrapping.layer import (
     names_of,
     one_name,
 )
-from peftkit.wrapping.plan import Plan, Rule, plan
+from peftkit.wrapping.plan import Plan, plan
+from peftkit.wrapping.rule import Rule
 from peftkit.wrapping.sites import Site
 from peftkit.wrapping.walk import dotted, named_modules
 

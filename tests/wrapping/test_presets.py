@@ -19,9 +19,13 @@ with torch.device("meta"):
     torch.empty(0)  # torch remembers its constructors at the first use: here, before a fixture wraps torch.empty
 
 import peftkit as pk
-from peftkit.errors import TargetError, TiedWeightsError, UnsupportedLayerError
+from peftkit.errors import CoverageWarning, TargetError, TiedWeightsError, UnsupportedLayerError
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore:.*of the weights it stands for:peftkit.errors.CoverageWarning",  # of Mixtral's experts
+)
 
 #: module names, a star for every number and {a,b} for either -> how many modules have each
 Names = Mapping[str, int]
@@ -298,8 +302,10 @@ def test_a_head_that_shares_the_embedding_needs_a_policy_only_where_it_is_named(
 
 
 def test_experts_in_one_parameter_are_listed_as_skipped() -> None:
-    plan = pk.plan(model_of("Mixtral"), "lora", targets="attn-mlp", rank=1)
+    with pytest.warns(CoverageWarning, match="adapts 20 % .* MixtralExperts"):
+        plan = pk.plan(model_of("Mixtral"), "lora", targets="attn-mlp", rank=1)
     assert "model.layers.0.mlp.experts" in dict(plan.skipped)
+    assert plan.coverage["MixtralExperts"].adapted == 0
 
 
 def test_a_preset_that_selects_nothing_says_why() -> None:
