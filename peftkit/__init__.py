@@ -41,6 +41,7 @@ __all__ = [
     "inspect",
     "kernels",
     "kinds",
+    "limit_norms_",
     "load",
     "merge",
     "merge_checkpoint",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from peftkit.files.rescale import rescale as rescale
     from peftkit.files.save import save as save
     from peftkit.training.groups import parameter_groups as parameter_groups
+    from peftkit.training.limit_norms import limit_norms_ as limit_norms_
     from peftkit.wrapping.check import CheckReport as CheckReport
     from peftkit.wrapping.check import check as check
     from peftkit.wrapping.merge import MergeReport as MergeReport
@@ -150,6 +152,7 @@ _PUBLIC = {
     "peftkit.files.rescale": ("rescale",),
     "peftkit.files.save": ("save",),
     "peftkit.training.groups": ("parameter_groups",),
+    "peftkit.training.limit_norms": ("limit_norms_",),
     "peftkit.wrapping.check": (
         "CheckReport",
         "check",

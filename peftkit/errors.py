@@ -73,6 +73,10 @@ class MergeError(PeftkitError, RuntimeError):
     """A merge that would not do what it says: non-finite, or a weight that did not change."""
 
 
+class NormError(PeftkitError, RuntimeError):
+    """The norm of a ΔW that cannot be limited: it is not finite, or no parameter scales that ΔW."""
+
+
 class LawError(PeftkitError, AssertionError):
     """An adapter does not keep a law. The message names the law, the layer, the difference and the bound."""
 
