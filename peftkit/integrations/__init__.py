@@ -1,0 +1,5 @@
+"""Adapters in other libraries' training loops: checkpoints of what is trained, without the base.
+
+May import all of peftkit but `bench` and `cli`; nothing but `cli` may import it. Import each module by its path, where
+its library is installed. Public: `transformers.AdapterCheckpoints` and `transformers.AdapterTrainer`.
+"""
