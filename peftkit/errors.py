@@ -105,6 +105,10 @@ class MismatchError(FileError):
     """The file and the model do not fit: missing, unexpected, misshapen or non-finite tensors."""
 
 
+class FullCheckpointError(MismatchError):
+    """A whole wrapped model's tensors where one adapter's were expected."""
+
+
 class WrongBaseError(FileError):
     """The file was trained on another base."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,13 +12,16 @@ from torch import nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.errors import (
+    FullCheckpointError,
     MismatchError,
     TiedWeightsError,
     WrongBaseError,
     did_you_mean,
     error_context,
     require_choice,
+    require_option,
 )
+from peftkit.files import full_checkpoint
 from peftkit.files.bind import Misfit, bind, misfit, take_rows
 from peftkit.files.extras import PlacedExtras, listed, placed, under_adapters
 from peftkit.files.families.layouts import Placement
@@ -26,6 +29,7 @@ from peftkit.files.families.names import Family
 from peftkit.files.fingerprint import require_same_base, samples
 from peftkit.files.formats import native
 from peftkit.files.formats.patch import AdapterFile, Patch
+from peftkit.files.load_report import LoadReport as LoadReport
 from peftkit.files.read import Reading, read
 from peftkit.files.resolve import HINTS, Resolver, common, component_of, families_of
 from peftkit.kernels.torch_private import own_parameters
@@ -39,37 +43,6 @@ from peftkit.wrapping.walk import dotted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What a file and a model had to say to each other. str(report) lists it."""
-
-    name: str
-    loaded: tuple[str, ...]
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    mismatched: tuple[str, ...] = ()
-    non_finite: tuple[str, ...] = ()
-    base_distance: float = 0.0
-    extras: tuple[str, ...] = ()  # parameters of the model that were loaded beside the adapters
-    left_out: tuple[str, ...] = ()  # and those that extras=False left out
-
-    @property
-    def complete(self) -> bool:
-        """Whether every key of the file, but those left out, went to the model, and every parameter came from it."""
-        return not (self.missing or self.unexpected or self.mismatched or self.non_finite)
-
-    def __str__(self) -> str:
-        lines = [f"adapter {self.name!r}: {len(self.loaded)} weights loaded"]
-        lines += [f"{listed(self.extras)} beside them loaded"] if self.extras else []
-        lines += [f"{listed(self.left_out)} left out, as extras=False asks"] if self.left_out else []
-        for title in ("missing", "unexpected", "mismatched", "non_finite"):
-            items = getattr(self, title)
-            if items:
-                lines.append(f"{title.replace('_', '-')} ({len(items)}):")
-                lines += [f"  {item}" for item in items[:8]] + (["  …"] if len(items) > 8 else [])
-        return "\n".join(lines)
 
 
 def load(
@@ -95,8 +68,9 @@ def load(
 
     Args:
         model: any model that has the weights.
-        path: a file of `save`, of kohya, LyCORIS, diffusers or a WebUI, or a folder of PEFT.
-        name: to give the adapter; by default the one it was saved under.
+        path: a file of `save`, of kohya, LyCORIS, diffusers or a WebUI, or a folder of PEFT; or, for a model that is
+            wrapped already with the adapter in it, a full checkpoint, the state dict of such a model.
+        name: to give the adapter; by default the one it was saved under. Of a full checkpoint: which adapter.
         strength: λ of the adapter.
         strict: raise unless every key of the file goes to the model and every parameter comes from the file. With
             strict=False the weights that fit whole are loaded: read the report.
@@ -116,6 +90,7 @@ def load(
         MismatchError: a file that does not fit the model.
         WrongBaseError: a model that is not the base the file was trained on.
         AmbiguousFileError: a file that can mean two things; the message names the option that decides.
+        FullCheckpointError: a full checkpoint, and the model has no adapter of the name that it holds.
         FileError: a file that is no adapter file, or is damaged.
         TiedWeightsError: a weight that is shared with a layer that the file does not adapt.
         OptionError: a value that an option does not have.
@@ -132,7 +107,13 @@ def load(
     """
     require_choice("tied", tied, (None, "untie"))
     require_strength(strength)
-    bundle = read(path, **reading)
+    try:
+        bundle = read(path, **reading)
+    except FullCheckpointError:
+        _require_unplaced(path, tied, route, component)
+        pickles = reading.get("allow_pickle", False)
+        given = {"strength": strength, "strict": strict, "other_base": other_base, "allow_pickle": pickles}
+        return full_checkpoint.take(model, path, name, **given)
     name = bundle.name if name is None else name
     with error_context(path):
         fitting, distances, report = _compare(path, name, bundle, sites(model), component)
@@ -159,6 +140,12 @@ def load(
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _require_unplaced(path: object, tied: str | None, route: str, component: str | None) -> None:
+    """Refuse options of how adapters are put on a model, for a checkpoint that fills in those that are on it."""
+    for option, value, default in (("tied", tied, None), ("route", route, "auto"), ("component", component, None)):
+        require_option(value == default, option, value, repr(default), f" {path} is a full checkpoint: wrap says it")
 
 
 def _built(

@@ -13,6 +13,7 @@ from torch import Tensor
 from peftkit.errors import (
     AmbiguousFileError,
     FileError,
+    FullCheckpointError,
     MismatchError,
     OptionError,
     error_context,
@@ -24,6 +25,7 @@ from peftkit.files.formats.disk import Stamp
 from peftkit.files.formats.kohya import Modules
 from peftkit.files.formats.patch import AdapterFile, OnDemand, Patch
 from peftkit.files.formats.pickles import unpickle
+from peftkit.files.formats.state_dict import adapters_in
 from peftkit.files.formats.structures import Scale
 from peftkit.files.patterns import Selection
 
@@ -306,7 +308,13 @@ def _diffusers_configs(source: _Source, modules: Modules) -> dict[str, dict[str,
 
 
 def _refuse_unknown(source: _Source, unknown: Sequence[str]) -> None:
-    path = source.path
+    path, held = source.path, adapters_in(unknown)
+    if held:
+        raise FullCheckpointError(
+            f"{path} is a full checkpoint: {len(source.keys)} tensors of a whole model, with the adapters "
+            f"{', '.join(held)} among them, whose kinds and options it does not say. Wrap a model as that one was and "
+            "load(model, …) takes an adapter out of it; save(model, …) then writes the adapter alone"
+        )
     if unknown and len(unknown) == len(source.keys) and any(key.endswith(".weight") for key in unknown):
         raise MismatchError(
             f"{path} looks like a checkpoint: all its {len(unknown)} tensors are a model's, as {unknown[0]}, and none "
