@@ -6,14 +6,17 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from peftkit.errors import MismatchError
 from peftkit.files.fingerprint import require_same_base, samples
 from peftkit.files.formats import native
 from peftkit.files.read import read
 from peftkit.files.save import save
-from peftkit.wrapping.layer import installed_adapters, names_of
+from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, names_of
 
 
 def base_keys(model: nn.Module) -> set[str]:
@@ -54,6 +57,21 @@ def missing_trained(model: nn.Module, missing: Iterable[str]) -> list[str]:
     return sorted(key for key in lost - base if id(own.get(key)) not in present)
 
 
+def may_lack_base(model: nn.Module) -> RemovableHandle:
+    """Let `load_state_dict` of a wrapped model take, also strictly, a state dict with nothing of the base.
+
+    Returns:
+        A handle whose `remove()` ends it.
+    """
+    return model.register_load_state_dict_post_hook(_forgive)
+
+
+def _forgive(model: nn.Module, incompatible: Any) -> None:
+    missing = incompatible.missing_keys
+    if base_keys(model) <= set(missing):  # some of the base without the rest is a mistake
+        missing[:] = missing_trained(model, missing)
+
+
 def require_fit(model: nn.Module, where: object, missing: Iterable[str], unexpected: Collection[str]) -> None:
     """Raise MismatchError unless a checkpoint had what is trained of a model, and nothing else.
 
@@ -87,11 +105,33 @@ def require_base(model: nn.Module, folder: Path) -> None:
     """Raise WrongBaseError unless the base is the one that the adapter files of a checkpoint were trained on."""
     for name in names_of(model):
         path = adapter_file(folder, name)
-        if not path.is_file():
-            continue
-        noted = read(path).base
-        frozen = [at for at in installed_adapters(model, [name]) if not at.host.weight_of(at.slot).requires_grad]
-        here = {at.site: at for at in frozen if at.site in noted}
-        distances = {site: native.distance(samples(at.base), noted[site]) for site, at in here.items()}
-        kinds = {site: at.adapter.kind for site, at in here.items()}
-        require_same_base(path, "this model", distances, kinds, list(here), other_base=False)
+        if path.is_file():
+            require_fingerprints(model, path, read(path).base, name)
+
+
+def fingerprints(model: nn.Module) -> dict[str, Tensor]:
+    """Return a few entries of every frozen weight that has an adapter, by its name, for a checkpoint to note."""
+    return {at.site: torch.from_numpy(samples(at.base)) for at in _on_frozen(model)}
+
+
+def require_fingerprints(
+    model: nn.Module, where: object, noted: Mapping[str, np.ndarray], name: str | None = None
+) -> None:
+    """Raise WrongBaseError unless the weights under the adapters have the entries that were noted.
+
+    Args:
+        model: a wrapped model.
+        where: the checkpoint, for the message.
+        noted: what is known of weights by their names; others are not compared.
+        name: of one adapter; by default all.
+    """
+    here = {at.site: at for at in _on_frozen(model, name) if at.site in noted}
+    distances = {site: native.distance(samples(at.base), noted[site]) for site, at in here.items()}
+    kinds = {site: at.adapter.kind for site, at in here.items()}
+    require_same_base(where, "this model", distances, kinds, list(here), other_base=False)
+
+
+def _on_frozen(model: nn.Module, name: str | None = None) -> list[InstalledAdapter]:
+    """The adapters on weights that do not train beside them."""
+    installed = installed_adapters(model, names_of(model, name))
+    return [at for at in installed if not at.host.weight_of(at.slot).requires_grad]

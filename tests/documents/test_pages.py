@@ -38,12 +38,21 @@ LlamaForCausalLM(LlamaConfig(vocab_size=32, **text)).save_pretrained("llama")
 """
 
 
+#: warnings that other libraries give of themselves, by their beginnings: PEFT of transformers, Lightning of torch
+#: and of a machine with many cores
+TOLERATED = (
+    "`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "`isinstance(treespec, LeafSpec)` is deprecated:FutureWarning",
+    "The 'train_dataloader' does not have many workers",
+)
+
+
 def run(folder: Path, name: str, code: str) -> None:
-    """Run code as a program in a folder; warnings are errors, but for one of transformers that PEFT provokes."""
+    """Run code as a program in a folder; warnings are errors, but for those that are tolerated."""
     script = folder / name
     script.write_text(code)
-    tolerated = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-    command = [sys.executable, "-W", "error", "-W", tolerated, name]
+    tolerated = [option for text in TOLERATED for option in ("-W", f"ignore:{text}")]
+    command = [sys.executable, "-W", "error", *tolerated, name]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
 
