@@ -53,6 +53,7 @@ __all__ = [
     "read",
     "register",
     "rescale",
+    "reset_adapters",
     "resize",
     "restore",
     "save",
@@ -109,6 +110,7 @@ if TYPE_CHECKING:
     from peftkit.wrapping.wrap import adapter_parameters as adapter_parameters
     from peftkit.wrapping.wrap import adapter_state_dict as adapter_state_dict
     from peftkit.wrapping.wrap import project_ as project_
+    from peftkit.wrapping.wrap import reset_adapters as reset_adapters
     from peftkit.wrapping.wrap import unwrap as unwrap
     from peftkit.wrapping.wrap import wrap as wrap
 
@@ -176,6 +178,7 @@ _PUBLIC = {
         "adapter_parameters",
         "adapter_state_dict",
         "project_",
+        "reset_adapters",
         "unwrap",
         "wrap",
     ),

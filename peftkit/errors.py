@@ -53,6 +53,10 @@ class LostAdapterError(PeftkitError, RuntimeError):
     """A layer was replaced after it was adapted, and its adapter is not in the model any more."""
 
 
+class UnsetAdapterError(PeftkitError, RuntimeError):
+    """An adapter or a weight has no values: it was made on the meta device, or is offloaded."""
+
+
 class NeverRanWarning(UserWarning):
     """Adapters that are installed took no part while the rest of the model ran."""
 

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from peftkit.adapters.form import Additive, Form
 from peftkit.delta.base import Delta
+from peftkit.errors import OptionError, UnsetAdapterError
 from peftkit.geometry import Shape
+from peftkit.kernels.sharding import sharded
+from peftkit.kernels.torch_private import own_buffers
 
 
 class Adapter(nn.Module, ABC):
@@ -40,8 +43,11 @@ class Adapter(nn.Module, ABC):
     #: the tensors to which all of ΔW is proportional: times c, those that are there make it c·ΔW; none if ΔW is not so
     scaling_parameters: ClassVar[frozenset[str]] = frozenset()
 
-    #: every option with its value, as `registry.build` resolved them
+    #: every option with its value, and the shape of W, as `registry.build` resolved them
     options: dict[str, Any]
+    shape: Shape
+    #: whether it was made on the meta device, and has been given no values since
+    unset: bool = False
     #: the trained factors that start at 0 beside others that do not, which have no gradient until these have moved
     starts_at_zero: frozenset[str] = frozenset()
     #: the parameters that weight decay may shrink: with the others as they start, ΔW goes to 0 with them
@@ -66,10 +72,55 @@ class Adapter(nn.Module, ABC):
 
     def forward(self, weight: Tensor, strength: float | Tensor) -> Delta:
         """Return `at` in the precision of the parameters, whatever the autocast state."""
+        if self.unset:
+            self.require_values()
         if torch.is_autocast_enabled(weight.device.type):
             with torch.autocast(weight.device.type, enabled=False):
                 return self.at(weight, strength)
         return self.at(weight, strength)
+
+    def require_values(self) -> None:
+        """Raise UnsetAdapterError if the adapter was made on the meta device, and no values came since."""
+        if self.unset:
+            raise UnsetAdapterError(
+                f"a {self.kind} adapter was made on the meta device and its parameters have no values: load the "
+                "adapter's state dict, or give it its start with pk.reset_adapters(model) once the base is loaded"
+            )
+
+    def reset_parameters(self, weight: Tensor | None = None) -> None:
+        """Give the adapter the values that it starts with, in place; ΔW is then zero.
+
+        Args:
+            weight: W (m, n), which kinds that start from the base need.
+
+        Raises:
+            OptionError: the kind starts from the base, and no weight was given.
+        """
+        own = self.state_dict()
+        if weight is None and (self.derived() or self.from_base or self.reads_base):
+            raise OptionError(f"{self.kind} starts from its base: call pk.reset_adapters(model), which gives it")
+        if any(sharded(tensor) or tensor.is_meta for tensor in own.values()):
+            raise UnsetAdapterError(
+                f"the parameters of a {self.kind} adapter are on the meta device or divided among processes: reset "
+                "between to_empty and fully_shard, or load the adapter's state dict"
+            )
+        if weight is None:
+            weight = placeholder_weight(self.shape).to(next(iter(own.values())).device)
+        fresh = type(self)(self.shape, weight, **self.options)
+        with torch.no_grad():
+            for key, tensor in fresh.state_dict().items():
+                own[key].copy_(tensor)
+        for module, made in zip(self.modules(), fresh.modules(), strict=True):
+            _set_constants(module, made)
+            vars(module).pop("unset", None)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        own = {key: tensor for key, tensor in self.state_dict().items() if "." not in key}
+        if self.unset and all(f"{prefix}{key}" in state_dict for key in own):
+            weight = placeholder_weight(self.shape).to(next(iter(own.values())).device)
+            _set_constants(self, type(self)(self.shape, weight, **self.options))
+            vars(self).pop("unset", None)
 
     @classmethod
     def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str] | None:
@@ -123,6 +174,12 @@ class Adapter(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _set_constants(module: nn.Module, made: nn.Module) -> None:
+    """Give a module the buffers that no state dict holds, from one that was made like it."""
+    held = module.state_dict()
+    own_buffers(module).update({name: b for name, b in own_buffers(made).items() if b is not None and name not in held})
 
 
 class Stored(NamedTuple):

@@ -15,6 +15,9 @@ from peftkit.errors import OptionError
 from peftkit.geometry import Shape
 from peftkit.kernels.ldu import Pivoting, factor, pivot
 
+#: the rank where none is given, and W has as many pivots
+_RANK = 16
+
 INITS = ("lu", "uniform", "s_uniform", "normal", "s_normal", "constant", "zeros", "ones")
 
 
@@ -33,7 +36,7 @@ class LoLDU(Adapter):
     Args:
         shape: The shape of the weight.
         weight: W (m, n), which is factored.
-        rank: r, 16 by default, at most min(m, n).
+        rank: r, at most min(m, n); by default 16, or min(m, n) where that is less.
         alpha: α, by default the rank; not 0.
         init: z0, in the names of the released code (Table V of the paper): "lu" takes the pivots themselves;
             "constant", "uniform" (default) and "normal" go by the mean of the pivots (and their spread); "s_uniform" is
@@ -71,15 +74,17 @@ class LoLDU(Adapter):
         shape: Shape,
         weight: Tensor,
         *,
-        rank: int = 16,
+        rank: int | None = None,
         alpha: float | None = None,
         init: str = "uniform",
         train_scale: bool = True,
         epsilon: float | None = None,
     ) -> None:
         super().__init__()
-        require_rank("loldu", rank)
         limit = min(shape.rows, shape.columns)
+        rank = min(_RANK, limit) if rank is None else rank
+        require_rank("loldu", rank)
+        self.options = {"rank": rank}
         require(rank <= limit, "loldu", "rank", rank, f"at most {limit}, the number of pivots of this {shape} weight")
         require(init in INITS, "loldu", "init", init, f"one of {', '.join(INITS)}")
         require(epsilon is None or epsilon > 0, "loldu", "epsilon", epsilon, "a positive bound on ‖ΔW‖, or None")

@@ -145,7 +145,9 @@ def build(kind: str, shape: Shape, weight: Tensor, dtype: torch.dtype | None = N
         for p in _parameters(cls)
         if p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is not inspect.Parameter.empty
     }
-    adapter.options = {**defaults, **given}
+    adapter.options, adapter.shape = {**defaults, **given}, shape
+    if weight.is_meta:
+        adapter.unset = True
     return adapter if dtype is None else adapter.to(dtype)
 
 

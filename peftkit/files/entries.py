@@ -63,6 +63,7 @@ def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]
     """Yield copies of one adapter of a model, weight by weight, in evaluation mode."""
     require_none_lost(model, list(adapted_modules(model)))
     for at in installed_adapters(model, [one_name(model, name)]):
+        at.require_values()
         geometry = at.slot.geometry
         yield AdapterEntry(
             at.site,

@@ -15,6 +15,7 @@ from peftkit.errors import (
     FullCheckpointError,
     MismatchError,
     TiedWeightsError,
+    UnsetAdapterError,
     WrongBaseError,
     did_you_mean,
     error_context,
@@ -139,6 +140,15 @@ def load(
         return report
 
 
+def _require_loaded(site: Site) -> None:
+    """Raise for a weight without values: an adapter has its values in memory, and `to_empty` would drop them."""
+    if site.parameter.is_meta:
+        raise UnsetAdapterError(
+            f"{site.label}: its weight is on the meta device: give the model its weights first (to_empty and "
+            "load_state_dict, or load_state_dict(assign=True)), then load the adapter"
+        )
+
+
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +221,7 @@ def _compare(
             misfits.append(Misfit(unexpected=(f"{patch_name}: it is the second adapter of {taken[0]} in the file",)))
             continue
         for site, part in _pieces(patch, parts, ours, f"{path}: {patch_name}"):
+            _require_loaded(site)
             where = f"{path}: {site.label}"
             shape, matrix = site.slot.geometry.shape, site.matrix.detach()
             found = misfit(part, shape, matrix.dtype, portable=bundle.portable, where=where)

@@ -87,6 +87,8 @@ def save(
     name = one_name(model, name)
     require_none_lost(model, list(adapted_modules(model)))
     own = {at.site: at for at in installed_adapters(model, [name])}
+    for at in own.values():
+        at.require_values()
     beside = _beside(model, path, extras)
     _require_derivable(path, own, beside, portable)
     tensors = _tensors(own, beside, name, dtype, portable)

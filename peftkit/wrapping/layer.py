@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.delta import Delta
-from peftkit.errors import MergeStateError, UnknownAdapterError, UnsupportedLayerError, did_you_mean
+from peftkit.errors import MergeStateError, UnknownAdapterError, UnsetAdapterError, UnsupportedLayerError, did_you_mean
 from peftkit.geometry import Geometry
 from peftkit.kernels.torch_private import eager, own_modules, own_parameters
 from peftkit.wrapping.backup import Merged
@@ -279,6 +279,19 @@ class InstalledAdapter:
     @property
     def slot(self) -> Slot:
         return self.host.adapter_state.slots[self.slot_name]
+
+    def require_values(self) -> None:
+        """Raise UnsetAdapterError if the adapter, or the weight it is on, has no values."""
+        self.adapter.require_values()
+        self.require_loaded()
+
+    def require_loaded(self) -> None:
+        """Raise UnsetAdapterError if the weight that the adapter is on has no values."""
+        if self.base.is_meta:
+            raise UnsetAdapterError(
+                f"{self.site or 'the model'}: its weight is on the meta device: it is not loaded, or is offloaded by "
+                "hooks of accelerate. Load it, or take the hooks off (accelerate.hooks.remove_hook_from_submodules)"
+            )
 
     @property
     def strength(self) -> float:

@@ -19,7 +19,7 @@ from peftkit.delta.addition import MergedWeight, add_, refuse_inert, refuse_over
 from peftkit.errors import MergeError, MergeStateError, OptionError, TiedWeightsError, require_choice
 from peftkit.geometry import Geometry
 from peftkit.wrapping.backup import BACKUPS, Backup, Copy, Merged, checksum
-from peftkit.wrapping.layer import Adapted, adapted_modules, names_of
+from peftkit.wrapping.layer import Adapted, adapted_modules, installed_adapters, names_of
 from peftkit.wrapping.listing import Row, listing
 from peftkit.wrapping.roll import require_none_lost, roll_of, warn_never_ran
 from peftkit.wrapping.select import tied_with
@@ -181,6 +181,8 @@ def _affected(model: nn.Module, names: str | Sequence[str] | None) -> _Affected:
     own = {at: tuple(n for n in host.adapters if n in wanted) for at, host in adapted_modules(model).items()}
     affected = {at: (host, own[at]) for at, host in adapted_modules(model).items() if own[at]}
     require_none_lost(model, list(own))
+    for at in installed_adapters(model, wanted):
+        at.require_values()
     for host_name, (host, merging) in affected.items():
         _check_state(host_name or "the model", host, merging)
     _refuse_shared(model, affected)

@@ -249,6 +249,35 @@ def _detach(host: Adapted, baked: bool) -> None:
     cast(nn.Module, host).__class__ = base_class(host)
 
 
+def reset_adapters(model: nn.Module, name: str | None = None) -> None:
+    """Give adapters the values that they start with, in place: ΔW is zero, and what they read of the base is read.
+
+    For a model that was wrapped on the meta device: after `to_empty` and after its weights are loaded, before
+    `fully_shard`. The random values are drawn anew.
+
+    Args:
+        model: a wrapped model.
+        name: of one adapter; by default all.
+
+    Raises:
+        UnknownAdapterError: there is no adapter of that name, or none at all.
+        UnsetAdapterError: a weight or an adapter is on the meta device, or divided among processes.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = pk.wrap(model, "lora", rank=2)
+        >>> base = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = model.to_empty(device="cpu").load_state_dict(base.state_dict(), strict=False)
+        >>> pk.reset_adapters(model)
+        >>> torch.equal(model(torch.ones(8)), base(torch.ones(8)))
+        True
+    """
+    for at in installed_adapters(model, names_of(model, name)):
+        at.require_loaded()
+        at.adapter.reset_parameters(at.base)
+
+
 @torch.no_grad()
 def project_(model: nn.Module, name: str | None = None) -> None:
     """Move the adapters' parameters, in place, into the set that the algorithm allows, after an optimiser step.
