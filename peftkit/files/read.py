@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
+from peftkit.adapters.options import rank_scale
 from peftkit.errors import (
     AmbiguousFileError,
     FileError,
@@ -20,14 +21,14 @@ from peftkit.errors import (
     require_choice,
     require_file,
 )
-from peftkit.files.formats import container, disk, kohya, native, peft
+from peftkit.files.formats import disk, kohya, native, peft
 from peftkit.files.formats.disk import Stamp
 from peftkit.files.formats.kohya import Modules
 from peftkit.files.formats.patch import AdapterFile, OnDemand, Patch
-from peftkit.files.formats.pickles import unpickle
 from peftkit.files.formats.state_dict import adapters_in
 from peftkit.files.formats.structures import Scale
 from peftkit.files.patterns import Selection
+from peftkit.files.source import Source
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -120,7 +121,7 @@ def _read(path: Path, reading: Reading, ignored: Selection) -> AdapterFile:
     if os.path.isdir(path):
         path = _weights_in(path, pickles)
     with error_context(path):
-        source = _Source(path, pickles, ignored)
+        source = Source(path, pickles, ignored)
         if beside is not None and stamp is not None:  # both are of one moment
             disk.require_stamp(beside, stamp)
         if native.KEY in source.metadata:
@@ -130,46 +131,7 @@ def _read(path: Path, reading: Reading, ignored: Selection) -> AdapterFile:
         return _foreign(source, reading.get("dora_axis"), reading.get("alpha_zero"))
 
 
-class _Source:
-    """The tensors of a file, read one by one, less the ignored ones."""
-
-    def __init__(self, path: Path, allow_pickle: bool, ignored: Selection) -> None:
-        self.path = path
-        if allow_pickle and path.suffix in (".pt", ".ckpt", ".bin", ".pth"):
-            loaded = unpickle(path)
-            self.metadata: Mapping[str, str] = {}
-            self.size = sum(tensor.nbytes for tensor in loaded.values())
-            names, self._tensor = list(loaded), loaded.__getitem__
-        else:
-            file = container.read(path)
-            self.size = sum(info.size for info in file.infos.values())
-            self.metadata, names, self._tensor = file.metadata, list(file.infos), file.tensor
-        self.names = frozenset(names)
-        self.keys = [name for name in names if not ignored.has(name)]
-        if not self.keys:
-            raise FileError(f"{path} holds no tensors")
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._tensor(key)
-
-    def factor(self, key: str) -> Tensor:
-        """A tensor of an adapter, which must be of real numbers, and of some."""
-        tensor = self[key]
-        if not tensor.is_floating_point():
-            raise FileError(f"{self.path}: {key} is {tensor.dtype}, floating point was expected")
-        if not tensor.numel():
-            raise FileError(f"{self.path}: {key} of shape {tuple(tensor.shape)} has nothing in it")
-        return tensor
-
-    def number(self, key: str) -> float:
-        """A tensor of one finite number."""
-        tensor = self[key]
-        if tensor.numel() != 1 or not tensor.float().isfinite().all():
-            raise FileError(f"{self.path}: {key} of shape {tuple(tensor.shape)} is not one finite number")
-        return float(tensor.float().item())
-
-
-def _native(source: _Source) -> AdapterFile:
+def _native(source: Source) -> AdapterFile:
     header = native.decode(source.metadata, source.path)
     for name in header.extras:
         require_file(name in source.names, source.path, f"it is damaged: there is no tensor of the extra {name!r}")
@@ -204,8 +166,10 @@ def _native(source: _Source) -> AdapterFile:
     )
 
 
-def _peft(source: _Source, config: Mapping[str, Any]) -> AdapterFile:
+def _peft(source: Source, config: Mapping[str, Any]) -> AdapterFile:
     modules, unknown = peft.modules(source.keys)
+    peft.refuse_embeddings(source.path, unknown)
+    extras, shifts, unknown = peft.beside(unknown, config)
     _refuse_unknown(source, unknown)
     scale = peft.scale_of(config)
 
@@ -214,10 +178,20 @@ def _peft(source: _Source, config: Mapping[str, Any]) -> AdapterFile:
 
     flipped = bool(config.get("fan_in_fan_out"))
     patches = OnDemand(source.path, modules, patch)
-    return AdapterFile("peft", patches, metadata=source.metadata, size=source.size, flipped=flipped)
+    vectors = {f"{m}.bias": _shift(patches, m, source.factor(key)) for m, key in shifts.items()}
+    values = OnDemand(source.path, extras, lambda name: source[extras[name]])
+    facts = {"metadata": source.metadata, "size": source.size, "flipped": flipped}
+    return AdapterFile("peft", patches, vectors=vectors, extras=values, **facts)
 
 
-def _foreign(source: _Source, dora_axis: str | None, alpha_zero: str | None) -> AdapterFile:
+def _shift(patches: Mapping[str, Patch], module: str, bias: Tensor) -> Tensor:
+    """What a bias of lora_B adds to its layer's: PEFT's scale is before it as before B·A."""
+    require_file(module in patches, module, "it has a bias of lora_B, and no lora_B")
+    options = patches[module].options
+    return bias * rank_scale("lora", options["rank"], options.get("alpha"), bool(options.get("rslora")))
+
+
+def _foreign(source: Source, dora_axis: str | None, alpha_zero: str | None) -> AdapterFile:
     modules, unknown = kohya.split(source.keys)
     _refuse_unknown(source, unknown)
     alphas = {module: source.number(roles["alpha"]) for module, roles in modules.items() if "alpha" in roles}
@@ -288,7 +262,7 @@ def _require_patch(module: str, found: Patch | None) -> Patch:
     return found
 
 
-def _diffusers_configs(source: _Source, modules: Modules) -> dict[str, dict[str, Any]]:
+def _diffusers_configs(source: Source, modules: Modules) -> dict[str, dict[str, Any]]:
     """diffusers' metadata -> {component: PEFT's configuration}."""
     if _DIFFUSERS not in source.metadata:
         return {}
@@ -307,7 +281,7 @@ def _diffusers_configs(source: _Source, modules: Modules) -> dict[str, dict[str,
     return configs
 
 
-def _refuse_unknown(source: _Source, unknown: Sequence[str]) -> None:
+def _refuse_unknown(source: Source, unknown: Sequence[str]) -> None:
     path, held = source.path, adapters_in(unknown)
     if held:
         raise FullCheckpointError(

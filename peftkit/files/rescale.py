@@ -102,7 +102,9 @@ def _native_keys(path: Path, file: Container) -> dict[str, list[str]]:
 
 def _foreign_keys(path: Path, file: Container) -> dict[str, list[str]]:
     """Module -> the tensors of a foreign file that its whole ΔW is proportional to."""
-    modules, _ = peft.modules(list(file.infos)) if path.name == peft.WEIGHTS else kohya.split(file.infos)
+    modules, others = peft.modules(list(file.infos)) if path.name == peft.WEIGHTS else kohya.split(file.infos)
+    for key in (key for key in others if ".lora_B." in key):
+        raise ExportError(f"{path}: {key} goes with ΔW and not with its tensors; give its strength where it is merged")
     found: dict[str, list[str]] = {}
     for module, roles in modules.items():
         bound = kohya.DISPROPORTIONATE & set(roles)

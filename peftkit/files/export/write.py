@@ -21,6 +21,7 @@ from peftkit.files.export import programs
 from peftkit.files.export.encode import Encoding
 from peftkit.files.export.peft_folder import peft_type, write_peft
 from peftkit.files.export.tensors import ModuleTensors, shared_alpha, tensors_of
+from peftkit.files.extras import refuse_extras
 from peftkit.files.formats import container, disk, native, peft
 from peftkit.files.formats.native import Header, WeightRecord
 from peftkit.files.formats.patch import AdapterFile
@@ -57,6 +58,7 @@ def write_deltas(
     if like.format == "native":
         base = {name: like.base[name] for name, _, _ in named if name in like.base}
         return write_native(out, named, base, like.name, dtype, like.training, transposed, like.extras)
+    refuse_extras(like, out, "a folder of PEFT is written without them")
     pieces = [ModuleTensors(name, _encoded(delta), shape) for name, shape, delta in named]
     write = _write_peft if like.format == "peft" else _write_file
     return write(like, out, pieces, dtype)

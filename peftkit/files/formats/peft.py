@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit.errors import FileError, did_you_mean, require_file
+from peftkit.errors import FileError, UnsupportedLayerError, did_you_mean, require_file
 from peftkit.files.formats import kohya, strict_json
 from peftkit.files.formats.kohya import Modules
 from peftkit.files.formats.patch import Patch
@@ -25,6 +26,14 @@ from peftkit.geometry import Shape
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
+#: tensors of embeddings -> what they are
+_OF_EMBEDDINGS = {
+    ".lora_embedding_A": "a LoRA of the embedding",
+    ".lora_embedding_B": "a LoRA of the embedding",
+    ".trainable_tokens_delta": "what was trained of some tokens of the embedding",
+}
+#: layers that PEFT saves whole, unasked, where the vocabulary was resized
+_SAVED_EMBEDDINGS = ("embed_tokens", "lm_head")
 _LARGE = 2**62
 #: no real name or pattern is longer, and matching takes long
 _LONGEST = 1000
@@ -145,6 +154,53 @@ def modules(keys: list[str]) -> tuple[Modules, list[str]]:
         unknown += [key for role, key in roles.items() if role not in _ROLES]
         own[path] = {role: key for role, key in roles.items() if role in _ROLES}
     return {path: roles for path, roles in own.items() if roles}, unknown
+
+
+def refuse_embeddings(path: Path, keys: Iterable[str]) -> None:
+    """Raise UnsupportedLayerError for tensors that change an embedding: a file read without them is another model."""
+    for key in keys:
+        for part, what in _OF_EMBEDDINGS.items():
+            if part in key:
+                embedding = key.partition(part)[0].removeprefix(PREFIX).removesuffix(".token_adapter.").rstrip(".")
+                raise UnsupportedLayerError(
+                    f"{path}: {key} is {what} {embedding}, and adapters of embeddings are not read: merge it "
+                    "with PEFT's merge_and_unload, or train the embedding whole, as modules_to_save has it"
+                )
+
+
+def beside(keys: Iterable[str], config: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Sort the keys of what trained beside the adapters.
+
+    Args:
+        keys: those that no adapter has.
+        config: PEFT's configuration, which says which modules and biases were trained.
+
+    Returns:
+        {parameter of the model: key} of values; {module: key} of the biases of lora_B; and the keys that are neither.
+    """
+    given = config.get("modules_to_save") or []
+    listed = isinstance(given, list) and all(isinstance(module, str) for module in given)
+    require_file(listed, CONFIG, f"modules_to_save is {given!r:.40}, a list of names was expected")
+    whole = [*given, *_SAVED_EMBEDDINGS]
+    biases = config.get("bias") in ("all", "lora_only")
+    extras: dict[str, str] = {}
+    shifts: dict[str, str] = {}
+    unknown: list[str] = []
+    for key in keys:
+        path = key.removeprefix(PREFIX)
+        name = re.sub(r"\.modules_to_save(\.[\w-]+)?(?=\.)", "", path)
+        parents = list(itertools.accumulate(name.split(".")[:-1], lambda a, b: f"{a}.{b}"))
+        saved = name != path or any(f".{parent}".endswith(f".{module}") for parent in parents for module in whole)
+        if path.endswith((".lora_B.bias", ".lora_B.default.bias")) and config.get("lora_bias"):
+            shifts[path.partition(".lora_B.")[0]] = key
+        elif path.endswith(".base_layer.bias") and biases:
+            extras[path.replace(".base_layer.bias", ".bias")] = key
+        elif saved or (path.endswith(".bias") and "lora_" not in path and biases):
+            require_file(name not in extras, name, f"it is there twice, as {key} and {extras.get(name)}")
+            extras[name] = key
+        else:
+            unknown.append(key)
+    return extras, shifts, unknown
 
 
 def patch(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any], scale: Scale) -> Patch:

@@ -136,9 +136,7 @@ def test_fan_in_fan_out_is_of_a_weight_kept_as_in_out(tmp_path: Path) -> None:
     [
         (peft.IA3Config, {"feedforward_modules": []}, ("heads.0", "heads.1"), "heads.0 has a bias"),
         (peft.LoraConfig, {**P_LORA, "init_lora_weights": "pissa"}, ("heads.0",), "pissa"),
-        (peft.LoraConfig, {**P_LORA, "lora_bias": True}, ("heads.0",), "lora_B.bias"),
-        (peft.LoraConfig, {**P_LORA, "bias": "lora_only"}, ("heads.0",), "heads.0.*bias"),
-        (peft.LoraConfig, {**P_LORA, "modules_to_save": ["stem"]}, ("heads.0",), "stem"),
+        (peft.LoraConfig, {**P_LORA, "lora_bias": True}, ("heads.0",), "heads.0.bias: a change of a bias"),
         (peft.VeraConfig, {"r": 2}, ("heads.1",), "VERA"),
         (peft.OFTConfig, {"r": 0, "oft_block_size": 4, "block_share": True}, ("heads.0",), "block_share"),
         (peft.RandLoraConfig, {"r": 2}, ("heads.1",), "RANDLORA"),

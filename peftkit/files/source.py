@@ -1,0 +1,52 @@
+"""The tensors of an adapter file, whatever its container, read one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from peftkit.errors import FileError
+from peftkit.files.formats import container
+from peftkit.files.formats.pickles import unpickle
+from peftkit.files.patterns import Selection
+
+
+class Source:
+    """The tensors of a file, read one by one, less the ignored ones."""
+
+    def __init__(self, path: Path, allow_pickle: bool, ignored: Selection) -> None:
+        self.path = path
+        if allow_pickle and path.suffix in (".pt", ".ckpt", ".bin", ".pth"):
+            loaded = unpickle(path)
+            self.metadata: Mapping[str, str] = {}
+            self.size = sum(tensor.nbytes for tensor in loaded.values())
+            names, self._tensor = list(loaded), loaded.__getitem__
+        else:
+            file = container.read(path)
+            self.size = sum(info.size for info in file.infos.values())
+            self.metadata, names, self._tensor = file.metadata, list(file.infos), file.tensor
+        self.names = frozenset(names)
+        self.keys = [name for name in names if not ignored.has(name)]
+        if not self.keys:
+            raise FileError(f"{path} holds no tensors")
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensor(key)
+
+    def factor(self, key: str) -> Tensor:
+        """A tensor of an adapter, which must be of real numbers, and of some."""
+        tensor = self[key]
+        if not tensor.is_floating_point():
+            raise FileError(f"{self.path}: {key} is {tensor.dtype}, floating point was expected")
+        if not tensor.numel():
+            raise FileError(f"{self.path}: {key} of shape {tuple(tensor.shape)} has nothing in it")
+        return tensor
+
+    def number(self, key: str) -> float:
+        """A tensor of one finite number."""
+        tensor = self[key]
+        if tensor.numel() != 1 or not tensor.float().isfinite().all():
+            raise FileError(f"{self.path}: {key} of shape {tuple(tensor.shape)} is not one finite number")
+        return float(tensor.float().item())

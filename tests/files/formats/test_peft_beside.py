@@ -1,0 +1,167 @@
+"""What PEFT trained beside its adapters: whole modules, biases, and what this library does not read."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.utils.warning import PeftWarning
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import peftkit as pk
+from peftkit.errors import FileError, LossyError, MismatchError, UnsupportedLayerError
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.proj(self.norm(x))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(12, 8)
+        self.block, self.pooler = Block(), nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.classifier(self.pooler(self.block(self.embed(ids))))
+
+
+IDS = torch.arange(12).reshape(3, 4)
+
+#: PEFT's options -> the parameters of the model that are in its file beside the adapters
+BESIDE: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "a head": ({"modules_to_save": ["classifier"]}, {"classifier.weight", "classifier.bias"}),
+    "norms": ({"modules_to_save": ["norm"]}, {"block.norm.weight", "block.norm.bias"}),
+    "a module of modules": ({"modules_to_save": ["pooler"]}, {"pooler.0.weight", "pooler.0.bias"}),
+    "an embedding": ({"modules_to_save": ["embed"]}, {"embed.weight"}),
+    "biases of adapted layers": ({"bias": "lora_only"}, {"block.proj.bias"}),
+    "all biases": (
+        {"bias": "all"},
+        {"block.proj.bias", "block.norm.bias", "pooler.0.bias", "classifier.bias"},
+    ),
+}
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def trained(folder: Path, **options: Any) -> nn.Module:
+    """A network that PEFT has trained and written to a folder."""
+    model = peft.get_peft_model(net(), peft.LoraConfig(r=2, lora_alpha=3, **{"target_modules": ["proj"], **options}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftWarning)  # of lora_B's bias, which is a vector
+        model.save_pretrained(str(folder))
+    return model.eval()
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_it_comes_with_the_folder_and_goes_with_it(case: str, tmp_path: Path) -> None:
+    options, names = BESIDE[case]
+    theirs = trained(tmp_path, **options)
+    assert set(pk.read(tmp_path).extras) == names
+    ours = net()
+    report = pk.load(ours, tmp_path)
+    assert report.complete
+    assert set(report.extras) == names
+    torch.testing.assert_close(ours(IDS), theirs(IDS))
+    again = pk.save(ours, tmp_path / "own.safetensors")
+    fresh = net()
+    pk.load(fresh, again)
+    assert torch.equal(fresh(IDS), ours(IDS))
+    pk.unwrap(ours)
+    assert torch.equal(ours(IDS), net()(IDS))
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_it_is_merged_into_a_checkpoint(case: str, tmp_path: Path) -> None:
+    theirs = trained(tmp_path / "adapter", **BESIDE[case][0])
+    save_file(net().state_dict(), tmp_path / "base.safetensors")
+    pk.merge_checkpoint(tmp_path / "base.safetensors", {tmp_path / "adapter": 1.0}, tmp_path / "out.safetensors")
+    ours = net()
+    ours.load_state_dict(load_file(tmp_path / "out.safetensors"))
+    torch.testing.assert_close(ours(IDS), theirs(IDS))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_bias_of_lora_b_is_merged_and_not_loaded(rslora: bool, tmp_path: Path) -> None:
+    theirs = trained(tmp_path / "adapter", lora_bias=True, use_rslora=rslora)
+    assert set(pk.read(tmp_path / "adapter").vectors) == {"block.proj.bias"}
+    save_file(net().state_dict(), tmp_path / "base.safetensors")
+    pk.merge_checkpoint(tmp_path / "base.safetensors", {tmp_path / "adapter": 1.0}, tmp_path / "out.safetensors")
+    ours = net()
+    ours.load_state_dict(load_file(tmp_path / "out.safetensors"))
+    torch.testing.assert_close(ours(IDS), theirs(IDS))
+    with pytest.raises(MismatchError, match=r"block\.proj\.bias: a change of a bias"):
+        pk.load(net(), tmp_path / "adapter")
+    with pytest.raises(pk.errors.ExportError, match=r"lora_B\.bias goes with ΔW"):
+        pk.rescale(tmp_path / "adapter", 0.5, tmp_path / "half")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target_modules": ["proj", "embed"]}, "a LoRA of the embedding embed, and adapters of embeddings"),
+        ({"trainable_token_indices": {"embed": [1, 2]}}, "what was trained of some tokens of the embedding embed"),
+    ],
+)
+def test_adapters_of_embeddings_are_refused_by_name(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    trained(tmp_path, **options)
+    with pytest.raises(UnsupportedLayerError, match=said):
+        pk.load(net(), tmp_path)
+    assert pk.doctor(tmp_path).code == 2
+
+
+def test_a_folder_made_of_it_does_not_lose_it_in_silence(tmp_path: Path) -> None:
+    trained(tmp_path / "adapter", modules_to_save=["classifier"])
+    for verb in (pk.convert, pk.resize):
+        options: dict[str, Any] = {"kind": "loha"} if verb is pk.convert else {"rank": 1}
+        with pytest.raises(LossyError, match=r"2 parameters \(classifier\.bias, classifier\.weight\)"):
+            verb(tmp_path / "adapter", tmp_path / "out", **options)
+    pk.rescale(tmp_path / "adapter", 0.5, tmp_path / "half")
+    ours, half = pk.read(tmp_path / "adapter").extras, pk.read(tmp_path / "half").extras
+    assert {name: torch.equal(value, half[name]) for name, value in ours.items()} == dict.fromkeys(ours, True)
+
+
+def edited(folder: Path, keys: dict[str, str], **config: Any) -> Path:
+    """The folder with other keys, or with fields of its configuration replaced."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({keys.get(key, key): value for key, value in tensors.items()}, folder / "adapter_model.safetensors")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+def test_keys_of_a_model_in_memory_are_read_too(tmp_path: Path) -> None:
+    theirs = trained(tmp_path, modules_to_save=["classifier"])
+    start = "base_model.model.classifier"
+    ends = ("weight", "bias")
+    edited(tmp_path, {f"{start}.{end}": f"{start}.modules_to_save.default.{end}" for end in ends})
+    ours = net()
+    pk.load(ours, tmp_path)
+    torch.testing.assert_close(ours(IDS), theirs(IDS))
+
+
+def test_what_the_configuration_does_not_say_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path, modules_to_save=["classifier"])
+    with pytest.raises(MismatchError, match=r"2 tensors that are no adapter's[\s\S]*classifier\.bias"):
+        pk.read(edited(tmp_path, {}, modules_to_save=None))
+    with pytest.raises(FileError, match="modules_to_save is 5, a list of names was expected"):
+        pk.read(edited(tmp_path, {}, modules_to_save=5))
