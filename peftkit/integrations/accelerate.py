@@ -11,7 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from peftkit.errors import OptionError
 from peftkit.integrations.state import may_lack_base, require_base, save_adapters, trained_state
+from peftkit.kernels.torch_private import wrapped
 from peftkit.wrapping.layer import names_of
+from peftkit.wrapping.walk import unwrapped
 
 
 def adapter_checkpoints(accelerator: Accelerator, model: nn.Module) -> list[RemovableHandle]:
@@ -43,11 +45,12 @@ def adapter_checkpoints(accelerator: Accelerator, model: nn.Module) -> list[Remo
     names_of(model)
 
     def strip(models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
-        where = next((i for i, other in enumerate(models) if other is model), None)
+        # of a model under DistributedDataParallel the accelerator keeps the model inside
+        where = next((i for i, other in enumerate(models) if unwrapped(other) is unwrapped(model)), None)
         if where is None or len(weights) != len(models):
             what = "was not prepared by" if where is None else "is sharded by"
             raise OptionError(f"{folder}: the model of adapter_checkpoints {what} this accelerator, and is not saved")
-        weights[where] = trained_state(model, weights[where])
+        weights[where] = trained_state(models[where], weights[where])
         if accelerator.is_main_process:
             save_adapters(model, Path(folder))
 
@@ -56,4 +59,12 @@ def adapter_checkpoints(accelerator: Accelerator, model: nn.Module) -> list[Remo
         require_base(model, Path(folder))
 
     saving, loading = accelerator.register_save_state_pre_hook(strip), accelerator.register_load_state_pre_hook(compare)
-    return [saving, loading, may_lack_base(model)]
+    return [saving, loading, *map(may_lack_base, _levels(model))]
+
+
+def _levels(model: nn.Module) -> list[nn.Module]:
+    """The model, and what is inside each wrapper of torch around it: any of them may be what is loaded."""
+    levels = [model]
+    while (inside := wrapped(levels[-1])) is not None:
+        levels.append(inside[1])
+    return levels

@@ -34,13 +34,13 @@ class Net(nn.Module):
 class Loop:
     """A training loop under an accelerator."""
 
-    def __init__(self, net: nn.Module | None = None) -> None:
+    def __init__(self, net: nn.Module | None = None, shuffle: bool = True) -> None:
         self.accelerator = Accelerator(cpu=True)
         net = Net() if net is None else net
         optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
         generator = torch.Generator().manual_seed(1)
-        data = DataLoader(TensorDataset(torch.randn(24, 8, generator=generator)), batch_size=4, shuffle=True)
+        data = DataLoader(TensorDataset(torch.randn(24, 8, generator=generator)), batch_size=4, shuffle=shuffle)
         self.model, self.optimizer, self.scheduler, self.data = self.accelerator.prepare(
             net, optimizer, scheduler, data
         )
@@ -137,6 +137,21 @@ def test_a_full_folder_loads_and_removing_the_handles_ends_it(tmp_path: Path) ->
         own.accelerator.load_state(str(tmp_path / "without"))
     adapter_checkpoints(own.accelerator, own.model)
     own.accelerator.load_state(str(tmp_path / "full"))
+
+
+def test_a_compiled_model(tmp_path: Path) -> None:
+    own = Loop()
+    own.model = torch.compile(own.model, backend="eager")
+    adapter_checkpoints(own.accelerator, own.model)
+    own.epoch()
+    own.accelerator.save_state(str(tmp_path))
+    kept = load_file(tmp_path / "model.safetensors")
+    assert "head.weight" in kept and "body.weight" not in kept
+    own.model.load_state_dict({f"_orig_mod.{key}": value for key, value in kept.items()})
+    with torch.no_grad():
+        own.model.head.weight.zero_()
+    own.accelerator.load_state(str(tmp_path))
+    assert torch.equal(own.model.head.weight, kept["head.weight"])
 
 
 def test_a_model_that_is_not_its_own_is_refused(tmp_path: Path) -> None:
