@@ -37,8 +37,8 @@ from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.extras import replace_, require_unmerged
 from peftkit.wrapping.install import check_install, install
 from peftkit.wrapping.plan import refuse_taken
-from peftkit.wrapping.select import tied_with
-from peftkit.wrapping.sites import Site, sites
+from peftkit.wrapping.select import Selector, patterns, tied_with
+from peftkit.wrapping.sites import Site, as_read
 from peftkit.wrapping.strength import require_strength
 from peftkit.wrapping.walk import dotted
 
@@ -58,6 +58,7 @@ def load(
     route: str = "auto",
     component: str | None = None,
     extras: bool = True,
+    read_weights: str | Sequence[str] = (),
     **reading: Unpack[Reading],
 ) -> LoadReport:
     """Wrap a model as an adapter file says, with the tensors of the file.
@@ -82,6 +83,8 @@ def load(
             keys of the others are left alone.
         extras: False leaves the parameters that trained beside the adapters as they are on the model; the report names
             them.
+        read_weights: patterns, as the targets of `wrap`, of layers to adapt where other code reads their weight, as
+            Rule(read=True) does. A file of `save` says it by itself.
         **reading: as in `read`.
 
     Returns:
@@ -117,7 +120,10 @@ def load(
         return full_checkpoint.take(model, path, name, **given)
     name = bundle.name if name is None else name
     with error_context(path):
-        fitting, distances, report = _compare(path, name, bundle, sites(model), component)
+        selector = Selector(model)
+        ours = selector.sites
+        ours |= {site: as_read(ours[site]) for p in patterns(read_weights) for site in selector.find(p).sites}
+        fitting, distances, report = _compare(path, name, bundle, ours, component)
         beside = placed(bundle, model) if extras else PlacedExtras()
         report = _with_extras(report, bundle, beside, extras)
         _require_trained_bases(path, bundle, extras or other_base)
@@ -230,7 +236,7 @@ def _compare(
             if found:
                 misfits.append(_named(found, site.name))
                 continue
-            fitting.append((site, part))
+            fitting.append((as_read(site) if patch.read and not site.read else site, part))
             loaded.append(site.name)
             if patch_name in bundle.base:
                 distances[site.name] = native.distance(samples(matrix), bundle.base[patch_name])

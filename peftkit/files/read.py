@@ -150,6 +150,7 @@ def _native(source: Source) -> AdapterFile:
             record.convention,
             "its header",
             transposed=record.transposed,
+            read=record.read,
         )
 
     return AdapterFile(

@@ -177,6 +177,7 @@ def _metadata(
                 at.adapter.options,
                 at.slot.geometry.shape,
                 at.slot.geometry.transposed,
+                bool(at.host.adapter_state.reads) and not at.slot_name,
             )
             for site, at in own.items()
         },

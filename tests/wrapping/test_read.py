@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -74,3 +76,18 @@ def test_read_is_a_flag() -> None:
     with pytest.raises(OptionError, match="read='yes'"):
         pk.Rule("head", "lora", read="yes")
     assert "read=True" in repr(pk.Rule("head", "lora", read=True))
+
+
+def test_a_file_says_which_weights_are_read(tmp_path: Path) -> None:
+    model, fresh, x = Fused(), Fused(), torch.randn(2, 8, 6)
+    fresh.load_state_dict(model.state_dict())
+    pk.wrap(model, rules=rules("lora"))
+    train(model)
+    path = pk.save(model, tmp_path / "own.safetensors")
+    pk.load(fresh, path)
+    assert torch.equal(fresh(x), model(x))
+    pk.unwrap(fresh)
+    other = tmp_path / "other.safetensors"
+    pk.export(model, other, target="lycoris")
+    pk.load(fresh, other, read_weights=["head", "conv"])  # no other program says it
+    assert torch.allclose(fresh(x), model(x), atol=1e-6)

@@ -9,6 +9,7 @@ entry, "peftkit", a JSON object:
     portable     whether factors derived from the base are in the file
     groups       [{kind, convention, options, weights: {name: [rows, channels, kernel, groups]}}]
     transposed   [names of the weights that are transposed convolutions'], where there are any
+    read         [names of the weights that are adapted where other code reads them], where there are any
     base         {name: base64 of float32 samples of the base weight}
     training     whatever the user passed to `save`
     extras       [names of parameters of the model that trained beside the adapters], where there are any; their
@@ -33,6 +34,9 @@ from peftkit.geometry import Shape
 SCHEMA = 1
 KEY = "peftkit"
 
+#: what a header says of a weight by listing its name
+_MARKS = ("transposed", "read")
+
 #: so many entries no memory can hold, and no index can count
 _UNCOUNTABLE = 2**62
 
@@ -49,6 +53,7 @@ class WeightRecord:
     options: dict[str, Any]
     shape: Shape
     transposed: bool = False  # a transposed convolution, whose weight is kept as (in, out)
+    read: bool = False  # adapted where other code reads the weight, and not where the layer is called
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,7 @@ def encode(header: Header) -> dict[str, str]:
         "name": header.name,
         "portable": header.portable,
         "groups": list(groups.values()),
-        **(
-            {"transposed": transposed} if (transposed := [w for w, r in header.records.items() if r.transposed]) else {}
-        ),
+        **{mark: marked for mark in _MARKS if (marked := [w for w, r in header.records.items() if getattr(r, mark)])},
         "base": {k: base64.b64encode(v.astype("<f4").tobytes()).decode() for k, v in header.base.items()},
         "training": header.training,
         **({"extras": list(header.extras)} if header.extras else {}),
@@ -114,7 +117,7 @@ def decode(metadata: Mapping[str, str] | None, path: object) -> Header:
         require_file(isinstance(found, kind), where, f"{key} is {found!r:.60}, {expected}")
         return found
 
-    transposed = set(map(str, take(value, "transposed", list))) if "transposed" in value else set()
+    marked = {mark: set(map(str, take(value, mark, list))) for mark in _MARKS if mark in value}
     records: dict[str, WeightRecord] = {}
     for group in take(value, "groups", list):
         require_file(isinstance(group, dict), where, f"it is damaged: {group!r:.60} is no group of weights")
@@ -122,9 +125,10 @@ def decode(metadata: Mapping[str, str] | None, path: object) -> Header:
         options = take(group, "options", dict)
         for weight, described in take(group, "weights", dict).items():
             require_file(weight not in records, where, f"it is damaged: {weight} is in it twice")
-            records[weight] = WeightRecord(kind, convention, options, _shape(described, where), weight in transposed)
+            marks = {mark: weight in names for mark, names in marked.items()}
+            records[weight] = WeightRecord(kind, convention, options, _shape(described, where), **marks)
     base = {weight: _samples(text, where) for weight, text in take(value, "base", dict).items()}
-    strangers = sorted({*base, *transposed} - set(records))
+    strangers = sorted({*base}.union(*marked.values()) - set(records))
     listed = ", ".join(strangers[:3])
     require_file(not strangers, where, f"it is damaged: it says something of {listed}, which has no adapter in it")
     name, portable, training = take(value, "name", str), take(value, "portable", bool), take(value, "training", dict)

@@ -24,7 +24,7 @@ class Patch:
     rows and columns only; then `kernel_known` is False and shape.kernel is empty. convention: of a native file; None
     for what was translated. scale: where the factor γ came from, in words. bias: why it cannot go on a layer with one.
     per_channel: its numbers are of shape.channels input channels, whatever the kernel. transposed: whether the weight
-    is a transposed convolution's, kept as (in, out).
+    is a transposed convolution's, kept as (in, out). read: whether it acts where other code reads the weight.
     """
 
     kind: str
@@ -37,6 +37,7 @@ class Patch:
     bias: str = ""
     transposed: bool = False
     per_channel: bool = False
+    read: bool = False
 
     @property
     def rank(self) -> int | None:
