@@ -54,7 +54,7 @@ def cell(shape: LayerShape, kind: str, options: dict[str, Any], training: bool, 
     x.requires_grad_(training)
     call, bare = (step(m, x, g) if training else torch.no_grad()(lambda m=m: m(x)) for m in (model, frozen))
     on("auto", call)
-    (chosen,) = host.adapter_state.chosen.values()
+    (chosen,) = host.adapter_state.always.chosen.values()
     seconds = contest(
         {"frozen": bare, **{route: lambda r=route: on(r, call) for route in ("factored", "dense")}}, rounds=rounds
     )

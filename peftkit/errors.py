@@ -65,6 +65,10 @@ class CoverageWarning(UserWarning):
     """A preset adapts less than half of the weights that it stands for."""
 
 
+class ConcurrentBlocksError(PeftkitError, RuntimeError):
+    """Two threads or async tasks hold different `disabled` or `enabled` blocks of one compiled model."""
+
+
 class NotAWeightChangeError(PeftkitError, TypeError):
     """The matrix ΔW was asked of an adapter whose change depends on the layer's input."""
 

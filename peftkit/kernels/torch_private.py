@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Sequence
 from typing import cast
 
@@ -13,10 +14,18 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 # looked up once: they are asked at every call of a layer, where a look-up would cost as much as the answer
-_compiling = torch.compiler.is_compiling
+_compiling = compiling = torch.compiler.is_compiling
+_exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
 _transforming = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
+_by_identity = torch.__version__ < "2.5"
+_graph_task = torch._C._current_graph_task_id
+
+
+def exporting() -> bool:
+    """Return whether torch.export reads the code; False before torch 2.7, where that cannot be known."""
+    return _exporting is not None and _exporting()
 
 
 def eager() -> bool:
@@ -28,6 +37,16 @@ def eager() -> bool:
     return not (
         _compiling() or _transforming() or _dispatch_modes() or forward_ad._current_level >= 0 or _tracing() is not None
     )
+
+
+def compiles_by_identity() -> bool:
+    """Return whether another tensor in a module's attribute is other code to torch.compile, as before torch 2.5."""
+    return _by_identity
+
+
+def in_autograd_thread() -> bool:
+    """Return whether backward runs in this thread of autograd's own, as on a GPU: it has no context variables."""
+    return _graph_task() >= 0 and isinstance(threading.current_thread(), threading._DummyThread)
 
 
 def transformed() -> bool:

@@ -12,10 +12,11 @@ from peftkit.adapters.base import Adapter
 from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError, require_choice
 from peftkit.kernels.sharding import sharded
 from peftkit.kernels.torch_private import own_parameters
-from peftkit.wrapping.layer import Adapted, AdapterState, adapted_class, adapted_modules
+from peftkit.wrapping.layer import Adapted, adapted_class, adapted_modules
 from peftkit.wrapping.roll import enrol
 from peftkit.wrapping.routes import ROUTES
 from peftkit.wrapping.sites import Site, slots
+from peftkit.wrapping.state import AdapterState
 from peftkit.wrapping.strength import require_strength
 from peftkit.wrapping.walk import named_modules, unwrapped
 
@@ -99,5 +100,5 @@ def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str
         cast(nn.ModuleDict, host.adapters[name])[site.slot_name] = adapter
     else:
         host.adapters[name] = adapter
-    state.strengths[name] = torch.tensor(float(strength), dtype=torch.float64)
+    state.strengths[name] = float(strength)
     state.refresh()

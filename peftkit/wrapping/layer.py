@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,68 +20,13 @@ from peftkit.delta import Delta
 from peftkit.errors import MergeStateError, UnknownAdapterError, UnsetAdapterError, UnsupportedLayerError, did_you_mean
 from peftkit.geometry import Geometry
 from peftkit.kernels.torch_private import eager, own_modules, own_parameters
-from peftkit.wrapping.backup import Merged
-from peftkit.wrapping.roll import Roll
 from peftkit.wrapping.routes import changed, choose, dense
 from peftkit.wrapping.sites import Slot
+from peftkit.wrapping.state import Acting, AdapterState
 from peftkit.wrapping.walk import dotted, named_modules
 
 #: how many different calls of a layer have their route remembered
 _CALLS = 64
-
-
-@dataclass(eq=False)
-class AdapterState:
-    """What an adapted module knows besides its parameters: plain data, copied and pickled with the module."""
-
-    slots: dict[str, Slot]
-    reads: tuple[str, ...]
-    route: str = "auto"
-    #: name -> λ as a 0-d float64 CPU tensor: data, not code, to torch.compile
-    strengths: dict[str, Tensor] = field(default_factory=dict)
-    #: name -> the `disabled` and `enabled` blocks that hide it now
-    hidden: dict[str, set[object]] = field(default_factory=dict)
-    #: adapters that are in the weight now, and how to get the weight back
-    merged: Merged | None = None
-    #: parameter name -> the shared parameter that `tied="untie"` replaced by a copy
-    tied: dict[str, nn.Parameter] = field(default_factory=dict)
-    #: the names that act in forward: not hidden, not merged, of a strength other than 0
-    acting: tuple[str, ...] = ()
-    #: their strengths as numbers: cheaper than tensors, but part of the code to torch.compile
-    numbers: dict[str, float] = field(default_factory=dict)
-    #: whether the module has run, or its weight was read, since it was adapted
-    ran: bool = False
-    #: the roll of the model that was wrapped, until its first backward
-    roll: Roll | None = None
-    #: the route that was chosen for a number of output positions, with and without gradients, in 16 bits or more
-    chosen: dict[tuple[int, bool, bool], str] = field(default_factory=dict)
-
-    def refresh(self) -> None:
-        """Recompute `acting` after anything it depends on has changed."""
-        merged = () if self.merged is None else self.merged.names
-        self.numbers = {
-            name: strength.item()
-            for name, strength in self.strengths.items()
-            if not self.hidden.get(name) and name not in merged and strength.item() != 0
-        }
-        self.acting = tuple(self.numbers)
-        self.chosen = {}
-
-    def answer(self, output: Tensor | None = None) -> None:
-        """Note on the roll that the module has run, until the model's first backward."""
-        self.ran = True
-        if self.roll is not None and output is not None:
-            self.roll.watch(output)
-        if self.roll is not None and not self.roll.pending:
-            self.roll = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy is not inside anyone's `disabled` block, nor on the roll of the model it was copied from
-        return {**self.__dict__, "hidden": {}, "roll": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.refresh()
 
 
 class Adapted(nn.Module):
@@ -113,20 +58,18 @@ class Adapted(nn.Module):
             return cast("Adapter | None", own_modules(held).get(slot_name))
         return None if slot_name else cast("Adapter | None", held)
 
-    def deltas(self, slot_name: str) -> list[Delta]:
-        """λ·ΔW of every acting adapter on one weight."""
-        state = self.adapter_state
-        strengths = state.strengths if torch.compiler.is_compiling() else state.numbers
-        acting: list[tuple[Adapter, float | Tensor]] = []
+    def deltas(self, slot_name: str, acting: Acting | None = None) -> list[Delta]:
+        """λ·ΔW of every acting adapter on one weight; `acting`, if known, is what acts in this call."""
+        adapters: list[tuple[Adapter, float | Tensor]] = []
         reads_base = False
-        for name in state.acting:
+        for name, strength in (acting or self.adapter_state.now()).strengths.items():
             adapter = self.adapter(name, slot_name)
             if adapter is not None:
-                acting.append((adapter, strengths[name]))
+                adapters.append((adapter, strength))
                 reads_base = reads_base or adapter.reads_base
         # Where nobody looks at its values, spare the copy that a matrix of a channels_last weight is
-        W = self.base_of(slot_name) if reads_base else self.weight_of(state.slots[slot_name])
-        return [adapter(W, strength) for adapter, strength in acting]
+        W = self.base_of(slot_name) if reads_base else self.weight_of(self.adapter_state.slots[slot_name])
+        return [adapter(W, strength) for adapter, strength in adapters]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As torch's, without the adapters that are merged: their ΔW is in the weight, and would count twice."""
@@ -158,18 +101,19 @@ class AdaptedLayer(Adapted):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """input: whatever the layer takes."""
         state = self.adapter_state
-        if not state.acting:
+        acting = state.now()
+        if not acting.strengths:
             return super().forward(input, *args, **kwargs)
         g = state.slots[""].geometry
         if args or kwargs:
             g = g.sized_for(self, input, *args, **kwargs)
-        deltas = self.deltas("")
-        drops = [self._drop(name) for name in state.acting] if self.training else [0.0] * len(deltas)
+        deltas = self.deltas("", acting)
+        drops = [self._drop(name) for name in acting.strengths] if self.training else [0.0] * len(deltas)
         device = input.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         narrow = compute.itemsize < 4
         plain = eager() and type(input) is Tensor
-        if self._route(deltas, drops, g, input, narrow) == "dense":
+        if self._route(acting, deltas, drops, g, input, narrow) == "dense":
             if narrow:
                 out = super().forward(input, *args, **kwargs) + dense(input, g, None, None, deltas)
             else:
@@ -184,7 +128,8 @@ class AdaptedLayer(Adapted):
         bias = own_parameters(self)["bias"] if "bias" in own_parameters(self) else cast("Tensor | None", self.bias)
         inputs = [(delta, F.dropout(x, p) if p else x) for delta, p in zip(deltas, drops, strict=True)]
         if len(inputs) > 1:  # those that read y come first: the others may write over it
-            inputs.sort(key=lambda each: not each[0].reads_output)
+            readers = [each for each in inputs if each[0].reads_output]
+            inputs = readers + [each for each in inputs if not each[0].reads_output]
         out = y
         for delta, own in inputs:
             # a tracer or a transform follows the definition, not what writes in place
@@ -199,7 +144,9 @@ class AdaptedLayer(Adapted):
         adapter = self.adapter(name, "")
         return 0.0 if adapter is None else adapter.input_dropout
 
-    def _route(self, deltas: Sequence[Delta], drops: Sequence[float], g: Geometry, x: Tensor, narrow: bool) -> str:
+    def _route(
+        self, acting: Acting, deltas: Sequence[Delta], drops: Sequence[float], g: Geometry, x: Tensor, narrow: bool
+    ) -> str:
         state = self.adapter_state
         dropping = any(drops)
         if state.merged is not None and any(delta.reads_output for delta in deltas):
@@ -217,11 +164,12 @@ class AdaptedLayer(Adapted):
         call = g.outputs(x), torch.is_grad_enabled(), narrow
         if not eager():
             return choose(deltas, g.shape, *call)
-        if call not in state.chosen:
-            if len(state.chosen) >= _CALLS:
-                state.chosen.clear()
-            state.chosen[call] = choose(deltas, g.shape, *call)
-        return state.chosen[call]
+        chosen = acting.chosen.get(call)
+        if chosen is None:
+            if len(acting.chosen) >= _CALLS:
+                acting.chosen.clear()
+            chosen = acting.chosen[call] = choose(deltas, g.shape, *call)
+        return chosen
 
 
 class AdaptedParameters(Adapted):
@@ -232,13 +180,14 @@ class AdaptedParameters(Adapted):
         parameter = cast(Tensor, own_parameters(self)[parameter_name])
         slots = {n: s for n, s in self.adapter_state.slots.items() if s.parameter == parameter_name}
         state = self.adapter_state
-        if not state.acting:
+        acting = state.now()
+        if not acting.strengths:
             return parameter
-        if state.roll is not None and eager():
+        if eager() and state.roll is not None:  # what is asked under torch.compile is part of the code
             state.answer()
         parts = []
         for slot_name, slot in slots.items():
-            weight, deltas = slot.of(parameter), self.deltas(slot_name)
+            weight, deltas = slot.of(parameter), self.deltas(slot_name, acting)
             parts.append(changed(weight, deltas, slot.geometry) if deltas else weight)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -296,7 +245,7 @@ class InstalledAdapter:
     @property
     def strength(self) -> float:
         """λ, whether or not the adapter acts now."""
-        return self.host.adapter_state.strengths[self.name].item()
+        return self.host.adapter_state.strengths[self.name]
 
     @property
     def base(self) -> Tensor:

@@ -208,7 +208,7 @@ def _check_state(where: str, host: Adapted, own: tuple[str, ...]) -> None:
     state = host.adapter_state
     if state.merged is not None:
         raise MergeStateError(f"{', '.join(state.merged.names)} is merged into {where} already: restore(model) first")
-    hidden = [name for name in own if state.hidden.get(name)]
+    hidden = [name for name in own if state.hides(name)]
     if hidden:
         raise MergeStateError(f"{hidden[0]} is disabled on {where}: merge outside the `disabled` or `enabled` block")
     for slot in state.slots.values():
@@ -290,7 +290,7 @@ def _deltas(host: Adapted, slot_name: str, own: Sequence[str]) -> tuple[tuple[st
     try:
         for adapter in training:
             adapter.eval()
-        return tuple(present), [a(W, strengths[name]) for name, a in present.items() if strengths[name].item() != 0]
+        return tuple(present), [a(W, strengths[name]) for name, a in present.items() if strengths[name] != 0]
     finally:
         for adapter in training:
             adapter.train()

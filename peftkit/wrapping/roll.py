@@ -39,7 +39,7 @@ class Roll:
             return []
         unseen = compiled(model)
         waiting = {name: host.adapter_state for name, host in hosts.items() if id(host) not in unseen}
-        return [name or "the model" for name, state in waiting.items() if state.acting and not state.ran]
+        return [name or "the model" for name, state in waiting.items() if state.now().strengths and not state.ran]
 
     def watch(self, output: Tensor) -> None:
         """Call the roll when the first gradient arrives at an output: by then the whole forward has run."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from numbers import Real
 
 from torch import nn
 
 from peftkit.errors import MergeStateError, OptionError
 from peftkit.wrapping.layer import adapted_modules, names_of
+from peftkit.wrapping.state import opened
 
 
 def require_strength(strength: float) -> None:
@@ -25,6 +26,8 @@ def require_strength(strength: float) -> None:
 
 def set_strength(model: nn.Module, strength: float, name: str | None = None) -> None:
     """Set λ of one adapter, or of all: the layer's weight is W + λ·ΔW.
+
+    It holds for all threads, and torch.compile does not compile again for it, also not for 0.
 
     Args:
         model: a wrapped model.
@@ -52,7 +55,7 @@ def set_strength(model: nn.Module, strength: float, name: str | None = None) -> 
     for host in adapted_modules(model).values():
         for own in names:
             if own in host.adapter_state.strengths:
-                host.adapter_state.strengths[own].fill_(strength)
+                host.adapter_state.strengths[own] = float(strength)
         host.adapter_state.refresh()
 
 
@@ -60,7 +63,10 @@ def set_strength(model: nn.Module, strength: float, name: str | None = None) -> 
 def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
     """Make a block inside which one adapter, or all, does not act.
 
-    Blocks may nest, and an exception leaves nothing disabled.
+    Blocks may nest, and an exception leaves nothing disabled. A block holds for the thread or the async task that
+    entered it, and for async tasks started inside it. Code made by torch.compile is not compiled again for it, and runs
+    every adapter on a strength of 0 where it is hidden; it follows the blocks of all threads, so one thread at a time
+    may use blocks of a compiled model.
 
     Args:
         model: a wrapped model.
@@ -69,6 +75,7 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
     Raises:
         UnknownAdapterError: there is no adapter of that name, or none at all.
         MergeStateError: the adapter is merged into a weight: restore first.
+        ConcurrentBlocksError: the model is compiled, and another thread is inside a block that hides other adapters.
 
     Example:
         >>> model = nn.Linear(8, 8)
@@ -76,7 +83,7 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
         >>> with pk.disabled(model):
         ...     base = model(torch.ones(8))
     """
-    with _hidden(model, names_of(model, name)):
+    with _hiding(model, names_of(model, name)):
         yield
 
 
@@ -84,7 +91,8 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
 def enabled(model: nn.Module, *names: str) -> Iterator[None]:
     """Make a block inside which only the named adapters act; with no name, none does.
 
-    Blocks may nest with each other and with `disabled`, and an exception leaves nothing disabled.
+    Blocks may nest with each other and with `disabled`, and an exception leaves nothing disabled. Threads, async tasks
+    and torch.compile see a block as they do one of `disabled`.
 
     Args:
         model: a wrapped model.
@@ -93,6 +101,7 @@ def enabled(model: nn.Module, *names: str) -> Iterator[None]:
     Raises:
         UnknownAdapterError: there is no adapter of one of the names.
         MergeStateError: another adapter is merged into a weight: restore first.
+        ConcurrentBlocksError: the model is compiled, and another thread is inside a block that hides other adapters.
 
     Example:
         >>> model = nn.Linear(8, 8)
@@ -102,26 +111,19 @@ def enabled(model: nn.Module, *names: str) -> Iterator[None]:
         ...     y = model(torch.ones(8))
     """
     known = names_of(model)
-    for name in names:
+    for name in set(names) - set(known):
         names_of(model, name)
-    with _hidden(model, [name for name in known if name not in names]):
+    with _hiding(model, [name for name in known if name not in names]):
         yield
 
 
-@contextmanager
-def _hidden(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    hosts = adapted_modules(model).values()
-    affected = [(host.adapter_state, own) for host in hosts for own in names if own in host.adapters]
-    for state, own in affected:
-        if state.merged is not None and own in state.merged.names:
-            raise MergeStateError(f"{own} is merged into the weights: restore before disabling it")
-    block = object()
-    for state, own in affected:
-        state.hidden.setdefault(own, set()).add(block)
-        state.refresh()
-    try:
-        yield
-    finally:
-        for state, own in affected:
-            state.hidden.get(own, set()).discard(block)  # it may have been unwrapped inside the block
-            state.refresh()
+def _hiding(model: nn.Module, names: Collection[str]) -> AbstractContextManager[None]:
+    """A block inside which these adapters are hidden, wherever they are on the model."""
+    hidden = frozenset(names)
+    states = [host.adapter_state for host in adapted_modules(model).values()]
+    for state in states:
+        merged = () if state.merged is None else state.merged.names
+        if stuck := hidden.intersection(merged):
+            raise MergeStateError(f"{min(stuck)} is merged into the weights: restore before disabling it")
+    # Also where it hides no name: to compiled code, a block inside which all adapters act is one of its own
+    return opened({state: hidden.intersection(state.strengths) for state in states})

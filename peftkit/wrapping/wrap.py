@@ -206,7 +206,6 @@ def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
         state = host.adapter_state
         for own in [own for own in names if own in host.adapters]:
             del host.adapters[own], state.strengths[own]
-            state.hidden.pop(own, None)
         baked = state.merged is not None and not set(state.merged.names) & set(host.adapters)
         if baked:
             state.merged = None

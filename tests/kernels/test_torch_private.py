@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import _thread
 import importlib
+import threading
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -70,6 +73,61 @@ def test_not_eager_while_compiling() -> None:
 
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 3.0))
+
+
+def test_compiling_and_exporting() -> None:
+    assert not torch_private.compiling()
+    assert not torch_private.exporting()
+    compiled = torch.compile(lambda x: x * (2 if torch_private.compiling() else 3), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
+    compiled = torch.compile(lambda x: x * (2 if torch_private.exporting() else 3), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 3.0))
+
+    class Exported(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (2 if torch_private.exporting() else 3)
+
+    for strict in (False, True):
+        program = torch.export.export(Exported(), (torch.ones(2),), strict=strict)
+        known = torch.__version__ >= "2.7"
+        assert torch.equal(program.module()(torch.ones(2)), torch.full((2,), 2.0 if known else 3.0))
+
+
+def test_compiles_by_identity() -> None:
+    """Whether another tensor in the place of a module's is other code."""
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.held["scale"]
+
+    torch._dynamo.reset()
+    module, counter = Scaled(), CompileCounter()
+    compiled = torch.compile(module, backend=counter)
+    for scale in (1.0, 2.0, 3.0):
+        module.held = {"scale": torch.tensor(scale)}
+        assert torch.equal(compiled(torch.ones(2)), torch.full((2,), scale))
+    assert (counter.frame_count > 1) == torch_private.compiles_by_identity()
+
+
+def test_in_autograd_thread() -> None:
+    """On a CPU backward runs in the thread that calls it; a thread that Python did not start is a dummy to Python."""
+    answers: list[bool] = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda gradient: answers.append(torch_private.in_autograd_thread()))
+    y.sum().backward()
+    foreign: list[bool] = []
+
+    def run() -> None:
+        dummy = isinstance(threading.current_thread(), threading._DummyThread)
+        foreign.extend([dummy, torch_private.in_autograd_thread()])
+
+    done = _thread.allocate_lock()
+    done.acquire()
+    _thread.start_new_thread(lambda: (run(), done.release()), ())
+    assert done.acquire(timeout=60)
+    assert answers == [False]
+    assert foreign == [True, False], "no backward runs there"
 
 
 def test_version_counts_writes() -> None:
@@ -200,8 +258,11 @@ def test_every_function_has_a_test() -> None:
     names = {name for name, value in vars(torch_private).items() if callable(value) and not name.startswith("_")}
     own = {name for name in names if getattr(torch_private, name).__module__ == torch_private.__name__}
     assert own == {
+        "compiles_by_identity",
         "convolves_as",
         "eager",
+        "exporting",
+        "in_autograd_thread",
         "is_outermost_step",
         "output_padding",
         "own_buffers",

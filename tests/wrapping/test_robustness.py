@@ -78,7 +78,7 @@ class TestDisabled:
         with pk.disabled(layer, "a"):
             pk.unwrap(layer, "a")
             pk.wrap(layer, "lora", name="a")
-        assert set(layer.adapter_state.acting) == {"a", "b"}
+        assert set(layer.adapter_state.always.strengths) == {"a", "b"}
 
     def test_a_copy_made_inside_is_not_disabled(self) -> None:
         layer = linear()
