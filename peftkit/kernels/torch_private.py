@@ -7,11 +7,13 @@ import inspect
 import sys
 import threading
 from collections.abc import Sequence
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+_F = TypeVar("_F")
 
 # looked up once: they are asked at every call of a layer, where a look-up would cost as much as the answer
 _compiling = compiling = torch.compiler.is_compiling
@@ -37,6 +39,15 @@ def eager() -> bool:
     return not (
         _compiling() or _transforming() or _dispatch_modes() or forward_ad._current_level >= 0 or _tracing() is not None
     )
+
+
+def once_while_compiling(function: _F) -> _F:
+    """Have a function called when torch.compile reads the call, and not when compiled code runs.
+
+    As torch.compiler.assume_constant_result, which imports the whole compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def compiles_by_identity() -> bool:

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.errors import ConcurrentBlocksError
-from peftkit.kernels.torch_private import compiles_by_identity, compiling, exporting, in_autograd_thread
+from peftkit.kernels.torch_private import (
+    compiles_by_identity,
+    compiling,
+    exporting,
+    in_autograd_thread,
+    once_while_compiling,
+)
 from peftkit.wrapping.backup import Merged
 from peftkit.wrapping.roll import Roll
 from peftkit.wrapping.sites import Slot
@@ -160,7 +166,7 @@ class AdapterState:
         """What layers that share compiled code have in common."""
         return tuple(slot.geometry.shape for slot in self.slots.values()), tuple(self.strengths)
 
-    @torch.compiler.assume_constant_result
+    @once_while_compiling
     def _note_compiled(self) -> bool:
         """Remember, while torch.compile reads the layer, that compiled code of it exists."""
         _COMPILED.add(self._signature())

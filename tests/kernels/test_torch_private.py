@@ -93,6 +93,25 @@ def test_compiling_and_exporting() -> None:
         assert torch.equal(program.module()(torch.ones(2)), torch.full((2,), 2.0 if known else 3.0))
 
 
+def test_once_while_compiling() -> None:
+    calls: list[int] = []
+
+    class Noted(nn.Module):
+        @torch_private.once_while_compiling
+        def note(self) -> bool:
+            calls.append(1)
+            return True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (2 if self.note() else 3)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(Noted(), backend="eager", fullgraph=True)
+    for _ in range(3):
+        compiled(torch.ones(2))
+    assert calls == [1]
+
+
 def test_compiles_by_identity() -> None:
     """Whether another tensor in the place of a module's is other code."""
 
@@ -258,12 +277,14 @@ def test_every_function_has_a_test() -> None:
     names = {name for name, value in vars(torch_private).items() if callable(value) and not name.startswith("_")}
     own = {name for name in names if getattr(torch_private, name).__module__ == torch_private.__name__}
     assert own == {
+        "compiled",
         "compiles_by_identity",
         "convolves_as",
         "eager",
         "exporting",
         "in_autograd_thread",
         "is_outermost_step",
+        "once_while_compiling",
         "output_padding",
         "own_buffers",
         "own_modules",
