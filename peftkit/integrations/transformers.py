@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +11,9 @@ import transformers
 from torch import nn
 
 from peftkit.errors import OptionError
-from peftkit.integrations.state import require_base, require_fit, save_adapters, trained_state
+from peftkit.integrations.state import base_keys, require_base, require_fit, save_adapters, trained_state
 from peftkit.wrapping.layer import names_of
+from peftkit.wrapping.walk import unwrapped
 
 _Trainer = transformers.Trainer if TYPE_CHECKING else object
 
@@ -18,7 +21,7 @@ _Trainer = transformers.Trainer if TYPE_CHECKING else object
 class AdapterCheckpoints(_Trainer):
     """Makes a Trainer's checkpoints hold what is trained of a wrapped model, and not its base.
 
-    To be named before the Trainer among the bases of a class: `class MyTrainer(AdapterCheckpoints, SFTTrainer)`.
+    To be named before the Trainer among the bases of a class: `class MyTrainer(AdapterCheckpoints, Seq2SeqTrainer)`.
     `AdapterTrainer` is that class for transformers' own.
 
     A checkpoint's model.safetensors has the adapters, the other parameters that require gradients, and the buffers,
@@ -60,7 +63,8 @@ class AdapterCheckpoints(_Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self._wrapped_model
         state = model.state_dict() if state_dict is None else state_dict
-        super()._save(output_dir, state_dict=trained_state(model, state))
+        with _without_base(model):
+            super()._save(output_dir, state_dict=trained_state(model, state))
         if self.args.should_save:
             folder = self.args.output_dir if output_dir is None else output_dir
             assert folder is not None
@@ -73,6 +77,21 @@ class AdapterCheckpoints(_Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         where = "the checkpoint"
         require_fit(self._wrapped_model, where, load_result.missing_keys, load_result.unexpected_keys)
+
+
+@contextmanager
+def _without_base(model: nn.Module) -> Iterator[None]:
+    """Make a block in which `save_pretrained` leaves out the base, also of a state dict that a quantizer makes anew."""
+    inside = unwrapped(model)
+    if not isinstance(inside, transformers.PreTrainedModel):
+        yield
+        return
+    before = inside._keys_to_ignore_on_save
+    inside._keys_to_ignore_on_save = {*(before or ()), *base_keys(inside)}
+    try:
+        yield
+    finally:
+        inside._keys_to_ignore_on_save = before
 
 
 class AdapterTrainer(AdapterCheckpoints, transformers.Trainer):

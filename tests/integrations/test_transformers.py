@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it warns of while it is imported is not ours
     import transformers
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.quantizers.base import HfQuantizer
 
     from peftkit.integrations.transformers import AdapterCheckpoints, AdapterTrainer
 
@@ -241,6 +242,32 @@ def test_save_model_writes_the_same(tmp_path: Path) -> None:
     assert keys and all(".adapters.default." in key for key in keys)
     assert json.loads((tmp_path / "final" / "config.json").read_text())["model_type"] == "llama"
     assert (tmp_path / "final" / "adapter-default.safetensors").is_file()
+
+
+class Quantizer(HfQuantizer):
+    """One that makes the state dict to save anew, as those of transformers do, and quantises nothing."""
+
+    def __init__(self) -> None:
+        self.quantization_config = None
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> Any:
+        return model.state_dict(), {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def test_a_state_dict_that_a_quantizer_makes_anew(tmp_path: Path) -> None:
+    own = trainer(tmp_path, 4)
+    own.model.hf_quantizer = Quantizer()
+    own.train()
+    assert not own.model._keys_to_ignore_on_save
+    keys = load_file(tmp_path / "checkpoint-4" / "model.safetensors").keys()
+    assert keys and all(".adapters.default." in key for key in keys)
 
 
 def test_it_works_with_any_trainer(tmp_path: Path) -> None:
