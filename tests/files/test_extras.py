@@ -421,6 +421,17 @@ def test_files_from_files_keep_them_or_refuse(head_file: Path, tmp_path: Path) -
     assert not (tmp_path / "sum.safetensors").exists()
 
 
+def test_an_export_leaves_them_out_on_request_and_says_so(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    pk.wrap(net, "full", targets="0")
+    nn.init.ones_(pk.adapter_parameters(net)[0])
+    net[1].requires_grad_(True)
+    report = pk.export(net, tmp_path / "out.safetensors", "lycoris", extras=False)
+    assert report.left_out == ("1.weight", "1.bias")
+    assert "2 parameters (1.weight, 1.bias) left out" in str(report)
+    assert not pk.read(report.path).extras
+
+
 def test_an_export_never_loses_them_in_silence(head_file: Path, tmp_path: Path) -> None:
     for source in (trained("head"), head_file):
         out = tmp_path / "out.safetensors"

@@ -19,9 +19,10 @@ from torch import nn
 
 from peftkit.adapters.options import require_dtype
 from peftkit.delta import LowRank
-from peftkit.errors import ExportError, LossyError, OptionError, error_context
-from peftkit.files.entries import AdapterEntry, items_of_file, items_of_model
+from peftkit.errors import ExportError, FileError, LossyError, OptionError, error_context
+from peftkit.files.entries import AdapterEntry, items_of_file, items_of_model, opened
 from peftkit.files.export import metadata, programs
+from peftkit.files.export.beside import Beside, in_peft_folder
 from peftkit.files.export.job import Job, jobs
 from peftkit.files.export.names import Members, family_of, named_modules
 from peftkit.files.export.peft_folder import peft_type, write_peft
@@ -32,7 +33,6 @@ from peftkit.files.extras import listed
 from peftkit.files.families.names import Family
 from peftkit.files.formats import container, disk
 from peftkit.files.read import Reading, read
-from peftkit.wrapping.extras import extras_of
 from peftkit.wrapping.listing import Row, listing
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class ExportReport:
     path: Path
     weights: tuple[Exported, ...]
     left_out: tuple[str, ...] = ()  # parameters that trained beside the adapters, left out as extras=False asks
+    extras: tuple[str, ...] = ()  # and those that were written
 
     @property
     def exact(self) -> bool:
@@ -58,6 +59,7 @@ class ExportReport:
         grown = sum(w.bytes for w in self.weights) / max(1, sum(w.own for w in self.weights))
         worst = max((w.error for w in self.weights if w.error is not None), default=0.0)
         notes = "".join(f"\n{note}" for note in sorted({w.note for w in self.weights if w.note}))
+        notes += f"\n{listed(self.extras)} beside them" if self.extras else ""
         notes += f"\n{listed(self.left_out)} left out, as extras=False asks" if self.left_out else ""
         said = ", ".join(f"{count} {how}" for how, count in counts.items())
         size = f"{grown:.2g} times the adapter's bytes"
@@ -128,7 +130,8 @@ def export(
         training: entries of the metadata, such as kohya's ss_ and Stability's modelspec entries.
         other_base: accept a base that the file was not trained on.
         overwrite: replace what is at `path`, as `require_output` says; by default a file that is not an input.
-        extras: False leaves out parameters that trained beside the adapters, and the report names them.
+        extras: False leaves out parameters that trained beside the adapters, and the report names them. By default a
+            folder of PEFT gets them, as modules_to_save and as biases; no other program has a place for them.
         **reading: as in `read`.
 
     Returns:
@@ -151,28 +154,30 @@ def export(
     path = disk.require_output(path, [source, base], overwrite)
     request = _Request(path, goal, family, component, dtype, bake, title or path.stem, training or {}, extras)
     if isinstance(source, nn.Module):
-        return _export(list(items_of_model(source, name)), request, tuple(extras_of(source)))
+        return _export(list(items_of_model(source, name)), request, Beside.of_model(source))
     with error_context(source):
         apart = goal.transformer_style != "kohya"  # the style that keeps the layers of the original network
         bundle = read(source, **reading)
-        return _export(
-            list(items_of_file(source, bundle, base, other_base, apart=apart)), request, tuple(bundle.extras)
-        )
+        whole = opened(base) if base is not None and bundle.extras else None
+        items = list(items_of_file(source, bundle, base if whole is None else whole, other_base, apart=apart))
+        return _export(items, request, Beside(bundle.extras, whole))
 
 
-def _export(items: Sequence[AdapterEntry], request: _Request, beside: Sequence[str]) -> ExportReport:
-    """Name and encode every adapter, and write them. beside: the parameters that trained beside them."""
+def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) -> ExportReport:
+    """Name and encode every adapter, and write them and what trained beside them."""
     _require_exportable(items)
-    if beside and request.extras:
+    if beside.values and request.extras and not request.goal.folder:
         raise LossyError(
-            f"{request.path}: {listed(beside)} trained beside the adapters, and the file for {request.goal.title} has "
-            "no place for them; pass extras=False to leave them out, or save in this library's own format"
+            f"{request.path}: {listed(list(beside.values))} trained beside the adapters, and the file for "
+            f"{request.goal.title} has no place for them; pass extras=False to leave them out, or save() has them"
         )
     family = family_of(items, request.family, request.component)
     modules = named_modules(items, request.goal, family, request.component)
     found = _consistent(modules, request.goal, family, request.bake)
-    weights = _write_folder(found, request) if request.goal.folder else _write_file(found, request, family)
-    return ExportReport(request.goal.name, request.path, weights, tuple(beside))
+    kept = beside if request.extras else Beside({})
+    weights = _write_folder(found, request, kept) if request.goal.folder else _write_file(found, request, family)
+    left_out = () if request.extras else tuple(beside.values)
+    return ExportReport(request.goal.name, request.path, weights, left_out, tuple(kept.values))
 
 
 def _require_exportable(items: Sequence[AdapterEntry]) -> None:
@@ -211,13 +216,16 @@ def _write_file(found: Sequence[Job], request: _Request, family: Family | None) 
         return proven(Path(file.name), found, path)
 
 
-def _write_folder(found: Sequence[Job], request: _Request) -> tuple[Exported, ...]:
+def _write_folder(found: Sequence[Job], request: _Request, beside: Beside) -> tuple[Exported, ...]:
     kind = peft_type([job.piece for job in found])
     if kind is None:  # a folder holds one kind of adapter, and LoRA can be any ΔW
         lora = replace(request.goal, reads=frozenset({LowRank.structure}), decomposes=frozenset())
         found = jobs({job.piece.module: job.members for job in found}, lora, None, bake=False)
         kind = peft_type([job.piece for job in found])
         assert kind is not None
+    extras, said = in_peft_folder(beside, found, kind[0], request.dtype, request.path)
     with disk.atomic_folder(request.path) as folder:
-        write_peft(folder, [job.piece for job in found], *kind, request.dtype)
+        write_peft(folder, [job.piece for job in found], kind[0], {**kind[1], **said}, request.dtype, extras)
+        if not set(beside.values) <= set(read(folder).extras):
+            raise FileError(f"{request.path}: what trained beside the adapters was read back other than it was written")
         return proven(folder, found, request.path)

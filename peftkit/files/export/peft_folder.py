@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from peftkit.adapters.form import PeftConfig
 from peftkit.files.export import programs
@@ -24,10 +26,15 @@ def peft_type(pieces: Sequence[ModuleTensors]) -> PeftConfig | None:
 
 
 def write_peft(
-    folder: Path, pieces: Sequence[ModuleTensors], kind: str, options: Mapping[str, Any], dtype: torch.dtype | None
+    folder: Path,
+    pieces: Sequence[ModuleTensors],
+    kind: str,
+    options: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    beside: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Fill a folder. kind, options: from `peft_type`."""
-    tensors = tensors_of(pieces, programs.get("peft"), 1.0, dtype, folder)
+    """Fill a folder. kind, options: from `peft_type`; beside: what else the file holds, by key."""
+    tensors = tensors_of(pieces, programs.get("peft"), 1.0, dtype, folder) | dict(beside)
     ranks = {p.module.removeprefix(peft.PREFIX): p.spelled.form.peft_rank(p.shape) for p in pieces}
     config = json.dumps(peft.config(kind, ranks, options), indent=2, sort_keys=True)
     (folder / peft.CONFIG).write_text(config + "\n")

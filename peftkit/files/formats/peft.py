@@ -44,6 +44,8 @@ _TYPES = ("LORA", "LOHA", "LOKR", "OFT", "IA3")
 _KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 #: the types whose modules are scaled by α/r -> the option that has α
 _ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
+#: the types whose adapted layers can have their own bias trained, bias="lora_only"
+BIASED = ("LORA",)
 #: the tensors that PEFT writes, by role
 _ROLES = frozenset(
     {"up", "down", "magnitude", "oft_R", "ia3_l"}

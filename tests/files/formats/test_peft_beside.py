@@ -13,9 +13,10 @@ import torch
 from peft.utils.warning import PeftWarning
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 
 import peftkit as pk
-from peftkit.errors import FileError, LossyError, MismatchError, UnsupportedLayerError
+from peftkit.errors import ExportError, FileError, LossyError, MismatchError, UnsupportedLayerError
 
 
 class Block(nn.Module):
@@ -111,7 +112,7 @@ def test_the_bias_of_lora_b_is_merged_and_not_loaded(rslora: bool, tmp_path: Pat
     torch.testing.assert_close(ours(IDS), theirs(IDS))
     with pytest.raises(MismatchError, match=r"block\.proj\.bias: a change of a bias"):
         pk.load(net(), tmp_path / "adapter")
-    with pytest.raises(pk.errors.ExportError, match=r"lora_B\.bias goes with ΔW"):
+    with pytest.raises(ExportError, match=r"lora_B\.bias goes with ΔW"):
         pk.rescale(tmp_path / "adapter", 0.5, tmp_path / "half")
 
 
@@ -165,3 +166,83 @@ def test_what_the_configuration_does_not_say_is_refused(tmp_path: Path) -> None:
         pk.read(edited(tmp_path, {}, modules_to_save=None))
     with pytest.raises(FileError, match="modules_to_save is 5, a list of names was expected"):
         pk.read(edited(tmp_path, {}, modules_to_save=5))
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    return BertForSequenceClassification(BertConfig(vocab_size=20, num_labels=3, **sizes)).eval()
+
+
+def loosened(kind: str, *names: str) -> BertForSequenceClassification:
+    """A wrapped BERT with these parameters trained beside its adapters."""
+    model = bert()
+    pk.wrap(model, kind, targets=["*.query", "*.value"], rank=2)
+    for name, parameter in model.named_parameters():
+        if any(name.startswith(start) for start in names):
+            parameter.requires_grad_(True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 4)
+    return model
+
+
+_LAYER = "bert.encoder.layer.0"
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("lora", ("classifier",)),
+        ("loha", ("classifier", f"{_LAYER}.output.LayerNorm")),
+        ("lora", (f"{_LAYER}.attention.self.query.bias", "bert.pooler.dense.bias", "bert.embeddings.word")),
+        ("dora", ("classifier", "bert.embeddings.LayerNorm")),
+    ],
+)
+def test_peft_loads_what_trained_beside(kind: str, names: tuple[str, ...], tmp_path: Path) -> None:
+    ids = torch.arange(20).reshape(2, 10)
+    ours = loosened(kind, *names)
+    report = pk.export(ours, tmp_path / "adapter", "peft")
+    assert report.extras
+    assert not report.left_out
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT reads of its models
+        theirs = peft.PeftModel.from_pretrained(bert(), str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-5)
+    back = bert()
+    assert set(pk.load(back, tmp_path / "adapter").extras) >= set(report.extras)
+    torch.testing.assert_close(back(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-5)
+    own = pk.save(ours, tmp_path / "own.safetensors")
+    assert pk.export(own, tmp_path / "again", "peft", base=bert()).extras
+    if any(not name.endswith("query.bias") for name in report.extras):
+        with pytest.raises(ExportError, match="PEFT's file has it whole: give base="):
+            pk.export(own, tmp_path / "bare", "peft")
+    assert pk.read(tmp_path / "again").extras.keys() == pk.read(tmp_path / "adapter").extras.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("lora", f"{_LAYER}.attention.self.query.weight"), ("loha", f"{_LAYER}.attention.self.query.bias")],
+)
+def test_what_peft_has_no_place_for_is_refused(kind: str, name: str, tmp_path: Path) -> None:
+    model = loosened(kind, "classifier", name)
+    with pytest.raises(LossyError, match=r"1 parameter \(bert\.encoder\.layer\.0\.attention.*PEFT has no place"):
+        pk.export(model, tmp_path / "adapter", "peft")
+    assert not list(tmp_path.iterdir())
+    report = pk.export(model, tmp_path / "adapter", "peft", extras=False)
+    assert set(report.left_out) == {"classifier.weight", "classifier.bias", name}
+
+
+def test_a_shared_parameter_has_no_place_in_peft(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "embed": nn.Embedding(6, 4), "out": nn.Linear(4, 6, bias=False)})
+    model["out"].weight = model["embed"].weight
+    pk.wrap(model, "lora", targets="body", rank=2)
+    nn.init.ones_(pk.adapter_parameters(model)[0])
+    nn.init.ones_(pk.adapter_parameters(model)[1])
+    model["embed"].weight.requires_grad_(True)
+    with pytest.raises(LossyError, match=r"embed\.weight\) trained beside"):
+        pk.export(model, tmp_path / "adapter", "peft")
