@@ -286,7 +286,7 @@ class Geometry:
         """Return how many output positions the layer computes for x: tokens, or pixels of the whole batch."""
         if not self.spatial:
             return x.numel() // x.shape[-1]
-        count = x.shape[: -self.spatial - 1].numel()
+        count = math.prod(x.shape[: -self.spatial - 1])
         for i, stride in enumerate(self.stride):  # a loop, since torch.compile follows no product of a generator
             n = x.shape[i - self.spatial]
             count *= n * stride if self.transposed else -(-n // stride)

@@ -21,6 +21,7 @@ _exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
 _transforming = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
+_can_ask = torch.__version__ >= "2.7"
 _by_identity = torch.__version__ < "2.5"
 _graph_task = torch._C._current_graph_task_id
 
@@ -48,6 +49,18 @@ def once_while_compiling(function: _F) -> _F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def known_true(condition: bool) -> bool:
+    """Return whether a condition on sizes is true for every size that is possible, in code that torch.compile reads.
+
+    Always False before torch 2.7, whose compiler cannot ask.
+    """
+    if not _can_ask:
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes half as long as torch to import
+
+    return statically_known_true(condition)
 
 
 def compiles_by_identity() -> bool:

@@ -19,8 +19,8 @@ from peftkit.adapters.base import Adapter
 from peftkit.delta import Delta
 from peftkit.errors import MergeStateError, UnknownAdapterError, UnsetAdapterError, UnsupportedLayerError, did_you_mean
 from peftkit.geometry import Geometry
-from peftkit.kernels.torch_private import eager, own_modules, own_parameters
-from peftkit.wrapping.routes import changed, choose, dense
+from peftkit.kernels.torch_private import compiling, eager, own_modules, own_parameters
+from peftkit.wrapping.routes import changed, choose, choose_compiled, dense
 from peftkit.wrapping.sites import Slot
 from peftkit.wrapping.state import Acting, AdapterState
 from peftkit.wrapping.walk import dotted, named_modules
@@ -162,6 +162,8 @@ class AdaptedLayer(Adapted):
         if state.route != "auto":
             return state.route
         call = g.outputs(x), torch.is_grad_enabled(), narrow
+        if compiling():
+            return choose_compiled(deltas, g.shape, *call)
         if not eager():
             return choose(deltas, g.shape, *call)
         chosen = acting.chosen.get(call)

@@ -8,6 +8,7 @@ dense     one layer call with W + ΔW as its weight; or, where the layer compute
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +18,12 @@ from peftkit.delta import Delta
 from peftkit.delta.base import ELEMENT, recomputed
 from peftkit.geometry import Geometry, Shape
 from peftkit.kernels.blocks import accumulation_dtype
+from peftkit.kernels.torch_private import known_true
 
 ROUTES = ("auto", "factored", "dense")
+
+#: output positions of a call for which the route is chosen where their number is not known
+OUTPUTS = 4096
 
 
 def choose(deltas: Sequence[Delta], shape: Shape, outputs: int, training: bool, narrow: bool) -> str:
@@ -26,8 +31,29 @@ def choose(deltas: Sequence[Delta], shape: Shape, outputs: int, training: bool, 
 
     outputs: output positions of this call. training: the call is differentiated. narrow: it computes in 16 bits.
     """
-    if not all(delta.is_matrix for delta in deltas):
+    factored, dense = _operations(deltas, shape, outputs, training, narrow)
+    return "factored" if factored <= dense else "dense"
+
+
+def choose_compiled(deltas: Sequence[Delta], shape: Shape, outputs: int, training: bool, narrow: bool) -> str:
+    """As `choose`, for code that torch.compile or torch.export reads: as for OUTPUTS where `outputs` is symbolic.
+
+    To compare a symbolic number would make the code valid for one range of batch sizes, and forbid any other.
+    """
+    factored, dense = _operations(deltas, shape, outputs, training, narrow)
+    if known_true(factored <= dense):
         return "factored"
+    if known_true(factored > dense):
+        return "dense"
+    return choose(deltas, shape, OUTPUTS, training, narrow)
+
+
+def _operations(
+    deltas: Sequence[Delta], shape: Shape, outputs: int, training: bool, narrow: bool
+) -> tuple[float, float]:
+    """The operations of the factored and of the dense route; an infinite number where there is no dense one."""
+    if not all(delta.is_matrix for delta in deltas):
+        return 0, math.inf
     layer = 2 * outputs * shape.rows * shape.columns
     build = sum(d.dense_flops() for d in deltas) + ELEMENT * shape.rows * shape.columns
     factored = sum(d.apply_flops(outputs) for d in deltas)
@@ -38,7 +64,7 @@ def choose(deltas: Sequence[Delta], shape: Shape, outputs: int, training: bool, 
         dense = 4 * build + 2 * layer + (2 * layer if narrow else 0)
     else:
         dense = build + (layer if narrow else 0)
-    return "factored" if factored <= dense else "dense"
+    return factored, dense
 
 
 def dense(x: Tensor, g: Geometry, weight: Tensor | None, bias: Tensor | None, deltas: Sequence[Delta]) -> Tensor:

@@ -112,6 +112,22 @@ def test_once_while_compiling() -> None:
     assert calls == [1]
 
 
+def test_known_true() -> None:
+    """A condition on a size is answered where the size is fixed, and makes no guard where it is not."""
+
+    def function(x: Tensor) -> Tensor:
+        small, large = torch_private.known_true(len(x) < 10), torch_private.known_true(len(x) >= 10)
+        return x * (2 if small else 3 if large else 4)
+
+    counter, known = CompileCounter(), torch.__version__ >= "2.7"
+    for dynamic, expected in ((True, (4, 4)), (False, (2, 3) if known else (4, 4))):
+        torch._dynamo.reset()
+        counter.clear()
+        compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=dynamic)
+        assert [compiled(torch.ones(n)).max().item() for n in (5, 20)] == [*expected]
+        assert counter.frame_count == (1 if dynamic else 2)
+
+
 def test_compiles_by_identity() -> None:
     """Whether another tensor in the place of a module's is other code."""
 
@@ -284,6 +300,7 @@ def test_every_function_has_a_test() -> None:
         "exporting",
         "in_autograd_thread",
         "is_outermost_step",
+        "known_true",
         "once_while_compiling",
         "output_padding",
         "own_buffers",
