@@ -18,6 +18,7 @@ from tests.support.zoo import ADAPTERS
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Node .* does not reference:UserWarning"),
 ]
 
 LAYERS = ("linear", "conv2d k3")
