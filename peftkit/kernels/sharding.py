@@ -15,7 +15,8 @@ def sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Return whether a tensor is divided among processes."""
     # Not imported here, which takes half as long as torch: without the import there is no DTensor
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    kind = getattr(module, "DTensor", None)  # a package of torch 2.4 has the name, and not the class
+    return kind is not None and isinstance(tensor, kind)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -32,8 +32,9 @@ def type_name(module: nn.Module) -> str:
 
 def weights_of(module: nn.Module) -> int:
     """Return how many numbers stand in a module's own weights of two or more dimensions, unpacked."""
-    if isinstance(module, nn.Linear):  # of a quantised one the parameter holds several numbers in a byte
-        return module.in_features * module.out_features
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int):  # a quantised parameter packs several into a byte
+        return sizes[0] * sizes[1]
     own = (p for p in own_parameters(module).values() if p is not None and not is_lazy(p))
     return sum(p.numel() for p in own if p.dim() > 1)
 
