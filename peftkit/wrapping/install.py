@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.distributed import get_world_size
 
 from peftkit.adapters.base import Adapter
 from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError, require_choice
@@ -47,6 +48,7 @@ def install(
     dropping = [site.name for site, adapter in built if route == "dense" and adapter.input_dropout]
     if dropping:
         raise OptionError(f"{dropping[0]}: dropout acts on the factored route only, and route='dense' was given")
+    _require_averaged(model)
     root = unwrapped(model)
     if TRAINABLE not in root.__dict__:
         nested = [p for _, module in named_modules(root) for p in module.__dict__.pop(TRAINABLE, ())]
@@ -58,6 +60,16 @@ def install(
     for site, adapter in built:
         _attach(site, adapter, name, strength, route, site.name in untie)
     enrol(root, {site.module_name: cast(Adapted, site.module) for site, _ in built})
+
+
+def _require_averaged(model: nn.Module) -> None:
+    """Raise if a wrapper averages gradients over processes: of the parameters that it found when it was made."""
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel) and get_world_size(module.process_group) > 1:
+            raise UnsupportedLayerError(
+                "the model is inside DistributedDataParallel already, which would not average the gradients of its "
+                "adapters: wrap or load first, then DistributedDataParallel(model)"
+            )
 
 
 def check_install(sites: Sequence[Site], strength: float, route: str) -> None:

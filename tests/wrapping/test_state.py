@@ -205,23 +205,18 @@ def test_a_lazy_or_empty_layer_is_skipped_with_the_reason() -> None:
         pk.wrap(partitioned, "lora", rank=2)
 
 
-def _wrap_after_sharding() -> str:
+def _wrap_too_late(how: str) -> bool:
+    """Whether wrap refuses a model that is divided, or averaged, over two processes, and leaves it as it was."""
     from torch.distributed.fsdp import fully_shard
 
-    model = network()
-    fully_shard(model)
-    try:
+    model = {"shard": fully_shard, "average": nn.parallel.DistributedDataParallel}[how](network())
+    message = {"shard": "wrap or load first, then shard", "average": "wrap or load first, then Distributed"}[how]
+    with pytest.raises(UnsupportedLayerError, match=message):
         pk.wrap(model, "lora", rank=2)
-    except UnsupportedLayerError as error:
-        return str(error)
-    return ""
-
-
-def _tell() -> list[int]:
-    return [ord(letter) for letter in _wrap_after_sharding()]
+    return not any("adapters" in name for name, _ in model.named_modules())
 
 
 @pytest.mark.processes
-def test_divided_weights_are_not_wrapped(tmp_path: Path) -> None:
-    for told in distributed(_tell, folder=tmp_path):
-        assert "wrap or load first, then shard" in "".join(map(chr, told))
+@pytest.mark.parametrize("how", ["shard", "average"])
+def test_a_model_that_is_divided_or_averaged_is_not_wrapped(how: str, tmp_path: Path) -> None:
+    assert distributed(_wrap_too_late, how, folder=tmp_path) == [True, True]
