@@ -17,6 +17,7 @@ from peftkit.files.formats import container, strict_json
 from peftkit.files.formats.container import Info
 from peftkit.files.formats.disk import Stamp
 from peftkit.files.formats.pickles import unpickle
+from peftkit.wrapping.divided import gathered
 from peftkit.wrapping.walk import plain_name
 
 _PICKLED = (".pt", ".ckpt", ".bin", ".pth")
@@ -45,16 +46,16 @@ class Loaded:
 
     def tensor(self, name: str, into: Tensor | None = None) -> Tensor:
         del into
-        return self.tensors[name].clone()
+        return gathered(self.tensors[name]).clone()
 
     def elements(self, name: str, index: list[int]) -> Tensor:
-        return self.tensors[name].flatten()[index]
+        return gathered(self.tensors[name]).flatten()[index]
 
     def digest(self, name: str) -> str:
-        return hashlib.sha256(container.raw(self.tensors[name])).hexdigest()
+        return hashlib.sha256(container.raw(gathered(self.tensors[name]))).hexdigest()
 
     def copy(self, name: str, to: BinaryIO) -> None:
-        container.put(to, container.raw(self.tensors[name]))
+        container.put(to, container.raw(gathered(self.tensors[name])))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +102,8 @@ class Base:
 def of_model(model: nn.Module) -> Base:
     """A model in memory as a base, under its state dict's names."""
     tensors = {
-        plain_name(model, key): tensor.detach()
-        for key, tensor in model.state_dict().items()
+        plain_name(model, key): tensor
+        for key, tensor in model.state_dict(keep_vars=True).items()
         if tensor.dtype in container.NAMES
     }
     return _joined(Path("the model"), {"the model": (_loaded(tensors), "")})

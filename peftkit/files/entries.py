@@ -32,7 +32,8 @@ from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.place import resolver_of, samples_of, shape_of, whole
 from peftkit.files.resolve import families_of, plain
 from peftkit.geometry import Shape
-from peftkit.wrapping.layer import adapted_modules, installed_adapters, one_name
+from peftkit.wrapping.divided import gathered_adapter, gathered_base
+from peftkit.wrapping.layer import InstalledAdapter, adapted_modules, installed_adapters, one_name
 from peftkit.wrapping.roll import require_none_lost
 
 #: in the canonical name of what covers several modules, and of what has its rows in the original network's order
@@ -65,15 +66,25 @@ def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]
     for at in installed_adapters(model, [one_name(model, name)]):
         at.require_values()
         geometry = at.slot.geometry
+        adapter, base = _adapter_and_base(at)
         yield AdapterEntry(
             at.site,
-            copy.deepcopy(at.adapter).eval(),
+            adapter,
             geometry.shape,
-            at.base,
+            base,
             at.site,
             geometry.transposed,
             at.slot.parameter != "weight",
         )
+
+
+def _adapter_and_base(at: InstalledAdapter) -> tuple[Adapter, Tensor]:
+    """A copy of an adapter, and W; of a divided model in main memory, and W only for adapters that read it."""
+    whole_adapter = gathered_adapter(at.adapter)
+    if whole_adapter is at.adapter:
+        return copy.deepcopy(at.adapter).eval(), at.base
+    base = gathered_base(at) if at.adapter.reads_base else placeholder_weight(at.slot.geometry.shape)
+    return whole_adapter.cpu().eval(), base.cpu()
 
 
 def items_of_file(

@@ -6,6 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from peftkit.files.fingerprint import samples
 from peftkit.files.formats import container, disk, native
 from peftkit.files.formats.native import Header, WeightRecord
 from peftkit.kernels.torch_private import own_parameters
+from peftkit.wrapping.divided import by_first_process, gathered, gathered_adapter, gathered_base
 from peftkit.wrapping.extras import BaseParameter, extras_of, require_unmerged
 from peftkit.wrapping.layer import InstalledAdapter, adapted_modules, installed_adapters, one_name
 from peftkit.wrapping.roll import require_none_lost
 from peftkit.wrapping.walk import dotted
 
 
+@by_first_process
 def save(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -50,6 +53,9 @@ def save(
 
     The file is written under another name, read back, and moved into place only if it holds what was meant. On failure
     nothing is left behind.
+
+    A model that fully_shard divides is saved by all processes together: each calls this, the first writes the file, and
+    all return or raise as it does.
 
     Args:
         model: a wrapped model.
@@ -89,6 +95,7 @@ def save(
     own = {at.site: at for at in installed_adapters(model, [name])}
     for at in own.values():
         at.require_values()
+    own = {site: replace(at, adapter=gathered_adapter(at.adapter)) for site, at in own.items()}
     beside = _beside(model, path, extras)
     _require_derivable(path, own, beside, portable)
     tensors = _tensors(own, beside, name, dtype, portable)
@@ -108,7 +115,7 @@ def _beside(model: nn.Module, path: Path, extras: bool) -> dict[str, BaseParamet
     found = extras_of(model)
     if found and not extras:
         advice = "load() would give a model without them; leave out extras=False to save them too"
-        warnings.warn(f"{path}: {listed(tuple(found))} left out; {advice}", LeftOutWarning, stacklevel=3)
+        warnings.warn(f"{path}: {listed(tuple(found))} left out; {advice}", LeftOutWarning, stacklevel=4)
         return {}
     require_unmerged(found.values())
     for extra in found.values():
@@ -144,7 +151,7 @@ def _tensors(
     portable: bool,
 ) -> dict[str, Tensor]:
     """The adapters' tensors by the keys of the file, and the extras'."""
-    tensors = {key: _packed(extra.tensor, dtype) for key, extra in beside.items()}
+    tensors = {key: _packed(gathered(extra.tensor), dtype) for key, extra in beside.items()}
     for site, at in own.items():
         for key in stored_keys(at.adapter, portable):
             full = dotted(site, key)
@@ -181,7 +188,7 @@ def _metadata(
             )
             for site, at in own.items()
         },
-        base={site: print_ for site, at in bases.items() if np.isfinite(print_ := samples(at.base)).all()},
+        base={site: print_ for site, at in bases.items() if np.isfinite(print_ := samples(gathered_base(at))).all()},
         portable=portable,
         training=dict(training or {}),
         version=__version__,
@@ -218,7 +225,7 @@ def _prove_alive(
             raise FileError(f"{path}: {key} is not finite{_cast_hint(tensors[key])}; nothing was saved")
     with torch.no_grad():
         for site, at in own.items():
-            twin, weight = copy.deepcopy(at.adapter).eval(), at.base
+            twin, weight = copy.deepcopy(at.adapter).eval(), gathered_base(at)
             keys = stored_keys(twin, portable)
             fill(twin, weight, {key: back[dotted(site, key)].to(weight.device) for key in keys})
             delta = twin(weight, 1.0)

@@ -19,6 +19,7 @@ from peftkit.adapters.base import Adapter
 from peftkit.delta import Delta
 from peftkit.errors import MergeStateError, UnknownAdapterError, UnsetAdapterError, UnsupportedLayerError, did_you_mean
 from peftkit.geometry import Geometry
+from peftkit.kernels.sharding import sharded
 from peftkit.kernels.torch_private import compiling, eager, own_modules, own_parameters
 from peftkit.wrapping.routes import changed, choose, choose_compiled, dense
 from peftkit.wrapping.sites import Slot
@@ -35,15 +36,19 @@ class Adapted(nn.Module):
     adapters: nn.ModuleDict
     adapter_state: AdapterState
 
-    def weight_of(self, slot: Slot) -> Tensor:
-        """The slot's own part of its parameter, merged or not: a view that writes through."""
+    def parameter_of(self, slot: Slot) -> nn.Parameter:
+        """The parameter that the slot is part of."""
         parameter = own_parameters(self).get(slot.parameter)
         if parameter is None:
             raise UnsupportedLayerError(
                 f"an adapted {base_class(self).__name__} has no parameter {slot.parameter!r} any more (weight_norm, "
                 "parametrize or pruning took it): undo that, or call it before wrapping, which then refuses the layer"
             )
-        return slot.of(parameter)
+        return parameter
+
+    def weight_of(self, slot: Slot) -> Tensor:
+        """The slot's own part of its parameter, merged or not: a view that writes through."""
+        return slot.of(self.parameter_of(slot))
 
     def base_of(self, slot_name: str) -> Tensor:
         """The slot's weight without what is merged into it, as a matrix (m, n)."""
@@ -183,7 +188,7 @@ class AdaptedParameters(Adapted):
         slots = {n: s for n, s in self.adapter_state.slots.items() if s.parameter == parameter_name}
         state = self.adapter_state
         acting = state.now()
-        if not acting.strengths:
+        if not acting.strengths or (eager() and sharded(parameter)):  # fully_shard reads its own part, before forward
             return parameter
         if eager() and state.roll is not None:  # what is asked under torch.compile is part of the code
             state.answer()
@@ -238,7 +243,7 @@ class InstalledAdapter:
 
     def require_loaded(self) -> None:
         """Raise UnsetAdapterError if the weight that the adapter is on has no values."""
-        if self.base.is_meta:
+        if self.host.parameter_of(self.slot).is_meta:
             raise UnsetAdapterError(
                 f"{self.site or 'the model'}: its weight is on the meta device: it is not loaded, or is offloaded by "
                 "hooks of accelerate. Load it, or take the hooks off (accelerate.hooks.remove_hook_from_submodules)"

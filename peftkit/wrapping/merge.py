@@ -16,9 +16,17 @@ from torch import Tensor, nn
 
 from peftkit.delta import Delta
 from peftkit.delta.addition import MergedWeight, add_, refuse_inert, refuse_overflow
-from peftkit.errors import MergeError, MergeStateError, OptionError, TiedWeightsError, require_choice
+from peftkit.errors import (
+    MergeError,
+    MergeStateError,
+    OptionError,
+    TiedWeightsError,
+    UnsupportedLayerError,
+    require_choice,
+)
 from peftkit.geometry import Geometry
 from peftkit.wrapping.backup import BACKUPS, Backup, Copy, Merged, checksum
+from peftkit.wrapping.divided import divided
 from peftkit.wrapping.layer import Adapted, adapted_modules, installed_adapters, names_of
 from peftkit.wrapping.listing import Row, listing
 from peftkit.wrapping.roll import require_none_lost, roll_of, warn_never_ran
@@ -97,6 +105,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup:
         OptionError: backup is none of these, or names is empty.
         UnknownAdapterError: there is no adapter of one of the names.
         MergeStateError: adapters are merged already, or one is disabled.
+        UnsupportedLayerError: the model is divided among processes.
         MergeError: a ΔW is not finite, overflows or is lost whole to the dtype, or elements of a weight share memory.
 
     Example:
@@ -110,6 +119,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup:
         ('',)
     """
     require_choice("backup", backup, (*BACKUPS, None))
+    _refuse_divided(model, "merge")
     affected = _affected(model, names)
     if backup is None:
         return _bake(model, affected)
@@ -136,6 +146,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
         The names of the modules whose weights were restored.
 
     Raises:
+        UnsupportedLayerError: the model is divided among processes.
         MergeStateError: nothing is merged, or a weight was changed after the merge; all weights are then as they were.
 
     Example:
@@ -150,6 +161,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
         >>> torch.equal(model[0].weight, before)
         True
     """
+    _refuse_divided(model, "restore")
     merged = {name: host for name, host in adapted_modules(model).items() if host.adapter_state.merged is not None}
     if not merged:
         raise MergeStateError("nothing is merged into this model: restore follows merge")
@@ -165,6 +177,16 @@ def restore(model: nn.Module) -> tuple[str, ...]:
     for host in merged.values():
         _restore_host(host)
     return tuple(merged)
+
+
+def _refuse_divided(model: nn.Module, verb: str) -> None:
+    """Raise for a model whose weights are divided among processes."""
+    if divided(model):
+        raise UnsupportedLayerError(
+            f"{verb}: the model's weights are divided among processes (fully_shard), weights that are whole were "
+            "expected: pk.save the adapters from every process, and merge the file into the base's checkpoint with "
+            "pk.merge_checkpoint, or pk.load it onto a whole model and merge there; restore before fully_shard"
+        )
 
 
 #: module name -> the adapted module and those of its adapters that are merged

@@ -17,6 +17,7 @@ from peftkit.files.export.job import Job
 from peftkit.files.extras import listed
 from peftkit.files.formats import peft
 from peftkit.files.formats.state_dict import adapters_in
+from peftkit.wrapping.divided import gathered
 from peftkit.wrapping.extras import base_parameters, extras_of
 
 
@@ -47,7 +48,7 @@ class Beside:
         found = extras_of(model)
         shared = tuple(name for name, own in found.items() if len(places[id(own.tensor)]) > 1)
         return cls(
-            {name: own.tensor.detach() for name, own in found.items()}, of_model(model) if found else None, shared
+            {name: gathered(own.tensor) for name, own in found.items()}, of_model(model) if found else None, shared
         )
 
 

@@ -33,6 +33,7 @@ from peftkit.files.extras import listed
 from peftkit.files.families.names import Family
 from peftkit.files.formats import container, disk
 from peftkit.files.read import Reading, read
+from peftkit.wrapping.divided import by_first_process
 from peftkit.wrapping.listing import Row, listing
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class _Request:
             )
 
 
+@by_first_process
 def export(
     source: nn.Module | str | os.PathLike[str],
     path: str | os.PathLike[str],
@@ -115,6 +117,9 @@ def export(
 
     The file holds the adapters at strength 1, whatever λ they have on the model: programs have a strength of their own.
     The file is read back and compared with the adapters before it takes its name.
+
+    A model that fully_shard divides is exported by all processes together, as by `save`; of weights whose adapters read
+    them, the first process holds all in main memory.
 
     Args:
         source: a wrapped model, or an adapter file.

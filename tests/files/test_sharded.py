@@ -1,0 +1,217 @@
+"""Files of models that are divided among processes, or that several processes hold whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftkit as pk
+from peftkit.errors import FileError, LossyError, UnknownAdapterError
+from tests.support.files import header, listing, load
+from tests.support.processes import distributed
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 2},
+    "dora": {"rank": 2},
+    "loha": {"rank": 2},
+    "lokr": {"rank": 2},
+    "loldu": {"rank": 2},
+    "oft": {"block_size": 3},
+}
+LOSS = 1e-5
+STEPS = 2
+
+
+class Model(nn.Module):
+    """Rows that two processes cannot share evenly, a convolution, a weight that is read, and a head that trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(3, 9, 3, padding=1)
+        self.attention = nn.MultiheadAttention(9, 3, batch_first=True)
+        self.body = nn.Linear(9, 15)
+        self.head = nn.Linear(15, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.stem(x)).mT
+        return self.head(torch.tanh(self.body(self.attention(h, h, h)[0])))
+
+
+def plain() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def wrapped(kind: str, targets: Sequence[str] = ("stem", "attention", "body")) -> Model:
+    model = plain()
+    pk.wrap(model, kind, targets=targets, **KINDS[kind])
+    model.head.requires_grad_(True)
+    return model
+
+
+def batch() -> Tensor:
+    return torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(1))
+
+
+def shard(model: Model) -> Model:
+    from torch.distributed.fsdp import fully_shard
+
+    for module in (model.stem, model.body):
+        fully_shard(module)
+    fully_shard(model)
+    return model
+
+
+def train(model: nn.Module) -> list[float]:
+    """The losses of some steps of SGD; the same batch on every process."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(STEPS):
+        loss = (model(batch()) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def same_file(written: Path, expected: Path) -> None:
+    """Tensors within rounding of each other; names, shapes and metadata equal."""
+    ours, theirs = load(written), load(expected)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-5, atol=1e-6, msg=f"{written.name}: {key}")
+    assert header(written) == header(expected)
+
+
+# -- save and export ------------------------------------------------------------------------------------------------
+
+
+def _train_and_save(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        model = shard(wrapped(kind))
+        losses = train(model)
+        with torch.no_grad():
+            model(batch())  # leaves the parameters of the root whole
+        path = pk.save(model, folder / f"{kind}.safetensors", training={"steps": STEPS})
+        found[kind] = [losses, path.name, path.is_file()]
+    return found
+
+
+@pytest.mark.processes
+def test_a_divided_model_trains_and_saves_as_a_whole_one_does(tmp_path: Path) -> None:
+    told = distributed(_train_and_save, tmp_path, folder=tmp_path)
+    assert told[0] == told[1]
+    for kind, (losses, name, there) in told[0].items():
+        assert (name, there) == (f"{kind}.safetensors", True)
+        model = wrapped(kind)
+        assert losses == pytest.approx(train(model), abs=LOSS), kind
+        same_file(tmp_path / name, pk.save(model, tmp_path / f"whole-{kind}.safetensors", training={"steps": STEPS}))
+        loaded = plain()
+        assert pk.load(loaded, tmp_path / name).complete
+        torch.testing.assert_close(loaded.eval()(batch()), model.eval()(batch()), rtol=1e-5, atol=1e-5)
+
+
+def _write(model: nn.Module, folder: Path, kind: str) -> None:
+    pk.save(model, folder / f"{kind}.safetensors")
+    pk.save(model, folder / f"{kind}-portable.safetensors", dtype=torch.bfloat16, portable=True)
+    pk.export(model, folder / f"{kind}-comfyui.safetensors", "comfyui", bake=True, extras=False)
+    pk.export(model, folder / f"{kind}-peft", "peft", bake=True)
+
+
+def _write_both(folder: Path) -> int:
+    """Files of a model before and after it is divided."""
+    for kind in KINDS:
+        model = wrapped(kind, ("stem", "body"))  # no other program has a name for rows of a parameter
+        generator = torch.Generator().manual_seed(0)
+        for parameter in pk.adapter_parameters(model):
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        if torch.distributed.get_rank() == 0:
+            _write(model, folder / "whole", kind)
+        _write(shard(model), folder / "divided", kind)
+    return 0
+
+
+@pytest.mark.processes
+def test_files_of_a_divided_model_are_those_of_the_whole_one_byte_for_byte(tmp_path: Path) -> None:
+    for name in ("whole", "divided"):
+        (tmp_path / name).mkdir()
+    distributed(_write_both, tmp_path, folder=tmp_path)
+    whole, divided = listing(tmp_path / "whole"), listing(tmp_path / "divided")
+    assert len(whole) > 4 * len(KINDS)
+    assert whole == divided
+
+
+def _fail(folder: Path) -> list[int]:
+    """Whether each call raised the error that was expected, and a whole call works after them."""
+    model = shard(wrapped("lora"))
+    train(model)
+    taken = folder / "taken.safetensors"
+    calls: list[tuple[Callable[[], object], type[Exception], str]] = [
+        (lambda: pk.save(model, taken, overwrite=False), FileError, "is there already"),
+        (lambda: pk.save(model, folder / "none" / "a.safetensors"), FileError, "there is no folder"),
+        (lambda: pk.save(model, folder / "a.safetensors", "other"), UnknownAdapterError, "other"),
+        (lambda: pk.export(model, folder / "a.safetensors", "comfyui"), LossyError, "extras=False"),
+        (lambda: pk.save(shard(wrapped("lora")), folder / "a.safetensors"), FileError, "every ΔW is zero"),
+    ]
+    found = []
+    for call, error, words in calls:
+        try:
+            call()
+        except error as raised:
+            found.append(int(words in str(raised)))
+    return [*found, int(pk.save(model, taken).is_file())]
+
+
+@pytest.mark.processes
+def test_every_process_raises_what_the_first_one_meets(tmp_path: Path) -> None:
+    (tmp_path / "taken.safetensors").write_bytes(b"old")
+    assert distributed(_fail, tmp_path, folder=tmp_path) == [[1] * 6] * 2
+    assert not list(tmp_path.glob("a.*"))
+
+
+def _break(folder: Path) -> list[str]:
+    """What each process says where the first one fails in the middle, with an error of torch."""
+    model = shard(wrapped("dora"))
+    train(model)
+    with mock.patch("peftkit.files.save.samples", side_effect=MemoryError("no room")):
+        try:
+            pk.save(model, folder / "a.safetensors")
+        except (MemoryError, FileError) as error:
+            return [f"{type(error).__name__}: {error}"]
+    return []
+
+
+@pytest.mark.processes
+def test_no_process_waits_for_a_first_one_that_failed(tmp_path: Path) -> None:
+    first, second = distributed(_break, tmp_path, folder=tmp_path)
+    assert first == ["MemoryError: no room"]
+    assert second == ["FileError: the first process stopped and wrote nothing: MemoryError: no room"]
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+# -- several processes with the whole model -------------------------------------------------------------------------
+
+
+def _save_replicas(folder: Path) -> str:
+    model = nn.parallel.DistributedDataParallel(wrapped("lora"))
+    train(model)
+    paths = [pk.save(model, folder / "shared.safetensors") for _ in range(20)]
+    torch.distributed.barrier()
+    return paths[-1].name
+
+
+@pytest.mark.processes
+def test_replicas_that_write_one_file_at_once_leave_it_whole(tmp_path: Path) -> None:
+    assert distributed(_save_replicas, tmp_path, folder=tmp_path) == ["shared.safetensors"] * 2
+    model = wrapped("lora")
+    train(model)
+    same_file(tmp_path / "shared.safetensors", pk.save(model, tmp_path / "whole.safetensors"))
+    assert [path.name for path in tmp_path.glob("*shared*")] == ["shared.safetensors"]
