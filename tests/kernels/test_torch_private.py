@@ -312,3 +312,12 @@ def test_every_function_has_a_test() -> None:
         "version",
         "wrapped",
     }
+
+
+def test_what_runs_compiled() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
+    assert torch_private.compiled(model) == set()
+    model[1].compile(backend="eager")
+    model[2] = torch.compile(model[2], backend="eager")
+    named = {id(module): name for name, module in model.named_modules()}
+    assert {named[each] for each in torch_private.compiled(model)} == {"1", "1.0", "2", "2._orig_mod"}
