@@ -55,13 +55,21 @@ run()
 """
 
 
+def started(*words: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """A process that hears signals, as one of a terminal does; one of the background inherits that it ignores them."""
+
+    def hear() -> None:
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=hear)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
 def test_a_signal_leaves_nothing_half_written(number: signal.Signals, code: int, folder: Path) -> None:
     before = listing(folder)
     words = ["merge", folder / "base.safetensors", f"{folder / ODD}=1", "-o", folder / "out.safetensors"]
-    with subprocess.Popen(
-        [sys.executable, "-c", _SLOW, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with started(sys.executable, "-c", _SLOW, *map(str, words)) as process:
         assert process.stdout is not None and process.stdout.readline() == "writing\n"
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
@@ -72,9 +80,7 @@ def test_a_signal_leaves_nothing_half_written(number: signal.Signals, code: int,
 def test_an_interrupt_while_torch_is_imported_ends_quietly(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    with subprocess.Popen(
-        [PROGRAM, "inspect", "x"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    ) as process:
+    with started(str(PROGRAM), "inspect", "x", env=env) as process:
         assert process.stdout is not None and process.stdout.readline() == "importing\n"
         time.sleep(0.1)  # into the sleep of the import
         process.send_signal(signal.SIGINT)
