@@ -46,6 +46,8 @@ def batches(x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_an_export_takes_any_batch(adapter: str, layer: str) -> None:
+    if torch.__version__ < "2.5":
+        pytest.skip("torch.export of 2.4 cannot hold the autocast regions of torch's own checkpoint")
     module, x = cell(adapter, layer)
     size = torch.export.Dim("size", min=1, max=4096)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: size},))

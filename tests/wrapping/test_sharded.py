@@ -55,6 +55,7 @@ def _merge(folder: Path) -> list[int | Tensor]:
     return [*found, out]
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="fully_shard is public from torch 2.6 on")
 @pytest.mark.processes
 def test_a_divided_model_is_not_merged_and_what_the_error_advises_works(tmp_path: Path) -> None:
     x = torch.linspace(-1, 1, 12).view(2, 6)
@@ -81,6 +82,7 @@ def _save_merged(folder: Path) -> int:
     return 0
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="fully_shard is public from torch 2.6 on")
 @pytest.mark.processes
 def test_what_was_merged_before_is_saved_with_its_own_base(tmp_path: Path) -> None:
     distributed(_save_merged, tmp_path, folder=tmp_path)
