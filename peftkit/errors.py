@@ -171,6 +171,13 @@ def require_choice(option: str, value: object, known: Iterable[object]) -> None:
     require_option(value in known, option, value, expected, hint)
 
 
+def require_number(option: str, value: object, *, positive: bool = False) -> None:
+    """Raise OptionError unless the value is a finite number (True and False are none) from 0, or above 0."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+    fits = fits and not (positive and value == 0)
+    require_option(fits, option, value, "a positive, finite number" if positive else "a finite number from 0")
+
+
 def require_integer(option: str, value: object, least: int, what: str) -> None:
     """Raise OptionError unless the value is an integer (True and False are none) of at least this size."""
     fits = isinstance(value, int) and value is not True and value is not False and value >= least

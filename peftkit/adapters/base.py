@@ -116,8 +116,10 @@ class Adapter(nn.Module, ABC):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if not self.unset:
+            return
         own = {key: tensor for key, tensor in self.state_dict().items() if "." not in key}
-        if self.unset and all(f"{prefix}{key}" in state_dict for key in own):
+        if all(f"{prefix}{key}" in state_dict for key in own):
             weight = placeholder_weight(self.shape).to(next(iter(own.values())).device)
             _set_constants(self, type(self)(self.shape, weight, **self.options))
             vars(self).pop("unset", None)

@@ -33,7 +33,7 @@ from peftkit.files.place import resolver_of, samples_of, shape_of, whole
 from peftkit.files.resolve import families_of, plain
 from peftkit.geometry import Shape
 from peftkit.wrapping.divided import gathered_adapter, gathered_base
-from peftkit.wrapping.layer import InstalledAdapter, adapted_modules, installed_adapters, one_name
+from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.roll import require_none_lost
 
 #: in the canonical name of what covers several modules, and of what has its rows in the original network's order
@@ -62,7 +62,7 @@ class AdapterEntry:
 
 def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]:
     """Yield copies of one adapter of a model, weight by weight, in evaluation mode."""
-    require_none_lost(model, list(adapted_modules(model)))
+    require_none_lost(model)
     for at in installed_adapters(model, [one_name(model, name)]):
         at.require_values()
         geometry = at.slot.geometry

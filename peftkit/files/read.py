@@ -135,7 +135,8 @@ def _native(source: Source) -> AdapterFile:
     header = native.decode(source.metadata, source.path)
     for name in header.extras:
         require_file(name in source.names, source.path, f"it is damaged: there is no tensor of the extra {name!r}")
-    extras = dict.fromkeys(name for name in header.extras if name in set(source.keys))
+    present = set(source.keys)
+    extras = dict.fromkeys(name for name in header.extras if name in present)
     owned = native.sorted_by_weight([key for key in source.keys if key not in extras], header.records)
 
     def patch(name: str) -> Patch:

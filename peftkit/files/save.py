@@ -25,7 +25,7 @@ from peftkit.files.formats.native import Header, WeightRecord
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.divided import by_first_process, gathered, gathered_adapter, gathered_base
 from peftkit.wrapping.extras import BaseParameter, extras_of, require_unmerged
-from peftkit.wrapping.layer import InstalledAdapter, adapted_modules, installed_adapters, one_name
+from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.roll import require_none_lost
 from peftkit.wrapping.walk import dotted
 
@@ -91,7 +91,7 @@ def save(
     disk.require_output(path, overwrite=overwrite)
     require_dtype(dtype)
     name = one_name(model, name)
-    require_none_lost(model, list(adapted_modules(model)))
+    require_none_lost(model)
     own = {at.site: at for at in installed_adapters(model, [name])}
     for at in own.values():
         at.require_values()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import translate
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from peftkit.errors import OptionError, TargetError, did_you_mean, require_option
+from peftkit.errors import OptionError, TargetError, did_you_mean, require_number, require_option
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.layer import installed_adapters, names_of
 from peftkit.wrapping.select import PRESETS, class_names, patterns, regular_expression
@@ -66,7 +65,7 @@ def parameter_groups(
         >>> optimizer = torch.optim.AdamW(groups)
     """
     for option, value in (("lr", lr), ("ratio", ratio), ("weight_decay", weight_decay)):
-        _require_number(option, value)
+        require_number(option, value)
     require_option(ratio != 0, "ratio", ratio, "a number above 0")
     trained = list(_trained(model, name))
     if not trained:
@@ -173,11 +172,5 @@ def _pairs(rules: Rules) -> list[tuple[str, float]]:
         paired = isinstance(rule, (tuple, list)) and len(rule) == 2
         require_option(paired, "rules", rules, "a dict, or pairs, of a pattern and a learning rate")
         patterns(rule[0])
-        _require_number(f"rules[{rule[0]!r}]", rule[1])
+        require_number(f"rules[{rule[0]!r}]", rule[1])
     return given
-
-
-def _require_number(option: str, value: object) -> None:
-    """Raise OptionError unless the value is a finite number that is not negative."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-    require_option(number, option, value, "a finite number from 0")

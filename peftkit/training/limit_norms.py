@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftkit.errors import MergeStateError, NormError, require_option
+from peftkit.errors import MergeStateError, NormError, require_number
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, names_of
 
 
@@ -61,8 +61,7 @@ def limit_norms_(model: nn.Module, most: float, name: str | None = None) -> tupl
         >>> pk.limit_norms_(model, most=1.0)
         ()
     """
-    number = isinstance(most, (int, float)) and not isinstance(most, bool) and 0 < most < math.inf
-    require_option(number, "most", most, "a positive, finite number")
+    require_number("most", most, positive=True)
     installed = list(installed_adapters(model, names_of(model, name)))
     scaling = [_scaling_parameters(at) for at in installed]
     limited: list[LimitedNorm] = []

@@ -200,9 +200,9 @@ def _affected(model: nn.Module, names: str | Sequence[str] | None) -> _Affected:
         raise OptionError("names is empty: name an adapter, or leave it out to merge them all")
     for name in wanted:
         names_of(model, name)
-    own = {at: tuple(n for n in host.adapters if n in wanted) for at, host in adapted_modules(model).items()}
-    affected = {at: (host, own[at]) for at, host in adapted_modules(model).items() if own[at]}
-    require_none_lost(model, list(own))
+    own = {at: (host, tuple(n for n in host.adapters if n in wanted)) for at, host in adapted_modules(model).items()}
+    affected = {at: (host, names) for at, (host, names) in own.items() if names}
+    require_none_lost(model)
     for at in installed_adapters(model, wanted):
         at.require_values()
     for host_name, (host, merging) in affected.items():

@@ -28,7 +28,7 @@ from peftkit.errors import (
 from peftkit.kernels.blocks import accumulation_dtype
 from peftkit.kernels.torch_private import own_modules
 from peftkit.wrapping.coverage import Covered, coverage, described, warn_of_little
-from peftkit.wrapping.routes import choose
+from peftkit.wrapping.routes import OUTPUTS, choose
 from peftkit.wrapping.rule import Rule
 from peftkit.wrapping.select import Selector, listed, reasons, tied_with
 from peftkit.wrapping.sites import Site, as_read
@@ -241,8 +241,6 @@ def _without_shared(
 class _DryRun:
     """Builds adapters on the meta device, once per distinct shape: counts without memory, and every refusal."""
 
-    OUTPUTS = 4096
-
     def __init__(self, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
         self.seen: dict[Any, tuple[int, int, str]] = {}
@@ -277,7 +275,7 @@ class _DryRun:
         delta = adapter.delta(weight)
         if not site.read:
             narrow = accumulation_dtype(weight.dtype) != weight.dtype
-            route = choose([delta], site.slot.geometry.shape, self.OUTPUTS, training=True, narrow=narrow)
+            route = choose([delta], site.slot.geometry.shape, OUTPUTS, training=True, narrow=narrow)
             return route if delta.is_matrix else "input"
         if not delta.is_matrix:
             raise UnsupportedLayerError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.errors import LostAdapterError, NeverRanWarning
 from peftkit.kernels.torch_private import compiled
-from peftkit.wrapping.walk import unwrapped
+from peftkit.wrapping.walk import named_modules, unwrapped
 
 if TYPE_CHECKING:
     from peftkit.wrapping.layer import Adapted
@@ -72,14 +72,10 @@ def enrol(model: nn.Module, hosts: Mapping[str, Adapted]) -> None:
         host.adapter_state.roll = roll
 
 
-def require_none_lost(model: nn.Module, present: Sequence[str]) -> None:
-    """Raise LostAdapterError if a module that was adapted is no longer part of the model.
-
-    Args:
-        model: the model that was wrapped.
-        present: the names of the modules that are adapted now.
-    """
+def require_none_lost(model: nn.Module) -> None:
+    """Raise LostAdapterError if a module that was adapted is no longer part of the model, which was wrapped."""
     roll = roll_of(model)
+    present = {name for name, module in named_modules(model) if is_adapted(module)}
     enrolled = {} if roll is None else {n: r for n, r in roll.hosts.items() if n not in present}
     # one that was unwrapped as part of something smaller is still there, and carries nothing
     lost = [name for name, ref in enrolled.items() if (host := ref()) is None or is_adapted(host)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,16 @@ def trainer(folder: Path, steps: int, model: nn.Module | None = None, **options:
     model = llama(dropout=0.1) if model is None else model
     data = Words()
     return AdapterTrainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+
+
+def whole_and_resumed(folder: Path, make: Callable[[], nn.Module]) -> tuple[AdapterTrainer, AdapterTrainer]:
+    """A run of eight steps in folder/whole, and one in folder/parts that stopped after four and was resumed."""
+    whole = trainer(folder / "whole", 8, make())
+    whole.train()
+    trainer(folder / "parts", 4, make()).train()
+    parts = trainer(folder / "parts", 8, make())
+    parts.train(resume_from_checkpoint=True)
+    return whole, parts
 
 
 def state(own: AdapterTrainer) -> dict[str, Tensor]:
@@ -140,11 +151,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
 
 
 def test_what_is_trained_beside_the_adapters_is_kept(tmp_path: Path) -> None:
-    whole = trainer(tmp_path / "whole", 8, llama(head=True))
-    whole.train()
-    trainer(tmp_path / "parts", 4, llama(head=True)).train()
-    parts = trainer(tmp_path / "parts", 8, llama(head=True))
-    parts.train(resume_from_checkpoint=True)
+    whole, parts = whole_and_resumed(tmp_path, lambda: llama(head=True))
     assert equal(state(parts), state(whole))
     keys = load_file(tmp_path / "parts" / "checkpoint-8" / "model.safetensors").keys()
     assert {key for key in keys if ".adapters." not in key} == {"lm_head.weight"}
@@ -160,11 +167,7 @@ def test_an_adapted_weight_that_trains_too_is_no_other_base(tmp_path: Path) -> N
         own.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
         return own
 
-    whole = trainer(tmp_path / "whole", 8, model())
-    whole.train()
-    trainer(tmp_path / "parts", 4, model()).train()
-    parts = trainer(tmp_path / "parts", 8, model())
-    parts.train(resume_from_checkpoint=True)
+    whole, parts = whole_and_resumed(tmp_path, model)
     assert equal(state(parts), state(whole))
 
 
@@ -179,11 +182,7 @@ def test_tied_parameters_that_are_trained_resume(tmp_path: Path) -> None:
         assert own.get_input_embeddings().weight is own.get_output_embeddings().weight
         return own
 
-    whole = trainer(tmp_path / "whole", 8, model())
-    whole.train()
-    trainer(tmp_path / "parts", 4, model()).train()
-    parts = trainer(tmp_path / "parts", 8, model())
-    parts.train(resume_from_checkpoint=True)
+    whole, parts = whole_and_resumed(tmp_path, model)
     assert equal(state(parts), state(whole))
 
 
@@ -203,11 +202,7 @@ class Regression(nn.Module):
 
 
 def test_a_module_that_is_no_model_of_transformers(tmp_path: Path) -> None:
-    whole = trainer(tmp_path / "whole", 8, Regression())
-    whole.train()
-    trainer(tmp_path / "parts", 4, Regression()).train()
-    parts = trainer(tmp_path / "parts", 8, Regression())
-    parts.train(resume_from_checkpoint=True)
+    whole, parts = whole_and_resumed(tmp_path, Regression)
     assert equal(state(parts), state(whole))
     checkpoint = tmp_path / "parts" / "checkpoint-8"
     assert {"adapter-a.safetensors", "adapter-b.safetensors"} <= {path.name for path in checkpoint.iterdir()}
