@@ -12,7 +12,7 @@ shift || true
 
 loops=()
 trap 'kill "${loops[@]}"' EXIT
-for _ in $(seq "$(nproc --all)"); do
+for _ in $(seq "$(env -u OMP_NUM_THREADS nproc)"); do
     "$python" -c "while True: pass" &
     loops+=($!)
 done
