@@ -58,6 +58,7 @@ __all__ = [
     "restore",
     "save",
     "set_strength",
+    "swap",
     "testing",
     "unwrap",
     "wrap",
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
     from peftkit.files.read import read as read
     from peftkit.files.rescale import rescale as rescale
     from peftkit.files.save import save as save
+    from peftkit.files.swap import swap as swap
     from peftkit.training.groups import parameter_groups as parameter_groups
     from peftkit.training.limit_norms import limit_norms_ as limit_norms_
     from peftkit.wrapping.check import CheckReport as CheckReport
@@ -153,6 +155,7 @@ _PUBLIC = {
     "peftkit.files.read": ("read",),
     "peftkit.files.rescale": ("rescale",),
     "peftkit.files.save": ("save",),
+    "peftkit.files.swap": ("swap",),
     "peftkit.training.groups": ("parameter_groups",),
     "peftkit.training.limit_norms": ("limit_norms_",),
     "peftkit.wrapping.check": (

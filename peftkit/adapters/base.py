@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -42,6 +42,9 @@ class Adapter(nn.Module, ABC):
     additive: ClassVar[type[Additive] | None] = None
     #: the tensors to which all of ΔW is proportional: times c, those that are there make it c·ΔW; none if ΔW is not so
     scaling_parameters: ClassVar[frozenset[str]] = frozenset()
+    #: the options that say only shapes, the start, γ or dropout: under one γ, tensors of a smaller rank are the same ΔW
+    #: as those with zeros behind them
+    resizable: ClassVar[frozenset[str]] = frozenset()
 
     #: every option with its value, and the shape of W, as `registry.build` resolved them
     options: dict[str, Any]
@@ -78,6 +81,10 @@ class Adapter(nn.Module, ABC):
             with torch.autocast(weight.device.type, enabled=False):
                 return self.at(weight, strength)
         return self.at(weight, strength)
+
+    def parts(self) -> Iterator[tuple[str, Adapter]]:
+        """Return the adapter under "", and those inside it by name."""
+        return ((name, module) for name, module in self.named_modules() if isinstance(module, Adapter))
 
     def require_values(self) -> None:
         """Raise UnsetAdapterError if the adapter was made on the meta device, and no values came since."""

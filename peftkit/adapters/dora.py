@@ -97,6 +97,7 @@ class DoRA(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.09353"
     convention: ClassVar[str] = "magnitude/base_norm*norm(W)/norm(W+V)*(W+V)-W"
     reads_base: ClassVar[bool] = True
+    resizable: ClassVar[frozenset[str]] = frozenset({"detach_norm"})
     from_base: ClassVar[tuple[str, ...]] = ("base_norm",)
     on_another_base: ClassVar[str] = "keeps its magnitudes relative to the norms of the new base"
 

@@ -76,6 +76,7 @@ class LoHa(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2108.06098"
     convention: ClassVar[str] = "gamma*(up1@down1)*(up2@down2)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up1"})
+    resizable: ClassVar[frozenset[str]] = frozenset({"rank", "alpha", "init"})
     decays = frozenset({"up1", "down1", "core1", "up2", "down2", "core2"})
     additive = LoHaForm
 

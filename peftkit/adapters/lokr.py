@@ -161,6 +161,9 @@ class LoKr(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.10650"
     convention: ClassVar[str] = "gamma*kron(outer,block)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"outer", "outer_left"})
+    resizable: ClassVar[frozenset[str]] = frozenset(
+        {"rank", "alpha", "factor", "decompose_both", "full_scale", "outer", "full", "init"}
+    )
     decays = frozenset({"outer", "outer_left", "outer_right", "block", "left", "right", "core"})
     additive = LoKrForm
 

@@ -95,6 +95,9 @@ class LoRA(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
     convention: ClassVar[str] = "gamma*up@down"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})
+    resizable: ClassVar[frozenset[str]] = frozenset(
+        {"rank", "alpha", "rslora", "dropout", "rank_dropout", "module_dropout"}
+    )
     starts_at_zero = frozenset({"up"})
     decays = frozenset({"up", "down", "core"})
     additive = LoRAForm

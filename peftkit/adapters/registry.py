@@ -95,6 +95,11 @@ def option_names(cls: type[Adapter]) -> tuple[str, ...]:
     return tuple(p.name for p in _parameters(cls) if p.kind is inspect.Parameter.KEYWORD_ONLY)
 
 
+def takes(cls: type[Adapter], option: str) -> bool:
+    """Return whether a class takes an option, itself or for the adapter inside it."""
+    return option in option_names(cls) or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _parameters(cls))
+
+
 @functools.cache  # a model has hundreds of layers, and a signature takes longer to read than an adapter to make
 def _parameters(cls: type[Adapter]) -> tuple[inspect.Parameter, ...]:
     return tuple(inspect.signature(cls.__init__).parameters.values())

@@ -123,10 +123,9 @@ def load(
         selector = Selector(model)
         ours = selector.sites
         ours |= {site: as_read(ours[site]) for p in patterns(read_weights) for site in selector.find(p).sites}
-        fitting, distances, report = _compare(path, name, bundle, ours, component)
+        fitting, distances, report = compared(path, name, bundle, ours, component)
         beside = placed(bundle, model) if extras else PlacedExtras()
-        report = _with_extras(report, bundle, beside, extras)
-        _require_trained_bases(path, bundle, extras or other_base)
+        report = with_extras(report, bundle, beside, extras)
         if not fitting or (strict and not report.complete):
             what = f"{path} does not fit this model" if fitting else f"nothing in {path} fits this model"
             raise MismatchError(f"{what}\n{report}")
@@ -140,7 +139,7 @@ def load(
                 f"{site_name} shares its weight with {other}: pass tied='untie' to give it its own copy"
             )
         require_unmerged(beside.values)
-        built = _built(path, fitting, bundle, beside, distances, other_base)
+        built = made(path, fitting, bundle, beside, distances, extras, other_base)
         install(model, built, name, strength=strength, route=route, untie=set(shared))
         replace_(beside.values, name)
         return report
@@ -164,15 +163,17 @@ def _require_unplaced(path: object, tied: str | None, route: str, component: str
         require_option(value == default, option, value, repr(default), f" {path} is a full checkpoint: wrap says it")
 
 
-def _built(
+def made(
     path: object,
     fitting: Sequence[tuple[Site, Patch]],
     bundle: AdapterFile,
     beside: PlacedExtras,
     distances: Mapping[str, float],
+    extras: bool,
     other_base: bool,
 ) -> list[tuple[Site, Adapter]]:
     """The adapters of the patches, on the base they were trained on."""
+    _require_trained_bases(path, bundle, extras or other_base)
     built: list[tuple[Site, Adapter]] = []
     for site, patch in fitting:
         trained = beside.of(site.module, site.slot.parameter)  # the weight itself may come with the file
@@ -184,7 +185,7 @@ def _built(
     return built
 
 
-def _with_extras(report: LoadReport, bundle: AdapterFile, beside: PlacedExtras, extras: bool) -> LoadReport:
+def with_extras(report: LoadReport, bundle: AdapterFile, beside: PlacedExtras, extras: bool) -> LoadReport:
     """The report on the adapters and on what trained beside them."""
     return replace(
         report,
@@ -206,7 +207,7 @@ def _require_trained_bases(path: object, bundle: AdapterFile, accepted: bool) ->
         )
 
 
-def _compare(
+def compared(
     path: object, name: str, bundle: AdapterFile, ours: Mapping[str, Site], component: str | None
 ) -> tuple[list[tuple[Site, Patch]], dict[str, float], LoadReport]:
     """The weights whose patches fit whole, how far each is from the file's base, and the report on all of them."""
