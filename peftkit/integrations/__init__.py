@@ -2,5 +2,5 @@
 
 May import all of peftkit but `bench` and `cli`; nothing but `cli` may import it. Import each module by its path, where
 its library is installed. Public: `transformers.AdapterCheckpoints` and `transformers.AdapterTrainer`,
-`lightning.AdapterCheckpoints`, `accelerate.adapter_checkpoints`.
+`lightning.AdapterCheckpoints`, `accelerate.adapter_checkpoints`, and `kohya`, a network module of sd-scripts.
 """
