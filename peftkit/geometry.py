@@ -1,5 +1,8 @@
 """Read a layer's weight as a matrix, and run the layer with another: the only file that knows Linear from Conv.
 
+GPT-2's Conv1D (transformers.pytorch_utils) is a Linear that keeps its weight as (in, out); `transposed` says so of it
+as of transposed convolutions.
+
 A weight is read as a matrix with one row per output channel; its columns are the fan-in of one output,
 (input channels of one group) × (kernel positions). An adapter sees nothing but that matrix and its `Shape`.
 """
@@ -83,8 +86,8 @@ class Geometry:
     spatial: int  # number of spatial dimensions; 0 for Linear, whose channels are the last dimension
 
     def __init__(self, weight_shape: torch.Size, layer: nn.Module | None = None) -> None:
-        self.transposed = isinstance(layer, _TRANSPOSED)
-        self.spatial = 0 if layer is None or isinstance(layer, nn.Linear) else len(weight_shape) - 2
+        self.transposed = layer is not None and (isinstance(layer, _TRANSPOSED) or is_conv1d(layer))
+        self.spatial = len(weight_shape) - 2 if isinstance(layer, (*CONVOLUTIONS, *_TRANSPOSED)) else 0
         if self.spatial:
             conv = cast(nn.Conv2d, layer)  # or one of its siblings: the attributes are the same
             self.groups = conv.groups
@@ -125,12 +128,12 @@ class Geometry:
 
     def weight(self, matrix: Tensor) -> Tensor:
         """Return a matrix (m, n) in the shape of the layer's weight; the inverse of `matrix`."""
+        if not self.spatial:
+            return matrix.mT if self.transposed else matrix
         return self._kernel(matrix, self.groups)
 
     def _kernel(self, matrix: Tensor, groups: int) -> Tensor:
-        """(rows, c·K) -> a weight that reads c channels in each of `groups` groups."""
-        if not self.spatial:
-            return matrix
+        """(rows, c·K) -> a kernel that reads c channels in each of `groups` groups."""
         kernel = self.shape.kernel
         if not self.transposed:
             return matrix.reshape(matrix.shape[0], -1, *kernel)
@@ -145,9 +148,14 @@ class Geometry:
 
     def call(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the layer's output for input x with a weight in its own shape and a bias (m,)."""
-        if not self.spatial:
+        if self.spatial:
+            return self._convolve(x, weight, bias, self.groups)
+        if not self.transposed:
             return F.linear(x, weight, bias)
-        return self._convolve(x, weight, bias, self.groups)
+        if bias is None:
+            return x @ weight
+        rows = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)  # to the bit what the layer computes
+        return rows.view(*x.shape[:-1], rows.shape[-1])
 
     @property
     def direct(self) -> bool:
@@ -173,8 +181,8 @@ class Geometry:
         """
         x = x.to(gy.dtype)
         if not self.spatial:
-            rows = gy.reshape(-1, gy.shape[-1])
-            return gy @ weight if for_x else None, rows.mT @ x.reshape(-1, x.shape[-1])
+            gx, gM = _product_gradients(gy, x, self.matrix(weight), for_x)
+            return gx, self.weight(gM)
         output_padding = self.output_padding if self.transposed else (0,) * self.spatial
         batched = (gy, x) if x.dim() == self.spatial + 2 else (gy[None], x[None])
         gx, gW, _ = torch.ops.aten.convolution_backward(
@@ -212,7 +220,7 @@ class Geometry:
         return h.reshape(*x.shape[: -self.spatial - 1], runs * h.shape[1], *h.shape[2:])
 
     def contraction_gradients(self, gh: Tensor, x: Tensor, A: Tensor, for_x: bool) -> tuple[Tensor | None, Tensor]:
-        """Return the gradients of x and of A in contract(x, A), for a `direct` layer, neither grouped nor transposed.
+        """Return the gradients of x and of A in contract(x, A) of a `direct` layer: a convolution has no groups here.
 
         Args:
             gh: The gradient of contract(x, A).
@@ -222,11 +230,11 @@ class Geometry:
         """
         if self.spatial:
             channels = A.shape[1] // self.shape.positions
-            own, kernel = (self._folded(gh, len(A)), self._folded(x, channels)), self._kernel(A, 1)
+            gx, gA = self.gradients(self._folded(gh, len(A)), self._folded(x, channels), self._kernel(A, 1), for_x)
         else:
             runs = x.shape[-1] // A.shape[1]  # counted, since a -1 is ambiguous in an empty batch
-            own, kernel = (gh.reshape(*gh.shape[:-1], runs, len(A)), x.reshape(*x.shape[:-1], runs, A.shape[1])), A
-        gx, gA = self.gradients(*own, kernel, for_x)
+            own = gh.reshape(*gh.shape[:-1], runs, len(A)), x.reshape(*x.shape[:-1], runs, A.shape[1]).to(gh.dtype)
+            gx, gA = _product_gradients(*own, A, for_x)
         return gx if gx is None else gx.reshape(x.shape), gA.reshape(len(gA), -1)
 
     def _folded(self, x: Tensor, channels: int) -> Tensor:
@@ -293,8 +301,24 @@ class Geometry:
         return count
 
 
+def _product_gradients(gy: Tensor, x: Tensor, M: Tensor, for_x: bool) -> tuple[Tensor | None, Tensor]:
+    """The gradients of x (…, n) and of M (m, n) in x·Mᵀ."""
+    rows = gy.reshape(-1, gy.shape[-1])
+    return gy @ M if for_x else None, rows.mT @ x.reshape(-1, x.shape[-1])
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Return whether a layer is the Conv1D of transformers, y = x·W + b with W (n, m), without an import of it."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(layer).__mro__)
+
+
+def is_layer(layer: nn.Module) -> bool:
+    """Return whether a module is a Linear, a convolution of any sort, or a Conv1D of GPT-2."""
+    return isinstance(layer, LAYERS) or is_conv1d(layer)
+
+
 def of(layer: nn.Module) -> Geometry:
-    """Return the geometry of a Linear or convolution.
+    """Return the geometry of a Linear, a convolution or a Conv1D of GPT-2.
 
     Args:
         layer: With a weight of its own (`wrapping.support` says which layers have one).
@@ -308,7 +332,7 @@ def of(layer: nn.Module) -> Geometry:
         >>> g.matrix(conv.weight).shape, torch.allclose(g.run(x, g.matrix(conv.weight)), conv(x))
         (torch.Size([6, 36]), True)
     """
-    weight = own_parameters(layer).get("weight") if isinstance(layer, LAYERS) else None
+    weight = own_parameters(layer).get("weight") if is_layer(layer) else None
     if weight is None:
         raise UnsupportedLayerError(
             f"a {type(layer).__name__} has no geometry: it is no Linear or convolution with a weight"

@@ -16,7 +16,7 @@ from peftkit.bench.peers import KINDS, LYCORIS_MODULES, randomize, ways, wrap
 from peftkit.bench.rows import Row
 from peftkit.bench.step import saved_bytes
 from peftkit.bench.timing import Call, Spread, contest, ratios
-from peftkit.wrapping.support import is_layer
+from peftkit.geometry import is_layer
 
 
 def adapted(way: str, kind: str, network: Network) -> Network:

@@ -103,7 +103,7 @@ class Hadamard(Delta):
         if not torch.is_grad_enabled() or g.groups > 1:
             return self.khatri_rao.apply_onto(out, x, y, bias, g)
         # For backward the pairs are made again: of a narrow layer they are as large as its weight
-        if g.direct and not g.transposed:
+        if g.direct and not (g.transposed and g.spatial):
             h = fused.apply(_ContractPairs, x, self.A1, self.A2, g)
         else:
             h = g.contract(x, fused.khatri_rao(self.A1, self.A2, 0))

@@ -29,7 +29,7 @@ from peftkit.files.families.names import Family
 from peftkit.files.fingerprint import require_same_base
 from peftkit.files.formats import native
 from peftkit.files.formats.patch import AdapterFile, Patch
-from peftkit.files.place import resolver_of, samples_of, shape_of, whole
+from peftkit.files.place import oriented, resolver_of, samples_of, shape_of, whole
 from peftkit.files.resolve import families_of, plain
 from peftkit.geometry import Shape
 from peftkit.wrapping.divided import gathered_adapter, gathered_base
@@ -44,9 +44,9 @@ JOINED, SWAPPED = " + ", " (halves swapped)"
 class AdapterEntry:
     """One adapter to write, by the name it has in its file or model.
 
-    base: W (m, n), None where it is not at hand. path: of its module in the model, where that is known. transposed: a
-    transposed convolution. sliced: rows of a parameter, which is no module of its own. file: where it is from.
-    flipped: of a layer that keeps its weight as (in, out).
+    base: W (m, n), None where it is not at hand. path: of its module in the model, where that is known. transposed: of
+    a layer that keeps its weight as (in, out). sliced: rows of a parameter, which is no module of its own. file: where
+    it is from.
     """
 
     name: str
@@ -57,7 +57,11 @@ class AdapterEntry:
     transposed: bool = False
     sliced: bool = False
     file: str = ""
-    flipped: bool = False
+
+    @property
+    def flipped(self) -> bool:
+        """Whether it is of a Conv1D of GPT-2, a Linear that keeps its weight as (in, out)."""
+        return self.transposed and not self.shape.kernel
 
 
 def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]:
@@ -134,7 +138,7 @@ def _without_base(path: object, bundle: AdapterFile, apart: bool) -> Iterator[Ad
             )
         shape = _unflattened(name, patch, families)
         own = name if bundle.format in ("native", "peft") and name in bundle.patches else ""  # theirs are paths
-        yield AdapterEntry(name, adapter, shape, None, own, patch.transposed, file=str(path), flipped=bundle.flipped)
+        yield AdapterEntry(name, adapter, shape, None, own, patch.transposed, file=str(path))
 
 
 def _unflattened(name: str, patch: Patch, families: Sequence[Family]) -> Shape:
@@ -176,7 +180,7 @@ def _on_base(file: object, bundle: AdapterFile, base: Base, other_base: bool, ap
     items: list[AdapterEntry] = []
     for name, patch in _patches(file, bundle, families if apart else ()):
         where = f"{file}: {name}"
-        parts = resolver(name, families)
+        parts = oriented(resolver(name, families), patch)
         if not parts:
             raise MismatchError(f"{where}: the base has no such weight.{resolver.hint(name)}")
         shape, W = shape_of(base, parts, patch), whole(base, parts, patch)
@@ -191,8 +195,7 @@ def _on_base(file: object, bundle: AdapterFile, base: Base, other_base: bool, ap
             distances[name] = native.distance(samples_of(base, first, patch), bundle.base[name])
             bound += [name] if is_of_its_base(patch, shape) and not bundle.portable else []
         adapter = bind(patch, shape, W, where)
-        flipped = bundle.flipped
-        items.append(AdapterEntry(name, adapter, shape, W, path, patch.transposed, file=str(file), flipped=flipped))
+        items.append(AdapterEntry(name, adapter, shape, W, path, patch.transposed, file=str(file)))
     kinds = {item.name: item.adapter.kind for item in items}
     require_same_base(file, str(base.path), distances, kinds, bound, other_base)
     yield from items

@@ -154,6 +154,13 @@ def _require_loaded(site: Site) -> None:
         )
 
 
+#: why a file that `extract` made of a checkpoint of GPT-2 does not go on the model
+_AS_IT_LIES = (
+    "the layer keeps its weight as (in, out), and the file's change is of the weight as it lies in a checkpoint: merge "
+    "it there with merge_checkpoint"
+)
+
+
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +239,8 @@ def compared(
             where = f"{path}: {site.label}"
             shape, matrix = site.slot.geometry.shape, site.matrix.detach()
             found = misfit(part, shape, matrix.dtype, portable=bundle.portable, where=where)
+            if site.slot.geometry.transposed and bundle.format == "native" and not (patch.transposed or shape.kernel):
+                found = replace(found, mismatched=(*found.mismatched, f"{where}: {_AS_IT_LIES}"))
             if part.bias and own_parameters(site.module).get("bias") is not None:
                 found = replace(found, mismatched=(*found.mismatched, f"{where} has a bias, and {part.bias}"))
             if found:

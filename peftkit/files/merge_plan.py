@@ -27,6 +27,7 @@ from peftkit.files.merge_steps import Planned, PlannedExtra, PlannedVector
 from peftkit.files.patterns import Strength, Strengths
 from peftkit.files.place import (
     FLOATS,
+    oriented,
     require_addable,
     require_same_keys,
     resolver_of,
@@ -181,11 +182,11 @@ class _Planner:
 
     def add(self, file: str, bundle: AdapterFile, strength: Strength) -> None:
         self.unresolved += [f"{file}: {key}: no adapter in the header has it" for key in bundle.unclaimed]
-        targets = {name: self.resolver(name, self.families) for name in bundle.patches}
+        targets = {name: oriented(self.resolver(name, self.families), p) for name, p in bundle.patches.items()}
         lost = [name for name, parts in targets.items() if not parts]
         if lost and not self.families:
             families = families_of(bundle, lost)
-            targets |= {name: self.resolver(name, families) for name in lost}
+            targets |= {name: oriented(self.resolver(name, families), bundle.patches[name]) for name in lost}
         with error_context(file):
             strengths = Strengths(strength)
         distances: dict[str, float] = {}
@@ -302,6 +303,10 @@ class _Planner:
 
     def find_shared(self) -> None:
         """A tensor that gets a trained value can get nothing else: which of them came first would matter."""
+        flipped = {(part.weight, part.transposed): p.file for p in self.patches for part in p.parts}
+        for weight in [weight for weight, transposed in flipped if transposed and (weight, False) in flipped]:
+            files = flipped[weight, True], flipped[weight, False]
+            self.misfits.append(f"{files[0]}: it reads {weight} as (in, out), and {files[1]} as (out, in)")
         changed = {part.weight: p.file for p in self.patches for part in p.parts}
         changed |= {span.key: v.file for v in self.vectors for span in v.spans}
         for extra in (e for e in self.extras if e.key in changed):

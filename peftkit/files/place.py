@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -85,6 +85,13 @@ def shape_of(base: Base, parts: Sequence[Placement], patch: Patch) -> Shape:
     if patch.transposed and kernel:
         return Geometry.of_weight(info.shape, patch.shape.groups, transposed=True).shape
     return Shape(rows, info.shape[1], kernel, patch.shape.groups)
+
+
+def oriented(parts: tuple[Placement, ...], patch: Patch) -> tuple[Placement, ...]:
+    """Return the places of a patch, kept as (in, out) if it is of a Conv1D of GPT-2."""
+    if patch.transposed and not patch.shape.kernel:
+        return tuple(replace(part, transposed=True) for part in parts)
+    return parts
 
 
 def rows_of(base: Base, part: Placement) -> int:

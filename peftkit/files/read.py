@@ -178,12 +178,10 @@ def _peft(source: Source, config: Mapping[str, Any]) -> AdapterFile:
     def patch(module: str) -> Patch:
         return peft.patch(module, {role: source.factor(key) for role, key in modules[module].items()}, config, scale)
 
-    flipped = bool(config.get("fan_in_fan_out"))
     patches = OnDemand(source.path, modules, patch)
     vectors = {f"{m}.bias": _shift(patches, m, source.factor(key)) for m, key in shifts.items()}
     values = OnDemand(source.path, extras, lambda name: source[extras[name]])
-    facts = {"metadata": source.metadata, "size": source.size, "flipped": flipped}
-    return AdapterFile("peft", patches, vectors=vectors, extras=values, **facts)
+    return AdapterFile("peft", patches, vectors=vectors, extras=values, metadata=source.metadata, size=source.size)
 
 
 def _shift(patches: Mapping[str, Patch], module: str, bias: Tensor) -> Tensor:

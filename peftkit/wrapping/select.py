@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from peftkit.errors import TargetError, UnsupportedLayerError, did_you_mean
+from peftkit.geometry import is_layer
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.layer import Adapted, base_class
 from peftkit.wrapping.sites import Site, sites, why_not
-from peftkit.wrapping.support import is_layer
 from peftkit.wrapping.walk import dotted, named_modules
 
 # A block of a U-Net that is named for the attention in it, UNetMidBlock2DCrossAttn, holds resnets too

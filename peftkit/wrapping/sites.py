@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from peftkit import geometry
 from peftkit.errors import UnsupportedLayerError
-from peftkit.geometry import Geometry
+from peftkit.geometry import Geometry, is_layer
 from peftkit.kernels.torch_private import own_parameters
-from peftkit.wrapping.support import calls_its_weight, is_layer, refusal, supported
+from peftkit.wrapping.support import calls_its_weight, refusal, supported
 from peftkit.wrapping.walk import dotted, named_modules, unwrapped
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,14 @@ class Acting:
     strengths: Mapping[str, float | Tensor]
     #: the route that was chosen for a number of output positions, with and without gradients, in 16 bits or more
     chosen: dict[tuple[int, bool, bool], str] = field(default_factory=dict)
+
+
+class _Pair(NamedTuple):
+    """The numbers that compiled code reads of one adapter. Both are there: to open a block makes no tensor."""
+
+    strength: float
+    shown: Tensor
+    hidden: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +96,7 @@ class AdapterState:
     def __post_init__(self) -> None:
         #: the open blocks of all threads that hide names here
         self.blocks: dict[Block, frozenset[str]] = {}
+        self._numbers: dict[str, _Pair] = {}
         self._compiled = Acting({})
         self.refresh()
 
@@ -95,21 +104,25 @@ class AdapterState:
         """Recompute what acts after anything but a block has changed."""
         with _LOCK:
             self._eager: dict[frozenset[str], Acting] = {}
-            self._tensors: dict[frozenset[str], dict[str, Tensor]] = {}
+            with torch.inference_mode(False):
+                self._numbers = {name: self._pair(name) for name in self.strengths}
             #: what acts in eager mode outside every block
             self.always = self._acting(frozenset())
             self.follow_blocks()
+
+    def _pair(self, name: str) -> _Pair:
+        """The numbers of one adapter for compiled code; those there are, while its strength is what it was."""
+        strength, held = self.strengths[name], self._numbers.get(name)
+        if held is not None and held.strength == strength:
+            return held
+        return _Pair(strength, *(torch.tensor(value, dtype=torch.float64, device="cpu") for value in (strength, 0.0)))
 
     def follow_blocks(self) -> None:
         """Recompute what compiled code and exported programs read, after a block has opened or closed."""
         hidden = frozenset().union(*self.blocks.values())
         self._shown = self._acting(hidden)
-        with torch.inference_mode(False):
-            if hidden not in self._tensors:
-                shown = {name: 0.0 if name in hidden else self.strengths[name] for name in self._free()}
-                numbers = torch.tensor([*shown.values()], dtype=torch.float64, device="cpu").unbind()
-                self._tensors[hidden] = dict(zip(shown, numbers, strict=True))
-            self._put(self._tensors[hidden])
+        numbers = self._numbers
+        self._put({name: numbers[name].hidden if name in hidden else numbers[name].shown for name in self._free()})
 
     def _put(self, tensors: dict[str, Tensor]) -> None:
         """Let compiled code read these tensors."""

@@ -5,23 +5,18 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from peftkit.geometry import CONVOLUTIONS, LAYERS
+from peftkit.geometry import CONVOLUTIONS, LAYERS, is_conv1d, is_layer
 from peftkit.kernels.torch_private import convolves_as, own_parameters
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Return whether the module is a Linear or a convolution of any sort."""
-    return isinstance(module, LAYERS)
 
 
 def supported(module: nn.Module) -> bool:
     """Return whether the module is a Linear or a convolution whose weight is an ordinary matrix of numbers."""
-    return isinstance(module, LAYERS) and refusal(module) is None
+    return is_layer(module) and refusal(module) is None
 
 
 def refusal(module: nn.Module) -> str | None:
     """Return why this module cannot be adapted, or None if it can."""
-    if not isinstance(module, LAYERS):
+    if not is_layer(module):
         return f"{type(module).__name__} is not a Linear or a convolution"
     weight = own_parameters(module).get("weight")
     if weight is None:
@@ -44,7 +39,10 @@ def calls_its_weight(module: nn.Module) -> bool:
     """
     if isinstance(module, NonDynamicallyQuantizableLinear):  # the out_proj of an nn.MultiheadAttention, never called
         return False
-    own = next(c for c in LAYERS if isinstance(module, c))
+    if is_conv1d(module):
+        own = next(c for c in type(module).__mro__ if c.__name__ == "Conv1D")
+    else:
+        own = next(c for c in LAYERS if isinstance(module, c))
     plain = type(module).forward is own.forward
     if isinstance(module, CONVOLUTIONS):
         plain = plain and convolves_as(module, own)

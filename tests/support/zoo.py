@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,12 @@ class LayerCase:
 
     make: Callable[[], nn.Module]
     input: tuple[int, ...]
+
+
+def _biased(layer: nn.Module) -> nn.Module:
+    """A layer whose bias starts at zero, with another one."""
+    nn.init.normal_(layer.get_parameter("bias"))
+    return layer
 
 
 LAYERS: dict[str, LayerCase] = {
@@ -53,6 +60,7 @@ LAYERS: dict[str, LayerCase] = {
     "conv2d channels last": LayerCase(
         lambda: nn.Conv2d(8, 12, 3, padding=1).to(memory_format=torch.channels_last), (2, 8, 5, 6)
     ),
+    "gpt2 conv1d": LayerCase(lambda: _biased(Conv1D(12, 8)), (2, 3, 8)),
     "transposed3d d2": LayerCase(lambda: nn.ConvTranspose3d(8, 12, 2, dilation=2, bias=False), (1, 8, 2, 3, 2)),
 }
 

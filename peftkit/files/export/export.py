@@ -25,7 +25,7 @@ from peftkit.files.export import metadata, programs
 from peftkit.files.export.beside import Beside, in_peft_folder
 from peftkit.files.export.job import Job, jobs
 from peftkit.files.export.names import Members, family_of, named_modules
-from peftkit.files.export.peft_folder import peft_type, write_peft
+from peftkit.files.export.peft_folder import FAN_IN_FAN_OUT, peft_type, write_peft
 from peftkit.files.export.programs import Target
 from peftkit.files.export.proof import Exported, proven
 from peftkit.files.export.tensors import shared_alpha, tensors_of
@@ -170,13 +170,16 @@ def export(
 
 def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) -> ExportReport:
     """Name and encode every adapter, and write them and what trained beside them."""
-    _require_exportable(items)
+    _require_exportable(items, request.goal)
     if beside.values and request.extras and not request.goal.folder:
         raise LossyError(
             f"{request.path}: {listed(list(beside.values))} trained beside the adapters, and the file for "
             f"{request.goal.title} has no place for them; pass extras=False to leave them out, or save() has them"
         )
     family = family_of(items, request.family, request.component)
+    if any(item.flipped for item in items):  # PEFT has its other kinds on no Conv1D
+        held = request.goal.reads & {LowRank.structure}, request.goal.decomposes & {(LowRank.structure, "out")}
+        request = replace(request, goal=replace(request.goal, reads=held[0], decomposes=held[1]))
     modules = named_modules(items, request.goal, family, request.component)
     found = _consistent(modules, request.goal, family, request.bake)
     kept = beside if request.extras else Beside({})
@@ -185,15 +188,15 @@ def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) ->
     return ExportReport(request.goal.name, request.path, weights, left_out, tuple(kept.values))
 
 
-def _require_exportable(items: Sequence[AdapterEntry]) -> None:
+def _require_exportable(items: Sequence[AdapterEntry], goal: Target) -> None:
     """Refuse adapters of layers that no other program adapts."""
     for item in items:
-        if item.flipped:
+        if item.flipped and not goal.folder:
             raise ExportError(
-                f"{item.name}: its layer keeps the weight as (in, out), as PEFT's fan_in_fan_out says, and other "
-                "programs adapt no such layers; merge it, or convert and resize it, which keep the folder's kind"
+                f"{item.name}: its layer keeps the weight as (in, out), as GPT-2's Conv1D does, and {goal.title} "
+                "adapts no such layers; export it for peft, or merge it"
             )
-        if item.transposed:
+        if item.transposed and not item.flipped:
             raise ExportError(
                 f"{item.name}: no other program reads an adapter of a transposed convolution, whose weight is kept as "
                 "(in, out); keep it in this library's own format"
@@ -228,9 +231,17 @@ def _write_folder(found: Sequence[Job], request: _Request, beside: Beside) -> tu
         found = jobs({job.piece.module: job.members for job in found}, lora, None, bake=False)
         kind = peft_type([job.piece for job in found])
         assert kind is not None
+    flipped = any(item.flipped for job in found for _, item in job.members)
     extras, said = in_peft_folder(beside, found, kind[0], request.dtype, request.path)
     with disk.atomic_folder(request.path) as folder:
-        write_peft(folder, [job.piece for job in found], kind[0], {**kind[1], **said}, request.dtype, extras)
+        write_peft(
+            folder,
+            [job.piece for job in found],
+            kind[0],
+            {**kind[1], **said, **FAN_IN_FAN_OUT[flipped]},
+            request.dtype,
+            extras,
+        )
         if not set(beside.values) <= set(read(folder).extras):
             raise FileError(f"{request.path}: what trained beside the adapters was read back other than it was written")
         return proven(folder, found, request.path)

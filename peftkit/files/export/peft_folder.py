@@ -16,6 +16,9 @@ from peftkit.files.export import programs
 from peftkit.files.export.tensors import ModuleTensors, tensors_of
 from peftkit.files.formats import container, peft
 
+#: what a configuration says of layers that keep their weight as (out, in), and of those that keep it as (in, out)
+FAN_IN_FAN_OUT: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {"fan_in_fan_out": True})
+
 
 def peft_type(pieces: Sequence[ModuleTensors]) -> PeftConfig | None:
     """Return a folder's type and options; None where its modules share no type, and only LoRA could hold them all."""

@@ -16,10 +16,10 @@ from peftkit._version import __version__
 from peftkit.adapters import registry
 from peftkit.delta import Delta, Dense, LowRank
 from peftkit.delta.as_low_rank import as_low_rank
-from peftkit.errors import FileError, OptionError, require_file
+from peftkit.errors import FileError, OptionError, require_file, require_option
 from peftkit.files.export import programs
 from peftkit.files.export.encode import Encoding
-from peftkit.files.export.peft_folder import peft_type, write_peft
+from peftkit.files.export.peft_folder import FAN_IN_FAN_OUT, peft_type, write_peft
 from peftkit.files.export.tensors import ModuleTensors, shared_alpha, tensors_of
 from peftkit.files.extras import refuse_extras
 from peftkit.files.formats import container, disk, native, peft
@@ -45,7 +45,8 @@ def write_deltas(
         out: the file, or PEFT's folder, to write.
         deltas: every module's name, the shape of its weight, and its ΔW.
         dtype: of the tensors, None for the one they have.
-        transposed: the modules that are transposed convolutions, which only this library's own format can say.
+        transposed: the modules that keep their weight as (in, out): transposed convolutions, which only this library's
+            own format can say, and Conv1D of GPT-2, which a folder of PEFT can say too.
 
     Returns:
         The bytes of the tensors that were written.
@@ -60,28 +61,36 @@ def write_deltas(
         return write_native(out, named, base, like.name, dtype, like.training, transposed, like.extras)
     refuse_extras(like, out, "a folder of PEFT is written without them")
     pieces = [ModuleTensors(name, _encoded(delta), shape) for name, shape, delta in named]
-    write = _write_peft if like.format == "peft" else _write_file
-    return write(like, out, pieces, dtype)
+    flipped = [name for name, shape, _ in named if name in transposed and not shape.kernel]
+    if like.format == "peft" and len(flipped) == len(transposed):
+        return _write_peft(out, pieces, dtype, flipped=bool(flipped))
+    require_option(not transposed, "out", str(out), "a file of this library's own", _AS_IN_OUT)
+    return _write_file(like, out, pieces, dtype)
 
 
 def _encoded(delta: Delta) -> Encoding:
     return Encoding("exact", delta.structure, registry.additive(delta))
 
 
-def _write_peft(like: AdapterFile, out: Path, pieces: Sequence[ModuleTensors], dtype: torch.dtype | None) -> int:
-    """Write a folder of PEFT."""
+#: why no other file can have an adapter
+_AS_IN_OUT = " Its layers keep their weight as (in, out), which other files do not say: give such a file first"
+
+
+def _write_peft(out: Path, pieces: Sequence[ModuleTensors], dtype: torch.dtype | None, *, flipped: bool) -> int:
+    """Write a folder of PEFT. flipped: of layers that keep their weight as (in, out)."""
     structures = {piece.spelled.structure for piece in pieces}
     if structures == {LowRank.structure, Dense.structure}:  # a folder holds one kind of adapter
         pieces = [_as_lora(piece) for piece in pieces]
     pieces = [replace(piece, module=peft.PREFIX + piece.module) for piece in pieces]
-    pieces = [_flipped(piece, out) for piece in pieces] if like.flipped else pieces
     found = peft_type(pieces)
     if found is None:
         kinds = ", ".join(sorted(structures))
         raise OptionError(f"a folder of PEFT holds one kind of adapter, not {kinds}: convert to lora")
     kind, options = found
+    if flipped and kind not in peft.FLIPPED:
+        raise OptionError(f"{out}: PEFT's fan_in_fan_out is of LoRA, not of {', '.join(structures)}: convert to lora")
     with disk.atomic_folder(out) as folder:
-        write_peft(folder, pieces, kind, options | ({"fan_in_fan_out": True} if like.flipped else {}), dtype)
+        write_peft(folder, pieces, kind, {**options, **FAN_IN_FAN_OUT[flipped]}, dtype)
     return sum(info.size for info in container.read(out / peft.WEIGHTS).infos.values())
 
 
@@ -99,15 +108,6 @@ def _as_lora(piece: ModuleTensors) -> ModuleTensors:
     """The same ΔW as a low-rank product, of full rank if need be."""
     delta = piece.spelled.form.change
     return piece if delta is None else replace(piece, spelled=_encoded(as_low_rank(delta)))
-
-
-def _flipped(piece: ModuleTensors, out: Path) -> ModuleTensors:
-    """The transpose, for layers that keep their weight as (in, out)."""
-    low = piece.spelled.form.lora
-    if low is None:
-        raise OptionError(f"{out}: PEFT's fan_in_fan_out is of LoRA, not of {piece.spelled.structure}: convert to lora")
-    shape = Shape(piece.shape.columns, piece.shape.rows)
-    return ModuleTensors(piece.module, _encoded(LowRank(low.A.mT, low.B.mT)), shape)
 
 
 def write_native(

@@ -8,7 +8,7 @@ entry, "peftkit", a JSON object:
     name         the adapter's name
     portable     whether factors derived from the base are in the file
     groups       [{kind, convention, options, weights: {name: [rows, channels, kernel, groups]}}]
-    transposed   [names of the weights that are transposed convolutions'], where there are any
+    transposed   [names of the weights kept as (in, out): of transposed convolutions and Conv1D], where there are any
     read         [names of the weights that are adapted where other code reads them], where there are any
     base         {name: base64 of float32 samples of the base weight}
     training     whatever the user passed to `save`
@@ -52,7 +52,7 @@ class WeightRecord:
     convention: str
     options: dict[str, Any]
     shape: Shape
-    transposed: bool = False  # a transposed convolution, whose weight is kept as (in, out)
+    transposed: bool = False  # its weight is kept as (in, out)
     read: bool = False  # adapted where other code reads the weight, and not where the layer is called
 
 

@@ -24,7 +24,8 @@ class Patch:
     rows and columns only; then `kernel_known` is False and shape.kernel is empty. convention: of a native file; None
     for what was translated. scale: where the factor γ came from, in words. bias: why it cannot go on a layer with one.
     per_channel: its numbers are of shape.channels input channels, whatever the kernel. transposed: whether the weight
-    is a transposed convolution's, kept as (in, out). read: whether it acts where other code reads the weight.
+    is kept as (in, out): a transposed convolution's, or with a kernel of () a Conv1D's of GPT-2. read: whether it acts
+    where other code reads the weight.
     """
 
     kind: str
@@ -72,7 +73,7 @@ class AdapterFile:
     format: "native", "kohya", "diffusers" or "peft". vectors: changes of biases and norms, which are not matrices, by
     "module.bias" or "module.weight". base: fingerprints of the weights it was trained on. portable: whether derived
     tensors are in the file. unclaimed: tensors of a native file that its header does not mention. size: of all tensors,
-    in bytes. flipped: whether the layers keep their weight as (in, out), and so do the patches; PEFT's fan_in_fan_out.
+    in bytes.
     extras: values of parameters that trained beside the adapters, by their names in the model.
     """
 
@@ -86,5 +87,4 @@ class AdapterFile:
     metadata: Mapping[str, str] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     size: int = 0
-    flipped: bool = False
     extras: Mapping[str, Tensor] = field(default_factory=dict)

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -46,6 +47,8 @@ _KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 _ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
 #: the types whose adapted layers can have their own bias trained, bias="lora_only"
 BIASED = ("LORA",)
+#: the types that go on layers whose weight is kept as (in, out), GPT-2's Conv1D, by fan_in_fan_out
+FLIPPED = ("LORA", "IA3")
 #: the tensors that PEFT writes, by role
 _ROLES = frozenset(
     {"up", "down", "magnitude", "oft_R", "ia3_l"}
@@ -217,9 +220,10 @@ def patch(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any], scale
     Raises:
         FileError: if the tensors and the configuration do not make one adapter.
     """
-    kind = config["peft_type"]
+    kind, flipped = config["peft_type"], _flag(config, "fan_in_fan_out")
+    require_file(not flipped or kind in FLIPPED, module, f"fan_in_fan_out with {kind} is not read: PEFT has none")
     if kind in _READERS:
-        return _READERS[kind](module, t, config)
+        return replace(_READERS[kind](module, t, config), transposed=flipped)
     has, said = "magnitude" in t, f"use_dora={config.get('use_dora')!r} in {CONFIG}"
     require_file(has == _flag(config, "use_dora"), module, f"it has {'' if has else 'no '}magnitudes, and {said}")
     found = kohya.patch(module, t, scale)
@@ -227,7 +231,7 @@ def patch(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any], scale
         raise FileError(f"{module}: {', '.join(sorted(t))} is not what a {kind} adapter has")
     if {"outer", "block"} <= set(found.tensors):
         found = _scaled_full_lokr(module, found, scale)
-    return _transposed(module, found) if _flag(config, "fan_in_fan_out") else found
+    return replace(found, transposed=flipped)
 
 
 def _scaled_full_lokr(module: str, found: Patch, scale: Scale) -> Patch:
@@ -235,14 +239,6 @@ def _scaled_full_lokr(module: str, found: Patch, scale: Scale) -> Patch:
     options, words = scale(module, None)
     options |= {"full_scale": "alpha/rank"}
     return Patch("lokr", found.options | options, found.shape, found.tensors, found.kernel_known, scale=words)
-
-
-def _transposed(module: str, found: Patch) -> Patch:
-    """fan_in_fan_out: the layer keeps its weight as (in, out), and B·A is of the transpose."""
-    require_file(set(found.tensors) == {"up", "down"}, module, f"fan_in_fan_out with {found.kind} is not read")
-    tensors = {"up": found.tensors["down"].mT, "down": found.tensors["up"].mT}
-    shape = Shape(found.shape.channels, found.shape.rows)
-    return Patch("lora", found.options, shape, tensors, found.kernel_known, scale=found.scale)
 
 
 def _oft(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Patch:
