@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -253,6 +254,10 @@ class Delta(ABC):
         if self.reads_output:
             wx = y if bias is None else y - g.per_channel(bias.to(y.dtype))
         return out + self.apply(x, wx, g).to(out.dtype)
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """Return dense()[index], (*index.shape, n), as an embedding looks it up. index: row numbers, of any shape."""
+        return recomputed(lambda index: F.embedding(index, self.dense()), index, lambda: self.factors)
 
     def inner(self, M: Tensor) -> Tensor:
         """Return <ΔW, M>_F, a scalar. M (m, n)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peftkit.delta.base import Delta, WeightCache
@@ -65,6 +66,10 @@ class ChannelScale(Delta):
             return g.per_channel(self.e.to(wx.dtype)) * wx
         e = self.e[:: g.shape.positions].repeat(g.groups).to(x.dtype)
         return g.run(g.per_channel(e) * x, self.W)
+
+    def lookup(self, index: Tensor) -> Tensor:
+        e = self.e if self.columns else F.embedding(index, self.e[:, None])
+        return e * F.embedding(index, self.W).to(self.dtype)
 
     def apply_onto(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
         if self.columns or out is not y:

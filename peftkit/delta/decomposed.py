@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peftkit.delta.base import Delta, WeightCache
@@ -102,6 +103,11 @@ class Decomposed(Delta):
         e, f = (v[:: g.shape.positions].repeat(g.groups).to(x.dtype) for v in (self.e, self.f))
         inner = self.V.apply(g.per_channel(f) * x, wx, g)
         return g.run(g.per_channel(e) * x, self.W) + inner
+
+    def lookup(self, index: Tensor) -> Tensor:
+        V = self.V.lookup(index)
+        e, f = (v if self.columns else F.embedding(index, v[:, None]) for v in (self.e, self.f))
+        return torch.addcmul(f * V, F.embedding(index, self.W).to(V.dtype), e)
 
     def apply_onto(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
         V = self._scaled_inner

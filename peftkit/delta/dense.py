@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peftkit.delta.base import Delta, WeightCache
@@ -58,6 +59,9 @@ class Dense(Delta):
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         return self.M[rows, columns] * self.strength
+
+    def lookup(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.M) * self.strength
 
     def inner_and_sqnorm(self, W: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
         if self.strength == 1.0 and W.dtype == self.dtype:  # one pass over what is there

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peftkit.delta.base import WeightCache
@@ -33,6 +34,9 @@ class DiagonalLowRank(LowRank):
         h = g.contract(x, self.A)
         # δ acts here, so that no gradient of the size of L is made for it
         return fused.add_pointwise_(out, h * g.per_channel(fused.like(self.change, h)), self.L, g.spatial)
+
+    def lookup(self, index: Tensor) -> Tensor:
+        return (F.embedding(index, self.L) * self.change) @ self.A
 
     def inner_and_sqnorm(self, W: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
         # c_k = l_kᵀ·W·u_k and G = (LᵀL) ⊙ (UUᵀ): <ΔW, W> = δᵀc and ‖ΔW‖² = δᵀGδ, whatever m and n are

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peftkit.delta.base import ELEMENT, Delta, WeightCache
@@ -98,6 +99,9 @@ class Hadamard(Delta):
 
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         return self.khatri_rao.apply(x, wx, g)
+
+    def lookup(self, index: Tensor) -> Tensor:
+        return (F.embedding(index, self.B1) @ self.A1) * (F.embedding(index, self.B2) @ self.A2)
 
     def apply_onto(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
         if not torch.is_grad_enabled() or g.groups > 1:

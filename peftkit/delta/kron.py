@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -128,6 +129,13 @@ class Kron(Delta):
             return g.contract(mixed, self.right)
         h = g.mix(g.contract(x, self.right), C, width=self.right.shape[0])
         return h if self.left is None else g.pointwise(h, self.left)
+
+    def lookup(self, index: Tensor) -> Tensor:
+        b = self.block[0]
+        C, D = F.embedding(index // b, self.C), F.embedding(index % b, self.right if self.left is None else self.left)
+        if self.left is not None:
+            D = D @ self.right
+        return (C[..., :, None] * D[..., None, :]).flatten(-2)
 
     def apply_onto(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
         if g.groups > 1:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peftkit.delta.base import Delta, WeightCache, identity_factors
@@ -85,6 +86,9 @@ class LowRank(Delta):
     def apply(self, x: Tensor, wx: Tensor | None, g: Geometry) -> Tensor:
         del wx
         return g.expand(g.contract(x, self.A), self.B)
+
+    def lookup(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.B) @ self.A
 
     def apply_onto(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
         if g.groups > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -91,6 +92,12 @@ class Rotation(Delta):
         if g.shape.positions > 1:  # the blocks span kernel positions, which the input does not have
             return super().apply(x, wx, g)
         return g.run(g.mix(x, self.K.mT.repeat(g.groups, 1, 1)), self.W)
+
+    def lookup(self, index: Tensor) -> Tensor:
+        if self.side == "out":  # a row of ΔW is made of all rows of its block
+            return super().lookup(index)
+        W = F.embedding(index, self.W).to(self.dtype).unflatten(-1, (-1, self.size))
+        return torch.einsum("...kj,kij->...ki", W, self.K).flatten(-2)
 
     def apply_onto(self, out: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
         if self.side == "in" or out is not y or self._spans_groups(g):

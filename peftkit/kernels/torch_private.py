@@ -101,6 +101,13 @@ def convolves_as(module: nn.Module, cls: type[nn.Module]) -> bool:
     return type(module)._conv_forward is cls._conv_forward  # type: ignore[attr-defined]
 
 
+def calls_super_forward(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Return whether every `forward` between a class and its base says `super().forward(…)`, by its compiled code."""
+    own = [c.__dict__["forward"] for c in cls.__mro__[: cls.__mro__.index(base)] if "forward" in c.__dict__]
+    codes = [getattr(function, "__code__", None) for function in own]
+    return all(code is not None and "__class__" in code.co_freevars and "forward" in code.co_names for code in codes)
+
+
 #: the module and the class of each wrapper of torch -> the attribute that holds what it wraps
 _WRAPPERS = {
     ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",

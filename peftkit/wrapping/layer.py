@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,8 @@ from peftkit.errors import MergeStateError, UnknownAdapterError, UnsetAdapterErr
 from peftkit.geometry import Geometry
 from peftkit.kernels.sharding import sharded
 from peftkit.kernels.torch_private import compiling, eager, own_modules, own_parameters
-from peftkit.wrapping.routes import changed, choose, choose_compiled, dense
+from peftkit.wrapping.lookup import EMBEDDINGS, Lookup, adapted_output
+from peftkit.wrapping.routes import changed, choose, choose_compiled, choose_lookup, dense
 from peftkit.wrapping.sites import Slot
 from peftkit.wrapping.state import Acting, AdapterState
 from peftkit.wrapping.walk import dotted, named_modules
@@ -35,6 +36,8 @@ class Adapted(nn.Module):
 
     adapters: nn.ModuleDict
     adapter_state: AdapterState
+    #: the class that the module had
+    _base: ClassVar[type[nn.Module]]
 
     def parameter_of(self, slot: Slot) -> nn.Parameter:
         """The parameter that the slot is part of."""
@@ -179,6 +182,27 @@ class AdaptedLayer(Adapted):
         return chosen
 
 
+class AdaptedLookup(Adapted):
+    """An adapted embedding: its output with the rows of every acting adapter that are looked up."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """input: indices of rows, and what else the layer takes."""
+        state = self.adapter_state
+        acting = state.now()
+        if not acting.strengths:
+            return super().forward(input, *args, **kwargs)
+        g = cast(Lookup, state.slots[""].geometry)
+        if args or kwargs:
+            g = g.of_call(*args, **kwargs)
+        route = choose_lookup(g.shape, g.outputs(input)) if state.route == "auto" else state.route
+        y = super().forward(input, *args, **kwargs) if g.additive else None
+        weight = self.parameter_of(state.slots[""])
+        out = adapted_output(y, input, weight, self.deltas("", acting), g, route)
+        if eager() and type(input) is Tensor and state.roll is not None:
+            state.answer(out)
+        return out
+
+
 class AdaptedParameters(Adapted):
     """An adapted module whose weights are read, not called: reading one gives W + ΔW."""
 
@@ -202,16 +226,26 @@ class AdaptedParameters(Adapted):
 @functools.cache
 def adapted_class(base: type[nn.Module], reads: tuple[str, ...] = ()) -> type[Adapted]:
     """The subclass of `base` whose instances are adapted; `reads` names parameters to adapt where they are read."""
-    if not reads:
-        return type(f"Adapted{base.__name__}", (AdaptedLayer, base), {"__module__": __name__})
     properties = {name: property(lambda self, name=name: self.effective(name)) for name in reads}
-    return type(f"Adapted{base.__name__}", (AdaptedParameters, base), {**properties, "__module__": __name__})
+    own = {**properties, "__module__": __name__, "_base": base}
+    return cast("type[Adapted]", type(f"Adapted{base.__name__}", _bases(base, reads), own))
+
+
+def _bases(base: type[nn.Module], reads: tuple[str, ...]) -> tuple[type, ...]:
+    """What an adapted class is made of, in the order in which their `forward` are called."""
+    if reads:
+        return AdaptedParameters, base
+    if base in EMBEDDINGS:
+        return AdaptedLookup, base
+    torchs = next((cls for cls in EMBEDDINGS if issubclass(base, cls)), None)
+    if torchs is not None:  # the subclass' own forward acts on what torch's layer, adapted, has looked up for it
+        return base, adapted_class(torchs)
+    return AdaptedLayer, base
 
 
 def base_class(module: Adapted) -> type[nn.Module]:
     """The class the module had before it was adapted."""
-    mro = type(module).__mro__
-    return mro[mro.index(Adapted) + 1]
+    return type(module)._base
 
 
 def _new(base: type[nn.Module], reads: tuple[str, ...]) -> Adapted:

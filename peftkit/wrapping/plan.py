@@ -28,7 +28,7 @@ from peftkit.errors import (
 from peftkit.kernels.blocks import accumulation_dtype
 from peftkit.kernels.torch_private import own_modules
 from peftkit.wrapping.coverage import Covered, coverage, described, warn_of_little
-from peftkit.wrapping.routes import OUTPUTS, choose
+from peftkit.wrapping.routes import OUTPUTS, choose, choose_lookup
 from peftkit.wrapping.rule import Rule
 from peftkit.wrapping.select import Selector, listed, reasons, tied_with
 from peftkit.wrapping.sites import Site, as_read
@@ -204,7 +204,7 @@ def _choose(selector: Selector, rules: Sequence[Rule]) -> tuple[_Choice, dict[st
     chosen: dict[str, tuple[Rule, str]] = {}
     skipped: dict[str, str] = {}
     for rule in rules:
-        excluded = {site for pattern in rule.exclude for site in selector.find(pattern).sites}
+        excluded = {site for pattern in rule.exclude for site in selector.every(pattern)}
         for pattern in rule.targets:
             matched = selector.find(pattern)
             if selector.is_preset(pattern):
@@ -262,6 +262,11 @@ class _DryRun:
             raise type(error)(f"{site.label}: {error}") from None
         except TypeError as error:
             raise OptionError(f"{site.label}: {rule!r}: {error}") from error
+        if site.looks_up and adapter.input_dropout:
+            raise UnsupportedLayerError(
+                f"{site.label}: {rule.kind} with dropout={adapter.input_dropout} drops elements of the layer's "
+                "input, but the input of an embedding is numbers of rows; use rank_dropout or leave it out"
+            )
         if site.read and adapter.input_dropout:
             raise UnsupportedLayerError(
                 f"{site.label}: {rule.kind} with dropout={adapter.input_dropout} drops elements of the layer's "
@@ -273,14 +278,17 @@ class _DryRun:
     def _route(self, site: Site, adapter: Adapter, weight: Tensor) -> str:
         """The route of a training step, as in `Entry.route`; raises where a weight is read and ΔW is no matrix."""
         delta = adapter.delta(weight)
-        if not site.read:
+        if site.looks_up and not site.read and delta.is_matrix:
+            return choose_lookup(site.slot.geometry.shape, OUTPUTS)
+        if not site.read and not site.looks_up:
             narrow = accumulation_dtype(weight.dtype) != weight.dtype
             route = choose([delta], site.slot.geometry.shape, OUTPUTS, training=True, narrow=narrow)
             return route if delta.is_matrix else "input"
         if not delta.is_matrix:
+            why = "is looked up, and has no input" if site.looks_up else "is read without calling its layer"
             raise UnsupportedLayerError(
-                f"{site.label}: the change of {adapter.kind} depends on the layer's input, but this weight is read "
-                "without calling its layer; leave it out with `exclude`"
+                f"{site.label}: the change of {adapter.kind} depends on the layer's input, but this weight {why}; "
+                "leave it out with `exclude`"
             )
         return "weight"
 

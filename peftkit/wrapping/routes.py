@@ -18,7 +18,7 @@ from peftkit.delta import Delta
 from peftkit.delta.base import ELEMENT, recomputed
 from peftkit.geometry import Geometry, Shape
 from peftkit.kernels.blocks import accumulation_dtype
-from peftkit.kernels.torch_private import known_true
+from peftkit.kernels.torch_private import eager, known_true
 
 ROUTES = ("auto", "factored", "dense")
 
@@ -46,6 +46,12 @@ def choose_compiled(deltas: Sequence[Delta], shape: Shape, outputs: int, trainin
     if known_true(factored > dense):
         return "dense"
     return choose(deltas, shape, OUTPUTS, training, narrow)
+
+
+def choose_lookup(shape: Shape, outputs: int) -> str:
+    """Return the route of an embedding: "dense" where more rows are looked up than ΔW has."""
+    more = outputs > shape.rows if eager() else known_true(outputs > shape.rows)
+    return "dense" if more else "factored"
 
 
 def _operations(

@@ -32,6 +32,10 @@ PRESETS: Mapping[str, str] = {
 }
 
 _HEAD = "it is the model's output head, which presets leave out; name it to adapt it"
+_EMBEDDING = (
+    "it is an embedding, and the target adapts other layers; a target that matches nothing but embeddings adapts them, "
+    "as 'Embedding' or '*.embed_tokens'"
+)
 _ALL_LINEAR = (
     " PEFT's 'all-linear' is 'full' here, every Linear and convolution but the output head, "
     "or 'Linear', every Linear layer."
@@ -70,6 +74,9 @@ class Selector:
             UnsupportedLayerError: nothing that it matches can be adapted.
         """
         found, refused = self._match(pattern)
+        embeddings = {site for site in found if self.sites[site].looks_up}
+        if embeddings and (embeddings != found or self.is_preset(pattern)):
+            found, refused = found - embeddings, refused | dict.fromkeys(sorted(embeddings), _EMBEDDING)
         if found:
             return Selection([site for site in self.sites if site in found], refused)
         if refused:
@@ -77,6 +84,11 @@ class Selector:
                 f"target {pattern!r} matches nothing that it adapts. {'. '.join(reasons(refused))}"
             )
         raise TargetError(f"target {pattern!r} matches no layer of the model.{self._hint(pattern)}")
+
+    def every(self, pattern: str) -> set[str]:
+        """Return all sites that a pattern matches, at least one, embeddings too: what `exclude` leaves out."""
+        found, _ = self._match(pattern)
+        return found or set(self.find(pattern).sites)
 
     def distinct(self) -> list[nn.Module]:
         """Return the model's modules, each once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from peftkit import geometry
 from peftkit.errors import UnsupportedLayerError
 from peftkit.geometry import Geometry, is_layer
 from peftkit.kernels.torch_private import own_parameters
+from peftkit.wrapping.lookup import EMBEDDINGS, Lookup
 from peftkit.wrapping.support import calls_its_weight, refusal, supported
 from peftkit.wrapping.walk import dotted, named_modules, unwrapped
 
@@ -44,6 +46,11 @@ class Site:
     def label(self) -> str:
         """The name for a message; the root of a model has no name of its own."""
         return self.name or "the model"
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the weight is an embedding's, whose input is numbers of rows."""
+        return isinstance(self.slot.geometry, Lookup)
 
     @property
     def parameter(self) -> Tensor:
@@ -86,7 +93,7 @@ def as_read(site: Site) -> Site:
 def slots(module: nn.Module) -> dict[str, Slot]:
     """Return the module's own weight as "", or the projections of an nn.MultiheadAttention by name."""
     if supported(module):
-        return {"": Slot("weight", geometry.of(module))}
+        return {"": Slot("weight", _geometry(module))}
     if not isinstance(module, nn.MultiheadAttention):
         return {}
     names = ("q_proj", "k_proj", "v_proj")
@@ -99,6 +106,13 @@ def slots(module: nn.Module) -> dict[str, Slot]:
         name: Slot(f"{name}_weight", Geometry(torch.Size((width, size))))
         for name, size in zip(names, sizes, strict=True)
     }
+
+
+def _geometry(layer: nn.Module) -> Geometry:
+    """How a supported layer reads its weight."""
+    if isinstance(layer, EMBEDDINGS):
+        return Lookup(cast(Tensor, own_parameters(layer)["weight"]).shape, layer)
+    return geometry.of(layer)
 
 
 def why_not(module: nn.Module) -> str | None:

@@ -16,9 +16,10 @@ from peftkit.adapters import registry
 from peftkit.adapters.loldu import INITS
 from peftkit.errors import MergeError
 from tests.support import laws
-from tests.support.zoo import ADAPTERS, LAYERS, make, train
+from tests.support.zoo import ADAPTERS, FEW, LAYERS, LOOKUPS, make, train
 
-CELLS = [(adapter, layer) for adapter in ADAPTERS for layer in LAYERS]
+CELLS = [(adapter, layer) for adapter in ADAPTERS for layer in (*LAYERS, "embedding")]
+CELLS += [(adapter, layer) for adapter in FEW for layer in LOOKUPS if layer != "embedding"]
 REFUSED = {cell: reason for cell in CELLS if (reason := laws.refusal(*cell)) is not None}
 ALLOWED = [cell for cell in CELLS if cell not in REFUSED]
 ids = ["-".join(cell).replace(" ", "_") for cell in ALLOWED]

@@ -17,6 +17,21 @@ class LayerCase:
 
     make: Callable[[], nn.Module]
     input: tuple[int, ...]
+    rows: int = 0  # of an embedding, whose input is numbers below it
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Does what Gemma's embedding does: its forward scales what torch's has looked up."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * torch.tensor(3.0).to(self.weight.dtype)
+
+
+class OwnLookup(nn.Embedding):
+    """Reads its weight in a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.weight[input].tanh()
 
 
 def _biased(layer: nn.Module) -> nn.Module:
@@ -63,6 +78,23 @@ LAYERS: dict[str, LayerCase] = {
     "gpt2 conv1d": LayerCase(lambda: _biased(Conv1D(12, 8)), (2, 3, 8)),
     "transposed3d d2": LayerCase(lambda: nn.ConvTranspose3d(8, 12, 2, dilation=2, bias=False), (1, 8, 2, 3, 2)),
 }
+
+
+#: embeddings, which have a row for each number that their input may hold; bags have several numbers each
+LOOKUPS: dict[str, LayerCase] = {
+    "embedding": LayerCase(lambda: nn.Embedding(12, 8), (2, 5), 12),
+    "embedding scaled": LayerCase(lambda: ScaledEmbedding(12, 8, padding_idx=3, scale_grad_by_freq=True), (3, 9), 12),
+    "bag mean": LayerCase(lambda: nn.EmbeddingBag(12, 8, padding_idx=3), (3, 5), 12),
+    "bag max": LayerCase(lambda: nn.EmbeddingBag(12, 8, mode="max"), (3, 5), 12),
+}
+
+#: an adapter of each structure that is made for embeddings, for the layers that are run over fewer than all
+FEW = ("lora", "loha", "lokr rank", "dora", "dora in", "full")
+
+
+def target_of(layer: nn.Module) -> str:
+    """What to wrap of a layer alone: presets leave out embeddings."""
+    return next((cls.__name__ for cls in (nn.Embedding, nn.EmbeddingBag) if isinstance(layer, cls)), "full")
 
 
 @dataclass(frozen=True)
@@ -114,9 +146,11 @@ def smallest_kernel(case: str) -> int:
 
 def make(layer: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Module, Tensor]:
     """The layer and an input, both drawn from the seed."""
-    case = LAYERS[layer]
+    case = {**LAYERS, **LOOKUPS}[layer]
     torch.manual_seed(seed)
     module = case.make().to(dtype)
+    if case.rows:
+        return module, torch.randint(case.rows, case.input)
     return module, torch.randn(case.input, dtype=dtype)
 
 
