@@ -24,6 +24,7 @@ from peftkit.errors import (
 )
 from peftkit.files import full_checkpoint
 from peftkit.files.bind import Misfit, bind, misfit, take_rows
+from peftkit.files.component import of_component
 from peftkit.files.extras import PlacedExtras, listed, placed, under_adapters
 from peftkit.files.families.layouts import Placement
 from peftkit.files.families.names import Family
@@ -36,6 +37,7 @@ from peftkit.files.resolve import HINTS, Resolver, common, component_of, familie
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.extras import replace_, require_unmerged
 from peftkit.wrapping.install import check_install, install
+from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.plan import refuse_taken
 from peftkit.wrapping.select import Selector, patterns, tied_with
 from peftkit.wrapping.sites import Site, as_read
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@of_models
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -80,7 +83,7 @@ def load(
         tied: "untie" to give a shared weight a copy of its own, as in `wrap`.
         route: how ΔW is applied, as in `wrap`.
         component: which part of a pipeline the model is ("unet", "text_encoder", …), where the file is of several; the
-            keys of the others are left alone.
+            keys of the others are left alone. Or which part of it a file is of, where the model is the pipeline.
         extras: False leaves the parameters that trained beside the adapters as they are on the model; the report names
             them.
         read_weights: patterns, as the targets of `wrap`, of layers to adapt where other code reads their weight, as
@@ -122,6 +125,7 @@ def load(
     with error_context(path):
         selector = Selector(model)
         ours = selector.sites
+        bundle = of_component(bundle, component, ours)
         ours |= {site: as_read(ours[site]) for p in patterns(read_weights) for site in selector.find(p).sites}
         fitting, distances, report = compared(path, name, bundle, ours, component)
         beside = placed(bundle, model) if extras else PlacedExtras()

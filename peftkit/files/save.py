@@ -26,10 +26,12 @@ from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.divided import by_first_process, gathered, gathered_adapter, gathered_base
 from peftkit.wrapping.extras import BaseParameter, extras_of, require_unmerged
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
+from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.roll import require_none_lost
 from peftkit.wrapping.walk import dotted
 
 
+@of_models
 @by_first_process
 def save(
     model: nn.Module,

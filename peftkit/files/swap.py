@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.errors import MergeStateError, MismatchError, UnsupportedLayerError, error_context
+from peftkit.files.component import of_component
 from peftkit.files.extras import PlacedExtras, placed
 from peftkit.files.load import LoadReport, compared, made, with_extras
 from peftkit.files.read import Reading, read
 from peftkit.kernels.sharding import sharded
 from peftkit.wrapping.extras import give_back_, replace_, require_returnable, require_unmerged
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
+from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.sites import sites
 from peftkit.wrapping.walk import dotted
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@of_models
 def swap(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -84,6 +87,7 @@ def swap(
         here = {at.site: at for at in installed_adapters(model, [name])}
         _require_writable(here.values())
         ours = sites(model)
+        bundle = of_component(bundle, component, ours)
         fitting, distances, report = compared(path, name, bundle, ours, component)
         beside = placed(bundle, model) if extras else PlacedExtras()
         report = with_extras(report, bundle, beside, extras)

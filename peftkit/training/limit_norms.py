@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.errors import MergeStateError, NormError, require_number
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, names_of
+from peftkit.wrapping.pipeline import of_models
 
 
 class LimitedNorm(NamedTuple):
@@ -29,6 +30,7 @@ class LimitedNorm(NamedTuple):
     factor: float
 
 
+@of_models
 @torch.no_grad()
 def limit_norms_(model: nn.Module, most: float, name: str | None = None) -> tuple[LimitedNorm, ...]:
     r"""Scale every ΔW with ‖ΔW‖_F above a bound down to it, in place, after an optimiser step.

@@ -29,6 +29,7 @@ from peftkit.wrapping.backup import BACKUPS, Backup, Copy, Merged, checksum
 from peftkit.wrapping.divided import divided
 from peftkit.wrapping.layer import Adapted, adapted_modules, installed_adapters, names_of
 from peftkit.wrapping.listing import Row, listing
+from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.roll import require_none_lost, roll_of, warn_never_ran
 from peftkit.wrapping.select import tied_with
 from peftkit.wrapping.sites import sites
@@ -84,6 +85,7 @@ class MergeReport:
         return listing(["adapters"], measures, rows, every=every)
 
 
+@of_models
 def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup: str | None = "copy") -> MergeReport:
     """Write W + Σ λᵢ·ΔWᵢ into the weights, in place: of all adapters, or of those named.
 
@@ -136,6 +138,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup:
     return MergeReport(tuple(weights))
 
 
+@of_models
 def restore(model: nn.Module) -> tuple[str, ...]:
     """Give merged weights back, bit for bit, and let their adapters act again.
 

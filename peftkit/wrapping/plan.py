@@ -28,6 +28,7 @@ from peftkit.errors import (
 from peftkit.kernels.blocks import accumulation_dtype
 from peftkit.kernels.torch_private import own_modules
 from peftkit.wrapping.coverage import Covered, coverage, described, warn_of_little
+from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.routes import OUTPUTS, choose, choose_lookup
 from peftkit.wrapping.rule import Rule
 from peftkit.wrapping.select import Selector, listed, reasons, tied_with
@@ -113,6 +114,7 @@ class Plan:
     __repr__ = __str__
 
 
+@of_models
 def plan(
     model: nn.Module,
     kind: str | None = None,

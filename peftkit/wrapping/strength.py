@@ -11,6 +11,7 @@ from torch import nn
 
 from peftkit.errors import MergeStateError, OptionError
 from peftkit.wrapping.layer import adapted_modules, names_of
+from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.state import opened
 
 
@@ -24,6 +25,7 @@ def require_strength(strength: float) -> None:
         raise OptionError(f"strength={strength!r:.100} was given, a finite number was expected")
 
 
+@of_models
 def set_strength(model: nn.Module, strength: float, name: str | None = None) -> None:
     """Set λ of one adapter, or of all: the layer's weight is W + λ·ΔW.
 
@@ -59,6 +61,7 @@ def set_strength(model: nn.Module, strength: float, name: str | None = None) -> 
         host.adapter_state.refresh()
 
 
+@of_models
 @contextmanager
 def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
     """Make a block inside which one adapter, or all, does not act.
@@ -87,6 +90,7 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
         yield
 
 
+@of_models
 @contextmanager
 def enabled(model: nn.Module, *names: str) -> Iterator[None]:
     """Make a block inside which only the named adapters act; with no name, none does.

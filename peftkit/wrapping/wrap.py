@@ -23,12 +23,14 @@ from peftkit.wrapping.layer import (
     names_of,
     one_name,
 )
+from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.plan import Plan, plan
 from peftkit.wrapping.rule import Rule
 from peftkit.wrapping.sites import Site
 from peftkit.wrapping.walk import dotted, named_modules
 
 
+@of_models
 def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """Return the trainable parameters of all adapters, or of one: what an optimiser takes.
 
@@ -53,6 +55,7 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Par
     return list(dict.fromkeys(p for at in installed for p in at.adapter.parameters() if p.requires_grad))
 
 
+@of_models
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """Return the tensors of one adapter by name, "<weight>.<tensor>": parameters and buffers, not copied.
 
@@ -79,6 +82,7 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
     }
 
 
+@of_models
 def wrap(
     model: nn.Module,
     kind: str | None = None,
@@ -114,7 +118,8 @@ def wrap(
     The projections of an nn.MultiheadAttention are layers of their own: q_proj, k_proj, v_proj and out_proj.
 
     Args:
-        model: any module; its class stays, and its layers keep their identity, names and hooks.
+        model: any module; its class stays, and its layers keep their identity, names and hooks. Or a pipeline of
+            diffusers, whose denoiser and text encoders are one model to every function that takes a model.
         kind: the adapter: one of `peftkit.kinds()`, as "lora", "dora", "lokr".
         targets: one target or several; each must select something.
         exclude: targets to leave out; each must select something.
@@ -168,6 +173,7 @@ def wrap(
     return planned
 
 
+@of_models
 def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = False) -> tuple[str, ...]:
     """Take one adapter, or all, off the model, and give parameters that its file was loaded over their values back.
 
@@ -248,6 +254,7 @@ def _detach(host: Adapted, baked: bool) -> None:
     cast(nn.Module, host).__class__ = base_class(host)
 
 
+@of_models
 def reset_adapters(model: nn.Module, name: str | None = None) -> None:
     """Give adapters the values that they start with, in place: ΔW is zero, and what they read of the base is read.
 
@@ -277,6 +284,7 @@ def reset_adapters(model: nn.Module, name: str | None = None) -> None:
         at.adapter.reset_parameters(at.base)
 
 
+@of_models
 @torch.no_grad()
 def project_(model: nn.Module, name: str | None = None) -> None:
     """Move the adapters' parameters, in place, into the set that the algorithm allows, after an optimiser step.

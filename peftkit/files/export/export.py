@@ -35,6 +35,7 @@ from peftkit.files.formats import container, disk
 from peftkit.files.read import Reading, read
 from peftkit.wrapping.divided import by_first_process
 from peftkit.wrapping.listing import Row, listing
+from peftkit.wrapping.pipeline import of_models
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -94,6 +95,7 @@ class _Request:
             )
 
 
+@of_models
 @by_first_process
 def export(
     source: nn.Module | str | os.PathLike[str],
