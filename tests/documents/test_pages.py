@@ -38,10 +38,11 @@ LlamaForCausalLM(LlamaConfig(vocab_size=32, **text)).save_pretrained("llama")
 """
 
 
-#: warnings that other libraries give of themselves, by their beginnings: PEFT of transformers, Lightning of torch
-#: and of a machine with many cores
+#: warnings that other libraries give of themselves, by their beginnings: PEFT and TRL of transformers, Lightning of
+#: torch and of a machine with many cores
 TOLERATED = (
     "`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "`gradient_checkpointing:FutureWarning",
     "`isinstance(treespec, LeafSpec)` is deprecated:FutureWarning",
     "The 'train_dataloader' does not have many workers",
 )
