@@ -38,6 +38,8 @@ class Adapter(nn.Module, ABC):
     #: what the same file means on another base, for the error a user meets there
     on_another_base: ClassVar[str] = "adds the same ΔW"
 
+    #: whether `delta` takes parameters with a leading dimension too, those of several experts, and gives ΔW of them all
+    batched: ClassVar[bool] = False
     #: how files hold a ΔW of this kind's structure; None for kinds whose ΔW is of another kind's structure, or of none
     additive: ClassVar[type[Additive] | None] = None
     #: the tensors to which all of ΔW is proportional: times c, those that are there make it c·ΔW; none if ΔW is not so

@@ -21,7 +21,7 @@ from peftkit.adapters.options import (
     uniform_fan_in_,
 )
 from peftkit.adapters.registry import register
-from peftkit.delta import LowRank
+from peftkit.delta import LowRank, LowRankStack
 from peftkit.delta.as_low_rank import balanced
 from peftkit.geometry import Shape
 
@@ -100,6 +100,7 @@ class LoRA(Adapter):
     )
     starts_at_zero = frozenset({"up"})
     decays = frozenset({"up", "down", "core"})
+    batched: ClassVar[bool] = True
     additive = LoRAForm
 
     def __init__(
@@ -139,14 +140,18 @@ class LoRA(Adapter):
         del options
         return frozenset({"up"})
 
-    def delta(self, weight: Tensor) -> LowRank:
+    def delta(self, weight: Tensor) -> LowRank | LowRankStack:
         del weight
         up = times(self.scale, self.up)
+        experts = up.shape[:-2]  # of a stack of experts, each of which drops its own
+        alone = (1,) * len(experts)
         if self.training and self.rank_dropout:
-            keep = torch.rand(up.shape[1], device=up.device) >= self.rank_dropout
+            keep = torch.rand((*experts, *alone, up.shape[-1]), device=up.device) >= self.rank_dropout
             up = up * keep / (1 - self.rank_dropout)
         if self.training and self.module_dropout:
-            up = up * (torch.rand((), device=up.device) >= self.module_dropout)
+            up = up * (torch.rand((*experts, *alone, *alone), device=up.device) >= self.module_dropout)
+        if experts:
+            return LowRankStack(up, self.down)
         return LowRank(up, self.down if self.core is None else tucker_down(self.core, self.down))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.form import Additive
 from peftkit.adapters.options import require
+from peftkit.adapters.stacked import stacked
 from peftkit.delta import Delta
 from peftkit.errors import DuplicateNameError, OptionError, UnknownAdapterError, did_you_mean
 from peftkit.geometry import Shape
@@ -143,7 +144,7 @@ def build(kind: str, shape: Shape, weight: Tensor, dtype: torch.dtype | None = N
     _refuse_unknown(cls, options)
     options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     _check_types(cls, options)
-    adapter = cls(shape, weight, **options)
+    adapter = (stacked(cls) if shape.experts > 1 else cls)(shape, weight, **options)
     given = {**options, **adapter.options} if "options" in adapter.__dict__ else options
     defaults = {
         p.name: p.default

@@ -110,6 +110,8 @@ class Delta(ABC):
     structure: ClassVar[str] = ""
     #: whether ΔW is a product of smaller factors, which then tell its rank
     factored: ClassVar[bool] = False
+    #: whether building ΔW keeps nothing but factors for backward
+    keeps_factors: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -222,6 +224,10 @@ class Delta(ABC):
         for block in row_blocks(*self.shape, self.row_multiple, size):
             self.rows_(block, out[block])
         return out
+
+    def matrices(self, experts: slice) -> Tensor:
+        """Return ΔW of some experts of a stack, (k, m, n); a ΔW of one matrix is that of one expert."""
+        return self.dense()[None][experts]
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """Return dense()[rows, columns], for where even the rows that belong together are too many numbers."""

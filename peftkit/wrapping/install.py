@@ -13,10 +13,12 @@ from peftkit.adapters.base import Adapter
 from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError, require_choice
 from peftkit.kernels.sharding import sharded
 from peftkit.kernels.torch_private import own_parameters
-from peftkit.wrapping.layer import Adapted, adapted_class, adapted_modules
+from peftkit.wrapping.classes import adapted_class
+from peftkit.wrapping.layer import Adapted, adapted_modules
 from peftkit.wrapping.roll import enrol
 from peftkit.wrapping.routes import ROUTES
 from peftkit.wrapping.sites import Site, slots
+from peftkit.wrapping.stacks import stacks
 from peftkit.wrapping.state import AdapterState
 from peftkit.wrapping.strength import require_strength
 from peftkit.wrapping.walk import named_modules, unwrapped
@@ -94,7 +96,7 @@ def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str
         own = slots(module)
         reads = tuple(dict.fromkeys(slot.parameter for slot in own.values())) if site.read else ()
         base = type(module)
-        module.__class__ = adapted_class(base, reads)
+        module.__class__ = adapted_class(base, reads, bool(stacks(module)))
         assert isinstance(module, Adapted)
         module.adapters = nn.ModuleDict()
         module.adapter_state = AdapterState(own, reads)

@@ -6,7 +6,6 @@ do. Its `weight`, its place in the model, references to it, its hooks and its st
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -21,7 +20,7 @@ from peftkit.errors import MergeStateError, UnknownAdapterError, UnsetAdapterErr
 from peftkit.geometry import Geometry
 from peftkit.kernels.sharding import sharded
 from peftkit.kernels.torch_private import compiling, eager, own_modules, own_parameters
-from peftkit.wrapping.lookup import EMBEDDINGS, Lookup, adapted_output
+from peftkit.wrapping.lookup import Lookup, adapted_output
 from peftkit.wrapping.routes import changed, choose, choose_compiled, choose_lookup, dense
 from peftkit.wrapping.sites import Slot
 from peftkit.wrapping.state import Acting, AdapterState
@@ -97,10 +96,6 @@ class Adapted(nn.Module):
                 "restore(model) first, or unwrap(model, keep_merged=True)"
             )
         super()._load_from_state_dict(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(max(2, protocol))
-        return _new, (base_class(self), self.adapter_state.reads), *state
 
 
 class AdaptedLayer(Adapted):
@@ -223,34 +218,9 @@ class AdaptedParameters(Adapted):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-@functools.cache
-def adapted_class(base: type[nn.Module], reads: tuple[str, ...] = ()) -> type[Adapted]:
-    """The subclass of `base` whose instances are adapted; `reads` names parameters to adapt where they are read."""
-    properties = {name: property(lambda self, name=name: self.effective(name)) for name in reads}
-    own = {**properties, "__module__": __name__, "_base": base}
-    return cast("type[Adapted]", type(f"Adapted{base.__name__}", _bases(base, reads), own))
-
-
-def _bases(base: type[nn.Module], reads: tuple[str, ...]) -> tuple[type, ...]:
-    """What an adapted class is made of, in the order in which their `forward` are called."""
-    if reads:
-        return AdaptedParameters, base
-    if base in EMBEDDINGS:
-        return AdaptedLookup, base
-    torchs = next((cls for cls in EMBEDDINGS if issubclass(base, cls)), None)
-    if torchs is not None:  # the subclass' own forward acts on what torch's layer, adapted, has looked up for it
-        return base, adapted_class(torchs)
-    return AdaptedLayer, base
-
-
 def base_class(module: Adapted) -> type[nn.Module]:
     """The class the module had before it was adapted."""
     return type(module)._base
-
-
-def _new(base: type[nn.Module], reads: tuple[str, ...]) -> Adapted:
-    cls = adapted_class(base, reads)
-    return cls.__new__(cls)
 
 
 # -- the adapters of a model ----------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from peftkit.wrapping.coverage import Covered, coverage, described, warn_of_litt
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.routes import OUTPUTS, choose, choose_lookup
 from peftkit.wrapping.rule import Rule
-from peftkit.wrapping.select import Selector, listed, reasons, tied_with
+from peftkit.wrapping.select import Selection, Selector, listed, reasons, tied_with
 from peftkit.wrapping.sites import Site, as_read
 
 
@@ -205,12 +205,12 @@ def _choose(selector: Selector, rules: Sequence[Rule]) -> tuple[_Choice, dict[st
     """The first rule that matches each site, and what matched and is not adapted, with the reasons."""
     chosen: dict[str, tuple[Rule, str]] = {}
     skipped: dict[str, str] = {}
+    presets: list[tuple[str, Selection]] = []
     for rule in rules:
         excluded = {site for pattern in rule.exclude for site in selector.every(pattern)}
         for pattern in rule.targets:
             matched = selector.find(pattern)
-            if selector.is_preset(pattern):
-                warn_of_little(pattern, *selector.promised(matched))
+            presets += [(pattern, matched)] if selector.is_preset(pattern) else []
             found = [site for site in matched.sites if site not in excluded]
             fresh = [site for site in found if site not in chosen]
             if not fresh:
@@ -218,7 +218,10 @@ def _choose(selector: Selector, rules: Sequence[Rule]) -> tuple[_Choice, dict[st
                 raise TargetError(f"target {pattern!r} of {rule!r} adapts nothing: the layers it matches {taken}")
             chosen.update(dict.fromkeys(fresh, (rule, pattern)))
             skipped |= matched.refused
-    return chosen, {name: reason for name, reason in skipped.items() if name not in chosen}
+    for preset, matched in presets:
+        warn_of_little(preset, *selector.promised(matched, chosen))
+    left = {name: reason for name, reason in skipped.items() if name not in chosen}
+    return chosen, {name: reason for name, reason in left.items() if not selector.adapted(name, chosen)}
 
 
 def _refuse_shared(shared: Mapping[str, str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from peftkit.geometry import is_layer
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.layer import Adapted, base_class
 from peftkit.wrapping.sites import Site, sites, why_not
+from peftkit.wrapping.stacks import StackGeometry
 from peftkit.wrapping.walk import dotted, named_modules
 
 # A block of a U-Net that is named for the attention in it, UNetMidBlock2DCrossAttn, holds resnets too
@@ -36,6 +37,7 @@ _EMBEDDING = (
     "it is an embedding, and the target adapts other layers; a target that matches nothing but embeddings adapts them, "
     "as 'Embedding' or '*.embed_tokens'"
 )
+_EXPERTS = "they are stacks of experts, which presets leave out; name them to adapt them, as by '*experts*'"
 _ALL_LINEAR = (
     " PEFT's 'all-linear' is 'full' here, every Linear and convolution but the output head, "
     "or 'Linear', every Linear layer."
@@ -98,14 +100,32 @@ class Selector:
         """Return whether a pattern is a preset's name, and no module's."""
         return pattern in PRESETS and pattern not in self.modules
 
-    def promised(self, matched: Selection) -> tuple[list[Site], dict[str, tuple[nn.Module, str]]]:
-        """Return the sites of a preset, and what it would take too if it could: no embeddings, and no output head."""
+    def promised(
+        self, matched: Selection, chosen: Collection[str]
+    ) -> tuple[list[Site], dict[str, tuple[nn.Module, str]]]:
+        """Return the sites of a preset, and what else it stands for: no embeddings, and no output head.
+
+        Args:
+            matched: what the preset selects.
+            chosen: names of sites that get an adapter, by whatever target; they count as the preset's.
+        """
         refused = {
             name: (self.modules[name], reason)
             for name, reason in matched.refused.items()
             if reason != _HEAD and not isinstance(self.modules[name], (nn.Embedding, nn.EmbeddingBag))
         }
-        return [self.sites[site] for site in matched.sites], refused
+        named = [site for name in refused if self.adapted(name, chosen) for site in self._own(name)]
+        lacking = {name: found for name, found in refused.items() if not self.adapted(name, chosen)}
+        return [self.sites[site] for site in (*matched.sites, *named)], lacking
+
+    def adapted(self, name: str, chosen: Collection[str]) -> bool:
+        """Return whether all the sites of a module, of which there are some, are among these."""
+        own = self._own(name)
+        return bool(own) and all(site in chosen for site in own)
+
+    def _own(self, name: str) -> list[str]:
+        """The sites of one module."""
+        return self.of_module.get(self.canonical[name], []) if name in self.canonical else []
 
     def _match(self, pattern: str) -> tuple[set[str], dict[str, str]]:
         if self.is_preset(pattern):
@@ -147,7 +167,7 @@ class Selector:
         return {site for found in inside.values() for site in found}, refused
 
     def _by_preset(self, classes: re.Pattern[str]) -> tuple[set[str], dict[str, str]]:
-        """All sites inside the modules of these classes but the output head, which is refused."""
+        """All sites inside the modules of these classes but the output head and experts, which are refused."""
         holders = [name for name, module in self.modules.items() if any(map(classes.fullmatch, class_names(module)))]
         found = {site for name in holders for site in self.within.get(self.canonical[name], [])}
         refused = {
@@ -157,7 +177,10 @@ class Selector:
             if (reason := why_not(module)) is not None
         }
         heads = found & self._output_heads()
-        return found - heads, refused | dict.fromkeys(sorted(heads), _HEAD)
+        experts = {site for site in found if isinstance(self.sites[site].slot.geometry, StackGeometry)}
+        holding = sorted({self.sites[site].module_name for site in experts})
+        refused |= dict.fromkeys(sorted(heads), _HEAD) | dict.fromkeys(holding, _EXPERTS)
+        return found - heads - experts, refused
 
     def _output_heads(self) -> set[str]:
         """The sites of output embeddings, as the models of transformers name them by a method."""

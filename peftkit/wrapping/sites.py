@@ -13,6 +13,7 @@ from peftkit.errors import UnsupportedLayerError
 from peftkit.geometry import Geometry, is_layer
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.lookup import EMBEDDINGS, Lookup
+from peftkit.wrapping.stacks import stacks, why_no_stack
 from peftkit.wrapping.support import calls_its_weight, refusal, supported
 from peftkit.wrapping.walk import dotted, named_modules, unwrapped
 
@@ -91,11 +92,11 @@ def as_read(site: Site) -> Site:
 
 
 def slots(module: nn.Module) -> dict[str, Slot]:
-    """Return the module's own weight as "", or the projections of an nn.MultiheadAttention by name."""
+    """Return the module's own weight as "", or projections of an nn.MultiheadAttention or stacks of experts by name."""
     if supported(module):
         return {"": Slot("weight", _geometry(module))}
     if not isinstance(module, nn.MultiheadAttention):
-        return {}
+        return {name: Slot(name, stack) for name, stack in stacks(module).items()}
     names = ("q_proj", "k_proj", "v_proj")
     width = module.embed_dim
     if own_parameters(module)["in_proj_weight"] is not None:
@@ -119,7 +120,7 @@ def why_not(module: nn.Module) -> str | None:
     """Return why a module has no weight that can be adapted; None if it has one or is only a container."""
     if slots(module):
         return None
-    return refusal(module) if own_parameters(module) or is_layer(module) else None
+    return why_no_stack(module) or (refusal(module) if own_parameters(module) or is_layer(module) else None)
 
 
 def _read_by_their_parent(model: nn.Module) -> set[int]:

@@ -12,11 +12,11 @@ from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
 from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError
 from peftkit.kernels.torch_private import own_parameters
+from peftkit.wrapping.classes import expected_class
 from peftkit.wrapping.extras import give_back_, require_returnable
 from peftkit.wrapping.install import TRAINABLE, check_install, install
 from peftkit.wrapping.layer import (
     Adapted,
-    adapted_class,
     adapted_modules,
     base_class,
     installed_adapters,
@@ -108,14 +108,16 @@ def wrap(
       blocks, with their projections and modulations; "attn-only" is the attention layers. No preset takes the output
       head of a language model, the module that its `get_output_embeddings()` returns, as it is large and often
       shares the embedding's weight; `targets=["full", "lm_head"]` takes it too. The head of a classifier is a layer
-      like any other.
+      like any other. Nor does a preset take stacks of experts: `targets=["full", "*experts*"]`.
     * "re:…", a regular expression that matches the whole name of a layer;
     * a glob over names, "*.to_q" or "blocks.[01].*";
     * the name of a layer, or of a module, for all layers inside it;
     * the name of a class, for all layers inside its instances: "Linear", "BasicTransformerBlock";
     * the end of layers' names, "q_proj" or "to_out.0", where it is none of the above.
 
-    The projections of an nn.MultiheadAttention are layers of their own: q_proj, k_proj, v_proj and out_proj.
+    The projections of an nn.MultiheadAttention are layers of their own: q_proj, k_proj, v_proj and out_proj. So is a
+    stack of experts, a parameter (E, out, in) or (E, in, out) of a module with `num_experts`: it gets one adapter, with
+    a ΔW for each expert.
 
     Args:
         model: any module; its class stays, and its layers keep their identity, names and hooks. Or a pipeline of
@@ -226,8 +228,7 @@ def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
 
 
 def _check_removal(where: str, host: Adapted, names: Sequence[str], keep_merged: bool) -> None:
-    expected = adapted_class(base_class(host), host.adapter_state.reads)
-    if type(host) is not expected:
+    if type(host) is not expected_class(host):
         raise UnsupportedLayerError(
             f"{where} was made a {type(host).__name__} after it was wrapped (by FSDP, parametrize or the like): "
             "undo that before unwrapping it"

@@ -16,9 +16,9 @@ from peftkit.adapters import registry
 from peftkit.adapters.loldu import INITS
 from peftkit.errors import MergeError
 from tests.support import laws
-from tests.support.zoo import ADAPTERS, FEW, LAYERS, LOOKUPS, make, train
+from tests.support.zoo import ADAPTERS, FEW, LAYERS, LOOKUPS, STACKS, make, train
 
-CELLS = [(adapter, layer) for adapter in ADAPTERS for layer in (*LAYERS, "embedding")]
+CELLS = [(adapter, layer) for adapter in ADAPTERS for layer in (*LAYERS, *STACKS, "embedding")]
 CELLS += [(adapter, layer) for adapter in FEW for layer in LOOKUPS if layer != "embedding"]
 REFUSED = {cell: reason for cell in CELLS if (reason := laws.refusal(*cell)) is not None}
 ALLOWED = [cell for cell in CELLS if cell not in REFUSED]
@@ -45,7 +45,7 @@ def _runs(layer: nn.Module, x: Tensor) -> bool:
     return True
 
 
-@every_cell
+@pytest.mark.parametrize("adapter, layer", [cell for cell in ALLOWED if cell[1] != "experts"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_law_in_other_dtypes(adapter: str, layer: str, dtype: torch.dtype) -> None:
     if not _runs(*make(layer, dtype)):

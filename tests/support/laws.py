@@ -20,6 +20,7 @@ from peftkit.adapters import DoRA
 from peftkit.delta import Decomposed, Delta
 from peftkit.delta.base import WeightCache
 from peftkit.errors import OptionError, UnsupportedLayerError
+from peftkit.geometry import Geometry
 from peftkit.wrapping.layer import Adapted
 from peftkit.wrapping.lookup import Lookup
 from tests.support import numbers
@@ -46,11 +47,25 @@ def wrapped(adapter: str, layer: str, dtype: torch.dtype = torch.float64, **kwar
 def the_delta(module: nn.Module, name: str = "default", strength: float = 1.0) -> tuple[Delta, Tensor]:
     """ΔW of the module's adapter, and W."""
     assert isinstance(module, Adapted)
-    slot = module.adapter_state.slots[""]
-    W = slot.geometry.matrix(module._parameters["weight"].detach())
-    adapter = module.adapter(name, "")
+    ((slot_name, slot),) = module.adapter_state.slots.items()
+    W = slot.geometry.matrix(own_weight(module).detach())
+    adapter = module.adapter(name, slot_name)
     assert adapter is not None
     return adapter(W, strength), W
+
+
+def own_weight(module: nn.Module) -> Tensor:
+    """The weight itself, without what adapters add where it is read."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def geometry_of(module: nn.Module) -> Geometry:
+    """How the module's weight is read as a matrix."""
+    assert isinstance(module, Adapted)
+    (slot,) = module.adapter_state.slots.values()
+    return slot.geometry
 
 
 def agree(a: Tensor, b: Tensor, dtype: torch.dtype, what: str, *terms: Tensor) -> None:
@@ -65,7 +80,7 @@ def terms(module: nn.Module, x: Tensor) -> list[Tensor]:
     for name in module.adapters:
         delta, W = the_delta(module, name)
         if isinstance(delta, Decomposed):
-            g = module.adapter_state.slots[""].geometry
+            g = geometry_of(module)
             e, f = (v if delta.columns else v[:, None] for v in (delta.e, delta.f))
             parts += [g.run(x, e * W), g.run(x, f * delta.V.dense())]
     return [part.detach() for part in parts]
@@ -79,7 +94,7 @@ def bits(tensor: Tensor) -> bytes:
 def identity_at_start(adapter: str, layer: str, dtype: torch.dtype = torch.float64) -> None:
     """1. A fresh adapter changes neither the output nor, merged, the weight, bit for bit; on both routes."""
     module, x = make(layer, dtype)
-    before, weight = module(x), bits(module.weight)
+    before, weight = module(x), bits(own_weight(module))
     case = ADAPTERS[adapter]
     for route in ("factored", "dense"):
         pk.wrap(module, case.kind, targets=target_of(module), route=route, **case.options)
@@ -87,7 +102,7 @@ def identity_at_start(adapter: str, layer: str, dtype: torch.dtype = torch.float
         delta, _ = the_delta(module)
         assert not delta.dense().any(), "ΔW is not zero"
         pk.merge(module)
-        assert bits(module.weight) == weight, "merged: the weight changed"
+        assert bits(own_weight(module)) == weight, "merged: the weight changed"
         pk.restore(module)
         pk.unwrap(module)
 
@@ -106,12 +121,14 @@ def routes_agree(adapter: str, layer: str, dtype: torch.dtype = torch.float64) -
         parameters = pk.adapter_parameters(module)
         gradients = torch.autograd.grad((y * weights).sum(), [*inputs, *parameters])
         through_base = torch.autograd.grad((base * weights).sum(), inputs) if inputs else ()
-        own = module.adapters["default"]
+        held_by = module.adapters["default"]
+        own = held_by["weight"] if isinstance(held_by, nn.ModuleDict) else held_by
         held: list[Tensor] = []
-        if isinstance(own, DoRA) and not own.detach_norm:  # its gradient is a difference from that at a held norm
-            own.detach_norm = True
+        delta, _ = the_delta(module)
+        if isinstance(own, DoRA) and not own.detach_norm and isinstance(delta, Decomposed):
+            own.detach_norm = True  # its gradient is a difference from that at a held norm
             held = list(torch.autograd.grad((module(x) * weights).sum(), parameters))
-            worst = the_delta(module)[0].f.abs().max()  # and t, which grows as W + V vanishes, multiplies it once more
+            worst = delta.f.abs().max()  # and t, which grows as W + V vanishes, multiplies it once more
             held = [worst * gradient for gradient in held]
         results.append((y.detach(), *gradients))
     names = ["output", *("x" for _ in inputs), *(n for n, p in module.named_parameters() if p.requires_grad)]
@@ -126,7 +143,7 @@ def forward_is_merged(adapter: str, layer: str, dtype: torch.dtype = torch.float
     for route in ("factored", "dense"):
         module, x = wrapped(adapter, layer, dtype, route=route)
         parts = terms(module, x)
-        weight = bits(module.weight)
+        weight = bits(own_weight(module))
         for strength in STRENGTHS:
             pk.set_strength(module, strength)
             y = module(x)
@@ -134,7 +151,7 @@ def forward_is_merged(adapter: str, layer: str, dtype: torch.dtype = torch.float
             merged = module(x)
             if strength == 0:
                 assert torch.equal(y, parts[0]), "forward(0) is not the base"
-                assert bits(module.weight) == weight, "merged(0) is not the base"
+                assert bits(own_weight(module)) == weight, "merged(0) is not the base"
             else:
                 agree(y, merged, dtype, f"{route} λ={strength}", *parts)
                 assert not torch.equal(merged, parts[0]), "the merge changed nothing"
@@ -146,16 +163,16 @@ def restore_is_exact(adapter: str, layer: str, dtype: torch.dtype = torch.float3
     module, x = wrapped(adapter, layer, dtype)
     pk.wrap(module, "lora", targets=target_of(module), rank=1, name="second")
     train(module, seed=5, name="second")
-    weight, output = bits(module.weight), module(x)
+    weight, output = bits(own_weight(module)), module(x)
     parts = terms(module, x)
     subsets = (None, "default", "second", ["second", "default"])
     for cycle in range(cycles):
         pk.merge(module, subsets[cycle % 4], backup=("copy", "packed")[cycle % 2])
-        assert bits(module.weight) != weight, "the merge changed nothing"
+        assert bits(own_weight(module)) != weight, "the merge changed nothing"
         if cycle < 4:
             agree(module(x), output, dtype, f"output with {subsets[cycle % 4]} merged", *parts)
         pk.restore(module)
-        assert bits(module.weight) == weight, f"cycle {cycle}: bits differ"
+        assert bits(own_weight(module)) == weight, f"cycle {cycle}: bits differ"
     assert torch.equal(module(x), output)
 
 
@@ -183,7 +200,7 @@ def algebra_is_dense(adapter: str, layer: str, dtype: torch.dtype = torch.float6
     module, x = wrapped(adapter, layer, dtype)
     delta, W = the_delta(module, strength=0.7)
     assert isinstance(module, Adapted)
-    g = module.adapter_state.slots[""].geometry
+    g = geometry_of(module)
     dense = delta.dense()
     assert delta.shape == dense.shape == W.shape
     assert delta.dtype == dense.dtype
@@ -236,14 +253,14 @@ def _rounds_once(adapter: str, layer: str, dtype: torch.dtype) -> None:
     train(module, seed=5, name="second")
     pk.set_strength(module, 0.3, "second")
     assert isinstance(module, Adapted)
-    g = module.adapter_state.slots[""].geometry
+    g = geometry_of(module)
     first, W = the_delta(module)
     second, _ = the_delta(module, "second", 0.3)
     W = W.clone()
     expected = g.weight((W.float() + (first.dense() + second.dense())).to(dtype))
     report = pk.merge(module)
-    assert torch.equal(module.weight, expected)
-    moved = (module.weight.float() - g.weight(W).float()).norm().item()
+    assert torch.equal(own_weight(module), expected)
+    moved = (own_weight(module).float() - g.weight(W).float()).norm().item()
     pk.restore(module)
     assert abs(report.weights[0].change - moved) <= 1e-5 * moved, "the report's change is not the change"
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tests.support.experts import Bank
+
 
 @dataclass(frozen=True)
 class LayerCase:
@@ -79,6 +81,12 @@ LAYERS: dict[str, LayerCase] = {
     "transposed3d d2": LayerCase(lambda: nn.ConvTranspose3d(8, 12, 2, dilation=2, bias=False), (1, 8, 2, 3, 2)),
 }
 
+#: modules with a weight (E, out, in) or (E, in, out), which is read and not called
+STACKS: dict[str, LayerCase] = {
+    "experts": LayerCase(Bank, (2, 24)),
+    "experts (in, out)": LayerCase(lambda: Bank(transposed=True), (2, 24)),
+}
+
 
 #: embeddings, which have a row for each number that their input may hold; bags have several numbers each
 LOOKUPS: dict[str, LayerCase] = {
@@ -93,7 +101,9 @@ FEW = ("lora", "loha", "lokr rank", "dora", "dora in", "full")
 
 
 def target_of(layer: nn.Module) -> str:
-    """What to wrap of a layer alone: presets leave out embeddings."""
+    """What to wrap of a layer alone: presets leave out embeddings and experts."""
+    if isinstance(layer, Bank):
+        return "weight"
     return next((cls.__name__ for cls in (nn.Embedding, nn.EmbeddingBag) if isinstance(layer, cls)), "full")
 
 
@@ -146,7 +156,7 @@ def smallest_kernel(case: str) -> int:
 
 def make(layer: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Module, Tensor]:
     """The layer and an input, both drawn from the seed."""
-    case = {**LAYERS, **LOOKUPS}[layer]
+    case = {**LAYERS, **LOOKUPS, **STACKS}[layer]
     torch.manual_seed(seed)
     module = case.make().to(dtype)
     if case.rows:

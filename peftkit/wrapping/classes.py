@@ -1,0 +1,56 @@
+"""The classes of adapted modules: a subclass made once for each class of module."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+from torch import nn
+
+from peftkit.wrapping.experts import AdaptedExperts
+from peftkit.wrapping.layer import Adapted, AdaptedLayer, AdaptedLookup, AdaptedParameters, base_class
+from peftkit.wrapping.lookup import EMBEDDINGS
+
+
+@functools.cache
+def adapted_class(base: type[nn.Module], reads: tuple[str, ...] = (), experts: bool = False) -> type[Adapted]:
+    """The subclass of `base` whose instances are adapted.
+
+    Args:
+        base: the class of the module.
+        reads: names of parameters to adapt where they are read.
+        experts: whether these are stacks of experts.
+    """
+    properties = {name: property(lambda self, name=name: self.effective(name)) for name in reads}
+    own: dict[str, Any] = {**properties, "__module__": __name__, "__reduce_ex__": _reduce, "_base": base}
+    bases = (AdaptedExperts, base) if experts else _bases(base, reads)
+    return cast("type[Adapted]", type(f"Adapted{base.__name__}", bases, own))
+
+
+def _bases(base: type[nn.Module], reads: tuple[str, ...]) -> tuple[type, ...]:
+    """What an adapted class is made of, in the order in which their `forward` are called."""
+    if reads:
+        return AdaptedParameters, base
+    if base in EMBEDDINGS:
+        return AdaptedLookup, base
+    torchs = next((cls for cls in EMBEDDINGS if issubclass(base, cls)), None)
+    if torchs is not None:  # the subclass' own forward acts on what torch's layer, adapted, has looked up for it
+        return base, adapted_class(torchs)
+    return AdaptedLayer, base
+
+
+def expected_class(module: Adapted) -> type[Adapted]:
+    """The class that wrapping gave the module."""
+    state = module.adapter_state
+    return adapted_class(base_class(module), state.reads, isinstance(module, AdaptedExperts))
+
+
+def _reduce(module: Adapted, protocol: Any) -> Any:
+    """What pickle and copy keep of an adapted module: the class below it, not the one that was made of it."""
+    _, _, *state = super(Adapted, module).__reduce_ex__(max(2, protocol))
+    return _new, (base_class(module), module.adapter_state.reads, isinstance(module, AdaptedExperts)), *state
+
+
+def _new(base: type[nn.Module], reads: tuple[str, ...], experts: bool) -> Adapted:
+    cls = adapted_class(base, reads, experts)
+    return cls.__new__(cls)

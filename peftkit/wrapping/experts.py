@@ -1,0 +1,52 @@
+"""The adapted experts: what wrapping makes of a module that holds stacks of experts."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from peftkit.kernels.sharding import sharded
+from peftkit.kernels.torch_private import eager, own_parameters
+from peftkit.wrapping.layer import AdaptedParameters
+from peftkit.wrapping.stacks import StackGeometry
+
+#: what was read of adapted stacks of experts in the call of a module that runs now
+_READ: ContextVar[dict[tuple[int, str, bool], Tensor] | None] = ContextVar("peftkit_read_stacks", default=None)
+
+
+class AdaptedExperts(AdaptedParameters):
+    """Adapted stacks of experts: a call changes each of them once, and where few experts run, only theirs."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """args, kwargs: whatever the module takes."""
+        state = self.adapter_state
+        if not eager() or not state.now().strengths:
+            return super().forward(*args, **kwargs)
+        token = _READ.set({})
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _READ.reset(token)
+
+    def effective(self, parameter_name: str) -> Tensor:
+        """The parameter with every acting adapter's ΔW; read again in the same call, the same tensor."""
+        read, key = _READ.get(), (id(self), parameter_name, torch.is_grad_enabled())
+        if read is None or not eager():
+            return self._changed(parameter_name)
+        if key not in read:
+            read[key] = self._changed(parameter_name)
+        return read[key]
+
+    def _changed(self, parameter_name: str) -> Tensor:
+        """W + Σ ΔW of one stack."""
+        parameter, state = cast(Tensor, own_parameters(self)[parameter_name]), self.adapter_state
+        acting = state.now()
+        if not acting.strengths or (eager() and sharded(parameter)):
+            return parameter
+        if eager() and state.roll is not None:
+            state.answer()
+        geometry = cast(StackGeometry, state.slots[parameter_name].geometry)
+        return geometry.changed(parameter, self.deltas(parameter_name, acting))
