@@ -16,7 +16,7 @@ from peftkit.adapters.options import require
 from peftkit.delta import Decomposed, Delta, LowRank
 from peftkit.delta.base import recomputed
 from peftkit.geometry import Shape
-from peftkit.kernels.blocks import row_sqnorms
+from peftkit.kernels.blocks import column_sqnorms, row_sqnorms
 
 if TYPE_CHECKING:
     from peftkit.files.export.programs import Target
@@ -187,7 +187,7 @@ class DoRA(Adapter):
 
         Read from W at every call: nothing that is kept beside W would know of every way there is to write to it.
         """
-        return row_sqnorms(weight.mT if self.columns else weight)
+        return column_sqnorms(weight) if self.columns else row_sqnorms(weight)
 
     def _moments(self, V: Delta, weight: Tensor) -> Tensor:
         """<W_i, V_i> and ‖V_i‖² per row (2, m), or per column (2, n)."""

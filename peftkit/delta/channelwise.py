@@ -11,7 +11,7 @@ from torch import Tensor
 from peftkit.delta.base import Delta, WeightCache
 from peftkit.geometry import Geometry
 from peftkit.kernels import outputs
-from peftkit.kernels.blocks import row_dots, row_sqnorms
+from peftkit.kernels.blocks import column_dots, column_sqnorms, row_dots, row_sqnorms
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -80,14 +80,14 @@ class ChannelScale(Delta):
         return (self.e * self._dots(M)).sum()
 
     def sqnorm(self) -> Tensor:
-        squares = row_sqnorms(self.W.mT if self.columns else self.W)
+        squares = self._squares(self.W)
         return (self.e.square() * squares.to(self.dtype)).sum()
 
     def max_abs_bound(self, max_abs_weight: Tensor) -> Tensor:
         return self.e.abs().max() * max_abs_weight
 
     def inner_and_sqnorm(self, W: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
-        squares = cache(f"columns {self.columns}", lambda: row_sqnorms(W.mT if self.columns else W).to(self.dtype))
+        squares = cache(f"columns {self.columns}", lambda: self._squares(W).to(self.dtype))
         return (self.e * squares).sum(), (self.e.square() * squares).sum()
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,8 +100,11 @@ class ChannelScale(Delta):
 
     def _dots(self, M: Tensor) -> Tensor:
         """<W_i, M_i> per row (or column), accumulated in the dtype of e."""
-        pair = (self.W.mT, M.mT) if self.columns else (self.W, M)
-        return row_dots(*pair, self.dtype)
+        return (column_dots if self.columns else row_dots)(self.W, M, self.dtype)
+
+    def _squares(self, M: Tensor) -> Tensor:
+        """‖M_i‖² per row (or column)."""
+        return (column_sqnorms if self.columns else row_sqnorms)(M)
 
     def apply_flops(self, outputs: int) -> int:
         return outputs * (2 * self.shape[0] * self.shape[1] if self.columns else self.shape[0])

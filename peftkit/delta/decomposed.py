@@ -12,7 +12,7 @@ from torch import Tensor
 from peftkit.delta.base import Delta, WeightCache
 from peftkit.geometry import Geometry
 from peftkit.kernels import outputs
-from peftkit.kernels.blocks import row_blocks, row_dots
+from peftkit.kernels.blocks import column_dots, row_blocks, row_dots
 from peftkit.kernels.cache import cached_without_grad
 from peftkit.kernels.torch_private import eager
 
@@ -150,7 +150,7 @@ class Decomposed(Delta):
 
     def _dots(self, M: Tensor, N: Tensor) -> Tensor:
         """<M_i, N_i> per row (or column), accumulated in the dtype of the factors."""
-        return row_dots(M.mT, N.mT, self.dtype) if self.columns else row_dots(M, N, self.dtype)
+        return (column_dots if self.columns else row_dots)(M, N, self.dtype)
 
     def apply_flops(self, outputs: int) -> int:
         m, n = self.shape

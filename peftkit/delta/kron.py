@@ -185,9 +185,9 @@ class Kron(Delta):
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         D, (a, c), (b, d) = self.D, self.C.shape, self.block
-        tiles = M.reshape(a, b, c, d)  # a band of rows shares one row of C
+        bands = (M[i * b : (i + 1) * b].reshape(b, c, d) for i in range(a))  # each shares one row of C
         dots = [
-            torch.einsum("bcd,bd,c->b", band.to(self.dtype), D, row) for band, row in zip(tiles, self.C, strict=True)
+            torch.einsum("bcd,bd,c->b", band.to(self.dtype), D, row) for band, row in zip(bands, self.C, strict=True)
         ]
         return torch.cat(dots), torch.outer(self.C.square().sum(1), D.square().sum(1)).flatten()
 

@@ -124,6 +124,8 @@ class LowRank(Delta):
         """M·Aᵀ (m, r), without a copy of M in another dtype. M (m, n)."""
         if M.dtype == self.dtype:
             return M @ self.A.mT
+        if type(M) not in (Tensor, torch.nn.Parameter):  # a quantised W is cast where it is read
+            return M.to(self.dtype) @ self.A.mT
         return torch.cat([M[rows].to(self.dtype) @ self.A.mT for rows in row_blocks(*M.shape)])
 
     def apply_flops(self, outputs: int) -> int:

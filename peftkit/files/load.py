@@ -250,7 +250,7 @@ def compared(
             if found:
                 misfits.append(_named(found, site.name))
                 continue
-            fitting.append((as_read(site) if patch.read and not site.read else site, part))
+            fitting.append((as_read(site) if patch.read or site.read else site, part))
             loaded.append(site.name)
             if patch_name in bundle.base:
                 distances[site.name] = native.distance(samples(matrix), bundle.base[patch_name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -41,6 +42,21 @@ def row_sqnorms(M: Tensor) -> Tensor:
 def row_dots(M: Tensor, N: Tensor, dtype: torch.dtype) -> Tensor:
     """<M_i, N_i> per row, (m,), in that dtype. M, N (m, n)."""
     return torch.cat([(M[rows].to(dtype) * N[rows].to(dtype)).sum(1) for rows in row_blocks(*M.shape)])
+
+
+def column_sqnorms(M: Tensor) -> Tensor:
+    """‖M_j‖² per column, (n,), summed in at least fp32, row block by row block. M (m, n)."""
+    dtype = accumulation_dtype(M.dtype)
+    total = torch.zeros(M.shape[1], dtype=dtype, device=M.device)
+    for rows in row_blocks(*M.shape):
+        total += M[rows].to(dtype).square().sum(0)
+    return total
+
+
+def column_dots(M: Tensor, N: Tensor, dtype: torch.dtype) -> Tensor:
+    """<M_j, N_j> per column, (n,), in that dtype, row block by row block. M, N (m, n)."""
+    blocks = (M[rows].to(dtype) * N[rows].to(dtype) for rows in row_blocks(*M.shape))
+    return functools.reduce(torch.add, (block.sum(0) for block in blocks))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

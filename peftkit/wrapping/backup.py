@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peftkit.errors import MergeStateError
+from peftkit.wrapping.bases.matrix import QuantisedMatrix
 
 
 class Backup(Protocol):
@@ -98,8 +99,11 @@ _WORDS = 512
 def checksum(weight: Tensor) -> int:
     """Return a checksum of a weight's bits, dtype and shape: one number that differs changes it.
 
-    Sums of 64-bit words go at the speed of memory, where a checksum of every byte takes longer than a merge.
+    Sums of 64-bit words go at the speed of memory, where a checksum of every byte takes longer than a merge. Of a
+    quantised weight, it is that of the stored numbers.
     """
+    if isinstance(weight, QuantisedMatrix):
+        return zlib.crc32(repr([checksum(tensor) for tensor in weight.base.stored]).encode())
     bits = _flat(weight).view(torch.uint8).numpy()
     whole = len(bits) // (8 * _WORDS) * 8 * _WORDS
     sums = bits[:whole].view(np.uint64).reshape(-1, _WORDS).sum(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from typing import cast
 
@@ -86,8 +87,22 @@ def check_install(sites: Sequence[Site], strength: float, route: str) -> None:
                 f"{site.label}: its weight is divided among processes (a DTensor, as fully_shard makes it), and its "
                 "adapter would not be: wrap or load first, then shard"
             )
+        if route == "dense" and site.slot.base is not None:
+            raise OptionError(
+                f"{site.label}: route='dense' was given, and its weight is quantised ({site.slot.base.title}): that "
+                "route would dequantise it at every call. Leave route out"
+            )
         if isinstance(site.module, Adapted) and site.module.adapter_state.merged is not None:
             raise MergeStateError(f"{site.label} has merged adapters in its weight: restore before adding one")
+
+
+def _copied(site: Site, shared: nn.Parameter) -> nn.Parameter:
+    """A frozen copy of a parameter: of a quantised one with its scales, which its class copies."""
+    if site.slot.base is None:
+        return nn.Parameter(shared.detach().clone(), requires_grad=False)
+    own = copy.deepcopy(shared)
+    own.requires_grad_(False)
+    return own
 
 
 def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str, untie: bool) -> None:
@@ -106,7 +121,7 @@ def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str
     if untie and site.slot.parameter not in state.tied:
         shared = cast(nn.Parameter, own_parameters(host)[site.slot.parameter])
         state.tied[site.slot.parameter] = shared
-        own_parameters(host)[site.slot.parameter] = nn.Parameter(shared.detach().clone(), requires_grad=False)
+        own_parameters(host)[site.slot.parameter] = _copied(site, shared)
     adapter.train(host.training)
     if site.slot_name:
         if name not in host.adapters:

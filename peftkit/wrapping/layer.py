@@ -20,6 +20,7 @@ from peftkit.errors import MergeStateError, UnknownAdapterError, UnsetAdapterErr
 from peftkit.geometry import Geometry
 from peftkit.kernels.sharding import sharded
 from peftkit.kernels.torch_private import compiling, eager, own_modules, own_parameters
+from peftkit.wrapping.bases.formats import matrix_of
 from peftkit.wrapping.lookup import Lookup, adapted_output
 from peftkit.wrapping.routes import changed, choose, choose_compiled, choose_lookup, dense
 from peftkit.wrapping.sites import Slot
@@ -55,6 +56,8 @@ class Adapted(nn.Module):
     def base_of(self, slot_name: str) -> Tensor:
         """The slot's weight without what is merged into it, as a matrix (m, n)."""
         slot, merged = self.adapter_state.slots[slot_name], self.adapter_state.merged
+        if slot.base is not None and merged is None:
+            return matrix_of(slot.base.of(self))
         weight = self.weight_of(slot)
         return slot.geometry.matrix(weight if merged is None else merged.original(slot_name, weight))
 
@@ -107,7 +110,7 @@ class AdaptedLayer(Adapted):
         acting = state.now()
         if not acting.strengths:
             return super().forward(input, *args, **kwargs)
-        g = state.slots[""].geometry
+        g, base = state.slots[""].geometry, state.slots[""].base
         if args or kwargs:
             g = g.sized_for(self, input, *args, **kwargs)
         deltas = self.deltas("", acting)
@@ -117,7 +120,7 @@ class AdaptedLayer(Adapted):
         narrow = compute.itemsize < 4
         plain = eager() and type(input) is Tensor
         if self._route(acting, deltas, drops, g, input, narrow) == "dense":
-            if narrow:
+            if narrow or base is not None:
                 out = super().forward(input, *args, **kwargs) + dense(input, g, None, None, deltas)
             else:
                 out = dense(input, g, self.weight_of(state.slots[""]), cast("Tensor | None", self.bias), deltas)
@@ -127,7 +130,8 @@ class AdaptedLayer(Adapted):
         # A Linear of tokens is one of rows: what torch makes of it is then a tensor of its own, which can be added to
         rows = plain and not g.spatial and input.dim() > 2 and input.is_contiguous()
         x = input.flatten(0, -2) if rows else input
-        y = super().forward(x, *args, **kwargs)
+        forward = super().forward
+        y = forward(x, *args, **kwargs) if base is None else base.run(self, forward, x, *args, **kwargs)
         bias = own_parameters(self)["bias"] if "bias" in own_parameters(self) else cast("Tensor | None", self.bias)
         inputs = [(delta, F.dropout(x, p) if p else x) for delta, p in zip(deltas, drops, strict=True)]
         if len(inputs) > 1:  # those that read y come first: the others may write over it
@@ -161,6 +165,8 @@ class AdaptedLayer(Adapted):
                 )
             return "dense"
         if dropping:  # an input with holes goes through the factors
+            return "factored"
+        if state.slots[""].base is not None:  # the dense one would dequantise the weight at every call
             return "factored"
         if state.route != "auto":
             return state.route

@@ -170,8 +170,8 @@ def plan(
         _refuse_shared(shared)
     dry = _DryRun(dtype)
     entries = tuple(
-        dry.entry(as_read(selector.sites[site]) if rule.read else selector.sites[site], rule, pattern)
-        for site, (rule, pattern) in chosen.items()
+        dry.entry(as_read(found) if rule.read or found.read else found, rule, pattern)
+        for found, rule, pattern in ((selector.sites[site], *choice) for site, choice in chosen.items())
     )
     refuse_taken([entry.site for entry in entries], name)
     shares = coverage(selector.distinct(), [entry.site for entry in entries])
@@ -252,7 +252,7 @@ class _DryRun:
 
     def entry(self, site: Site, rule: Rule, pattern: str) -> Entry:
         """The entry for one site."""
-        key = (site.slot.geometry.shape, site.parameter.dtype, site.read, id(rule))
+        key = (site.slot.geometry.shape, site.dtype, site.slot.base, site.read, id(rule))
         if key not in self.seen:
             self.seen[key] = self._measure(site, rule)
         return Entry(site, rule.kind, dict(rule.options), pattern, *self.seen[key])
@@ -260,7 +260,7 @@ class _DryRun:
     def _measure(self, site: Site, rule: Rule) -> tuple[int, int, str]:
         """Parameters, bytes and route of the rule's adapter on one site."""
         shape = site.slot.geometry.shape
-        weight = torch.empty(shape.rows, shape.columns, dtype=site.parameter.dtype, device="meta")
+        weight = torch.empty(shape.rows, shape.columns, dtype=site.dtype, device="meta")
         try:
             adapter = registry.build(rule.kind, shape, weight, self.dtype, **rule.options)
         except OptionError as error:
@@ -283,6 +283,8 @@ class _DryRun:
     def _route(self, site: Site, adapter: Adapter, weight: Tensor) -> str:
         """The route of a training step, as in `Entry.route`; raises where a weight is read and ΔW is no matrix."""
         delta = adapter.delta(weight)
+        if site.slot.base is not None:
+            return "factored" if delta.is_matrix else "input"
         if site.looks_up and not site.read and delta.is_matrix:
             return choose_lookup(site.slot.geometry.shape, OUTPUTS)
         if not site.read and not site.looks_up:

@@ -12,6 +12,8 @@ from peftkit import geometry
 from peftkit.errors import UnsupportedLayerError
 from peftkit.geometry import Geometry, is_layer
 from peftkit.kernels.torch_private import own_parameters
+from peftkit.wrapping.bases.base import Base
+from peftkit.wrapping.bases.formats import format_of, matrix_of
 from peftkit.wrapping.lookup import EMBEDDINGS, Lookup
 from peftkit.wrapping.stacks import stacks, why_no_stack
 from peftkit.wrapping.support import calls_its_weight, refusal, supported
@@ -20,12 +22,16 @@ from peftkit.wrapping.walk import dotted, named_modules, unwrapped
 
 @dataclass(frozen=True)
 class Slot:
-    """One weight matrix of a module: a parameter, or some of its rows."""
+    """One weight matrix of a module: a parameter, or some of its rows.
+
+    base: the format in which the module keeps the weight quantised; None for an ordinary weight.
+    """
 
     parameter: str
     geometry: Geometry
     start: int | None = None
     stop: int | None = None
+    base: type[Base] | None = None
 
     def of(self, parameter: Tensor) -> Tensor:
         """The slot's part of the parameter, a view."""
@@ -60,8 +66,15 @@ class Site:
         return parameter
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of W; of a quantised W, the one that it is dequantised to."""
+        return self.parameter.dtype if self.slot.base is None else self.slot.base.of(self.module).dtype
+
+    @property
     def matrix(self) -> Tensor:
         """W (m, n)."""
+        if self.slot.base is not None:
+            return matrix_of(self.slot.base.of(self.module))
         return self.slot.geometry.matrix(self.slot.of(self.parameter))
 
 
@@ -75,6 +88,8 @@ def sites(model: nn.Module) -> dict[str, Site]:
             state = module.__dict__.get("adapter_state")  # an adapted module stays as it was adapted first
             if state is not None:
                 by_other = bool(state.reads)
+            elif slot.base is not None:  # its parameter is no weight to whoever reads it
+                by_other = id(module) in read
             else:
                 by_other = id(module) in read or bool(slot_name) or not calls_its_weight(module)
             found[full] = Site(full, name, module, slot_name, slot, by_other)
@@ -83,6 +98,11 @@ def sites(model: nn.Module) -> dict[str, Site]:
 
 def as_read(site: Site) -> Site:
     """Return the site as one whose weight is read; raises where the layer was adapted before as one that is called."""
+    if site.slot.base is not None:
+        raise UnsupportedLayerError(
+            f"{site.label}: its weight is quantised ({site.slot.base.title}), and other code that reads it reads the "
+            "stored numbers: it can be adapted only where its layer is called. Leave out read=True, or exclude it"
+        )
     state = site.module.__dict__.get("adapter_state")
     if state is not None and not state.reads:
         raise UnsupportedLayerError(
@@ -94,6 +114,9 @@ def as_read(site: Site) -> Site:
 def slots(module: nn.Module) -> dict[str, Slot]:
     """Return the module's own weight as "", or projections of an nn.MultiheadAttention or stacks of experts by name."""
     if supported(module):
+        base = format_of(module)
+        if base is not None:
+            return {"": Slot("weight", Geometry(torch.Size(base.of(module).shape)), base=base)}
         return {"": Slot("weight", _geometry(module))}
     if not isinstance(module, nn.MultiheadAttention):
         return {name: Slot(name, stack) for name, stack in stacks(module).items()}

@@ -7,6 +7,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftkit.geometry import CONVOLUTIONS, LAYERS, is_conv1d, is_layer
 from peftkit.kernels.torch_private import calls_super_forward, convolves_as, own_parameters
+from peftkit.wrapping.bases.formats import format_of
 from peftkit.wrapping.lookup import EMBEDDINGS
 
 
@@ -24,8 +25,13 @@ def refusal(module: nn.Module) -> str | None:
         return f"its weight is not a parameter (a lazy, fused, weight-normed or parametrized {type(module).__name__})"
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight is not initialised yet: run one batch through the model first"
-    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
-        return f"its weight is {weight.dtype}: a quantised or complex base has no ΔW to add to"
+    quantised = format_of(module)
+    if quantised is not None:
+        unreadable = quantised.refusal(module)
+        if unreadable is not None:
+            return unreadable
+    elif not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        return f"its weight is {weight.dtype}, quantised in a format that peftkit does not read, or complex"
     if weight.numel() == 0:
         return "its weight is empty (DeepSpeed's ZeRO-3 leaves it so: wrap inside deepspeed.zero.GatheredParameters)"
     if "forward" in module.__dict__:

@@ -142,7 +142,8 @@ def wrap(
         TargetError: a target matches no layer, or only layers that are taken or excluded.
         OptionError: an option is unknown, or its value is not possible for a layer.
         UnknownAdapterError: no adapter is called `kind`.
-        UnsupportedLayerError: what a target matches cannot be adapted: it is quantised, no Linear or convolution, ….
+        UnsupportedLayerError: what a target matches cannot be adapted: it is no Linear or convolution, is quantised in
+            a format that is not read, ….
         TiedWeightsError: a targeted weight is shared, and tied was not given.
         DuplicateNameError: a targeted layer has an adapter of that name.
         MergeStateError: a targeted layer has adapters merged into its weight.
