@@ -141,7 +141,7 @@ def _native(source: Source) -> AdapterFile:
 
     def patch(name: str) -> Patch:
         record = header.records[name]
-        tensors = {key[len(name) :].removeprefix("."): source[key] for key in owned.get(name, ())}
+        tensors = source.named({key[len(name) :].removeprefix("."): key for key in owned.get(name, ())})
         return Patch(
             record.kind,
             record.options,
@@ -176,7 +176,7 @@ def _peft(source: Source, config: Mapping[str, Any]) -> AdapterFile:
     scale = peft.scale_of(config)
 
     def patch(module: str) -> Patch:
-        return peft.patch(module, {role: source.factor(key) for role, key in modules[module].items()}, config, scale)
+        return peft.patch(module, source.factors(modules[module]), config, scale)
 
     patches = OnDemand(source.path, modules, patch)
     vectors = {f"{m}.bias": _shift(patches, m, source.factor(key)) for m, key in shifts.items()}
@@ -210,8 +210,7 @@ def _foreign(source: Source, dora_axis: str | None, alpha_zero: str | None) -> A
         return scales[component](rest, rank) if component in scales else by_alpha(module, rank)
 
     def tensors(module: str) -> dict[str, Tensor]:
-        integers = ("alpha", "on_input")
-        return {r: source[k] if r in integers else source.factor(k) for r, k in modules[module].items()}
+        return source.factors(modules[module], beside=("alpha", "on_input"))
 
     def patch(module: str) -> Patch:
         if "oft_blocks" in modules[module]:

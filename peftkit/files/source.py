@@ -1,8 +1,8 @@
-"""The tensors of an adapter file, whatever its container, read one by one."""
+"""The tensors of an adapter file, whatever its container, read when they are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from peftkit.files.patterns import Selection
 
 
 class Source:
-    """The tensors of a file, read one by one, less the ignored ones."""
+    """The tensors of a file, read when they are asked for, less the ignored ones."""
 
     def __init__(self, path: Path, allow_pickle: bool, ignored: Selection) -> None:
         self.path = path
@@ -22,22 +22,35 @@ class Source:
             loaded = unpickle(path)
             self.metadata: Mapping[str, str] = {}
             self.size = sum(tensor.nbytes for tensor in loaded.values())
-            names, self._tensor = list(loaded), loaded.__getitem__
+            names = list(loaded)
+            self._read: Callable[[Iterable[str]], dict[str, Tensor]] = lambda keys: {key: loaded[key] for key in keys}
         else:
             file = container.read(path)
             self.size = sum(info.size for info in file.infos.values())
-            self.metadata, names, self._tensor = file.metadata, list(file.infos), file.tensor
+            self.metadata, names, self._read = file.metadata, list(file.infos), file.tensors
         self.names = frozenset(names)
         self.keys = [name for name in names if not ignored.has(name)]
         if not self.keys:
             raise FileError(f"{path} holds no tensors")
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._tensor(key)
+        return self._read([key])[key]
+
+    def named(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
+        """The tensors of some keys, read in one go, under other names. keys: name -> key."""
+        found = self._read(keys.values())
+        return {name: found[key] for name, key in keys.items()}
 
     def factor(self, key: str) -> Tensor:
         """A tensor of an adapter, which must be of real numbers, and of some."""
-        tensor = self[key]
+        return self._require_factor(key, self[key])
+
+    def factors(self, keys: Mapping[str, str], beside: Container[str] = ()) -> dict[str, Tensor]:
+        """As `named`, of tensors that are all factors but those called as `beside` says."""
+        found = self.named(keys)
+        return {n: tensor if n in beside else self._require_factor(keys[n], tensor) for n, tensor in found.items()}
+
+    def _require_factor(self, key: str, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             raise FileError(f"{self.path}: {key} is {tensor.dtype}, floating point was expected")
         if not tensor.numel():

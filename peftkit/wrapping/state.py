@@ -96,7 +96,7 @@ class AdapterState:
     def __post_init__(self) -> None:
         #: the open blocks of all threads that hide names here
         self.blocks: dict[Block, frozenset[str]] = {}
-        self._numbers: dict[str, _Pair] = {}
+        self._pairs: dict[str, _Pair] = {}
         self._compiled = Acting({})
         self.refresh()
 
@@ -104,25 +104,25 @@ class AdapterState:
         """Recompute what acts after anything but a block has changed."""
         with _LOCK:
             self._eager: dict[frozenset[str], Acting] = {}
-            with torch.inference_mode(False):
-                self._numbers = {name: self._pair(name) for name in self.strengths}
+            self._pairs = {name: self._pair(name) for name in self._free()}
             #: what acts in eager mode outside every block
             self.always = self._acting(frozenset())
             self.follow_blocks()
 
     def _pair(self, name: str) -> _Pair:
         """The numbers of one adapter for compiled code; those there are, while its strength is what it was."""
-        strength, held = self.strengths[name], self._numbers.get(name)
+        strength, held = self.strengths[name], self._pairs.get(name)
         if held is not None and held.strength == strength:
             return held
-        return _Pair(strength, *(torch.tensor(value, dtype=torch.float64, device="cpu") for value in (strength, 0.0)))
+        with torch.inference_mode(False):
+            numbers = torch.tensor((strength, 0.0), dtype=torch.float64, device="cpu").unbind()
+        return _Pair(strength, *numbers)
 
     def follow_blocks(self) -> None:
         """Recompute what compiled code and exported programs read, after a block has opened or closed."""
-        hidden = frozenset().union(*self.blocks.values())
+        hidden = frozenset().union(*self.blocks.values()) if self.blocks else frozenset()
         self._shown = self._acting(hidden)
-        numbers = self._numbers
-        self._put({name: numbers[name].hidden if name in hidden else numbers[name].shown for name in self._free()})
+        self._put({name: pair.hidden if name in hidden else pair.shown for name, pair in self._pairs.items()})
 
     def _put(self, tensors: dict[str, Tensor]) -> None:
         """Let compiled code read these tensors."""

@@ -13,8 +13,9 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -89,6 +90,15 @@ class Container:
 
     def tensor(self, name: str, into: Tensor | None = None) -> Tensor:
         """Read one tensor, into memory of its own, or into `into`, at least as many bytes (uint8)."""
+        with opened(self.path, self.stamp) as file:
+            return self._read(file, name, into)
+
+    def tensors(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Read several tensors, by default all, in one go."""
+        with opened(self.path, self.stamp) as file:
+            return {name: self._read(file, name) for name in (self.infos if names is None else names)}
+
+    def _read(self, file: BufferedReader, name: str, into: Tensor | None = None) -> Tensor:
         info = self.infos[name]
         dtype = DTYPES.get(info.dtype)
         if dtype is None:
@@ -96,10 +106,9 @@ class Container:
         if not info.numel:
             return torch.empty(info.shape, dtype=dtype)
         bits = torch.empty(info.size, dtype=torch.uint8) if into is None else into[: info.size]
-        with opened(self.path, self.stamp) as file:
-            file.seek(self.data + info.start)
-            if file.readinto(bits.numpy().data) != info.size:
-                raise FileError(f"{self.path} ended inside {name}: it was cut off after its header was read")
+        file.seek(self.data + info.start)
+        if file.readinto(bits.numpy().data) != info.size:
+            raise FileError(f"{self.path} ended inside {name}: it was cut off after its header was read")
         return bits.view(dtype).reshape(info.shape)
 
     def elements(self, name: str, index: list[int]) -> Tensor:
@@ -114,10 +123,6 @@ class Container:
         if any(len(chunk) != dtype.itemsize for chunk in chunks):
             raise FileError(f"{self.path} ended inside {name}: it was cut off after its header was read")
         return torch.frombuffer(bytearray(b"".join(chunks)), dtype=dtype)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Read all tensors."""
-        return {name: self.tensor(name) for name in self.infos}
 
     def copy(self, name: str, to: BinaryIO) -> None:
         """Append a tensor's bytes to another file, undecoded."""
