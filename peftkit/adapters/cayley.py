@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkit.adapters.options import require
-from peftkit.kernels.torch_private import eager
+from peftkit.kernels.torch_private import eager, exporting_onnx
 
 
 def bound_on_norm(kind: str, constraint: float | None, size: int) -> float | None:
@@ -57,7 +57,23 @@ def cayley(skew: Tensor, upper: Tensor, size: int) -> Tensor:
 
 def _solved(Q: Tensor) -> Tensor:
     # I − Q has an inverse for every skew Q: there is nothing to wait for a device to check
-    return torch.linalg.solve_ex(torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) - Q, 2 * Q)[0]
+    identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    if exporting_onnx():
+        return _eliminated(identity, Q)
+    return torch.linalg.solve_ex(identity - Q, 2 * Q)[0]
+
+
+def _eliminated(identity: Tensor, Q: Tensor) -> Tensor:
+    """As `_solved` by elimination without pivots, row operations alone: ONNX has no solver.
+
+    xᵀ·(I − Q)·x = ‖x‖² for every x, so that no pivot is below 1.
+    """
+    size = Q.shape[-1]
+    rows = torch.cat([identity - Q, 2 * Q], -1)
+    for i in range(size):
+        own = rows[..., i : i + 1, :] / rows[..., i : i + 1, i : i + 1]
+        rows = rows - (rows[..., i : i + 1] - identity[:, i : i + 1]) * own
+    return rows[..., size:]
 
 
 class _Cayley(torch.autograd.Function):

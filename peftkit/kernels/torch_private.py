@@ -31,6 +31,11 @@ def exporting() -> bool:
     return _exporting is not None and _exporting()
 
 
+def exporting_onnx() -> bool:
+    """Return whether the code is read for a program of ONNX, by its exporter on torch.export."""
+    return exporting() and torch.onnx.is_in_onnx_export()
+
+
 def eager() -> bool:
     """Return whether operations run as they are written.
 

@@ -93,6 +93,23 @@ def test_compiling_and_exporting() -> None:
         assert torch.equal(program.module()(torch.ones(2)), torch.full((2,), 2.0 if known else 3.0))
 
 
+def test_exporting_onnx_is_not_exporting(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[bool] = []
+
+    class Exported(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            answers.append(torch_private.exporting_onnx())
+            return x * 2
+
+    Exported()(torch.ones(2))
+    torch.export.export(Exported(), (torch.ones(2),), strict=False)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)  # as its exporter has it around torch.export
+    Exported()(torch.ones(2))
+    assert not any(answers)
+    torch.export.export(Exported(), (torch.ones(2),), strict=False)
+    assert answers[-1] is (torch.__version__ >= "2.7")
+
+
 def test_once_while_compiling() -> None:
     calls: list[int] = []
 
@@ -298,6 +315,7 @@ def test_every_function_has_a_test() -> None:
         "convolves_as",
         "eager",
         "exporting",
+        "exporting_onnx",
         "in_autograd_thread",
         "is_outermost_step",
         "known_true",
