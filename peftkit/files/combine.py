@@ -227,7 +227,8 @@ def _written(
     )
     written = [(one.name, one.item.shape, one.result) for one in results]
     transposed = [one.name for one in results if one.item.transposed]
-    after = write_deltas(like, out, written, dtype, transposed)
+    embeddings = [one.name for one in results if one.item.embedding]
+    after = write_deltas(like, out, written, dtype, transposed, embeddings)
     return ConvertReport(out, report, sum(bundle.size for bundle in bundles), after)
 
 

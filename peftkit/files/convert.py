@@ -242,5 +242,5 @@ def _changed(
             f"{len(lossy)} of {len(report)} modules would differ, most of all {worst.name} by {100 * worst.error:.3g} "
             "%; nothing was written. Leave out exact, or keep more ranks"
         )
-    size = write_deltas(like, out, deltas, dtype, transposed)
+    size = write_deltas(like, out, deltas, dtype, transposed, [item.name for item in items if item.embedding])
     return ConvertReport(out, tuple(report), like.size, size)

@@ -46,7 +46,7 @@ class AdapterEntry:
 
     base: W (m, n), None where it is not at hand. path: of its module in the model, where that is known. transposed: of
     a layer that keeps its weight as (in, out). sliced: rows of a parameter, which is no module of its own. file: where
-    it is from.
+    it is from. embedding: of an embedding, whose weight has a row for each token.
     """
 
     name: str
@@ -57,6 +57,7 @@ class AdapterEntry:
     transposed: bool = False
     sliced: bool = False
     file: str = ""
+    embedding: bool = False
 
     @property
     def flipped(self) -> bool:
@@ -79,6 +80,7 @@ def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]
             at.site,
             geometry.transposed,
             at.slot.parameter != "weight",
+            embedding=at.looks_up,
         )
 
 
@@ -138,7 +140,7 @@ def _without_base(path: object, bundle: AdapterFile, apart: bool) -> Iterator[Ad
             )
         shape = _unflattened(name, patch, families)
         own = name if bundle.format in ("native", "peft") and name in bundle.patches else ""  # theirs are paths
-        yield AdapterEntry(name, adapter, shape, None, own, patch.transposed, file=str(path))
+        yield AdapterEntry(name, adapter, shape, None, own, patch.transposed, file=str(path), embedding=patch.embedding)
 
 
 def _unflattened(name: str, patch: Patch, families: Sequence[Family]) -> Shape:
@@ -195,7 +197,8 @@ def _on_base(file: object, bundle: AdapterFile, base: Base, other_base: bool, ap
             distances[name] = native.distance(samples_of(base, first, patch), bundle.base[name])
             bound += [name] if is_of_its_base(patch, shape) and not bundle.portable else []
         adapter = bind(patch, shape, W, where)
-        items.append(AdapterEntry(name, adapter, shape, W, path, patch.transposed, file=str(file)))
+        entry = AdapterEntry(name, adapter, shape, W, path, patch.transposed, file=str(file), embedding=patch.embedding)
+        items.append(entry)
     kinds = {item.name: item.adapter.kind for item in items}
     require_same_base(file, str(base.path), distances, kinds, bound, other_base)
     yield from items

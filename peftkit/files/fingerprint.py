@@ -4,26 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from peftkit.adapters import registry
 from peftkit.errors import WrongBaseError
 from peftkit.files.formats import native
-
-_SAMPLES = 32
-
-
-def sample_index(size: int) -> Tensor:
-    """Where a fingerprint looks in a weight of that many entries, row by row."""
-    return torch.linspace(0, size - 1, _SAMPLES, dtype=torch.float64).long()
-
-
-def samples(weight: Tensor) -> np.ndarray:
-    """The fingerprint of W (m, n): entries spread evenly over it, in float32."""
-    index = sample_index(weight.numel()).to(weight.device)
-    return weight.detach()[index // weight.shape[1], index % weight.shape[1]].float().cpu().numpy()
+from peftkit.files.formats.native import sample_index as sample_index
+from peftkit.files.formats.native import samples as samples
 
 
 def require_same_base(

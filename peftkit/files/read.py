@@ -21,7 +21,7 @@ from peftkit.errors import (
     require_choice,
     require_file,
 )
-from peftkit.files.formats import disk, kohya, native, peft
+from peftkit.files.formats import disk, embeddings, kohya, native, peft
 from peftkit.files.formats.disk import Stamp
 from peftkit.files.formats.kohya import Modules
 from peftkit.files.formats.patch import AdapterFile, OnDemand, Patch
@@ -152,6 +152,7 @@ def _native(source: Source) -> AdapterFile:
             "its header",
             transposed=record.transposed,
             read=record.read,
+            embedding=record.embedding,
         )
 
     return AdapterFile(
@@ -170,7 +171,10 @@ def _native(source: Source) -> AdapterFile:
 
 def _peft(source: Source, config: Mapping[str, Any]) -> AdapterFile:
     modules, unknown = peft.modules(source.keys)
-    peft.refuse_embeddings(source.path, unknown)
+    embeddings.refuse_tokens(source.path, unknown, peft.PREFIX)
+    bases = {m.removeprefix(peft.PREFIX): key for m, key in embeddings.bases(unknown).items()}
+    bases = {module: key for module, key in bases.items() if module in modules}
+    unknown = [key for key in unknown if key not in bases.values()]
     extras, shifts, unknown = peft.beside(unknown, config)
     _refuse_unknown(source, unknown)
     scale = peft.scale_of(config)
@@ -181,7 +185,9 @@ def _peft(source: Source, config: Mapping[str, Any]) -> AdapterFile:
     patches = OnDemand(source.path, modules, patch)
     vectors = {f"{m}.bias": _shift(patches, m, source.factor(key)) for m, key in shifts.items()}
     values = OnDemand(source.path, extras, lambda name: source[extras[name]])
-    return AdapterFile("peft", patches, vectors=vectors, extras=values, metadata=source.metadata, size=source.size)
+    prints = OnDemand(source.path, bases, lambda name: native.samples(source[bases[name]]))
+    facts = {"metadata": source.metadata, "size": source.size}
+    return AdapterFile("peft", patches, vectors=vectors, base=prints, extras=values, **facts)
 
 
 def _shift(patches: Mapping[str, Patch], module: str, bias: Tensor) -> Tensor:

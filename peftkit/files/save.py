@@ -187,6 +187,7 @@ def _metadata(
                 at.slot.geometry.shape,
                 at.slot.geometry.transposed,
                 bool(at.host.adapter_state.reads) and not at.slot_name,
+                at.looks_up,
             )
             for site, at in own.items()
         },

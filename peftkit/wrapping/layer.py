@@ -246,6 +246,11 @@ class InstalledAdapter:
     def slot(self) -> Slot:
         return self.host.adapter_state.slots[self.slot_name]
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether the weight is an embedding's, whose input is numbers of rows."""
+        return isinstance(self.slot.geometry, Lookup)
+
     def require_values(self) -> None:
         """Raise UnsetAdapterError if the adapter, or the weight it is on, has no values."""
         self.adapter.require_values()

@@ -193,6 +193,11 @@ def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) ->
 def _require_exportable(items: Sequence[AdapterEntry], goal: Target) -> None:
     """Refuse adapters of layers that no other program adapts."""
     for item in items:
+        if item.embedding and not goal.folder:
+            raise ExportError(
+                f"{item.name}: it is an embedding, and {goal.title} reads no adapter of one; export it for peft, merge "
+                "it, or keep it in this library's own format"
+            )
         if item.flipped and not goal.folder:
             raise ExportError(
                 f"{item.name}: its layer keeps the weight as (in, out), as GPT-2's Conv1D does, and {goal.title} "

@@ -63,8 +63,9 @@ def job(module: str, members: Members, goal: Target, family: Family | None, bake
         (only, item), *others = members
         if family is not None and (others or (only is not None and _is_fused(only, item, goal, family))):
             return _fuse(module, members, goal, family, bake)
+        goal = goal.on_embeddings if item.embedding else goal
         spelled = encode(item.adapter, goal, item.shape, item.base, bake=bake)
-        return Job(ModuleTensors(module, spelled, item.shape), item.adapter.kind, members)
+        return Job(ModuleTensors(module, spelled, item.shape, item.embedding), item.adapter.kind, members)
     except ExportError as error:
         raise ExportError(f"{members[0][1].name}: {error}") from None
 

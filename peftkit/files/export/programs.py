@@ -8,10 +8,10 @@ it has, and what it reads wrongly it does not have here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from peftkit.delta import Dense
+from peftkit.delta import Dense, LowRank
 from peftkit.errors import require_choice
 from peftkit.geometry import Shape
 
@@ -108,6 +108,12 @@ class Target:
     def dense(self) -> bool:
         """Whether it reads a whole ΔW."""
         return Dense.structure in self.reads
+
+    @property
+    def on_embeddings(self) -> Target:
+        """What it reads on an embedding, where it reads any: LoRA, with magnitudes per column of the weight (V, d)."""
+        lora = LowRank.structure
+        return replace(self, reads=self.reads & {lora}, decomposes=frozenset({(lora, "in")} if self.decomposes else ()))
 
     def refusal(self, structure: str, shape: Shape) -> str:
         """Return why it would not read this structure on a weight of this shape, "" where it does."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from peftkit.errors import FileError
 from peftkit.files.export.encode import Encoding
 from peftkit.files.export.programs import Target
+from peftkit.files.formats import embeddings
 from peftkit.geometry import Shape
 
 #: tensors that are numbers and not factors, which keep their dtype
@@ -21,11 +22,12 @@ _NUMBERS = ("alpha", "on_input")
 
 @dataclass(frozen=True, eq=False)
 class ModuleTensors:
-    """One module of a file: its name there, and what is written under that name."""
+    """One module of a file: its name there, what is written under that name, and whether it is an embedding."""
 
     module: str
     spelled: Encoding
     shape: Shape
+    embedding: bool = False
 
 
 def shared_alpha(pieces: Sequence[ModuleTensors]) -> float | None:
@@ -67,4 +69,6 @@ def _of_module(piece: ModuleTensors, target: Target, alpha: float) -> dict[str, 
     """The tensors of one module; products of the library's own making are balanced, an adapter's own are not."""
     form = piece.spelled.form if piece.spelled.how == "exact" else piece.spelled.form.balanced()
     tensors = form.tensors(target, piece.shape, alpha)
+    if piece.embedding:
+        tensors = embeddings.of_embedding(tensors)
     return {name: t for name, t in tensors.items() if not (target.peft_names and name == "alpha")}

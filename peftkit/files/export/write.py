@@ -37,6 +37,7 @@ def write_deltas(
     deltas: Sequence[tuple[str, Shape, Delta]],
     dtype: torch.dtype | None,
     transposed: Collection[str] = (),
+    embeddings: Collection[str] = (),
 ) -> int:
     """Write ΔW by modules' names in the format of another file.
 
@@ -47,6 +48,7 @@ def write_deltas(
         dtype: of the tensors, None for the one they have.
         transposed: the modules that keep their weight as (in, out): transposed convolutions, which only this library's
             own format can say, and Conv1D of GPT-2, which a folder of PEFT can say too.
+        embeddings: the modules that are embeddings, which no other files can say.
 
     Returns:
         The bytes of the tensors that were written.
@@ -58,12 +60,13 @@ def write_deltas(
     named = [(name, shape, delta if delta.structure else Dense(delta.dense())) for name, shape, delta in deltas]
     if like.format == "native":
         base = {name: like.base[name] for name, _, _ in named if name in like.base}
-        return write_native(out, named, base, like.name, dtype, like.training, transposed, like.extras)
+        return write_native(out, named, base, like.name, dtype, like.training, transposed, like.extras, embeddings)
     refuse_extras(like, out, "a folder of PEFT is written without them")
-    pieces = [ModuleTensors(name, _encoded(delta), shape) for name, shape, delta in named]
+    pieces = [ModuleTensors(name, _encoded(delta), shape, name in embeddings) for name, shape, delta in named]
     flipped = [name for name, shape, _ in named if name in transposed and not shape.kernel]
     if like.format == "peft" and len(flipped) == len(transposed):
         return _write_peft(out, pieces, dtype, flipped=bool(flipped))
+    require_option(not embeddings, "out", str(out), "a file of this library's own", _EMBEDDINGS)
     require_option(not transposed, "out", str(out), "a file of this library's own", _AS_IN_OUT)
     return _write_file(like, out, pieces, dtype)
 
@@ -73,6 +76,7 @@ def _encoded(delta: Delta) -> Encoding:
 
 
 #: why no other file can have an adapter
+_EMBEDDINGS = " It adapts embeddings, for which other files have no place: give such a file first"
 _AS_IN_OUT = " Its layers keep their weight as (in, out), which other files do not say: give such a file first"
 
 
@@ -87,6 +91,8 @@ def _write_peft(out: Path, pieces: Sequence[ModuleTensors], dtype: torch.dtype |
         kinds = ", ".join(sorted(structures))
         raise OptionError(f"a folder of PEFT holds one kind of adapter, not {kinds}: convert to lora")
     kind, options = found
+    if any(piece.embedding for piece in pieces) and kind not in peft.ON_EMBEDDINGS:
+        raise OptionError(f"{out}: PEFT has LoRA on embeddings, not {', '.join(structures)}: convert to lora")
     if flipped and kind not in peft.FLIPPED:
         raise OptionError(f"{out}: PEFT's fan_in_fan_out is of LoRA, not of {', '.join(structures)}: convert to lora")
     with disk.atomic_folder(out) as folder:
@@ -119,6 +125,7 @@ def write_native(
     training: Mapping[str, Any] | None = None,
     transposed: Collection[str] = (),
     extras: Mapping[str, Tensor] = MappingProxyType({}),
+    embeddings: Collection[str] = (),
 ) -> int:
     """Write ΔW by weights' names as this library's own file.
 
@@ -131,6 +138,7 @@ def write_native(
         training: what the header says of the training.
         transposed: the weights that are transposed convolutions'.
         extras: parameters that trained beside the adapters, which keep their dtype.
+        embeddings: the weights that are embeddings'.
 
     Returns:
         The bytes of the tensors that were written.
@@ -143,7 +151,14 @@ def write_native(
     records: dict[str, WeightRecord] = {}
     for weight, shape, delta in deltas:
         kind, (options, own) = delta.structure or "full", delta.as_parameters()
-        records[weight] = WeightRecord(kind, registry.get(kind).convention, options, shape, weight in transposed)
+        records[weight] = WeightRecord(
+            kind,
+            registry.get(kind).convention,
+            options,
+            shape,
+            transposed=weight in transposed,
+            embedding=weight in embeddings,
+        )
         for key, tensor in own.items():
             cast = tensor.detach().cpu().to(tensor.dtype if dtype is None else dtype).contiguous()
             if not torch.isfinite(cast).all():

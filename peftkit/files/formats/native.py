@@ -10,6 +10,7 @@ entry, "peftkit", a JSON object:
     groups       [{kind, convention, options, weights: {name: [rows, channels, kernel, groups]}}]
     transposed   [names of the weights kept as (in, out): of transposed convolutions and Conv1D], where there are any
     read         [names of the weights that are adapted where other code reads them], where there are any
+    embedding    [names of the weights that are embeddings', a row for each token], where there are any
     base         {name: base64 of float32 samples of the base weight}
     training     whatever the user passed to `save`
     extras       [names of parameters of the model that trained beside the adapters], where there are any; their
@@ -26,6 +27,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from peftkit.errors import FileError, require_file
 from peftkit.files.formats import strict_json
@@ -35,13 +38,15 @@ SCHEMA = 1
 KEY = "peftkit"
 
 #: what a header says of a weight by listing its name
-_MARKS = ("transposed", "read")
+_MARKS = ("transposed", "read", "embedding")
 
 #: so many entries no memory can hold, and no index can count
 _UNCOUNTABLE = 2**62
 
 #: A base whose samples differ by more than this, relative to their norm, is another one; bf16 rounding is 0.002
 SAME_BASE = 0.005
+#: how many entries of a weight tell it from another
+_SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class WeightRecord:
     shape: Shape
     transposed: bool = False  # its weight is kept as (in, out)
     read: bool = False  # adapted where other code reads the weight, and not where the layer is called
+    embedding: bool = False  # an embedding's, a row for each token
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,17 @@ def sorted_by_weight(keys: Iterable[str], weights: Collection[str]) -> dict[str 
         owners = (".".join(parts[:end]) for end in range(min(len(parts) - 1, depth), -1, -1))
         found.setdefault(next((owner for owner in owners if owner in weights), None), []).append(key)
     return found
+
+
+def sample_index(size: int) -> Tensor:
+    """Return where a fingerprint looks in a weight of that many entries, row by row."""
+    return torch.linspace(0, size - 1, _SAMPLES, dtype=torch.float64).long()
+
+
+def samples(weight: Tensor) -> np.ndarray:
+    """Return the fingerprint of W (m, n): entries spread evenly over it, in float32."""
+    index = sample_index(weight.numel()).to(weight.device)
+    return weight.detach()[index // weight.shape[1], index % weight.shape[1]].float().cpu().numpy()
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray) -> float:

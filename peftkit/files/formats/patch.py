@@ -25,7 +25,7 @@ class Patch:
     for what was translated. scale: where the factor γ came from, in words. bias: why it cannot go on a layer with one.
     per_channel: its numbers are of shape.channels input channels, whatever the kernel. transposed: whether the weight
     is kept as (in, out): a transposed convolution's, or with a kernel of () a Conv1D's of GPT-2. read: whether it acts
-    where other code reads the weight.
+    where other code reads the weight. embedding: whether the weight is an embedding's, a row for each token.
     """
 
     kind: str
@@ -37,6 +37,7 @@ class Patch:
     scale: str = ""
     bias: str = ""
     transposed: bool = False
+    embedding: bool = False
     per_channel: bool = False
     read: bool = False
 

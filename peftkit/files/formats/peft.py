@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit.errors import FileError, UnsupportedLayerError, did_you_mean, require_file
-from peftkit.files.formats import kohya, strict_json
+from peftkit.errors import FileError, did_you_mean, require_file
+from peftkit.files.formats import embeddings, kohya, strict_json
 from peftkit.files.formats.kohya import Modules
 from peftkit.files.formats.patch import Patch
 from peftkit.files.formats.structures import Scale
@@ -27,12 +27,6 @@ from peftkit.geometry import Shape
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-#: tensors of embeddings -> what they are
-_OF_EMBEDDINGS = {
-    ".lora_embedding_A": "a LoRA of the embedding",
-    ".lora_embedding_B": "a LoRA of the embedding",
-    ".trainable_tokens_delta": "what was trained of some tokens of the embedding",
-}
 #: layers that PEFT saves whole, unasked, where the vocabulary was resized
 _SAVED_EMBEDDINGS = ("embed_tokens", "lm_head")
 _LARGE = 2**62
@@ -49,9 +43,11 @@ _ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
 BIASED = ("LORA",)
 #: the types that go on layers whose weight is kept as (in, out), GPT-2's Conv1D, by fan_in_fan_out
 FLIPPED = ("LORA", "IA3")
+#: the types that go on embeddings
+ON_EMBEDDINGS = ("LORA",)
 #: the tensors that PEFT writes, by role
 _ROLES = frozenset(
-    {"up", "down", "magnitude", "oft_R", "ia3_l"}
+    {"up", "down", "magnitude", "oft_R", "ia3_l", *embeddings.ENDS.values()}
     | {role for role in kohya.SUFFIXES.values() if role.startswith(("hada_", "lokr_"))}
 )
 
@@ -151,7 +147,11 @@ def _flag(config: Mapping[str, Any], name: str) -> bool:
 
 def modules(keys: list[str]) -> tuple[Modules, list[str]]:
     """Sort keys as {path in the model: {role: key}}, and return the keys that PEFT does not write beside it."""
-    found, unknown = kohya.split(keys)
+    ends = {key: next((end for end in embeddings.ENDS if key.endswith(end)), "") for key in keys}
+    found, unknown = kohya.split([key for key, end in ends.items() if not end])
+    for key, end in ends.items():
+        if end:
+            found.setdefault(key.removesuffix(end), {})[embeddings.ENDS[end]] = key
     own: Modules = {}
     for module, roles in found.items():
         path = module.removeprefix(PREFIX)
@@ -159,18 +159,6 @@ def modules(keys: list[str]) -> tuple[Modules, list[str]]:
         unknown += [key for role, key in roles.items() if role not in _ROLES]
         own[path] = {role: key for role, key in roles.items() if role in _ROLES}
     return {path: roles for path, roles in own.items() if roles}, unknown
-
-
-def refuse_embeddings(path: Path, keys: Iterable[str]) -> None:
-    """Raise UnsupportedLayerError for tensors that change an embedding: a file read without them is another model."""
-    for key in keys:
-        for part, what in _OF_EMBEDDINGS.items():
-            if part in key:
-                embedding = key.partition(part)[0].removeprefix(PREFIX).removesuffix(".token_adapter.").rstrip(".")
-                raise UnsupportedLayerError(
-                    f"{path}: {key} is {what} {embedding}, and adapters of embeddings are not read: merge it "
-                    "with PEFT's merge_and_unload, or train the embedding whole, as modules_to_save has it"
-                )
 
 
 def beside(keys: Iterable[str], config: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str], list[str]]:
@@ -224,14 +212,17 @@ def patch(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any], scale
     require_file(not flipped or kind in FLIPPED, module, f"fan_in_fan_out with {kind} is not read: PEFT has none")
     if kind in _READERS:
         return replace(_READERS[kind](module, t, config), transposed=flipped)
-    has, said = "magnitude" in t, f"use_dora={config.get('use_dora')!r} in {CONFIG}"
+    embedding = bool(set(embeddings.ENDS.values()) & set(t))
+    if embedding:
+        t = embeddings.as_linear(module, t)
+    has, said = "magnitude" in t or "dora_scale" in t, f"use_dora={config.get('use_dora')!r} in {CONFIG}"
     require_file(has == _flag(config, "use_dora"), module, f"it has {'' if has else 'no '}magnitudes, and {said}")
     found = kohya.patch(module, t, scale)
     if found is None or _KINDS[kind] not in (found.kind, found.options.get("inner")):
         raise FileError(f"{module}: {', '.join(sorted(t))} is not what a {kind} adapter has")
     if {"outer", "block"} <= set(found.tensors):
         found = _scaled_full_lokr(module, found, scale)
-    return replace(found, transposed=flipped)
+    return replace(found, transposed=flipped and not embedding, embedding=embedding)
 
 
 def _scaled_full_lokr(module: str, found: Patch, scale: Scale) -> Patch:
