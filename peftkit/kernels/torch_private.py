@@ -88,6 +88,11 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def is_view(tensor: Tensor) -> bool:
+    """Return whether autograd knows the tensor as a view of another, into which a custom function may not write."""
+    return tensor._base is not None
+
+
 def padding_by_side(conv: nn.Module) -> list[int]:
     """Return how far a convolution pads each side, last dimension first, as `torch.nn.functional.pad` takes it."""
     return list(cast(nn.Conv2d, conv)._reversed_padding_repeated_twice)

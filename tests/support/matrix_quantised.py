@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit.errors import PeftkitError
+from peftkit.wrapping.bases.fp8 import FineGrainedFP8
 from peftkit.wrapping.bases.matrix import QuantisedMatrix
 from peftkit.wrapping.layer import adapted_modules
 from peftkit.wrapping.sites import sites
@@ -51,12 +52,43 @@ def _eight_bit(linear: nn.Linear) -> nn.Module:
     return layer.to("cpu")
 
 
+def _torchao(config: str, *args: Any, group: int | None = None) -> Callable[[nn.Linear], nn.Module]:
+    def make(linear: nn.Linear) -> nn.Module:
+        from torchao import quantization
+
+        granularity = {} if group is None else {"granularity": quantization.PerGroup(group)}
+        quantization.quantize_(linear, getattr(quantization, config)(*args, **granularity))
+        return linear
+
+    return make
+
+
+def fp8_layer(linear: nn.Linear) -> nn.Module:
+    """An FP8Linear of transformers with blocks of 32 × 32, which has no forward on a CPU."""
+    from transformers.integrations import finegrained_fp8
+
+    bias = linear.bias is not None
+    layer = finegrained_fp8.FP8Linear(linear.in_features, linear.out_features, (32, 32), has_bias=bias)
+    with torch.no_grad():
+        layer.weight_scale_inv.fill_(1.0)
+        for name, value in FineGrainedFP8.requantised(layer, linear.weight).items():
+            setattr(layer, name, value)
+        if bias:
+            layer.bias.copy_(linear.bias)
+    return layer
+
+
 #: base -> what makes a quantised layer of a Linear
 BASES: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "bitsandbytes nf4": _four_bit("nf4", compress_statistics=False),
     "bitsandbytes nf4 double": _four_bit("nf4"),
     "bitsandbytes fp4": _four_bit("fp4", compress_statistics=False),
     "bitsandbytes int8": _eight_bit,
+    "torchao int8": _torchao("Int8WeightOnlyConfig"),
+    "torchao int8 groups": _torchao("Int8WeightOnlyConfig", group=32),
+    "torchao int8 dynamic": _torchao("Int8DynamicActivationInt8WeightConfig"),
+    "torchao int4": _torchao("IntxWeightOnlyConfig", torch.int4, group=32),
+    "torchao fp8": _torchao("Float8WeightOnlyConfig"),
 }
 
 

@@ -54,7 +54,7 @@ class Base(ABC):
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return W[start:stop] (stop − start, n), dequantised to a floating point dtype. Without gradients."""
+        """Return W[start:stop], dequantised to a floating point dtype, without gradients. start < stop ≤ m."""
 
     @classmethod
     def run(cls, module: nn.Module, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -69,6 +69,19 @@ class Base(ABC):
         """
         del module
         return forward(x, *args, **kwargs)
+
+    @classmethod
+    @abstractmethod
+    def requantised(cls, module: nn.Module, W: Tensor) -> dict[str, Any]:
+        """Return W in this format with the module's settings: by name, the attributes to give the module.
+
+        Args:
+            module: the layer, which stays as it is.
+            W: (m, n), of floating point.
+
+        Raises:
+            UnsupportedLayerError: the settings cannot be known.
+        """
 
     @property
     def device(self) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,8 +79,6 @@ class FourBit(Base):
             return _functional().dequantize_4bit(self.packed, state)[start:stop]
         nested = state.state2.blocksize if state.nested else 1
         first, last = aligned(start * n, stop * n, self.shape[0] * n, state.blocksize * nested)
-        if first == last:
-            return torch.zeros(0, n, dtype=self.dtype, device=self.device)
         packed = self.packed.reshape(-1).view(torch.uint8)[first // 2 : (last + 1) // 2]
         part = _part(state, first // state.blocksize, -(-last // state.blocksize), torch.Size((1, last - first)))
         values = _functional().dequantize_4bit(packed, part).reshape(-1)
@@ -104,6 +103,23 @@ class FourBit(Base):
             convert = _functional()._convert_weight_packed_for_cpu_inverse
             weight.data, weight.quant_state = convert(weight.data, weight.quant_state)
         return forward(x, *args, **kwargs)
+
+    @classmethod
+    def requantised(cls, module: nn.Module, W: Tensor) -> dict[str, Any]:
+        old, state = cast(Any, own_parameters(module)["weight"]), cls.of(module).state
+        dtype = getattr(state, "original_dtype", state.dtype)  # where the layout of evaluation has changed it
+        stand_in = nn.Module()  # the weight writes its state to its module
+        weight = type(old)(
+            W.to(dtype),
+            requires_grad=False,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested or getattr(state, "original_nested", False),
+            quant_type=state.quant_type,
+            quant_storage=old.quant_storage,
+            module=stand_in,
+        ).to(W.device)
+        weight.module = module
+        return {"weight": weight, "quant_state": weight.quant_state}
 
 
 #: how many rows lie side by side in the layout that some CPUs get in evaluation
@@ -174,3 +190,10 @@ class EightBit(Base):
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.numbers[start:stop].float() * (self.scales[start:stop, None].float() / 127)
+
+    @classmethod
+    def requantised(cls, module: nn.Module, W: Tensor) -> dict[str, Any]:
+        old, state = cast(Any, own_parameters(module)["weight"]), copy.copy(cast(Any, module).state)
+        state.CB = state.SCB = None  # the layer takes them from its weight at its next call
+        weight = type(old)(W.to(torch.float16), requires_grad=False, has_fp16_weights=False).to(W.device)
+        return {"weight": weight, "state": state}

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from peftkit.kernels.torch_private import compiling
 from peftkit.wrapping.bases.base import Base
 from peftkit.wrapping.bases.bitsandbytes import EightBit, FourBit
+from peftkit.wrapping.bases.fp8 import FineGrainedFP8
 from peftkit.wrapping.bases.matrix import QuantisedMatrix
+from peftkit.wrapping.bases.torchao import TorchAO
 
 #: every format there is
-FORMATS: tuple[type[Base], ...] = (FourBit, EightBit)
+FORMATS: tuple[type[Base], ...] = (FourBit, EightBit, TorchAO, FineGrainedFP8)
 
 
 def format_of(module: nn.Module) -> type[Base] | None:

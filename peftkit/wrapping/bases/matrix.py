@@ -54,6 +54,8 @@ class QuantisedMatrix(Tensor):
 
     def rows_of_base(self, start: int, stop: int) -> Tensor:
         """Return rows of W, be the tensor W or Wᵀ, dequantised to its dtype."""
+        if start >= stop:
+            return torch.zeros(0, self.base.shape[1], dtype=self.dtype, device=self.device)
         return self.base.rows(start, stop).to(self.dtype)
 
     def whole(self) -> Tensor:
@@ -100,7 +102,7 @@ def _slice(M: QuantisedMatrix, dim: int = 0, start: int | None = None, end: int 
         return NotImplemented
     start, stop, _ = slice(start, end).indices(M.shape[dim])
     if step == 1:
-        rows = M.rows_of_base(start, max(start, stop))
+        rows = M.rows_of_base(start, stop)
     else:
         single = [M.rows_of_base(i, i + 1) for i in range(start, stop, step)]
         rows = torch.cat(single) if single else M.rows_of_base(start, start)
