@@ -145,7 +145,8 @@ class DoRA(Adapter):
         return Stored(stored.kind, kept, tensors | {f"inner.{key}": t for key, t in taken.tensors.items()})
 
     def delta(self, weight: Tensor) -> Decomposed:
-        V = self.inner.delta(weight)
+        # Called, as hooks may load its parameters; a plan asks one without values for the shape of its ΔW
+        V = self.inner.delta(weight) if self.inner.unset else self.inner(weight, 1.0)
         own = self._base_sqnorms(weight)
         if self.detach_norm:
             with torch.no_grad():

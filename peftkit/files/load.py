@@ -151,7 +151,7 @@ def load(
 
 def _require_loaded(site: Site) -> None:
     """Raise for a weight without values: an adapter has its values in memory, and `to_empty` would drop them."""
-    if site.parameter.is_meta:
+    if site.matrix.is_meta:
         raise UnsetAdapterError(
             f"{site.label}: its weight is on the meta device: give the model its weights first (to_empty and "
             "load_state_dict, or load_state_dict(assign=True)), then load the adapter"

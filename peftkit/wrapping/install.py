@@ -15,6 +15,7 @@ from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError, 
 from peftkit.kernels.sharding import sharded
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.classes import adapted_class
+from peftkit.wrapping.hooks import follow_class
 from peftkit.wrapping.layer import Adapted, adapted_modules
 from peftkit.wrapping.roll import enrol
 from peftkit.wrapping.routes import ROUTES
@@ -112,6 +113,7 @@ def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str
         reads = tuple(dict.fromkeys(slot.parameter for slot in own.values())) if site.read else ()
         base = type(module)
         module.__class__ = adapted_class(base, reads, bool(stacks(module)))
+        follow_class(module, base)
         assert isinstance(module, Adapted)
         module.adapters = nn.ModuleDict()
         module.adapter_state = AdapterState(own, reads)

@@ -21,6 +21,7 @@ from peftkit.geometry import Geometry
 from peftkit.kernels.sharding import sharded
 from peftkit.kernels.torch_private import compiling, eager, own_modules, own_parameters
 from peftkit.wrapping.bases.formats import matrix_of
+from peftkit.wrapping.hooks import present
 from peftkit.wrapping.lookup import Lookup, adapted_output
 from peftkit.wrapping.routes import changed, choose, choose_compiled, choose_lookup, dense
 from peftkit.wrapping.sites import Slot
@@ -251,17 +252,25 @@ class InstalledAdapter:
         """Whether the weight is an embedding's, whose input is numbers of rows."""
         return isinstance(self.slot.geometry, Lookup)
 
-    def require_values(self) -> None:
-        """Raise UnsetAdapterError if the adapter, or the weight it is on, has no values."""
+    def require_values(self, *, written: bool = False) -> None:
+        """Raise UnsetAdapterError if the adapter, or the weight it is on, has no values.
+
+        written: the weight is to be written to, so that values which a hook loads for each call will not do.
+        """
         self.adapter.require_values()
         self.require_loaded()
+        weight = [self.host.parameter_of(self.slot)] if written else []
+        if any(tensor.is_meta for tensor in (*self.adapter.state_dict().values(), *weight)):
+            raise UnsetAdapterError(
+                f"{self.site or 'the model'}: {'its weight' if written else 'its adapter'} is offloaded by hooks of "
+                "accelerate: take the hooks off first (accelerate.hooks.remove_hook_from_submodules)"
+            )
 
     def require_loaded(self) -> None:
         """Raise UnsetAdapterError if the weight that the adapter is on has no values."""
-        if self.host.parameter_of(self.slot).is_meta:
+        if self.host.parameter_of(self.slot).is_meta and (self.slot.base is not None or self.base.is_meta):
             raise UnsetAdapterError(
-                f"{self.site or 'the model'}: its weight is on the meta device: it is not loaded, or is offloaded by "
-                "hooks of accelerate. Load it, or take the hooks off (accelerate.hooks.remove_hook_from_submodules)"
+                f"{self.site or 'the model'}: its weight is on the meta device: it is not loaded. Load it first"
             )
 
     @property
@@ -271,7 +280,11 @@ class InstalledAdapter:
 
     @property
     def base(self) -> Tensor:
-        """W (m, n), without what is merged into it."""
+        """W (m, n), without what is merged into it, also where a hook keeps it until the layer is called."""
+        if self.slot.base is None and self.host.parameter_of(self.slot).is_meta:
+            weight = present(self.host, self.slot.parameter)
+            assert weight is not None
+            return self.slot.geometry.matrix(self.slot.of(weight))
         return self.host.base_of(self.slot_name).detach()
 
 

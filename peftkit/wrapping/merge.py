@@ -207,7 +207,7 @@ def _affected(model: nn.Module, names: str | Sequence[str] | None) -> _Affected:
     affected = {at: (host, names) for at, (host, names) in own.items() if names}
     require_none_lost(model)
     for at in installed_adapters(model, wanted):
-        at.require_values()
+        at.require_values(written=True)
     for host_name, (host, merging) in affected.items():
         _check_state(host_name or "the model", host, merging)
     _refuse_shared(model, affected)

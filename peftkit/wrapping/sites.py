@@ -14,6 +14,7 @@ from peftkit.geometry import Geometry, is_layer
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.bases.base import Base
 from peftkit.wrapping.bases.formats import format_of, matrix_of
+from peftkit.wrapping.hooks import present
 from peftkit.wrapping.lookup import EMBEDDINGS, Lookup
 from peftkit.wrapping.stacks import stacks, why_no_stack
 from peftkit.wrapping.support import calls_its_weight, refusal, supported
@@ -72,10 +73,12 @@ class Site:
 
     @property
     def matrix(self) -> Tensor:
-        """W (m, n)."""
+        """W (m, n), also where a hook keeps it until the layer is called."""
         if self.slot.base is not None:
             return matrix_of(self.slot.base.of(self.module))
-        return self.slot.geometry.matrix(self.slot.of(self.parameter))
+        weight = present(self.module, self.slot.parameter)
+        assert weight is not None
+        return self.slot.geometry.matrix(self.slot.of(weight))
 
 
 def sites(model: nn.Module) -> dict[str, Site]:

@@ -8,6 +8,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from peftkit.geometry import CONVOLUTIONS, LAYERS, is_conv1d, is_layer
 from peftkit.kernels.torch_private import calls_super_forward, convolves_as, own_parameters
 from peftkit.wrapping.bases.formats import format_of
+from peftkit.wrapping.hooks import replaced_forward
 from peftkit.wrapping.lookup import EMBEDDINGS
 
 
@@ -34,8 +35,8 @@ def refusal(module: nn.Module) -> str | None:
         return f"its weight is {weight.dtype}, quantised in a format that peftkit does not read, or complex"
     if weight.numel() == 0:
         return "its weight is empty (DeepSpeed's ZeRO-3 leaves it so: wrap inside deepspeed.zero.GatheredParameters)"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance (by an offloading hook or a patch), which would bypass ΔW"
+    if replaced_forward(module):
+        return "its forward was replaced on the instance by a patch, which would bypass ΔW"
     if isinstance(module, EMBEDDINGS) and module.max_norm is not None:
         return (
             f"its max_norm={module.max_norm} writes to the weight at every call, also to what is merged into it; "

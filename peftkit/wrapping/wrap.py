@@ -14,6 +14,7 @@ from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.classes import expected_class
 from peftkit.wrapping.extras import give_back_, require_returnable
+from peftkit.wrapping.hooks import follow_class
 from peftkit.wrapping.install import TRAINABLE, check_install, install
 from peftkit.wrapping.layer import (
     Adapted,
@@ -253,7 +254,9 @@ def _detach(host: Adapted, baked: bool) -> None:
     if not baked:  # a merged copy stays untied: the shared weight never had the adapter in it
         own_parameters(host).update(state.tied)
     del host.adapters, host.adapter_state
-    cast(nn.Module, host).__class__ = base_class(host)
+    adapted, plain = type(host), cast(nn.Module, host)
+    plain.__class__ = base_class(host)
+    follow_class(plain, adapted)
 
 
 @of_models
