@@ -45,6 +45,11 @@ class Shape:
         """The shape of one expert's matrix."""
         return Shape(self.rows // self.experts, self.channels) if self.experts > 1 else self
 
+    @property
+    def turned(self) -> Shape:
+        """The shape of the transposed matrices of a stack of experts."""
+        return Shape(self.experts * self.columns, self.one.rows, groups=self.experts)
+
     def __str__(self) -> str:
         if self.experts > 1:
             return f"{self.experts} × ({self.one})"

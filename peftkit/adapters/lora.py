@@ -33,17 +33,20 @@ if TYPE_CHECKING:
 class LoRAForm(Additive):
     """B·A, as lora_up and lora_down under an alpha, or as PEFT's lora_B and lora_A, whose α is the rank."""
 
-    delta: LowRank
+    delta: LowRank | LowRankStack
 
     @property
-    def lora(self) -> LowRank:
-        return self.delta
+    def lora(self) -> LowRank | None:
+        return self.delta if isinstance(self.delta, LowRank) else None
 
     def balanced(self) -> LoRAForm:
-        return LoRAForm(balanced(self.delta))
+        return LoRAForm(balanced(self.delta)) if isinstance(self.delta, LowRank) else self
 
     def tensors(self, program: Target, shape: Shape, alpha: float) -> dict[str, Tensor]:
         rank = self.delta.rank
+        if isinstance(self.delta, LowRankStack):  # as PEFT has it: ranks of expert after expert, and of rank after rank
+            up, down = self.delta.B, self.delta.A
+            return {"lora_A.weight": down.flatten(0, 1), "lora_B.weight": up.permute(1, 2, 0).flatten(1)}
         alpha = float(max(1, rank)) if program.peft_names else alpha
         up = (self.delta.B * (rank / alpha)).reshape(*self.delta.B.shape, *(1,) * len(shape.kernel))
         down = self.delta.A.reshape(rank, shape.channels, *shape.kernel)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from peftkit.delta.base import Delta, identity_factors
+from peftkit.delta.dense import Dense
 from peftkit.delta.lowrank import LowRank
+from peftkit.delta.stack import LowRankStack, StackedDelta
 
 
 def as_low_rank(delta: Delta) -> LowRank:
@@ -21,6 +23,14 @@ def as_low_rank(delta: Delta) -> LowRank:
         The same ΔW, exact but for the rounding of its dtype.
     """
     return LowRank(*delta.low_rank_factors())
+
+
+def as_low_rank_stack(delta: Delta) -> LowRankStack:
+    """Write the ΔW of a stack of experts as one product B·A for each expert, as `as_low_rank`."""
+    whole = slice(0, delta.shape[0])
+    parts = delta.parts if isinstance(delta, StackedDelta) else tuple(map(Dense, delta.matrices(whole)))
+    factors = [part.low_rank_factors() for part in parts]
+    return LowRankStack(torch.stack([B for B, _ in factors]), torch.stack([A for _, A in factors]))
 
 
 def of_matrix(M: Tensor) -> LowRank:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -184,6 +184,7 @@ class LowRankStack(StackedDelta):
         ((15, 4), B(3×2)·A(2×4))
     """
 
+    structure: ClassVar[str] = "lora"
     factored: ClassVar[bool] = True
     keeps_factors: ClassVar[bool] = True
 
@@ -215,6 +216,14 @@ class LowRankStack(StackedDelta):
 
     def matrices(self, experts: slice) -> Tensor:
         return self.B[experts] @ self.A[experts]
+
+    @property
+    def turned(self) -> LowRankStack:
+        """The ΔW of the transposed matrices, (E·n, m)."""
+        return LowRankStack(self.A.mT, self.B.mT)
+
+    def as_parameters(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"rank": self.rank}, {"up": self.B, "down": self.A}
 
     def scaled(self, strength: float | Tensor) -> LowRankStack:
         return LowRankStack(self.B * strength, self.A)

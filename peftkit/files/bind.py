@@ -136,6 +136,12 @@ def shown(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}" if tensor.is_floating_point() else f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
+def turned_patch(patch: Patch) -> Patch:
+    """Return the low-rank patch of the transposed matrices of a stack of experts."""
+    tensors = {"up": patch.tensors["down"].mT, "down": patch.tensors["up"].mT}
+    return replace(patch, tensors=tensors, shape=patch.shape.turned)
+
+
 def take_rows(patch: Patch, rows: Tensor, where: str) -> Patch:
     """Make the patch of some rows of its weight, with the same ΔW row by row.
 

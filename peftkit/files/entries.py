@@ -35,6 +35,7 @@ from peftkit.geometry import Shape
 from peftkit.wrapping.divided import gathered_adapter, gathered_base
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.roll import require_none_lost
+from peftkit.wrapping.stacks import turned
 
 #: in the canonical name of what covers several modules, and of what has its rows in the original network's order
 JOINED, SWAPPED = " + ", " (halves swapped)"
@@ -46,7 +47,8 @@ class AdapterEntry:
 
     base: W (m, n), None where it is not at hand. path: of its module in the model, where that is known. transposed: of
     a layer that keeps its weight as (in, out). sliced: rows of a parameter, which is no module of its own. file: where
-    it is from. embedding: of an embedding, whose weight has a row for each token.
+    it is from. embedding: of an embedding, whose weight has a row for each token. turned: of a stack of experts that
+    PEFT takes for the transposed matrices.
     """
 
     name: str
@@ -58,11 +60,12 @@ class AdapterEntry:
     sliced: bool = False
     file: str = ""
     embedding: bool = False
+    turned: bool = False
 
     @property
     def flipped(self) -> bool:
         """Whether it is of a Conv1D of GPT-2, a Linear that keeps its weight as (in, out)."""
-        return self.transposed and not self.shape.kernel
+        return self.transposed and not self.shape.kernel and self.shape.experts == 1
 
 
 def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]:
@@ -79,8 +82,9 @@ def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]
             base,
             at.site,
             geometry.transposed,
-            at.slot.parameter != "weight",
+            at.slot.parameter != "weight" and geometry.shape.experts == 1,
             embedding=at.looks_up,
+            turned=turned(geometry),
         )
 
 

@@ -23,7 +23,7 @@ from peftkit.errors import (
     require_option,
 )
 from peftkit.files import full_checkpoint
-from peftkit.files.bind import Misfit, bind, misfit, take_rows
+from peftkit.files.bind import Misfit, bind, misfit, take_rows, turned_patch
 from peftkit.files.component import of_component
 from peftkit.files.extras import PlacedExtras, listed, placed, under_adapters
 from peftkit.files.families.layouts import Placement
@@ -41,6 +41,7 @@ from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.plan import refuse_taken
 from peftkit.wrapping.select import Selector, patterns, tied_with
 from peftkit.wrapping.sites import Site, as_read
+from peftkit.wrapping.stacks import turned
 from peftkit.wrapping.strength import require_strength
 from peftkit.wrapping.walk import dotted
 
@@ -240,6 +241,8 @@ def compared(
             continue
         for site, part in _pieces(patch, parts, ours, f"{path}: {patch_name}"):
             _require_loaded(site)
+            if bundle.format == "peft" and turned(site.slot.geometry):
+                part = turned_patch(part)
             where = f"{path}: {site.label}"
             shape, matrix = site.slot.geometry.shape, site.matrix.detach()
             found = misfit(part, shape, matrix.dtype, portable=bundle.portable, where=where)

@@ -21,7 +21,7 @@ from peftkit.errors import (
     require_choice,
     require_file,
 )
-from peftkit.files.formats import disk, embeddings, kohya, native, peft
+from peftkit.files.formats import disk, embeddings, kohya, native, peft, peft_experts
 from peftkit.files.formats.disk import Stamp
 from peftkit.files.formats.kohya import Modules
 from peftkit.files.formats.patch import AdapterFile, OnDemand, Patch
@@ -171,6 +171,7 @@ def _native(source: Source) -> AdapterFile:
 
 def _peft(source: Source, config: Mapping[str, Any]) -> AdapterFile:
     modules, unknown = peft.modules(source.keys)
+    modules, parameters = peft_experts.named(modules, config)
     embeddings.refuse_tokens(source.path, unknown, peft.PREFIX)
     bases = {m.removeprefix(peft.PREFIX): key for m, key in embeddings.bases(unknown).items()}
     bases = {module: key for module, key in bases.items() if module in modules}
@@ -180,7 +181,8 @@ def _peft(source: Source, config: Mapping[str, Any]) -> AdapterFile:
     scale = peft.scale_of(config)
 
     def patch(module: str) -> Patch:
-        return peft.patch(module, source.factors(modules[module]), config, scale)
+        reader = peft_experts if module in parameters else peft
+        return reader.patch(module, source.factors(modules[module]), config, scale)
 
     patches = OnDemand(source.path, modules, patch)
     vectors = {f"{m}.bias": _shift(patches, m, source.factor(key)) for m, key in shifts.items()}

@@ -29,9 +29,11 @@ class StackGeometry(Geometry):
     Args:
         sizes: The shape of the parameter.
         transposed: Whether the parameter holds each matrix as (in, out).
+        said: Whether the module says so itself, as PEFT asks.
     """
 
-    def __init__(self, sizes: Sequence[int], transposed: bool) -> None:
+    def __init__(self, sizes: Sequence[int], transposed: bool, said: bool = True) -> None:
+        self.said = said
         self.experts, rows, columns = sizes if not transposed else (sizes[0], sizes[2], sizes[1])
         super().__init__(torch.Size((rows, columns)))
         self.transposed, self.groups = transposed, self.experts
@@ -89,8 +91,13 @@ def stacks(module: nn.Module) -> dict[str, StackGeometry]:
     sizes of `gate_up_proj` beside `down_proj` tell that they are (in, out).
     """
     found = {name: p for name, p in _stacked(module).items() if p.dtype.is_floating_point and p.dtype.itemsize > 1}
-    transposed = _transposed(module, found)
-    return {name: StackGeometry(p.shape, transposed) for name, p in found.items() if p.numel()}
+    transposed, said = _transposed(module, found), isinstance(vars(module).get("is_transposed"), bool)
+    return {name: StackGeometry(p.shape, transposed, said) for name, p in found.items() if p.numel()}
+
+
+def turned(geometry: Geometry) -> bool:
+    """Return whether PEFT takes a stack of experts (E, in, out) for one of (E, out, in)."""
+    return isinstance(geometry, StackGeometry) and geometry.transposed and not geometry.said
 
 
 def why_no_stack(module: nn.Module) -> str | None:

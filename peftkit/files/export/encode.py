@@ -11,7 +11,7 @@ from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter, placeholder_weight
 from peftkit.adapters.form import Form
 from peftkit.delta import Delta, Dense, LowRank
-from peftkit.delta.as_low_rank import as_low_rank
+from peftkit.delta.as_low_rank import as_low_rank, as_low_rank_stack
 from peftkit.errors import ExportError
 from peftkit.files.export.programs import Target
 from peftkit.geometry import Shape
@@ -80,7 +80,7 @@ def encode(adapter: Adapter, target: Target, shape: Shape, base: Tensor | None, 
     with torch.no_grad():
         delta = adapter.eval()(base, 1.0)
         small = delta.rank is not None and delta.rank < min(delta.shape)
-        baked = _additive(delta if small else Dense(delta.dense()), target, shape)
+        baked = _additive(delta if small or shape.experts > 1 else Dense(delta.dense()), target, shape)
     why = "as asked" if bake else reason
     return Encoding("baked", baked.structure, baked.form, f"{why}: holds for this base only")
 
@@ -100,7 +100,7 @@ def _additive(delta: Delta, target: Target, shape: Shape, kind: str = "") -> Enc
         structure = own.structure(target)
         return Encoding("exact" if structure == kind else "low rank", structure, own)
     with torch.no_grad():
-        low = as_low_rank(delta)
+        low = as_low_rank_stack(delta) if shape.experts > 1 else as_low_rank(delta)
     refusal = registry.additive(low).refusal(target, shape)
     if target.dense and (refusal or low.rank * sum(delta.shape) >= shape.rows * shape.columns):
         return _other(Dense(delta.dense()), target)

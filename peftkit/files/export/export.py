@@ -203,11 +203,27 @@ def _require_exportable(items: Sequence[AdapterEntry], goal: Target) -> None:
                 f"{item.name}: its layer keeps the weight as (in, out), as GPT-2's Conv1D does, and {goal.title} "
                 "adapts no such layers; export it for peft, or merge it"
             )
-        if item.transposed and not item.flipped:
+        if item.shape.experts > 1:
+            _require_stack(item, goal)
+        elif item.transposed and not item.flipped:
             raise ExportError(
                 f"{item.name}: no other program reads an adapter of a transposed convolution, whose weight is kept as "
                 "(in, out); keep it in this library's own format"
             )
+
+
+def _require_stack(item: AdapterEntry, goal: Target) -> None:
+    """Refuse a stack of experts for any program but PEFT, and for PEFT unless the model says how its matrices lie."""
+    if not goal.folder:
+        raise ExportError(
+            f"{item.name}: it is a stack of {item.shape.experts} experts in one parameter, and {goal.title} adapts no "
+            "such weights; export it for peft, or merge it"
+        )
+    if item.transposed and item.file:
+        raise ExportError(
+            f"{item.name}: its matrices are kept as (in, out), which PEFT asks the module of the model about: load "
+            f"{item.file} onto the model and export that"
+        )
 
 
 def _consistent(modules: dict[str, Members], goal: Target, family: Family | None, bake: bool) -> Sequence[Job]:

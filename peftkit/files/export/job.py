@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from peftkit.adapters import registry
 from peftkit.delta import LowRank
-from peftkit.delta.as_low_rank import as_low_rank, side_by_side
+from peftkit.delta.as_low_rank import as_low_rank, as_low_rank_stack, side_by_side
 from peftkit.errors import ExportError
 from peftkit.files.entries import AdapterEntry
 from peftkit.files.export.encode import Encoding, encode
@@ -64,8 +64,12 @@ def job(module: str, members: Members, goal: Target, family: Family | None, bake
         if family is not None and (others or (only is not None and _is_fused(only, item, goal, family))):
             return _fuse(module, members, goal, family, bake)
         goal = goal.on_embeddings if item.embedding else goal
-        spelled = encode(item.adapter, goal, item.shape, item.base, bake=bake)
-        return Job(ModuleTensors(module, spelled, item.shape, item.embedding), item.adapter.kind, members)
+        spelled, shape = encode(item.adapter, goal, item.shape, item.base, bake=bake), item.shape
+        if item.turned:
+            assert spelled.form.change is not None  # PEFT has nothing but LoRA of stacks
+            form = registry.additive(as_low_rank_stack(spelled.form.change).turned)
+            spelled, shape = replace(spelled, form=form), shape.turned
+        return Job(ModuleTensors(module, spelled, shape, item.embedding), item.adapter.kind, members)
     except ExportError as error:
         raise ExportError(f"{members[0][1].name}: {error}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from peftkit.adapters.form import PeftConfig
 from peftkit.files.export import programs
 from peftkit.files.export.tensors import ModuleTensors, tensors_of
-from peftkit.files.formats import container, peft
+from peftkit.files.formats import container, peft, peft_experts
 
 #: what a configuration says of layers that keep their weight as (out, in), and of those that keep it as (in, out)
 FAN_IN_FAN_OUT: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {"fan_in_fan_out": True})
@@ -28,6 +29,11 @@ def peft_type(pieces: Sequence[ModuleTensors]) -> PeftConfig | None:
     return forms.pop().peft_config([(piece.spelled.form, piece.shape) for piece in pieces])
 
 
+def stack_names(pieces: Sequence[ModuleTensors]) -> dict[str, str]:
+    """Return what the modules of stacks of experts are called in the file, by the names of the stacks."""
+    return peft_experts.keys([piece.module for piece in pieces if piece.shape.experts > 1])
+
+
 def write_peft(
     folder: Path,
     pieces: Sequence[ModuleTensors],
@@ -37,9 +43,12 @@ def write_peft(
     beside: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Fill a folder. kind, options: from `peft_type`; beside: what else the file holds, by key."""
-    tensors = tensors_of(pieces, programs.get("peft"), 1.0, dtype, folder) | dict(beside)
+    stacks = stack_names(pieces)
+    named = [replace(piece, module=stacks.get(piece.module, piece.module)) for piece in pieces]
+    tensors = tensors_of(named, programs.get("peft"), 1.0, dtype, folder) | dict(beside)
     ranks = {p.module.removeprefix(peft.PREFIX): p.spelled.form.peft_rank(p.shape) for p in pieces}
-    config = json.dumps(peft.config(kind, ranks, options), indent=2, sort_keys=True)
+    parameters = [module.removeprefix(peft.PREFIX) for module in stacks]
+    config = json.dumps(peft.config(kind, ranks, options, parameters), indent=2, sort_keys=True)
     (folder / peft.CONFIG).write_text(config + "\n")
     with (folder / peft.WEIGHTS).open("xb") as file:
         container.emit(file, tensors, {"format": "pt"})

@@ -40,7 +40,8 @@ class Limit:
     def holds(self, structure: str, shape: Shape) -> bool:
         """Whether the limit is about this structure on a weight of this shape."""
         named = structure not in self.exempt and (self.structures is None or structure in self.structures)
-        return named and len(shape.kernel) in self.dims and (shape.groups > 1 or not self.grouped)
+        grouped = shape.groups > 1 and shape.experts == 1
+        return named and len(shape.kernel) in self.dims and (grouped or not self.grouped)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,13 @@ import torch
 
 from peftkit.adapters.base import placeholder_weight
 from peftkit.delta import Delta, Dense
+from peftkit.delta.as_low_rank import as_low_rank_stack
 from peftkit.delta.distance import distance, ratio
 from peftkit.errors import FileError
 from peftkit.files.bind import bind
 from peftkit.files.export.job import Job
+from peftkit.files.export.peft_folder import stack_names
+from peftkit.files.export.tensors import ModuleTensors
 from peftkit.files.formats import container, peft
 from peftkit.files.formats.patch import Patch
 from peftkit.files.read import read
@@ -59,8 +62,8 @@ def proven(written: Path, jobs: Sequence[Job], path: Path) -> tuple[Exported, ..
         FileError: if a ΔW vanished in the file, or all of them are zero.
     """
     found = read(written)
-    sizes = _sizes(written)
     prefix = peft.PREFIX if written.is_dir() else ""
+    sizes = _sizes(written, [job.piece for job in jobs])
     errors: list[tuple[float | None, float | None]] = []
     for job in jobs:
         error, norm = _error(found.patches[job.piece.module.removeprefix(prefix)], job)
@@ -92,22 +95,27 @@ def _exported(job: Job, sizes: dict[str, int], error: float | None) -> Exported:
     )
 
 
-def _sizes(written: Path) -> dict[str, int]:
-    """The bytes of every tensor of a file."""
+def _sizes(written: Path, pieces: Sequence[ModuleTensors]) -> dict[str, int]:
+    """The bytes of every tensor of a file, by the name of its module."""
     file = container.read(written / peft.WEIGHTS if written.is_dir() else written)
-    return {key: info.size for key, info in file.infos.items()}
+    stacks = {name: module for module, name in stack_names(pieces).items()}
+    own = {key: key.rpartition(".lora_")[0] for key in file.infos}
+    return {f"{stacks.get(own[key], own[key])}{key[len(own[key]) :]}": info.size for key, info in file.infos.items()}
 
 
 def _error(patch: Patch, job: Job) -> tuple[float | None, float | None]:
     """‖ΔW read back − ΔW‖/‖ΔW‖, and ‖ΔW‖; None where that takes a base that is not at hand."""
-    W = placeholder_weight(job.piece.shape)
-    if not job.parts and job.members[0][1].adapter.reads_base:
-        base = job.members[0][1].base
-        if base is None:
+    item = job.members[0][1]
+    W, turned = placeholder_weight(job.piece.shape), not job.parts and item.turned
+    if not job.parts and item.adapter.reads_base:
+        if item.base is None:
             return None, None
-        W = base
-    back = bind(patch, job.piece.shape, W, job.piece.module)(W, 1.0)
-    truth = _fused_truth(job) if job.parts else job.members[0][1].adapter(W, 1.0)
+        W = item.base
+    read_on = placeholder_weight(job.piece.shape) if turned else W
+    back = bind(patch, job.piece.shape, read_on, job.piece.module)(read_on, 1.0)
+    if turned:
+        back = as_low_rank_stack(back).turned
+    truth = _fused_truth(job) if job.parts else item.adapter(W, 1.0)
     gap, norm = distance(truth, back)
     return ratio(gap, norm), norm
 

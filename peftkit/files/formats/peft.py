@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -292,15 +292,20 @@ _READERS: Mapping[str, Callable[[str, Mapping[str, Tensor], Mapping[str, Any]], 
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def config(kind: str, ranks: Mapping[str, int], options: Mapping[str, Any]) -> dict[str, Any]:
+def config(
+    kind: str, ranks: Mapping[str, int], options: Mapping[str, Any], parameters: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return what adapter_config.json says of modules, with α = r for each, so that every scale is 1.
 
     Args:
         kind: PEFT's type.
         ranks: the rank of every module, by path.
         options: other entries that the type needs.
+        parameters: the paths among them that are parameters, and no modules.
     """
-    common = Counter(ranks.values()).most_common(1)[0][0]
+    modules = [path for path in ranks if path not in parameters]
+    # PEFT says of patterns for parameters that they match nothing, though it follows them
+    common = Counter(ranks[path] for path in parameters or ranks).most_common(1)[0][0]
     pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != common}
     scale: dict[str, Any] = {}
     if kind in _ALPHA:
@@ -311,7 +316,8 @@ def config(kind: str, ranks: Mapping[str, int], options: Mapping[str, Any]) -> d
         "task_type": None,
         "inference_mode": True,
         # A pattern matches whole paths; a list would match every path that ends so
-        "target_modules": "|".join(re.escape(path) for path in ranks),
+        "target_modules": "|".join(map(re.escape, modules)) if modules else [],
+        **({"target_parameters": list(parameters)} if parameters else {}),
         **scale,
         **options,
     }
