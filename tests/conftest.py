@@ -12,6 +12,10 @@ torch.set_num_threads(1)
 
 _empty, _empty_like = torch.empty, torch.empty_like
 
+# torch lists the functions that `with torch.device(…)` acts on at its first use: these, and not those that poison
+with torch.device("meta"):
+    torch.empty(0)
+
 
 def _poisoned(original: Any) -> Any:
     def empty(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -32,7 +32,7 @@ from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.place import oriented, resolver_of, samples_of, shape_of, whole
 from peftkit.files.resolve import families_of, plain
 from peftkit.geometry import Shape
-from peftkit.wrapping.divided import gathered_adapter, gathered_base
+from peftkit.wrapping.divided import gathered_adapter, gathered_base, require_not_empty
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.roll import require_none_lost
 from peftkit.wrapping.stacks import turned
@@ -70,6 +70,7 @@ class AdapterEntry:
 
 def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]:
     """Yield copies of one adapter of a model, weight by weight, in evaluation mode."""
+    require_not_empty(model)
     require_none_lost(model)
     for at in installed_adapters(model, [one_name(model, name)]):
         at.require_values()

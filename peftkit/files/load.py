@@ -35,6 +35,7 @@ from peftkit.files.load_report import LoadReport as LoadReport
 from peftkit.files.read import Reading, read
 from peftkit.files.resolve import HINTS, Resolver, common, component_of, families_of
 from peftkit.kernels.torch_private import own_parameters
+from peftkit.wrapping.divided import require_not_empty
 from peftkit.wrapping.extras import replace_, require_unmerged
 from peftkit.wrapping.install import check_install, install
 from peftkit.wrapping.pipeline import of_models
@@ -124,6 +125,7 @@ def load(
         return full_checkpoint.take(model, path, name, **given)
     name = bundle.name if name is None else name
     with error_context(path):
+        require_not_empty(model)
         selector = Selector(model)
         ours = selector.sites
         bundle = of_component(bundle, component, ours)

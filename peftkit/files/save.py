@@ -23,7 +23,7 @@ from peftkit.files.fingerprint import samples
 from peftkit.files.formats import container, disk, native
 from peftkit.files.formats.native import Header, WeightRecord
 from peftkit.kernels.torch_private import own_parameters
-from peftkit.wrapping.divided import by_first_process, gathered, gathered_adapter, gathered_base
+from peftkit.wrapping.divided import by_first_process, gathered, gathered_adapter, gathered_base, require_not_empty
 from peftkit.wrapping.extras import BaseParameter, extras_of, require_unmerged
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.pipeline import of_models
@@ -93,6 +93,7 @@ def save(
     disk.require_output(path, overwrite=overwrite)
     require_dtype(dtype)
     name = one_name(model, name)
+    require_not_empty(model)
     require_none_lost(model)
     own = {at.site: at for at in installed_adapters(model, [name])}
     for at in own.values():

@@ -18,6 +18,7 @@ from peftkit.files.extras import PlacedExtras, placed
 from peftkit.files.load import LoadReport, compared, made, with_extras
 from peftkit.files.read import Reading, read
 from peftkit.kernels.sharding import sharded
+from peftkit.wrapping.divided import require_not_empty
 from peftkit.wrapping.extras import give_back_, replace_, require_returnable, require_unmerged
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.pipeline import of_models
@@ -84,6 +85,7 @@ def swap(
     name = one_name(model, name)
     bundle = read(path, **reading)
     with error_context(path):
+        require_not_empty(model)
         here = {at.site: at for at in installed_adapters(model, [name])}
         _require_writable(here.values())
         ours = sites(model)

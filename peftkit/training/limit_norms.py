@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.errors import MergeStateError, NormError, require_number
+from peftkit.wrapping.divided import require_not_empty
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, names_of
 from peftkit.wrapping.pipeline import of_models
 
@@ -64,6 +65,7 @@ def limit_norms_(model: nn.Module, most: float, name: str | None = None) -> tupl
         ()
     """
     require_number("most", most, positive=True)
+    require_not_empty(model)
     installed = list(installed_adapters(model, names_of(model, name)))
     scaling = [_scaling_parameters(at) for at in installed]
     limited: list[LimitedNorm] = []

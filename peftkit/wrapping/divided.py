@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftkit.adapters.base import Adapter
 from peftkit.errors import FileError, PeftkitError, UnsupportedLayerError
 from peftkit.kernels.sharding import sharded, whole
-from peftkit.wrapping.layer import InstalledAdapter
+from peftkit.wrapping.layer import InstalledAdapter, installed_adapters
 
 P = ParamSpec("P")
 Source = TypeVar("Source")
@@ -33,6 +33,17 @@ def divided(model: nn.Module) -> bool:
     """Return whether a model's parameters are divided among processes, also if some are whole just now."""
     tensors = (*model.parameters(), *model.buffers())
     return bool(_units(model)) or any(sharded(tensor) for tensor in tensors)
+
+
+def require_not_empty(model: nn.Module) -> None:
+    """Raise UnsupportedLayerError if parameters are empty, as DeepSpeed's ZeRO-3 leaves them between calls."""
+    adapted = [p for at in installed_adapters(model) for p in (at.host.parameter_of(at.slot), *at.adapter.parameters())]
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if any(p.numel() == 0 for p in (*adapted, *partitioned)):
+        raise UnsupportedLayerError(
+            "parameters of the model are empty here: ZeRO-3 of DeepSpeed divides them among processes. Call this on "
+            "every process inside `with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):`"
+        )
 
 
 def by_first_process(

@@ -26,7 +26,7 @@ from peftkit.errors import (
 )
 from peftkit.geometry import Geometry
 from peftkit.wrapping.backup import BACKUPS, Backup, Copy, Merged, checksum
-from peftkit.wrapping.divided import divided
+from peftkit.wrapping.divided import divided, require_not_empty
 from peftkit.wrapping.layer import Adapted, adapted_modules, installed_adapters, names_of
 from peftkit.wrapping.listing import Row, listing
 from peftkit.wrapping.pipeline import of_models
@@ -205,6 +205,7 @@ def _affected(model: nn.Module, names: str | Sequence[str] | None) -> _Affected:
         names_of(model, name)
     own = {at: (host, tuple(n for n in host.adapters if n in wanted)) for at, host in adapted_modules(model).items()}
     affected = {at: (host, names) for at, (host, names) in own.items() if names}
+    require_not_empty(model)
     require_none_lost(model)
     for at in installed_adapters(model, wanted):
         at.require_values(written=True)

@@ -13,6 +13,7 @@ from peftkit.adapters.base import Adapter
 from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.classes import expected_class
+from peftkit.wrapping.divided import require_not_empty
 from peftkit.wrapping.extras import give_back_, require_returnable
 from peftkit.wrapping.hooks import follow_class
 from peftkit.wrapping.install import TRAINABLE, check_install, install
@@ -284,6 +285,7 @@ def reset_adapters(model: nn.Module, name: str | None = None) -> None:
         >>> torch.equal(model(torch.ones(8)), base(torch.ones(8)))
         True
     """
+    require_not_empty(model)
     for at in installed_adapters(model, names_of(model, name)):
         at.require_loaded()
         at.adapter.reset_parameters(at.base)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,40 @@ def test_what_was_merged_before_is_saved_with_its_own_base(tmp_path: Path) -> No
     distributed(_save_merged, tmp_path, folder=tmp_path)
     expected = pk.save(wrapped(), tmp_path / "expected.safetensors")
     assert (tmp_path / "merged.safetensors").read_bytes() == expected.read_bytes()
+
+
+@contextmanager
+def partitioned(model: nn.Module) -> Iterator[None]:
+    """Leave every parameter empty, as ZeRO-3 does between calls, and give it back after the block."""
+    full = {name: parameter.data for name, parameter in model.named_parameters()}
+    for number, parameter in enumerate(model.parameters()):
+        parameter.data, parameter.ds_id = torch.empty(0), number  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = full[name]
+
+
+def test_parameters_that_zero_3_leaves_empty_are_refused_and_those_it_gathers_are_saved(tmp_path: Path) -> None:
+    model, bare, path = wrapped(), plain(), tmp_path / "adapter.safetensors"
+    whole = pk.save(wrapped(), tmp_path / "whole.safetensors")
+    with partitioned(model), partitioned(bare):
+        for verb in (
+            lambda: pk.save(model, path),
+            lambda: pk.export(model, tmp_path / "folder", target="peft"),
+            lambda: pk.merge(model),
+            lambda: pk.swap(model, whole),
+            lambda: pk.reset_adapters(model),
+            lambda: pk.limit_norms_(model, 1.0),
+            lambda: pk.load(bare, whole),
+        ):
+            with pytest.raises(UnsupportedLayerError, match="GatheredParameters"):
+                verb()
+        with pytest.raises(UnsupportedLayerError, match="its weight is empty"):
+            pk.wrap(bare, "lora")
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["whole.safetensors"]
+    assert pk.save(model, path).read_bytes() == whole.read_bytes()
+    pk.load(bare, path)
+    x = torch.randn(2, 6)
+    assert torch.equal(bare(x), model(x))
