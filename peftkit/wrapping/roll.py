@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor, nn
 
 from peftkit.errors import LostAdapterError, NeverRanWarning
-from peftkit.kernels.torch_private import compiled
+from peftkit.kernels.torch_private import compiled, own_parameters
 from peftkit.wrapping.walk import named_modules, unwrapped
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class Roll:
     def __init__(self, model: nn.Module) -> None:
         self.model = weakref.ref(model)
         self.hosts: dict[str, weakref.ref[Adapted]] = {}
+        #: the names of all modules at the last wrap
+        self.names: frozenset[str] = frozenset()
         self.pending = True
 
     def absent(self) -> list[str]:
@@ -67,25 +70,58 @@ def enrol(model: nn.Module, hosts: Mapping[str, Adapted]) -> None:
     """Put the adapted modules of a model on its roll."""
     roll = _ROLLS.setdefault(model, Roll(model))
     roll.pending = True
+    roll.names = frozenset(name for name, _ in named_modules(model))
     for name, host in hosts.items():
         roll.hosts[name] = weakref.ref(host)
         host.adapter_state.roll = roll
 
 
 def require_none_lost(model: nn.Module) -> None:
-    """Raise LostAdapterError if a module that was adapted is no longer part of the model, which was wrapped."""
+    """Raise LostAdapterError if a module that was adapted is no longer part of the model, or was copied into another.
+
+    A copy is what `fuse_qkv_projections` makes: one layer with the weights of several, which runs in their place.
+    """
     roll = roll_of(model)
-    present = {name for name, module in named_modules(model) if is_adapted(module)}
-    enrolled = {} if roll is None else {n: r for n, r in roll.hosts.items() if n not in present}
+    if roll is None:
+        return
+    modules = dict(named_modules(model))
+    present = {name for name, module in modules.items() if is_adapted(module)}
+    enrolled = {name: ref for name, ref in roll.hosts.items() if name not in present}
     # one that was unwrapped as part of something smaller is still there, and carries nothing
     lost = [name for name, ref in enrolled.items() if (host := ref()) is None or is_adapted(host)]
     if lost:
         raise LostAdapterError(
             f"{lost[0] or 'the model'} was adapted and is now another layer without an adapter"
             f"{f', and {len(lost) - 1} more' if len(lost) > 1 else ''}: it was replaced since "
-            "(resize_token_embeddings, fuse_qkv_projections, quantisation, …), and what its adapter learned is not in "
+            "(resize_token_embeddings, quantisation, …), and what its adapter learned is not in "
             "this model any more. Put the layer back, or wrap the new one under the same name= to go on without it"
         )
+    for name in sorted(modules.keys() - roll.names):
+        parent = name.rpartition(".")[0]
+        beside = [other for other in present if other.rpartition(".")[0] == parent and other != name]
+        copied = [other for other in beside if _holds(modules[name], cast("Adapted", modules[other]))]
+        if copied:
+            raise LostAdapterError(
+                f"{name} has come into the model since it was wrapped, with the base weight of {min(copied)} copied "
+                "into it: it runs without the adapter (fuse_qkv_projections does so). Undo it "
+                f"(unfuse_qkv_projections(), and del the layer {name} if it is still there), then merge before fusing"
+            )
+
+
+def _holds(module: nn.Module, host: Adapted) -> bool:
+    """Whether rows of a module's weight are the base weight under an adapter."""
+    weight = own_parameters(module).get("weight")
+    if weight is None or weight.dim() < 2:
+        return False
+    for slot_name in host.adapter_state.slots:
+        base = host.base_of(slot_name)
+        if weight[0].numel() != base.shape[1] or weight.is_meta or len(weight) < len(base):
+            continue
+        rows = weight.detach().flatten(1)
+        starts = (rows == base[0].to(rows)).all(1).nonzero().flatten().tolist()
+        if any(torch.equal(rows[start : start + len(base)], base.to(rows)) for start in starts):
+            return True
+    return False
 
 
 def warn_never_ran(names: Sequence[str], what: str) -> None:
