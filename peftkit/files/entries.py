@@ -72,7 +72,7 @@ def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]
     """Yield copies of one adapter of a model, weight by weight, in evaluation mode."""
     require_not_empty(model)
     require_none_lost(model)
-    for at in installed_adapters(model, [one_name(model, name)]):
+    for at in installed_adapters(model, [one_name(model, name)], every_place=True):
         at.require_values()
         geometry = at.slot.geometry
         adapter, base = _adapter_and_base(at)

@@ -111,7 +111,7 @@ def _installed(model: nn.Module, path: object, name: str) -> dict[str, dict[str,
     """Adapters of that name on the model -> their tensors, by the keys of a state dict."""
     hosts = {id(host): host_name for host_name, host in adapted_modules(model).items()}
     found: dict[str, dict[str, Tensor]] = {}
-    for at in installed_adapters(model, [name]):
+    for at in installed_adapters(model, [name], every_place=True):
         merged = at.host.adapter_state.merged
         if merged is not None and name in merged.names:
             raise MergeStateError(f"{name!r} is merged into {at.site or 'the model'}: restore(model) before loading it")

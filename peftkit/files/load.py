@@ -32,6 +32,7 @@ from peftkit.files.fingerprint import require_same_base, samples
 from peftkit.files.formats import native
 from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.load_report import LoadReport as LoadReport
+from peftkit.files.load_shared import everywhere, lone
 from peftkit.files.read import Reading, read
 from peftkit.files.resolve import HINTS, Resolver, common, component_of, families_of
 from peftkit.kernels.torch_private import own_parameters
@@ -41,6 +42,7 @@ from peftkit.wrapping.install import check_install, install
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.plan import refuse_taken
 from peftkit.wrapping.select import Selector, patterns, tied_with
+from peftkit.wrapping.share import shared_places
 from peftkit.wrapping.sites import Site, as_read
 from peftkit.wrapping.stacks import turned
 from peftkit.wrapping.strength import require_strength
@@ -82,7 +84,8 @@ def load(
         strict: raise unless every key of the file goes to the model and every parameter comes from the file. With
             strict=False the weights that fit whole are loaded: read the report.
         other_base: accept a base that is not the one the file was trained on.
-        tied: "untie" to give a shared weight a copy of its own, as in `wrap`.
+        tied: "untie" to give a shared weight a copy of its own, or "share" to put its adapter on all its layers, as in
+            `wrap`. A file of `save` says by itself that its adapter is shared.
         route: how ΔW is applied, as in `wrap`.
         component: which part of a pipeline the model is ("unet", "text_encoder", …), where the file is of several; the
             keys of the others are left alone. Or which part of it a file is of, where the model is the pipeline.
@@ -114,7 +117,7 @@ def load(
         >>> pk.load(model, path).loaded
         ('0',)
     """
-    require_choice("tied", tied, (None, "untie"))
+    require_choice("tied", tied, (None, "untie", "share"))
     require_strength(strength)
     try:
         bundle = read(path, **reading)
@@ -136,14 +139,17 @@ def load(
         if not fitting or (strict and not report.complete):
             what = f"{path} does not fit this model" if fitting else f"nothing in {path} fits this model"
             raise MismatchError(f"{what}\n{report}")
+        if tied == "share":
+            fitting = everywhere(fitting, shared_places(model, ours, [site.name for site, _ in fitting]), ours, path)
         targeted = [site for site, _ in fitting]
         refuse_taken(targeted, name)
         check_install(targeted, strength, route)
-        shared = tied_with(model, targeted)
+        shared = lone(fitting, tied_with(model, targeted))
         if shared and tied is None:
             site_name, other = next(iter(shared.items()))
             raise TiedWeightsError(
-                f"{site_name} shares its weight with {other}: pass tied='untie' to give it its own copy"
+                f"{site_name} shares its weight with {other}: pass tied='share' to put its adapter on both, or "
+                "tied='untie' to give it its own copy"
             )
         require_unmerged(beside.values)
         built = made(path, fitting, bundle, beside, distances, extras, other_base)
@@ -189,10 +195,15 @@ def made(
     """The adapters of the patches, on the base they were trained on."""
     _require_trained_bases(path, bundle, extras or other_base)
     built: list[tuple[Site, Adapter]] = []
+    own: dict[str, Adapter] = {}
     for site, patch in fitting:
+        if patch.same_as in own:
+            built.append((site, own[patch.same_as]))
+            continue
         trained = beside.of(site.module, site.slot.parameter)  # the weight itself may come with the file
         weight = site.matrix.detach() if trained is None else site.slot.geometry.matrix(site.slot.of(trained))
-        built.append((site, bind(patch, site.slot.geometry.shape, weight, f"{path}: {site.label}").train()))
+        own[site.name] = bind(patch, site.slot.geometry.shape, weight, f"{path}: {site.label}").train()
+        built.append((site, own[site.name]))
     kinds = {site.name: adapter.kind for site, adapter in built}
     bound = [site.name for site, adapter in built if adapter.derived() and not bundle.portable]
     require_same_base(path, "this model", distances, kinds, bound, other_base)

@@ -182,9 +182,9 @@ class _Planner:
 
     def add(self, file: str, bundle: AdapterFile, strength: Strength) -> None:
         self.unresolved += [f"{file}: {key}: no adapter in the header has it" for key in bundle.unclaimed]
-        targets = {name: oriented(self.resolver(name, self.families), p) for name, p in bundle.patches.items()}
-        lost = [name for name, parts in targets.items() if not parts]
-        if lost and not self.families:
+        found = ((name, oriented(self.resolver(name, self.families), p)) for name, p in bundle.patches.items())
+        targets = {name: parts for name, parts in found if parts or not bundle.patches[name].same_as}
+        if not self.families and (lost := [name for name, parts in targets.items() if not parts]):
             families = families_of(bundle, lost)
             targets |= {name: oriented(self.resolver(name, families), bundle.patches[name]) for name in lost}
         with error_context(file):

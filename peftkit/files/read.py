@@ -140,8 +140,9 @@ def _native(source: Source) -> AdapterFile:
     owned = native.sorted_by_weight([key for key in source.keys if key not in extras], header.records)
 
     def patch(name: str) -> Patch:
-        record = header.records[name]
-        tensors = source.named({key[len(name) :].removeprefix("."): key for key in owned.get(name, ())})
+        own, embedding = header.shared.get(name, (name, None))
+        record = header.records[own]
+        tensors = source.named({key[len(own) :].removeprefix("."): key for key in owned.get(own, ())})
         return Patch(
             record.kind,
             record.options,
@@ -152,14 +153,15 @@ def _native(source: Source) -> AdapterFile:
             "its header",
             transposed=record.transposed,
             read=record.read,
-            embedding=record.embedding,
+            embedding=record.embedding if embedding is None else embedding,
+            same_as="" if own == name else own,
         )
 
     return AdapterFile(
         "native",
-        OnDemand(source.path, header.records, patch),
+        OnDemand(source.path, [*header.records, *header.shared], patch),
         header.name,
-        base=header.base,
+        base=header.base | {k: header.base[own] for k, (own, _) in header.shared.items() if own in header.base},
         portable=header.portable,
         unclaimed=tuple(owned.get(None, ())),
         training=header.training,

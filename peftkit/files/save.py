@@ -25,7 +25,7 @@ from peftkit.files.formats.native import Header, WeightRecord
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.divided import by_first_process, gathered, gathered_adapter, gathered_base, require_not_empty
 from peftkit.wrapping.extras import BaseParameter, extras_of, require_unmerged
-from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
+from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name, other_places
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.roll import require_none_lost
 from peftkit.wrapping.walk import dotted
@@ -102,7 +102,7 @@ def save(
     beside = _beside(model, path, extras)
     _require_derivable(path, own, beside, portable)
     tensors = _tensors(own, beside, name, dtype, portable)
-    metadata = _metadata(own, beside, name, portable, training)
+    metadata = _metadata(own, beside, name, portable, training, other_places(model, name))
     with disk.atomic(path) as file:
         container.emit(file, tensors, metadata)
         file.flush()
@@ -174,6 +174,7 @@ def _metadata(
     name: str,
     portable: bool,
     training: Mapping[str, Any] | None,
+    shared: dict[str, tuple[str, bool]],
 ) -> dict[str, str]:
     """What the header says of the adapters and of the weights they were trained on."""
     held = _on_extras(own, beside)
@@ -197,6 +198,7 @@ def _metadata(
         training=dict(training or {}),
         version=__version__,
         extras=tuple(beside),
+        shared=shared,
     )
     try:
         return native.encode(header)

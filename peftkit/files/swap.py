@@ -95,6 +95,7 @@ def swap(
         report = with_extras(report, bundle, beside, extras)
         if not report.complete:
             raise MismatchError(f"{path} does not fit this model\n{report}")
+        fitting = [(site, patch) for site, patch in fitting if not patch.same_as]
         _require_same_weights(path, name, here, [site.name for site, _ in fitting])
         require_unmerged(beside.values)
         require_returnable(model, [name], keep=False)

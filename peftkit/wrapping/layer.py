@@ -288,18 +288,37 @@ class InstalledAdapter:
         return self.host.base_of(self.slot_name).detach()
 
 
+def other_places(model: nn.Module, name: str) -> dict[str, tuple[str, bool]]:
+    """The further places of adapters that are shared -> the first place of each, and whether it is an embedding's."""
+    first: dict[int, str] = {}
+    found: dict[str, tuple[str, bool]] = {}
+    for at in installed_adapters(model, [name], every_place=True):
+        own = first.setdefault(id(at.adapter), at.site)
+        if own != at.site:
+            found[at.site] = own, at.looks_up
+    return found
+
+
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
     """Every adapted module of the model, by its name."""
     return {name: module for name, module in named_modules(model) if isinstance(module, Adapted)}
 
 
-def installed_adapters(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[InstalledAdapter]:
-    """The adapters of these names, or all, weight by weight."""
+def installed_adapters(
+    model: nn.Module, names: Sequence[str] | None = None, *, every_place: bool = False
+) -> Iterator[InstalledAdapter]:
+    """The adapters of these names, or all, weight by weight; one that is shared comes once, or at every place."""
+    seen: set[int] = set()
     for host_name, host in adapted_modules(model).items():
         for slot_name in host.adapter_state.slots:
             for name in host.adapters:
                 adapter = host.adapter(name, slot_name)
-                if adapter is not None and (names is None or name in names):
+                if (
+                    adapter is not None
+                    and (names is None or name in names)
+                    and (every_place or id(adapter) not in seen)
+                ):
+                    seen.add(id(adapter))
                     yield InstalledAdapter(dotted(host_name, slot_name), name, adapter, host, slot_name)
 
 

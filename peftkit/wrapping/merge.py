@@ -6,7 +6,7 @@ The merged weight is W + Σ λᵢ·ΔWᵢ(W), summed in at least fp32 and rounde
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ from peftkit.wrapping.listing import Row, listing
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.roll import require_none_lost, roll_of, warn_never_ran
 from peftkit.wrapping.select import tied_with
+from peftkit.wrapping.share import acting_alike, weight_of
 from peftkit.wrapping.sites import sites
 from peftkit.wrapping.walk import dotted
 from peftkit.wrapping.wrap import unwrap
@@ -132,8 +133,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup:
             weights += _merge_host(host_name, host, own, backup, done)
         refuse_inert(weights)
     except BaseException:
-        for host in done:
-            _restore_host(host)
+        _restore(done)
         raise
     return MergeReport(tuple(weights))
 
@@ -177,8 +177,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
                     f"the weight of {name or 'the model'} has changed since the merge (trained, cast or overwritten): "
                     "restoring would not give the base back. unwrap(model, keep_merged=True) keeps it as it is"
                 )
-    for host in merged.values():
-        _restore_host(host)
+    _restore(list(merged.values()))
     return tuple(merged)
 
 
@@ -218,9 +217,11 @@ def _affected(model: nn.Module, names: str | Sequence[str] | None) -> _Affected:
     return affected
 
 
-def _refuse_shared(model: nn.Module, affected: Collection[str]) -> None:
+def _refuse_shared(model: nn.Module, affected: _Affected) -> None:
     """Raise for a weight that came to be shared after it was adapted: a merge would change its other module too."""
     shared = tied_with(model, [site for site in sites(model).values() if site.module_name in affected])
+    for own in acting_alike(affected):  # one adapter on all layers of the weight, which gets its ΔW once
+        shared = {s: others for s, others in shared.items() if s not in own or others.count(", ") + 2 > len(own)}
     if shared:
         site, other = next(iter(shared.items()))
         raise TiedWeightsError(
@@ -270,6 +271,12 @@ def _merge_host(
     host_name: str, host: Adapted, own: tuple[str, ...], mode: str, done: list[Adapted]
 ) -> list[MergedWeight]:
     """Merge into the weights of one module, which goes to `done` before the first is written."""
+    first = next((other.adapter_state.merged for other in done if weight_of(other) == weight_of(host)), None)
+    if first is not None:  # the weight has their ΔW
+        host.adapter_state.merged = Merged(own, first.backups, first.checksums)
+        done.append(host)
+        host.adapter_state.refresh()
+        return []
     jobs = list(_jobs(host_name, host, own))
     backups: dict[str, Backup] = {}
     merged = host.adapter_state.merged = Merged(own, backups, {})
@@ -293,7 +300,10 @@ def _merge_host(
 @torch.no_grad()
 def _bake(model: nn.Module, affected: _Affected) -> MergeReport:
     """Merge for good. Nothing can be restored, so every check comes before the first weight is written."""
-    jobs = [job for host_name, (host, own) in affected.items() for job in _jobs(host_name, host, own)]
+    once: dict[int, str] = {}
+    for host_name, (host, _) in affected.items():
+        once.setdefault(weight_of(host), host_name)
+    jobs = [job for at in once.values() for job in _jobs(at, *affected[at])]
     expected = []
     for _, site, names, deltas, weight, geometry in jobs:
         refuse_overflow(site, names, deltas, weight)
@@ -323,11 +333,14 @@ def _deltas(host: Adapted, slot_name: str, own: Sequence[str]) -> tuple[tuple[st
 
 
 @torch.no_grad()
-def _restore_host(host: Adapted) -> None:
-    state = host.adapter_state
-    assert state.merged is not None
-    for slot_name, snapshot in state.merged.backups.items():
-        weight = host.weight_of(state.slots[slot_name])
-        weight.copy_(snapshot.original(weight))
-    state.merged = None
-    state.refresh()
+def _restore(hosts: Sequence[Adapted]) -> None:
+    once = {weight_of(host): host for host in hosts}  # a weight that is shared has one backup
+    for host in once.values():
+        state = host.adapter_state
+        assert state.merged is not None
+        for slot_name, snapshot in state.merged.backups.items():
+            weight = host.weight_of(state.slots[slot_name])
+            weight.copy_(snapshot.original(weight))
+    for host in hosts:
+        host.adapter_state.merged = None
+        host.adapter_state.refresh()

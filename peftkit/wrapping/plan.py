@@ -32,6 +32,7 @@ from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.routes import OUTPUTS, choose, choose_lookup
 from peftkit.wrapping.rule import Rule
 from peftkit.wrapping.select import Selection, Selector, listed, reasons, tied_with
+from peftkit.wrapping.share import at_every_place, shared_places
 from peftkit.wrapping.sites import Site, as_read
 
 
@@ -69,6 +70,7 @@ class Plan:
         skipped: (name, reason) of what a glob, an expression or a preset matches and does not adapt.
         untie: names of weights that get a copy of their own, with tied="untie".
         coverage: by type of layer, how many numbers its weights hold, and in how many of them that get an adapter.
+        shared: with tied="share", weights that get the adapter of another, which is the same weight, and that one.
 
     Example:
         >>> plan = pk.plan(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), "lora", targets="*", rank=2)
@@ -82,6 +84,7 @@ class Plan:
     skipped: tuple[tuple[str, str], ...] = field(default=())
     untie: frozenset[str] = frozenset()
     coverage: Mapping[str, Covered] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -136,7 +139,7 @@ def plan(
         exclude: patterns of layers to leave out.
         rules: `Rule`s, in place of kind, targets, exclude and options.
         name: what the adapter would be called.
-        tied: "skip" or "untie" a targeted weight that another module shares.
+        tied: "skip" or "untie" a targeted weight that another module shares, or "share" the adapter too.
         dtype: of the adapters' parameters; by default at least float32.
         **options: the adapter's own options, as rank=8.
 
@@ -160,22 +163,26 @@ def plan(
     """
     rules = _rules(kind, targets, exclude, rules, options)
     require_dtype(dtype)
-    require_choice("tied", tied, ("skip", "untie", None))
+    require_choice("tied", tied, ("skip", "untie", "share", None))
     selector = Selector(model)
     chosen, skipped = _choose(selector, rules)
     shared = tied_with(model, [selector.sites[site] for site in chosen])
+    first: dict[str, str] = {}
+    if tied == "share":
+        chosen, first = at_every_place(chosen, shared_places(model, selector.sites, chosen))
     if tied == "skip":
         chosen, skipped = _without_shared(chosen, skipped, shared)
     elif tied is None:
         _refuse_shared(shared)
     dry = _DryRun(dtype)
     entries = tuple(
-        dry.entry(as_read(found) if rule.read or found.read else found, rule, pattern)
+        dry.entry(as_read(found) if rule.read or found.read else found, rule, pattern, found.name in first)
         for found, rule, pattern in ((selector.sites[site], *choice) for site, choice in chosen.items())
     )
     refuse_taken([entry.site for entry in entries], name)
     shares = coverage(selector.distinct(), [entry.site for entry in entries])
-    return Plan(entries, tuple(skipped.items()), frozenset(shared) if tied == "untie" else frozenset(), shares)
+    untie = frozenset(shared) if tied == "untie" else frozenset()
+    return Plan(entries, tuple(skipped.items()), untie, shares, first)
 
 
 #: site -> the rule and the pattern that selected it
@@ -229,7 +236,8 @@ def _refuse_shared(shared: Mapping[str, str]) -> None:
     if shared:
         raise TiedWeightsError(
             f"{listed(f'{a} shares its weight with {b}' for a, b in shared.items())}: merged into one, an "
-            "adapter would change both. Pass tied='untie' to give the layer its own copy, or tied='skip'"
+            "adapter would change both. Pass tied='share' to put one adapter on both, tied='untie' to give the layer "
+            "its own copy, or tied='skip'"
         )
 
 
@@ -250,12 +258,14 @@ class _DryRun:
         self.dtype = dtype
         self.seen: dict[Any, tuple[int, int, str]] = {}
 
-    def entry(self, site: Site, rule: Rule, pattern: str) -> Entry:
-        """The entry for one site."""
-        key = (site.slot.geometry.shape, site.dtype, site.slot.base, site.read, id(rule))
+    def entry(self, site: Site, rule: Rule, pattern: str, again: bool = False) -> Entry:
+        """The entry for one site. again: its adapter is another's, and counted there."""
+        key = (site.slot.geometry.shape, site.dtype, site.slot.base, site.read, site.looks_up, id(rule))
         if key not in self.seen:
             self.seen[key] = self._measure(site, rule)
-        return Entry(site, rule.kind, dict(rule.options), pattern, *self.seen[key])
+        parameters, size, route = self.seen[key]
+        counts = (0, 0) if again else (parameters, size)
+        return Entry(site, rule.kind, dict(rule.options), pattern, *counts, route)
 
     def _measure(self, site: Site, rule: Rule) -> tuple[int, int, str]:
         """Parameters, bytes and route of the rule's adapter on one site."""

@@ -243,18 +243,18 @@ def tied_with(model: nn.Module, targeted: Sequence[Site]) -> dict[str, str]:
     for module_name, module in named_modules(model):
         for parameter_name, parameter in own_parameters(module).items():
             if parameter is not None:
-                owners.setdefault(_memory(parameter), []).append(dotted(module_name, parameter_name))
+                owners.setdefault(memory(parameter), []).append(dotted(module_name, parameter_name))
     shared: dict[str, str] = {}
     for site in targeted:
         own = dotted(site.module_name, site.slot.parameter)
-        others = [other for other in owners[_memory(site.parameter)] if other != own]
+        others = [other for other in owners[memory(site.parameter)] if other != own]
         if others:
             shared[site.name] = ", ".join(others)
     return shared
 
 
-def _memory(parameter: torch.Tensor) -> Any:
-    """What two parameters have in common if one is written through the other."""
+def memory(parameter: torch.Tensor) -> Any:
+    """Return what two parameters have in common if one is written through the other."""
     if parameter.is_meta or is_lazy(parameter) or parameter.numel() == 0:
         return id(parameter)
     try:

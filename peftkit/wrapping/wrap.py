@@ -131,8 +131,9 @@ def wrap(
         name: what the adapter is called in the other verbs: letters, digits, "_" and "-".
         route: "auto" chooses for each call between the "factored" route, y + ΔW·x by the factors, and the "dense"
             one, (W + ΔW)·x; naming one pins it.
-        tied: what to do with a targeted weight that another module shares: "skip" it, or "untie" it, which gives the
-            layer its own copy. By default it is refused, as merging would change both.
+        tied: what to do with a targeted weight that another module shares: "skip" it; "untie" it, which gives the layer
+            its own copy; or "share", which puts one adapter on all layers of the weight, so that they stay tied. By
+            default it is refused, as merging would change both.
         dtype: of the adapters' parameters; by default the weight's, and at least float32.
         **options: the adapter's own: rank, alpha, dropout, …, which help(peftkit.adapters.LoRA) and its like explain.
             decompose=True makes a DoRA of any adapter whose ΔW does not depend on the base.
@@ -170,11 +171,15 @@ def wrap(
             f"{inputs[0].site.label}: route='dense' was given, but the change of {inputs[0].kind} depends on the "
             "layer's input: no matrix stands for it. Leave route out"
         )
-    built: list[tuple[Site, Adapter]] = []
+    built: dict[str, tuple[Site, Adapter]] = {}
     for entry in planned.entries:
+        if entry.site.name in planned.shared:
+            built[entry.site.name] = entry.site, built[planned.shared[entry.site.name]][1]
+            continue
         matrix, shape = entry.site.matrix.detach(), entry.site.slot.geometry.shape
-        built.append((entry.site, registry.build(entry.kind, shape, matrix, dtype, **entry.options)))
-    install(model, built, name, route=route, untie=planned.untie)
+        adapter = registry.build(entry.kind, shape, matrix, dtype, **entry.options)
+        built[entry.site.name] = entry.site, adapter
+    install(model, list(built.values()), name, route=route, untie=planned.untie)
     return planned
 
 

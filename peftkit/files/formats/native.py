@@ -11,6 +11,8 @@ entry, "peftkit", a JSON object:
     transposed   [names of the weights kept as (in, out): of transposed convolutions and Conv1D], where there are any
     read         [names of the weights that are adapted where other code reads them], where there are any
     embedding    [names of the weights that are embeddings', a row for each token], where there are any
+    shared       {name of a further weight: [name of the weight whose adapter it shares, whether it is an embedding's]},
+                 where there are any
     base         {name: base64 of float32 samples of the base weight}
     training     whatever the user passed to `save`
     extras       [names of parameters of the model that trained beside the adapters], where there are any; their
@@ -73,6 +75,8 @@ class Header:
     training: dict[str, Any] = field(default_factory=dict)
     version: str = ""
     extras: tuple[str, ...] = ()  # the parameters of the model whose values are in the file
+    #: weight -> the weight with the record of its adapter, and whether it is an embedding's
+    shared: dict[str, tuple[str, bool]] = field(default_factory=dict)
 
 
 def encode(header: Header) -> dict[str, str]:
@@ -93,6 +97,7 @@ def encode(header: Header) -> dict[str, str]:
         "base": {k: base64.b64encode(v.astype("<f4").tobytes()).decode() for k, v in header.base.items()},
         "training": header.training,
         **({"extras": list(header.extras)} if header.extras else {}),
+        **({"shared": header.shared} if header.shared else {}),
     }
     return {KEY: json.dumps(value, ensure_ascii=False)}
 
@@ -141,7 +146,19 @@ def decode(metadata: Mapping[str, str] | None, path: object) -> Header:
     extras = take(value, "extras", list) if "extras" in value else []
     named = all(isinstance(extra, str) for extra in extras) and len(set(map(str, extras))) == len(extras)
     require_file(named, where, f"it is damaged: extras is {extras!r:.60}, a list of names was expected, each once")
-    return Header(name, records, base, portable, training, take(value, "version", str), tuple(extras))
+    shared = (
+        {k: _sharing(v, records, where) for k, v in take(value, "shared", dict).items()} if "shared" in value else {}
+    )
+    twice = next((name for name in shared if name in records), "")
+    require_file(not twice, where, f"it is damaged: {twice} has an adapter of its own, and shares another's")
+    return Header(name, records, base, portable, training, take(value, "version", str), tuple(extras), shared)
+
+
+def _sharing(described: Any, records: Collection[str], where: str) -> tuple[str, bool]:
+    """[name, whether an embedding's]."""
+    sound = isinstance(described, list) and [type(part) for part in described] == [str, bool]
+    require_file(sound and described[0] in records, where, f"it is damaged: nothing is shared as {described!r:.60}")
+    return described[0], described[1]
 
 
 def _shape(described: Any, where: str) -> Shape:
