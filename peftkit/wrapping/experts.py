@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from peftkit.adapters.stacked import Stacked
 from peftkit.kernels.sharding import sharded
 from peftkit.kernels.torch_private import eager, own_parameters
-from peftkit.wrapping.layer import AdaptedParameters
+from peftkit.wrapping.layer import AdaptedParameters, base_class
+from peftkit.wrapping.routing import of_some, routed
 from peftkit.wrapping.stacks import StackGeometry
 
 #: what was read of adapted stacks of experts in the call of a module that runs now
@@ -25,6 +28,11 @@ class AdaptedExperts(AdaptedParameters):
         state = self.adapter_state
         if not eager() or not state.now().strengths:
             return super().forward(*args, **kwargs)
+        few = routed(self, args, kwargs)
+        if few is not None:
+            base = base_class(self)
+            module = of_some(self, base, few.experts, partial(self._some, few.experts))
+            return base.forward(module, *few.args, **few.kwargs)
         token = _READ.set({})
         try:
             return super().forward(*args, **kwargs)
@@ -50,3 +58,18 @@ class AdaptedExperts(AdaptedParameters):
             state.answer()
         geometry = cast(StackGeometry, state.slots[parameter_name].geometry)
         return geometry.changed(parameter, self.deltas(parameter_name, acting))
+
+    def _some(self, experts: Tensor, parameter_name: str) -> Tensor:
+        """A parameter for some experts: W + Σ ΔW (k, …) where it is an adapted stack."""
+        parameter, state = cast(Tensor, own_parameters(self)[parameter_name]), self.adapter_state
+        slot, merged = state.slots.get(parameter_name), state.merged
+        if slot is None:
+            return parameter[experts]
+        if state.roll is not None:
+            state.answer()
+        geometry, weight = cast(StackGeometry, slot.geometry), parameter[experts]
+        strengths = state.now().strengths.items()
+        own = [(adapter, s) for name, s in strengths if (adapter := self.adapter(name, parameter_name)) is not None]
+        base = weight if merged is None else merged.original(parameter_name, parameter)[experts]
+        deltas = [cast(Stacked, adapter).some(experts)(geometry.bands(base), s) for adapter, s in own]
+        return geometry.changed(weight, deltas)
