@@ -81,6 +81,10 @@ class MergeError(PeftkitError, RuntimeError):
     """A merge that would not do what it says: non-finite, or a weight that did not change."""
 
 
+class QuantisedMergeError(MergeError):
+    """A merge into a quantised weight that was not asked for by `into`, or in which most of a ΔW would not survive."""
+
+
 class NormError(PeftkitError, RuntimeError):
     """The norm of a ΔW that cannot be limited: it is not finite, or no parameter scales that ΔW."""
 

@@ -28,6 +28,7 @@ class MergedWeight:
     norm: float  # ‖Σ λᵢ·ΔWᵢ‖_F
     change: float  # ‖W' − W‖_F, what the weight really moved; in another dtype, from W in that dtype
     lost: float  # ‖ΔW − (W' − W)‖ / ‖ΔW‖, the share that the weight's dtype could not hold
+    survived: float | None = None  # <ΔW, W' − W> / ‖ΔW‖², the share that is there after W' was quantised again
 
 
 def add_(

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from peftkit.delta import Delta
@@ -24,70 +22,30 @@ from peftkit.errors import (
     UnsupportedLayerError,
     require_choice,
 )
-from peftkit.geometry import Geometry
 from peftkit.wrapping.backup import BACKUPS, Backup, Copy, Merged, checksum
 from peftkit.wrapping.divided import divided, require_not_empty
 from peftkit.wrapping.layer import Adapted, adapted_modules, installed_adapters, names_of
-from peftkit.wrapping.listing import Row, listing
+from peftkit.wrapping.merge_report import MergeReport as MergeReport
 from peftkit.wrapping.pipeline import of_models
+from peftkit.wrapping.quantised_merge import Quantised, Replaced
 from peftkit.wrapping.roll import require_none_lost, roll_of, warn_never_ran
 from peftkit.wrapping.select import tied_with
 from peftkit.wrapping.share import acting_alike, weight_of
-from peftkit.wrapping.sites import sites
+from peftkit.wrapping.sites import Slot, sites
 from peftkit.wrapping.walk import dotted
 from peftkit.wrapping.wrap import unwrap
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """Say what a merge did. str(report) is a line, `table()` has a row for each weight.
-
-    Attributes:
-        weights: for each weight its name, the adapters in it, ‖ΔW‖, how far it moved and the share that was lost.
-
-    Example:
-        >>> model = nn.Linear(8, 8)
-        >>> _ = pk.wrap(model, "full")
-        >>> with torch.no_grad():
-        ...     _ = pk.adapter_parameters(model)[0].fill_(0.5)
-        >>> report = pk.merge(model)
-        >>> report.changed, report.norm
-        (('the model',), 4.0)
-    """
-
-    weights: tuple[MergedWeight, ...]
-
-    @property
-    def changed(self) -> tuple[str, ...]:
-        """The names of the weights that moved."""
-        return tuple(w.site for w in self.weights if w.change > 0)
-
-    @property
-    def norm(self) -> float:
-        """‖ΔW‖ over all weights."""
-        return math.sqrt(sum(w.norm**2 for w in self.weights))
-
-    @property
-    def lost(self) -> float:
-        """The share of ΔW lost to rounding, over all weights."""
-        total = sum(w.norm**2 for w in self.weights)
-        return math.sqrt(sum((w.lost * w.norm) ** 2 for w in self.weights) / total) if total else 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"merged into {len(self.weights)} weights, {len(self.changed)} changed; "
-            f"‖ΔW‖ = {self.norm:.4g}, {100 * self.lost:.2g} % of it lost to the dtype"
-        )
-
-    def table(self, *, every: bool = True) -> Table:
-        """Every weight, for rich to print; every=False: one row for weights with the same adapters."""
-        measures = {"‖ΔW‖": "{:.4g}".format, "lost to the dtype": "{:.2g} %".format}
-        rows = [Row(w.site, (", ".join(w.adapters),), (w.norm, 100 * w.lost)) for w in self.weights]
-        return listing(["adapters"], measures, rows, every=every)
-
-
 @of_models
-def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup: str | None = "copy") -> MergeReport:
+def merge(
+    model: nn.Module,
+    names: str | Sequence[str] | None = None,
+    *,
+    backup: str | None = "copy",
+    into: str | None = None,
+    origin: nn.Module | Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> MergeReport:
     """Write W + Σ λᵢ·ΔWᵢ into the weights, in place: of all adapters, or of those named.
 
     The sum is formed in at least float32 and rounded once. Merged adapters act through the weight; the others go on
@@ -100,15 +58,24 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup:
             compressed difference of the bits and is slower: where ‖ΔW‖ is 3 % of ‖W‖, 0.42 of a copy in bf16, 0.61
             in fp16, 0.71 in fp32. None keeps nothing and takes the adapters off the model: for good, in the memory of
             a few blocks of rows.
+        into: what becomes of quantised weights, which by default are refused: their grid is far coarser than most ΔW.
+            "dequantised" puts ordinary layers in their place, with the memory of these. "requantised" quantises
+            W + ΔW again, and raises if less than half of a ΔW would survive: at 4 bits almost all of it rounds away,
+            unless W is the original weight. Other weights are merged as ever.
+        origin: the weights that were quantised, for into="requantised": the original model, or its state dict.
+        dtype: of the weights with into="dequantised"; by default what the quantised layer says it was made of.
 
     Returns:
-        What was merged, and what share of it the weights' dtype could not hold.
+        What was merged, and what share of it the weights' dtype could not hold; with into="requantised", what share of
+        ΔW survived.
 
     Raises:
         OptionError: backup is none of these, or names is empty.
         UnknownAdapterError: there is no adapter of one of the names.
         MergeStateError: adapters are merged already, or one is disabled.
         UnsupportedLayerError: the model is divided among processes.
+        QuantisedMergeError: a weight is quantised and into is None, or less than half of a ΔW would survive.
+        WrongBaseError: a weight of origin is not what a quantised one was made of.
         MergeError: a ΔW is not finite, overflows or is lost whole to the dtype, or elements of a weight share memory.
 
     Example:
@@ -123,14 +90,17 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, backup:
     """
     require_choice("backup", backup, (*BACKUPS, None))
     _refuse_divided(model, "merge")
+    quantised = Quantised(into, origin, dtype)
     affected = _affected(model, names)
+    quantised.require(affected)
     if backup is None:
-        return _bake(model, affected)
+        return _bake(model, affected, quantised)
     done: list[Adapted] = []
     weights: list[MergedWeight] = []
     try:
         for host_name, (host, own) in affected.items():
-            weights += _merge_host(host_name, host, own, backup, done)
+            weights += _merge_host(host_name, host, own, backup, done, quantised)
+        quantised.refuse_lost(weights)
         refuse_inert(weights)
     except BaseException:
         _restore(done)
@@ -172,7 +142,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
         state = host.adapter_state
         assert state.merged is not None
         for slot_name, was in state.merged.checksums.items():
-            if checksum(host.weight_of(state.slots[slot_name])) != was:
+            if was != _mark(host, slot_name, state.merged.backups[slot_name]):
                 raise MergeStateError(
                     f"the weight of {name or 'the model'} has changed since the merge (trained, cast or overwritten): "
                     "restoring would not give the base back. unwrap(model, keep_merged=True) keeps it as it is"
@@ -249,12 +219,14 @@ def _check_state(where: str, host: Adapted, own: tuple[str, ...]) -> None:
 class _Job(NamedTuple):
     """One weight and the changes to add to it."""
 
+    host_name: str
+    host: Adapted
     slot_name: str
+    slot: Slot
     site: str
     names: tuple[str, ...]
     deltas: list[Delta]
     weight: Tensor
-    geometry: Geometry
 
 
 def _jobs(host_name: str, host: Adapted, own: Sequence[str]) -> Iterator[_Job]:
@@ -263,12 +235,12 @@ def _jobs(host_name: str, host: Adapted, own: Sequence[str]) -> Iterator[_Job]:
         names, deltas = _deltas(host, slot_name, own)
         if names:
             site = dotted(host_name, slot_name) or "the model"
-            yield _Job(slot_name, site, names, deltas, host.weight_of(slot).detach(), slot.geometry)
+            yield _Job(host_name, host, slot_name, slot, site, names, deltas, host.weight_of(slot).detach())
 
 
 @torch.no_grad()
 def _merge_host(
-    host_name: str, host: Adapted, own: tuple[str, ...], mode: str, done: list[Adapted]
+    host_name: str, host: Adapted, own: tuple[str, ...], mode: str, done: list[Adapted], quantised: Quantised
 ) -> list[MergedWeight]:
     """Merge into the weights of one module, which goes to `done` before the first is written."""
     first = next((other.adapter_state.merged for other in done if weight_of(other) == weight_of(host)), None)
@@ -282,10 +254,16 @@ def _merge_host(
     merged = host.adapter_state.merged = Merged(own, backups, {})
     done.append(host)
     results = []
-    for slot_name, site, names, deltas, weight, geometry in jobs:
+    for _, _, slot_name, slot, site, names, deltas, weight in jobs:
+        if slot.base is not None:
+            made = quantised.replacement(host_name, host, names, deltas)
+            backups[slot_name] = made.put(host)
+            merged.checksums[slot_name] = _mark(host, slot_name, backups[slot_name])
+            results.append(made.result)
+            continue
         before = weight.clone()
         backups[slot_name] = Copy(before)  # until the merge of this weight is complete
-        norm, change, lost = add_(deltas, weight, geometry)
+        norm, change, lost = add_(deltas, weight, slot.geometry)
         if not math.isfinite(norm):
             raise MergeError(f"{site}: the ΔW of {', '.join(names)} is not finite; nothing was merged")
         if not math.isfinite(change):
@@ -298,24 +276,44 @@ def _merge_host(
 
 
 @torch.no_grad()
-def _bake(model: nn.Module, affected: _Affected) -> MergeReport:
+def _bake(model: nn.Module, affected: _Affected, quantised: Quantised) -> MergeReport:
     """Merge for good. Nothing can be restored, so every check comes before the first weight is written."""
     once: dict[int, str] = {}
     for host_name, (host, _) in affected.items():
         once.setdefault(weight_of(host), host_name)
     jobs = [job for at in once.values() for job in _jobs(at, *affected[at])]
-    expected = []
-    for _, site, names, deltas, weight, geometry in jobs:
-        refuse_overflow(site, names, deltas, weight)
-        expected.append(MergedWeight(site, names, *add_(deltas, weight, geometry, dry=True)))
+    expected = [_expected(job, quantised) for job in jobs]
+    quantised.refuse_lost(expected)
     refuse_inert(expected)
-    weights = [
-        MergedWeight(site, names, *add_(deltas, weight, geometry, safe=True))
-        for _, site, names, deltas, weight, geometry in jobs
-    ]
+    weights = [_written(job, quantised) for job in jobs]
     for name in dict.fromkeys(name for _, own in affected.values() for name in own):
         unwrap(model, name)
     return MergeReport(tuple(weights))
+
+
+def _expected(job: _Job, quantised: Quantised) -> MergedWeight:
+    """What a merge for good would do to one weight."""
+    if job.slot.base is not None:
+        return quantised.replacement(job.host_name, job.host, job.names, job.deltas).result
+    refuse_overflow(job.site, job.names, job.deltas, job.weight)
+    return MergedWeight(job.site, job.names, *add_(job.deltas, job.weight, job.slot.geometry, dry=True))
+
+
+def _written(job: _Job, quantised: Quantised) -> MergedWeight:
+    """What a merge for good does to one weight."""
+    if job.slot.base is None:
+        return MergedWeight(job.site, job.names, *add_(job.deltas, job.weight, job.slot.geometry, safe=True))
+    made = quantised.replacement(job.host_name, job.host, job.names, job.deltas)
+    made.put(job.host)
+    return made.result
+
+
+def _mark(host: Adapted, slot_name: str, backup: Backup) -> int:
+    """What is the same at `restore` as after the merge, unless the weight was changed in between."""
+    slot = host.adapter_state.slots[slot_name]
+    if slot.base is not None:  # evaluation may write the same numbers in another layout: the parameter is what counts
+        return int(isinstance(backup, Replaced) and backup.is_in(host))
+    return checksum(host.weight_of(slot))
 
 
 def _deltas(host: Adapted, slot_name: str, own: Sequence[str]) -> tuple[tuple[str, ...], list[Delta]]:
@@ -339,6 +337,9 @@ def _restore(hosts: Sequence[Adapted]) -> None:
         state = host.adapter_state
         assert state.merged is not None
         for slot_name, snapshot in state.merged.backups.items():
+            if isinstance(snapshot, Replaced):
+                snapshot.give_back(host)
+                continue
             weight = host.weight_of(state.slots[slot_name])
             weight.copy_(snapshot.original(weight))
     for host in hosts:

@@ -20,6 +20,8 @@ class Base(ABC):
 
     #: what the format is called in messages
     title: ClassVar[str]
+    #: the parameters that a layer of this format has beside those of an nn.Linear
+    beside: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     @abstractmethod

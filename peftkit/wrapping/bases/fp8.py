@@ -25,6 +25,7 @@ class FineGrainedFP8(Base):
     """
 
     title: ClassVar[str] = "transformers fp8"
+    beside: ClassVar[tuple[str, ...]] = ("weight_scale_inv", "activation_scale")
 
     numbers: Tensor
     scales: Tensor

@@ -1,0 +1,72 @@
+"""What a merge did, weight by weight."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from rich.table import Table
+
+from peftkit.delta.addition import MergedWeight
+from peftkit.wrapping.listing import Row, listing
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Say what a merge did. str(report) is a line, `table()` has a row for each weight.
+
+    Attributes:
+        weights: for each weight its name, the adapters in it, ‖ΔW‖, how far it moved and the share that was lost; of a
+            weight that was quantised again, the share of ΔW that survived too.
+
+    Example:
+        >>> model = nn.Linear(8, 8)
+        >>> _ = pk.wrap(model, "full")
+        >>> with torch.no_grad():
+        ...     _ = pk.adapter_parameters(model)[0].fill_(0.5)
+        >>> report = pk.merge(model)
+        >>> report.changed, report.norm
+        (('the model',), 4.0)
+    """
+
+    weights: tuple[MergedWeight, ...]
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The names of the weights that moved."""
+        return tuple(w.site for w in self.weights if w.change > 0)
+
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖ over all weights."""
+        return math.sqrt(sum(w.norm**2 for w in self.weights))
+
+    @property
+    def lost(self) -> float:
+        """The share of ΔW lost to rounding, over all weights."""
+        total = sum(w.norm**2 for w in self.weights)
+        return math.sqrt(sum((w.lost * w.norm) ** 2 for w in self.weights) / total) if total else 0.0
+
+    @property
+    def survived(self) -> float | None:
+        """The share of ΔW that is in the weights that were quantised again, over all of them; None without any."""
+        again = [(w.norm**2, w.survived) for w in self.weights if w.survived is not None]
+        total = sum(square for square, _ in again)
+        return sum(square * share for square, share in again) / total if total else None
+
+    def __str__(self) -> str:
+        kept = "" if self.survived is None else f"; {100 * self.survived:.3g} % of it survived in the quantised weights"
+        return (
+            f"merged into {len(self.weights)} weights, {len(self.changed)} changed; "
+            f"‖ΔW‖ = {self.norm:.4g}, {100 * self.lost:.2g} % of it lost to the dtype{kept}"
+        )
+
+    def table(self, *, every: bool = True) -> Table:
+        """Every weight, for rich to print; every=False: one row for weights with the same adapters."""
+        measures = {"‖ΔW‖": "{:.4g}".format, "lost to the dtype": "{:.2g} %".format}
+        rows = [Row(w.site, (", ".join(w.adapters),), (w.norm, 100 * w.lost)) for w in self.weights]
+        if self.survived is not None:
+            measures["survived"] = "{:.3g} %".format
+            shares = (None if w.survived is None else 100 * w.survived for w in self.weights)
+            rows = [replace(row, measures=(*row.measures, share)) for row, share in zip(rows, shares, strict=True)]
+        return listing(["adapters"], measures, rows, every=every)
