@@ -68,12 +68,13 @@ def shard(model: Model) -> Model:
     return model
 
 
-def train(model: nn.Module) -> list[float]:
+def train(model: nn.Module, dtype: torch.dtype = torch.float32, lr: float = 0.1, steps: int = STEPS) -> list[float]:
     """The losses of some steps of SGD; the same batch on every process."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    x = batch().to(dtype)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
-    for _ in range(STEPS):
-        loss = (model(batch()) - 1).square().mean()
+    for _ in range(steps):
+        loss = (model(x).float() - 1).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -117,6 +118,41 @@ def test_a_divided_model_trains_and_saves_as_a_whole_one_does(tmp_path: Path) ->
         loaded = plain()
         assert pk.load(loaded, tmp_path / name).complete
         torch.testing.assert_close(loaded.eval()(batch()), model.eval()(batch()), rtol=1e-5, atol=1e-5)
+
+
+def _body_alone(kind: str, dtype: torch.dtype = torch.float32) -> Model:
+    """An adapted model of which nothing else trains: fully_shard takes trained parameters of one dtype."""
+    model = plain().to(dtype)
+    pk.wrap(model, kind, targets=("stem", "attention", "body"), **KINDS[kind])
+    return model
+
+
+#: steps that move the loss by far more than bf16 rounds it
+_FAST: dict[str, Any] = {"lr": 5.0, "steps": 4}
+
+
+def _train_mixed(folder: Path) -> dict[str, list[list[float]]]:
+    """Losses in 16 bits: of weights in bf16 under adapters in fp32, and of a policy that casts to bf16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    del folder
+    found = {}
+    for kind in KINDS:
+        narrow, cast = _body_alone(kind, torch.bfloat16), _body_alone(kind)
+        fully_shard(cast, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+        found[kind] = [train(shard(narrow), torch.bfloat16, **_FAST), train(cast, **_FAST)]
+    return found
+
+
+@pytest.mark.processes
+def test_a_divided_model_of_mixed_dtypes_trains_as_a_whole_one_does(tmp_path: Path) -> None:
+    told = distributed(_train_mixed, tmp_path, folder=tmp_path)
+    assert told[0] == told[1]
+    for kind, (narrow, cast) in told[0].items():
+        whole = train(_body_alone(kind), **_FAST)
+        assert abs(whole[0] - whole[-1]) > 0.02 * whole[0], kind
+        assert narrow == pytest.approx(train(_body_alone(kind, torch.bfloat16), torch.bfloat16, **_FAST), rel=0.002)
+        assert cast == pytest.approx(whole, rel=0.02), kind
 
 
 def _write(model: nn.Module, folder: Path, kind: str) -> None:
