@@ -1,6 +1,7 @@
 # make demo   set up .venv and run the main job on real digits      make test       set up .venv, lint, types, tests
 # make demo-text   the same with a real language model              make test-full  the long sweeps too
 # make docs   build the site of docs/ into site/
+# make matrix  try every kind in every place where people train, print the table and renew docs/matrix.md
 # make laws   print adapter × layer × law                           make bench      the measurements in benchmarks/
 # make gpu    all that needs a GPU, in ten minutes: kernels tested and timed, steps, merges; into benchmarks/results/<gpu>.json
 # make test-oldest   the fast tests without other libraries, on the oldest dependencies of pyproject.toml, in .venv-oldest
@@ -17,7 +18,7 @@ CORE := tests/kernels tests/delta tests/adapters tests/wrapping tests/training -
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-text docs test test-full test-oldest test-newest laws bench gpu evidence readme format clean
+.PHONY: matrix demo demo-text docs test test-full test-oldest test-newest laws bench gpu evidence readme format clean
 
 $(VENV)/ready-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -56,6 +57,9 @@ test-oldest test-newest: test-%: .venv-%/ready
 
 laws: $(VENV)/ready-dev
 	$(BIN)/python scripts/laws_table.py
+
+matrix: $(VENV)/ready-dev
+	$(BIN)/python scripts/matrix.py
 
 bench: $(VENV)/ready-dev
 	$(BIN)/python scripts/fetch_assets.py text

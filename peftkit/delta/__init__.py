@@ -4,6 +4,9 @@ May import geometry, kernels and errors; knows no algorithm, no layer and no fil
 structure must have, `InputDependent` for a change that is no matrix, and the structures below.
 """
 
+import torch
+from einops import rearrange
+
 from peftkit.delta.base import Delta as Delta
 from peftkit.delta.butterfly import Butterfly as Butterfly
 from peftkit.delta.channelwise import ChannelScale as ChannelScale
@@ -18,3 +21,7 @@ from peftkit.delta.rotation import Rotation as Rotation
 from peftkit.delta.stack import LowRankStack as LowRankStack
 from peftkit.delta.stack import Stack as Stack
 from peftkit.delta.stack import StackedDelta as StackedDelta
+
+# einops notes a class of tensors when it first meets it, which torch.compile cannot trace inside a checkpoint
+for _each in (torch.zeros(1), torch.nn.Parameter(torch.zeros(1))):
+    rearrange(_each, "a -> a")
