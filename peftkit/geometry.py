@@ -51,6 +51,7 @@ class Geometry:
 
     shape: Shape
     spatial: int  # number of spatial dimensions; 0 for Linear, whose channels are the last dimension
+    vector: bool = False  # whether it is of a norm's weight or a bias, which has no layer that runs it
 
     def __init__(self, weight_shape: torch.Size, layer: nn.Module | None = None) -> None:
         self.transposed = layer is not None and (isinstance(layer, _TRANSPOSED) or is_conv1d(layer))
@@ -91,7 +92,9 @@ class Geometry:
         """Return the weight as a matrix (m, n): itself if it is one, else a view where its memory allows."""
         if self.transposed:
             return self.bands(weight).reshape(self.shape.rows, self.shape.columns)
-        return weight if weight.dim() == 2 else weight.reshape(self.shape.rows, self.shape.columns)
+        return (
+            weight if weight.dim() == 2 and self.vector is None else weight.reshape(self.shape.rows, self.shape.columns)
+        )
 
     def weight(self, matrix: Tensor) -> Tensor:
         """Return a matrix (m, n) in the shape of the layer's weight; the inverse of `matrix`."""
@@ -274,14 +277,15 @@ def _product_gradients(gy: Tensor, x: Tensor, M: Tensor, for_x: bool) -> tuple[T
     return gy @ M if for_x else None, rows.mT @ x.reshape(-1, x.shape[-1])
 
 
-def is_conv1d(layer: nn.Module) -> bool:
-    """Return whether a layer is the Conv1D of transformers, y = x·W + b with W (n, m), without an import of it."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(layer).__mro__)
+def is_conv1d(layer: nn.Module | type[nn.Module]) -> bool:
+    """Return whether a layer, or a class, is the Conv1D of transformers, with W (n, m), without an import of it."""
+    mro = (layer if isinstance(layer, type) else type(layer)).__mro__
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in mro)
 
 
-def is_layer(layer: nn.Module) -> bool:
-    """Return whether a module is a Linear, a convolution of any sort, or a Conv1D of GPT-2."""
-    return isinstance(layer, LAYERS) or is_conv1d(layer)
+def is_layer(layer: nn.Module | type[nn.Module]) -> bool:
+    """Return whether a module, or a class, is a Linear, a convolution of any sort, or a Conv1D of GPT-2."""
+    return issubclass(layer if isinstance(layer, type) else type(layer), LAYERS) or is_conv1d(layer)
 
 
 def of(layer: nn.Module) -> Geometry:

@@ -40,6 +40,8 @@ class Adapter(nn.Module, ABC):
 
     #: whether `delta` takes parameters with a leading dimension too, those of several experts, and gives ΔW of them all
     batched: ClassVar[bool] = False
+    #: whether it adapts a norm's weight and a bias too, as matrices of one column
+    vectors: ClassVar[bool] = False
     #: how files hold a ΔW of this kind's structure; None for kinds whose ΔW is of another kind's structure, or of none
     additive: ClassVar[type[Additive] | None] = None
     #: the tensors to which all of ΔW is proportional: times c, those that are there make it c·ΔW; none if ΔW is not so

@@ -20,7 +20,8 @@ from peftkit.geometry import Shape
 class Full(Adapter):
     """Adds a whole matrix: ΔW = M, full fine-tuning kept apart from the base.
 
-    The parameter `change`, M (m, n), starts at 0. Any ΔW can be written as a Full.
+    The parameter `change`, M (m, n), starts at 0. Any ΔW can be written as a Full. It is the kind for norms and biases,
+    whose change is a column (p, 1); on every bias it is BitFit, https://arxiv.org/abs/2106.10199.
 
     Source: LyCORIS' "full" and the "diff" of WebUI files, https://github.com/KohakuBlueleaf/LyCORIS.
 
@@ -39,6 +40,7 @@ class Full(Adapter):
     convention: ClassVar[str] = "change"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"change"})
     decays = frozenset({"change"})
+    vectors: ClassVar[bool] = True
     additive = Additive
 
     def __init__(self, shape: Shape, weight: Tensor) -> None:

@@ -115,7 +115,7 @@ def _installed(model: nn.Module, path: object, name: str) -> dict[str, dict[str,
         merged = at.host.adapter_state.merged
         if merged is not None and name in merged.names:
             raise MergeStateError(f"{name!r} is merged into {at.site or 'the model'}: restore(model) before loading it")
-        before = dotted(hosts[id(at.host)], "adapters", name, at.slot_name)
+        before = dotted(hosts[id(at.host)], at.key)
         found[at.site] = {f"{before}.{key}": tensor for key, tensor in at.adapter.state_dict().items()}
     if not found:
         raise FullCheckpointError(

@@ -46,6 +46,7 @@ from peftkit.wrapping.share import shared_places
 from peftkit.wrapping.sites import Site, as_read
 from peftkit.wrapping.stacks import turned
 from peftkit.wrapping.strength import require_strength
+from peftkit.wrapping.vectors import refusal
 from peftkit.wrapping.walk import dotted
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def load(
     with error_context(path):
         require_not_empty(model)
         selector = Selector(model)
-        ours = selector.sites
+        ours = selector.all_sites
         bundle = of_component(bundle, component, ours)
         ours |= {site: as_read(ours[site]) for p in patterns(read_weights) for site in selector.find(p).sites}
         fitting, distances, report = compared(path, name, bundle, ours, component)
@@ -261,6 +262,8 @@ def compared(
             found = misfit(part, shape, matrix.dtype, portable=bundle.portable, where=where)
             if site.slot.geometry.transposed and bundle.format == "native" and not (patch.transposed or shape.kernel):
                 found = replace(found, mismatched=(*found.mismatched, f"{where}: {_AS_IT_LIES}"))
+            if (reason := refusal(site, part.kind)) is not None:
+                found = replace(found, mismatched=(*found.mismatched, f"{where}: {reason}"))
             if part.bias and own_parameters(site.module).get("bias") is not None:
                 found = replace(found, mismatched=(*found.mismatched, f"{where} has a bias, and {part.bias}"))
             if found:

@@ -34,7 +34,7 @@ from peftkit.files.formats.container import Info
 from peftkit.files.formats.patch import Patch
 from peftkit.files.merge_plan import Adapters, MergePlan, plan_merge
 from peftkit.files.merge_steps import Planned, PlannedExtra, PlannedVector
-from peftkit.files.place import FLOATS, Span, spans, whole
+from peftkit.files.place import FLOATS, Span, as_matrix, spans, whole
 from peftkit.files.read import Reading
 from peftkit.geometry import Geometry
 from peftkit.kernels.blocks import accumulation_dtype
@@ -229,7 +229,7 @@ class _Writer:
             wide = torch.promote_types(accumulation_dtype(own), accumulation_dtype(target))
             weight = weight.clone() if wide == own and changes else weight.to(wide)
         if self.claims[key]:
-            self._add_claims(key, weight)
+            self._add_claims(key, as_matrix(weight))
         elif self.vectors[key]:
             self._add_vectors(key, weight)
         elif self.extras[key]:

@@ -23,7 +23,7 @@ from peftkit.files.families.layouts import Placement
 from peftkit.files.fingerprint import require_same_base
 from peftkit.files.formats import container, native
 from peftkit.files.formats.patch import AdapterFile, Patch
-from peftkit.files.merge_steps import Planned, PlannedExtra, PlannedVector
+from peftkit.files.merge_steps import Planned, PlannedExtra, PlannedVector, conflicts
 from peftkit.files.patterns import Strength, Strengths
 from peftkit.files.place import (
     FLOATS,
@@ -158,7 +158,7 @@ def plan_merge(
     with error_context(base, *adapters):
         for path, strength in adapters.items():
             planner.add(str(path), bundles[str(path)], strength)
-        planner.find_shared()
+        planner.find_conflicts()
         planner.raise_problems()
     extras = tuple(planner.extras)
     return MergePlan(opened, tuple(planner.patches), tuple(planner.vectors), bundles, own, dtype, extras)
@@ -301,19 +301,8 @@ class _Planner:
         if factor:
             self.extras.append(PlannedExtra(file, name, key, factor))
 
-    def find_shared(self) -> None:
-        """A tensor that gets a trained value can get nothing else: which of them came first would matter."""
-        flipped = {(part.weight, part.transposed): p.file for p in self.patches for part in p.parts}
-        for weight in [weight for weight, transposed in flipped if transposed and (weight, False) in flipped]:
-            files = flipped[weight, True], flipped[weight, False]
-            self.misfits.append(f"{files[0]}: it reads {weight} as (in, out), and {files[1]} as (out, in)")
-        changed = {part.weight: p.file for p in self.patches for part in p.parts}
-        changed |= {span.key: v.file for v in self.vectors for span in v.spans}
-        for extra in (e for e in self.extras if e.key in changed):
-            self.misfits.append(
-                f"{extra.file}: {extra.name} replaces {extra.key}, which {changed[extra.key]} changes too: load both "
-                "into a model and merge there"
-            )
+    def find_conflicts(self) -> None:
+        self.misfits += conflicts(self.patches, self.vectors, self.extras)
 
     def _check_base(self, file: str, bundle: AdapterFile, distances: Mapping[str, float]) -> None:
         kinds = {name: bundle.patches[name].kind for name in distances}

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peftkit.adapters import registry
 from peftkit.errors import MismatchError, UnsupportedLayerError
 from peftkit.files.base import Base
 from peftkit.files.families import layouts, names
@@ -17,6 +18,7 @@ from peftkit.files.fingerprint import sample_index
 from peftkit.files.formats.patch import Patch
 from peftkit.files.resolve import Resolver
 from peftkit.geometry import Geometry, Shape
+from peftkit.wrapping.vectors import BIASES
 
 #: dtypes by the container's names that ΔW can be added to
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -44,6 +46,8 @@ def paths_of(base: Base) -> Iterator[tuple[str, Placement]]:
         prefix = key.removesuffix(last)
         if last == "weight":
             yield path, Placement(key, bias(f"{prefix}bias"))
+        elif last in BIASES and len(base.info(key).shape) == 1:
+            yield key, Placement(key)
         elif last == "in_proj_weight" and len(base.info(key).shape) == 2:
             rows = base.info(key).shape[0] // 3
             for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
@@ -74,11 +78,15 @@ def shape_of(base: Base, parts: Sequence[Placement], patch: Patch) -> Shape:
     """The weight that a patch's parts make together. Raises MismatchError for one that no layer has."""
     for part in parts:
         sizes = base.info(part.weight).shape
+        if len(sizes) == 1 and sizes[0] and registry.get(patch.kind).vectors:
+            continue
         if not 2 <= len(sizes) <= 5 or 0 in sizes:
             raise MismatchError(f"{part.weight} of {base.path} is {sizes}, and {patch.kind} changes matrices")
     if patch.transposed and base.info(parts[0].weight).shape[0] % patch.shape.groups:
         raise MismatchError(f"{parts[0].weight} of {base.path} is in no {patch.shape.groups} groups")
     info, rows = base.info(parts[0].weight), sum(rows_of(base, part) for part in parts)
+    if len(info.shape) == 1:
+        return Shape(rows, 1)
     if parts[0].transposed:
         return Shape(rows, info.shape[0])
     kernel = info.shape[2:]
@@ -148,13 +156,18 @@ def samples_of(base: Base, part: Placement, patch: Patch) -> np.ndarray:
 
 def _matrix(base: Base, part: Placement, patch: Patch) -> Tensor:
     """The rows of a weight that a part means, in the patch's order: (rows, n)."""
-    weight = base.tensor(part.weight)
+    weight = as_matrix(base.tensor(part.weight))
     if part.transposed:
         weight = weight.mT
     elif patch.transposed and weight.dim() > 2:
         return Geometry.of_weight(tuple(weight.shape), patch.shape.groups, transposed=True).matrix(weight)
     rows = weight.flatten(1)[part.start : part.stop]
     return rows.roll(len(rows) // 2, 0) if part.swapped else rows
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """Return a norm's weight or a bias as a column (p, 1), a view; any other weight as it is."""
+    return weight[:, None] if weight.dim() == 1 else weight
 
 
 def whole(base: Base, parts: Sequence[Placement], patch: Patch) -> Tensor:

@@ -188,7 +188,7 @@ def _metadata(
                 at.adapter.options,
                 at.slot.geometry.shape,
                 at.slot.geometry.transposed,
-                bool(at.host.adapter_state.reads) and not at.slot_name,
+                _is_read(at),
                 at.looks_up,
             )
             for site, at in own.items()
@@ -206,6 +206,12 @@ def _metadata(
         raise OptionError(
             f"training={training!r:.200} was given, facts that JSON can hold were expected: {error}"
         ) from None
+
+
+def _is_read(at: InstalledAdapter) -> bool:
+    """Whether a layer's matrix is adapted where it is read, which its layer does not say by itself."""
+    matrix = not at.slot_name and not at.slot.geometry.vector
+    return matrix and at.slot.parameter in at.host.adapter_state.reads
 
 
 def _packed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -22,7 +22,7 @@ from peftkit.wrapping.divided import require_not_empty
 from peftkit.wrapping.extras import give_back_, replace_, require_returnable, require_unmerged
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.pipeline import of_models
-from peftkit.wrapping.sites import sites
+from peftkit.wrapping.vectors import every_site
 from peftkit.wrapping.walk import dotted
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def swap(
         require_not_empty(model)
         here = {at.site: at for at in installed_adapters(model, [name])}
         _require_writable(here.values())
-        ours = sites(model)
+        ours = every_site(model)
         bundle = of_component(bundle, component, ours)
         fitting, distances, report = compared(path, name, bundle, ours, component)
         beside = placed(bundle, model) if extras else PlacedExtras()

@@ -108,7 +108,7 @@ class Recipe:
         patterns = self.arguments["targets"].split(",") if "targets" in self.arguments else there.intersection(classes)
         for pattern in patterns or ["attn-mlp"]:
             for name in selector.find(pattern).sites:
-                if name not in seen:
+                if name not in seen and name in selector.sites:
                     seen.add(name)
                     yield selector.sites[name]
 

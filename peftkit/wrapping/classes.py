@@ -7,13 +7,14 @@ from typing import Any, cast
 
 from torch import nn
 
+from peftkit.geometry import is_layer
 from peftkit.wrapping.experts import AdaptedExperts
 from peftkit.wrapping.layer import Adapted, AdaptedLayer, AdaptedLookup, AdaptedParameters, base_class
 from peftkit.wrapping.lookup import EMBEDDINGS
 
 
 @functools.cache
-def adapted_class(base: type[nn.Module], reads: tuple[str, ...] = (), experts: bool = False) -> type[Adapted]:
+def adapted_class(base: type[nn.Module], reads: tuple[str, ...], experts: bool = False) -> type[Adapted]:
     """The subclass of `base` whose instances are adapted.
 
     Args:
@@ -29,13 +30,13 @@ def adapted_class(base: type[nn.Module], reads: tuple[str, ...] = (), experts: b
 
 def _bases(base: type[nn.Module], reads: tuple[str, ...]) -> tuple[type, ...]:
     """What an adapted class is made of, in the order in which their `forward` are called."""
-    if reads:
+    if "weight" in reads or not (is_layer(base) or issubclass(base, EMBEDDINGS)):
         return AdaptedParameters, base
     if base in EMBEDDINGS:
         return AdaptedLookup, base
     torchs = next((cls for cls in EMBEDDINGS if issubclass(base, cls)), None)
     if torchs is not None:  # the subclass' own forward acts on what torch's layer, adapted, has looked up for it
-        return base, adapted_class(torchs)
+        return base, adapted_class(torchs, ())
     return AdaptedLayer, base
 
 

@@ -51,18 +51,24 @@ def coverage(modules: Iterable[nn.Module], chosen: Iterable[Site]) -> dict[str, 
         if size := weights_of(module):
             totals[type_name(module)] = totals.get(type_name(module), 0) + size
     adapted: dict[str, int] = {}
-    for site in chosen:
+    for site in _matrices(chosen):
         own = type_name(site.module)
         adapted[own] = adapted.get(own, 0) + site.slot.geometry.shape.rows * site.slot.geometry.shape.columns
     ordered = sorted(totals, key=lambda name: -totals[name])
     return {name: Covered(adapted.get(name, 0), totals[name]) for name in ordered}
 
 
-def described(shares: Mapping[str, Covered]) -> str:
-    """Return one line: the share of all weights, and of each type of layer."""
+def _matrices(chosen: Iterable[Site]) -> list[Site]:
+    return [site for site in chosen if not site.slot.geometry.vector]
+
+
+def described(shares: Mapping[str, Covered], chosen: Collection[Site] = ()) -> str:
+    """Return one line: the share of all weights, and of each type of layer; and how many vectors are chosen."""
     adapted, total = sum(s.adapted for s in shares.values()), sum(s.total for s in shares.values())
     parts = ", ".join(f"{name} {100 * s.adapted / s.total:.3g} %" for name, s in shares.items())
-    return f"adapts layers that hold {100 * adapted / max(total, 1):.3g} % of {total:,} weights: {parts}"
+    count = len(chosen) - len(_matrices(chosen))
+    beside = f"; and {count} norms and biases" if count else ""
+    return f"adapts layers that hold {100 * adapted / max(total, 1):.3g} % of {total:,} weights: {parts}{beside}"
 
 
 def warn_of_little(preset: str, adapted: Collection[Site], skipped: Mapping[str, tuple[nn.Module, str]]) -> None:

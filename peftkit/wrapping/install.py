@@ -15,14 +15,16 @@ from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError, 
 from peftkit.kernels.sharding import sharded
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.classes import adapted_class
+from peftkit.wrapping.experts import AdaptedExperts
 from peftkit.wrapping.hooks import follow_class
-from peftkit.wrapping.layer import Adapted, adapted_modules
+from peftkit.wrapping.layer import WEIGHT, Adapted, adapted_modules, base_class
 from peftkit.wrapping.roll import enrol
 from peftkit.wrapping.routes import ROUTES
-from peftkit.wrapping.sites import Site, slots
+from peftkit.wrapping.sites import Site, Slot
 from peftkit.wrapping.stacks import stacks
 from peftkit.wrapping.state import AdapterState
 from peftkit.wrapping.strength import require_strength
+from peftkit.wrapping.vectors import slots
 from peftkit.wrapping.walk import named_modules, unwrapped
 
 #: where the parameters that required gradients before the first wrap are kept on the model, until its last unwrap
@@ -109,27 +111,50 @@ def _copied(site: Site, shared: nn.Parameter) -> nn.Parameter:
 def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str, untie: bool) -> None:
     module = site.module
     if not isinstance(module, Adapted):
-        own = slots(module)
-        reads = tuple(dict.fromkeys(slot.parameter for slot in own.values())) if site.read else ()
-        base = type(module)
-        module.__class__ = adapted_class(base, reads, bool(stacks(module)))
-        follow_class(module, base)
+        _become(module, type(module), (), experts=bool(stacks(module)))
         assert isinstance(module, Adapted)
         module.adapters = nn.ModuleDict()
-        module.adapter_state = AdapterState(own, reads)
+        module.adapter_state = AdapterState(slots(module), ())
     host = module
     state = host.adapter_state
+    if site.read:
+        _read(host, site.slot)
     state.route = route
     if untie and site.slot.parameter not in state.tied:
         shared = cast(nn.Parameter, own_parameters(host)[site.slot.parameter])
         state.tied[site.slot.parameter] = shared
         own_parameters(host)[site.slot.parameter] = _copied(site, shared)
     adapter.train(host.training)
-    if site.slot_name:
-        if name not in host.adapters:
-            host.adapters[name] = nn.ModuleDict()
-        cast(nn.ModuleDict, host.adapters[name])[site.slot_name] = adapter
-    else:
-        host.adapters[name] = adapter
+    _put(host, name, site.slot_name, adapter)
     state.strengths[name] = float(strength)
     state.refresh()
+
+
+def _become(module: nn.Module, base: type[nn.Module], reads: tuple[str, ...], *, experts: bool) -> None:
+    """Make a module, adapted or not, one of the adapted class of its base."""
+    before = type(module)
+    module.__class__ = adapted_class(base, reads, experts)
+    follow_class(module, before)
+
+
+def _read(host: Adapted, slot: Slot) -> None:
+    """Let what reads the slot's parameter get it with its adapters; of matrices, what reads any of them."""
+    state = host.adapter_state
+    if slot.parameter in state.reads:
+        return
+    matrices = [own.parameter for own in state.slots.values() if not own.geometry.vector]
+    added = [slot.parameter] if slot.geometry.vector else matrices
+    state.reads = tuple(dict.fromkeys([*state.reads, *added]))
+    _become(host, base_class(host), state.reads, experts=isinstance(host, AdaptedExperts))
+
+
+def _put(host: Adapted, name: str, slot_name: str, adapter: Adapter) -> None:
+    """Put an adapter into its module: as "<name>", or beside others of that name on the same module's weights."""
+    if name not in host.adapters and not slot_name:
+        host.adapters[name] = adapter
+        return
+    held = host.adapters[name] if name in host.adapters else nn.ModuleDict()
+    if not isinstance(held, nn.ModuleDict):  # the weight's own, which was alone until now
+        held = nn.ModuleDict({WEIGHT: held})
+    held[slot_name or WEIGHT] = adapter
+    host.adapters[name] = held

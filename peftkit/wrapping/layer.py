@@ -28,6 +28,8 @@ from peftkit.wrapping.sites import Slot
 from peftkit.wrapping.state import Acting, AdapterState
 from peftkit.wrapping.walk import dotted, named_modules
 
+#: the key of the adapter of a module's weight where the module's bias has one of the same name beside it
+WEIGHT = "weight"
 #: how many different calls of a layer have their route remembered
 _CALLS = 64
 
@@ -66,8 +68,13 @@ class Adapted(nn.Module):
         """The adapter called `name` on one of the module's weights, if there is one."""
         held = own_modules(cast(nn.Module, own_modules(self)["adapters"])).get(name)
         if isinstance(held, nn.ModuleDict):
-            return cast("Adapter | None", own_modules(held).get(slot_name))
+            return cast("Adapter | None", own_modules(held).get(slot_name or WEIGHT))
         return None if slot_name else cast("Adapter | None", held)
+
+    def adapts(self, parameter: str) -> bool:
+        """Whether a parameter, or a part of it, has an adapter."""
+        slots = [name for name, slot in self.adapter_state.slots.items() if slot.parameter == parameter]
+        return any(self.adapter(name, slot_name) is not None for name in self.adapters for slot_name in slots)
 
     def deltas(self, slot_name: str, acting: Acting | None = None) -> list[Delta]:
         """λ·ΔW of every acting adapter on one weight; `acting`, if known, is what acts in this call."""
@@ -81,6 +88,22 @@ class Adapted(nn.Module):
         # Where nobody looks at its values, spare the copy that a matrix of a channels_last weight is
         W = self.base_of(slot_name) if reads_base else self.weight_of(self.adapter_state.slots[slot_name])
         return [adapter(W, strength) for adapter, strength in adapters]
+
+    def effective(self, parameter_name: str) -> Tensor:
+        """The parameter with every acting adapter's ΔW, in the parameter's dtype and shape."""
+        parameter = cast(Tensor, own_parameters(self)[parameter_name])
+        slots = {n: s for n, s in self.adapter_state.slots.items() if s.parameter == parameter_name}
+        state = self.adapter_state
+        acting = state.now()
+        if not acting.strengths or (eager() and sharded(parameter)):  # fully_shard reads its own part, before forward
+            return parameter
+        if eager() and state.roll is not None:  # what is asked under torch.compile is part of the code
+            state.answer()
+        parts = []
+        for slot_name, slot in slots.items():
+            weight, deltas = slot.of(parameter), self.deltas(slot_name, acting)
+            parts.append(changed(weight, deltas, slot.geometry) if deltas else weight)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As torch's, without the adapters that are merged: their ΔW is in the weight, and would count twice."""
@@ -115,7 +138,9 @@ class AdaptedLayer(Adapted):
         if args or kwargs:
             g = g.sized_for(self, input, *args, **kwargs)
         deltas = self.deltas("", acting)
-        drops = [self._drop(name) for name in acting.strengths] if self.training else [0.0] * len(deltas)
+        if not deltas:  # it is the bias that is adapted
+            return super().forward(input, *args, **kwargs)
+        drops = self._drops(acting) if self.training else [0.0] * len(deltas)
         device = input.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         narrow = compute.itemsize < 4
@@ -133,7 +158,8 @@ class AdaptedLayer(Adapted):
         x = input.flatten(0, -2) if rows else input
         forward = super().forward
         y = forward(x, *args, **kwargs) if base is None else base.run(self, forward, x, *args, **kwargs)
-        bias = own_parameters(self)["bias"] if "bias" in own_parameters(self) else cast("Tensor | None", self.bias)
+        plain_bias = "bias" in own_parameters(self) and "bias" not in state.reads
+        bias = own_parameters(self)["bias"] if plain_bias else cast("Tensor | None", self.bias)
         inputs = [(delta, F.dropout(x, p) if p else x) for delta, p in zip(deltas, drops, strict=True)]
         if len(inputs) > 1:  # those that read y come first: the others may write over it
             readers = [each for each in inputs if each[0].reads_output]
@@ -148,9 +174,10 @@ class AdaptedLayer(Adapted):
             state.answer(out)
         return out
 
-    def _drop(self, name: str) -> float:
-        adapter = self.adapter(name, "")
-        return 0.0 if adapter is None else adapter.input_dropout
+    def _drops(self, acting: Acting) -> list[float]:
+        """The dropout of the input of each adapter of the weight."""
+        own = (self.adapter(name, "") for name in acting.strengths)
+        return [adapter.input_dropout for adapter in own if adapter is not None]
 
     def _route(
         self, acting: Acting, deltas: Sequence[Delta], drops: Sequence[float], g: Geometry, x: Tensor, narrow: bool
@@ -208,22 +235,6 @@ class AdaptedLookup(Adapted):
 class AdaptedParameters(Adapted):
     """An adapted module whose weights are read, not called: reading one gives W + ΔW."""
 
-    def effective(self, parameter_name: str) -> Tensor:
-        """The parameter with every acting adapter's ΔW, in the parameter's dtype and shape."""
-        parameter = cast(Tensor, own_parameters(self)[parameter_name])
-        slots = {n: s for n, s in self.adapter_state.slots.items() if s.parameter == parameter_name}
-        state = self.adapter_state
-        acting = state.now()
-        if not acting.strengths or (eager() and sharded(parameter)):  # fully_shard reads its own part, before forward
-            return parameter
-        if eager() and state.roll is not None:  # what is asked under torch.compile is part of the code
-            state.answer()
-        parts = []
-        for slot_name, slot in slots.items():
-            weight, deltas = slot.of(parameter), self.deltas(slot_name, acting)
-            parts.append(changed(weight, deltas, slot.geometry) if deltas else weight)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
 
 def base_class(module: Adapted) -> type[nn.Module]:
     """The class the module had before it was adapted."""
@@ -245,7 +256,14 @@ class InstalledAdapter:
 
     @property
     def slot(self) -> Slot:
+        """The weight as part of its module."""
         return self.host.adapter_state.slots[self.slot_name]
+
+    @property
+    def key(self) -> str:
+        """The adapter's name in its module, "adapters.<name>", with the weight's where several are of one name."""
+        several = isinstance(self.host.adapters[self.name], nn.ModuleDict)
+        return dotted("adapters", self.name, (self.slot_name or WEIGHT) if several else "")
 
     @property
     def looks_up(self) -> bool:

@@ -31,7 +31,8 @@ from peftkit.wrapping.quantised_merge import Quantised, Replaced
 from peftkit.wrapping.roll import require_none_lost, roll_of, warn_never_ran
 from peftkit.wrapping.select import tied_with
 from peftkit.wrapping.share import acting_alike, weight_of
-from peftkit.wrapping.sites import Slot, sites
+from peftkit.wrapping.sites import Slot
+from peftkit.wrapping.vectors import every_site
 from peftkit.wrapping.walk import dotted
 from peftkit.wrapping.wrap import unwrap
 
@@ -189,9 +190,10 @@ def _affected(model: nn.Module, names: str | Sequence[str] | None) -> _Affected:
 
 def _refuse_shared(model: nn.Module, affected: _Affected) -> None:
     """Raise for a weight that came to be shared after it was adapted: a merge would change its other module too."""
-    shared = tied_with(model, [site for site in sites(model).values() if site.module_name in affected])
-    for own in acting_alike(affected):  # one adapter on all layers of the weight, which gets its ΔW once
-        shared = {s: others for s, others in shared.items() if s not in own or others.count(", ") + 2 > len(own)}
+    own = [site for site in every_site(model).values() if site.module_name in affected]
+    shared = tied_with(model, [s for s in own if affected[s.module_name][0].adapts(s.slot.parameter)])
+    for places in acting_alike(affected):  # one adapter on all layers of the weight, which gets its ΔW once
+        shared = {s: o for s, o in shared.items() if s not in places or o.count(", ") + 2 > len(places)}
     if shared:
         site, other = next(iter(shared.items()))
         raise TiedWeightsError(

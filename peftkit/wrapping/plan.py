@@ -26,14 +26,15 @@ from peftkit.errors import (
     require_choice,
 )
 from peftkit.kernels.blocks import accumulation_dtype
-from peftkit.kernels.torch_private import own_modules
 from peftkit.wrapping.coverage import Covered, coverage, described, warn_of_little
+from peftkit.wrapping.layer import Adapted
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.routes import OUTPUTS, choose, choose_lookup
 from peftkit.wrapping.rule import Rule
 from peftkit.wrapping.select import Selection, Selector, listed, reasons, tied_with
 from peftkit.wrapping.share import at_every_place, shared_places
 from peftkit.wrapping.sites import Site, as_read
+from peftkit.wrapping.vectors import require_kind
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Plan:
         out = io.StringIO()
         console = Console(file=out, width=110)
         console.print(table)
-        console.print(described(self.coverage), markup=False, highlight=False)
+        console.print(described(self.coverage, [e.site for e in self.entries]), markup=False, highlight=False)
         for line in reasons(dict(self.skipped)):
             console.print(f"skipped {line}", markup=False, highlight=False)
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip()
@@ -166,10 +167,10 @@ def plan(
     require_choice("tied", tied, ("skip", "untie", "share", None))
     selector = Selector(model)
     chosen, skipped = _choose(selector, rules)
-    shared = tied_with(model, [selector.sites[site] for site in chosen])
+    shared = tied_with(model, [selector.all_sites[site] for site in chosen])
     first: dict[str, str] = {}
     if tied == "share":
-        chosen, first = at_every_place(chosen, shared_places(model, selector.sites, chosen))
+        chosen, first = at_every_place(chosen, shared_places(model, selector.all_sites, chosen))
     if tied == "skip":
         chosen, skipped = _without_shared(chosen, skipped, shared)
     elif tied is None:
@@ -177,7 +178,7 @@ def plan(
     dry = _DryRun(dtype)
     entries = tuple(
         dry.entry(as_read(found) if rule.read or found.read else found, rule, pattern, found.name in first)
-        for found, rule, pattern in ((selector.sites[site], *choice) for site, choice in chosen.items())
+        for found, rule, pattern in ((selector.all_sites[site], *choice) for site, choice in chosen.items())
     )
     refuse_taken([entry.site for entry in entries], name)
     shares = coverage(selector.distinct(), [entry.site for entry in entries])
@@ -260,7 +261,9 @@ class _DryRun:
 
     def entry(self, site: Site, rule: Rule, pattern: str, again: bool = False) -> Entry:
         """The entry for one site. again: its adapter is another's, and counted there."""
-        key = (site.slot.geometry.shape, site.dtype, site.slot.base, site.read, site.looks_up, id(rule))
+        geometry = site.slot.geometry
+        sort = geometry.shape, geometry.vector, site.looks_up
+        key = (*sort, site.dtype, site.slot.base, site.read, id(rule))
         if key not in self.seen:
             self.seen[key] = self._measure(site, rule)
         parameters, size, route = self.seen[key]
@@ -270,6 +273,7 @@ class _DryRun:
     def _measure(self, site: Site, rule: Rule) -> tuple[int, int, str]:
         """Parameters, bytes and route of the rule's adapter on one site."""
         shape = site.slot.geometry.shape
+        require_kind(site, rule.kind, decompose=bool(rule.options.get("decompose")))
         weight = torch.empty(shape.rows, shape.columns, dtype=site.dtype, device="meta")
         try:
             adapter = registry.build(rule.kind, shape, weight, self.dtype, **rule.options)
@@ -320,13 +324,8 @@ def refuse_taken(targeted: Sequence[Site], name: str) -> None:
             raise UnsupportedLayerError(
                 f"{site.label} has an attribute {own[0]!r} of its own, which wrapping would hide"
             )
-    taken = [
-        site.label
-        for site in targeted
-        if isinstance(held := own_modules(site.module).get("adapters"), nn.ModuleDict)
-        and name in held
-        and (not site.slot_name or site.slot_name in own_modules(held[name]))
-    ]
+    hosts = [(site, site.module) for site in targeted]
+    taken = [s.label for s, host in hosts if isinstance(host, Adapted) and host.adapter(name, s.slot_name) is not None]
     if taken:
         raise DuplicateNameError(
             f"{listed(taken)} already has an adapter named {name!r}: choose another name=, "

@@ -17,6 +17,7 @@ from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.layer import Adapted, base_class
 from peftkit.wrapping.sites import Site, sites, why_not
 from peftkit.wrapping.stacks import StackGeometry
+from peftkit.wrapping.vectors import is_norm, vector_sites
 from peftkit.wrapping.walk import dotted, named_modules
 
 # A block of a U-Net that is named for the attention in it, UNetMidBlock2DCrossAttn, holds resnets too
@@ -56,6 +57,9 @@ class Selector:
 
     def __init__(self, model: nn.Module) -> None:
         self.sites = sites(model)
+        #: norms and biases, which only a pattern that matches no matrix selects
+        self.vectors = vector_sites(model)
+        self.all_sites = {**self.sites, **self.vectors}
         self.modules = dict(named_modules(model, every_name=True))
         first = {id(module): name for name, module in named_modules(model)}
         #: every name of a module -> the one its sites go by
@@ -69,7 +73,7 @@ class Selector:
                 self.within.setdefault(".".join(parts[:end]), []).append(site.name)
 
     def find(self, pattern: str) -> Selection:
-        """Return the sites that a pattern selects, in model order, at least one.
+        """Return the sites that a pattern selects, in model order, at least one: norms and biases where no matrix is.
 
         Raises:
             TargetError: the pattern matches no layer.
@@ -81,6 +85,9 @@ class Selector:
             found, refused = found - embeddings, refused | dict.fromkeys(sorted(embeddings), _EMBEDDING)
         if found:
             return Selection([site for site in self.sites if site in found], refused)
+        vectors = self._vectors(pattern)
+        if vectors:
+            return Selection([site for site in self.vectors if site in vectors], {})
         if refused:
             raise UnsupportedLayerError(
                 f"target {pattern!r} matches nothing that it adapts. {'. '.join(reasons(refused))}"
@@ -88,8 +95,8 @@ class Selector:
         raise TargetError(f"target {pattern!r} matches no layer of the model.{self._hint(pattern)}")
 
     def every(self, pattern: str) -> set[str]:
-        """Return all sites that a pattern matches, at least one, embeddings too: what `exclude` leaves out."""
-        found, _ = self._match(pattern)
+        """Return all sites that a pattern matches, at least one, embeddings, norms and biases too: for `exclude`."""
+        found = self._match(pattern)[0] | self._vectors(pattern)
         return found or set(self.find(pattern).sites)
 
     def distinct(self) -> list[nn.Module]:
@@ -165,6 +172,31 @@ class Selector:
             if not found
         }
         return {site for found in inside.values() for site in found}, refused
+
+    def _vectors(self, pattern: str) -> set[str]:
+        """The norms and biases that a pattern matches; a preset matches none."""
+        if self.is_preset(pattern):
+            return set()
+        if pattern.startswith("re:"):
+            return self._vectors_by_name(regular_expression(pattern[3:]))
+        if any(c in pattern for c in "*?["):
+            return self._vectors_by_name(re.compile(fnmatch.translate(pattern)))
+        if pattern in self.modules:
+            own = {self.canonical[pattern]}
+        elif pattern in self.vectors:
+            return {pattern}
+        else:
+            own = {self.canonical[name] for name, module in self.modules.items() if pattern in class_names(module)}
+        if not own:
+            return self._vectors_by_name(re.compile(rf".*\.{re.escape(pattern)}"))
+        # a bias beside a matrix goes by its own name, so that a layer which cannot be adapted says why
+        norms = [v for v in self.vectors.values() if is_norm(v.module) or not _holds_matrices(v.module)]
+        return {v.name for v in norms if any(_below(v.module_name, name) for name in own)}
+
+    def _vectors_by_name(self, regex: re.Pattern[str]) -> set[str]:
+        """The norms and biases whose whole name matches, and all that a norm whose name matches has."""
+        norms = {v.module_name for v in self.vectors.values() if not v.slot_name and regex.fullmatch(v.name)}
+        return {v.name for v in self.vectors.values() if v.module_name in norms or regex.fullmatch(v.name)}
 
     def _by_preset(self, classes: re.Pattern[str]) -> tuple[set[str], dict[str, str]]:
         """All sites inside the modules of these classes but the output head and experts, which are refused."""

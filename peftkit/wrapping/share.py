@@ -65,7 +65,7 @@ def at_every_place(
 
 def weight_of(host: Adapted) -> int:
     """Return a number for the parameter that a module's adapters change: the same for modules that share one."""
-    slots = list(host.adapter_state.slots.values())
+    slots = [slot for slot in host.adapter_state.slots.values() if host.adapts(slot.parameter)]
     return id(host.parameter_of(slots[0])) if len(slots) == 1 else id(host)
 
 

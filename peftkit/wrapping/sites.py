@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,9 +88,8 @@ def sites(model: nn.Module) -> dict[str, Site]:
     for name, module in named_modules(model):
         for slot_name, slot in slots(module).items():
             full = dotted(name, slot_name)
-            state = module.__dict__.get("adapter_state")  # an adapted module stays as it was adapted first
-            if state is not None:
-                by_other = bool(state.reads)
+            if _adapts(module, slot):  # a weight stays as it was adapted first
+                by_other = slot.parameter in cast(Any, module).adapter_state.reads
             elif slot.base is not None:  # its parameter is no weight to whoever reads it
                 by_other = id(module) in read
             else:
@@ -106,12 +105,16 @@ def as_read(site: Site) -> Site:
             f"{site.label}: its weight is quantised ({site.slot.base.title}), and other code that reads it reads the "
             "stored numbers: it can be adapted only where its layer is called. Leave out read=True, or exclude it"
         )
-    state = site.module.__dict__.get("adapter_state")
-    if state is not None and not state.reads:
+    if _adapts(site.module, site.slot) and site.slot.parameter not in cast(Any, site.module).adapter_state.reads:
         raise UnsupportedLayerError(
             f"{site.label} has an adapter that acts where the layer is called, and read=True was given: unwrap it first"
         )
     return replace(site, read=True)
+
+
+def _adapts(module: nn.Module, slot: Slot) -> bool:
+    """Whether the slot's parameter has an adapter."""
+    return "adapter_state" in module.__dict__ and cast(Any, module).adapts(slot.parameter)
 
 
 def slots(module: nn.Module) -> dict[str, Slot]:

@@ -57,9 +57,10 @@ def calls_its_weight(module: nn.Module) -> bool:
         own = next(c for c in type(module).__mro__ if c.__name__ == "Conv1D")
     else:
         own = next(c for c in (*LAYERS, *EMBEDDINGS) if isinstance(module, c))
-    plain = type(module).forward is own.forward
+    cls = getattr(type(module), "_base", type(module))  # of an adapted module, the class that it had
+    plain = cls.forward is own.forward
     if isinstance(module, EMBEDDINGS):
-        return plain or calls_super_forward(type(module), own)
+        return plain or calls_super_forward(cls, own)
     if isinstance(module, CONVOLUTIONS):
         plain = plain and convolves_as(module, own)
     return plain

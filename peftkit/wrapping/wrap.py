@@ -117,6 +117,9 @@ def wrap(
     * the name of a class, for all layers inside its instances: "Linear", "BasicTransformerBlock";
     * the end of layers' names, "q_proj" or "to_out.0", where it is none of the above.
 
+    Norms and biases, "norm1" and "fc.bias", are for the kind "full", and are selected by targets that match no matrix:
+    "LayerNorm", "*norm*", "bias", and by no preset.
+
     The projections of an nn.MultiheadAttention are layers of their own: q_proj, k_proj, v_proj and out_proj. So is a
     stack of experts, a parameter (E, out, in) or (E, in, out) of a module with `num_experts`: it gets one adapter, with
     a ΔW for each expert.

@@ -11,6 +11,7 @@ import pickle
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from peftkit.geometry import Geometry
 from peftkit.wrapping.layer import Adapted
 from peftkit.wrapping.lookup import Lookup
 from tests.support import numbers
-from tests.support.zoo import ADAPTERS, make, target_of, train
+from tests.support.zoo import ADAPTERS, is_norm, make, target_of, train
 
 #: what a cell that has no meaning raises, at wrap
 REFUSALS = (OptionError, UnsupportedLayerError)
@@ -47,7 +48,7 @@ def wrapped(adapter: str, layer: str, dtype: torch.dtype = torch.float64, **kwar
 def the_delta(module: nn.Module, name: str = "default", strength: float = 1.0) -> tuple[Delta, Tensor]:
     """ΔW of the module's adapter, and W."""
     assert isinstance(module, Adapted)
-    ((slot_name, slot),) = module.adapter_state.slots.items()
+    slot_name, slot = next(iter(module.adapter_state.slots.items()))  # its matrix, before its bias
     W = slot.geometry.matrix(own_weight(module).detach())
     adapter = module.adapter(name, slot_name)
     assert adapter is not None
@@ -64,7 +65,7 @@ def own_weight(module: nn.Module) -> Tensor:
 def geometry_of(module: nn.Module) -> Geometry:
     """How the module's weight is read as a matrix."""
     assert isinstance(module, Adapted)
-    (slot,) = module.adapter_state.slots.values()
+    slot = next(iter(module.adapter_state.slots.values()))
     return slot.geometry
 
 
@@ -84,6 +85,11 @@ def terms(module: nn.Module, x: Tensor) -> list[Tensor]:
             e, f = (v if delta.columns else v[:, None] for v in (delta.e, delta.f))
             parts += [g.run(x, e * W), g.run(x, f * delta.V.dense())]
     return [part.detach() for part in parts]
+
+
+def second_of(module: nn.Module) -> dict[str, Any]:
+    """Another adapter for a layer: LoRA, or what a vector can have."""
+    return {"kind": "full"} if is_norm(module) else {"kind": "lora", "rank": 1}
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -161,7 +167,7 @@ def forward_is_merged(adapter: str, layer: str, dtype: torch.dtype = torch.float
 def restore_is_exact(adapter: str, layer: str, dtype: torch.dtype = torch.float32, cycles: int = 3) -> None:
     """4. merge + restore returns every bit, cycle after cycle, whatever subset was merged, in both modes."""
     module, x = wrapped(adapter, layer, dtype)
-    pk.wrap(module, "lora", targets=target_of(module), rank=1, name="second")
+    pk.wrap(module, targets=target_of(module), name="second", **second_of(module))
     train(module, seed=5, name="second")
     weight, output = bits(own_weight(module)), module(x)
     parts = terms(module, x)
@@ -237,6 +243,8 @@ def algebra_is_dense(adapter: str, layer: str, dtype: torch.dtype = torch.float6
     if isinstance(g, Lookup):
         agree(delta.lookup(x), dense[x], dtype, "lookup", dense)
         return
+    if g.vector:  # no layer runs it
+        return
     wx = g.run(x, W)
     agree(delta.apply(x, wx, g), Delta.apply(delta, x, wx, g), dtype, "apply")
 
@@ -249,7 +257,7 @@ def merge_rounds_once(adapter: str, layer: str) -> None:
 
 def _rounds_once(adapter: str, layer: str, dtype: torch.dtype) -> None:
     module, _ = wrapped(adapter, layer, dtype)
-    pk.wrap(module, "lora", targets=target_of(module), rank=1, name="second")
+    pk.wrap(module, targets=target_of(module), name="second", **second_of(module))
     train(module, seed=5, name="second")
     pk.set_strength(module, 0.3, "second")
     assert isinstance(module, Adapted)

@@ -22,6 +22,17 @@ class LayerCase:
     rows: int = 0  # of an embedding, whose input is numbers below it
 
 
+class OnePlusNorm(nn.Module):
+    """A norm that multiplies by 1 + w, as Gemma's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, (8,)) * (1 + self.weight)
+
+
 class ScaledEmbedding(nn.Embedding):
     """Does what Gemma's embedding does: its forward scales what torch's has looked up."""
 
@@ -78,6 +89,12 @@ LAYERS: dict[str, LayerCase] = {
         lambda: nn.Conv2d(8, 12, 3, padding=1).to(memory_format=torch.channels_last), (2, 8, 5, 6)
     ),
     "gpt2 conv1d": LayerCase(lambda: _biased(Conv1D(12, 8)), (2, 3, 8)),
+    "layer norm": LayerCase(lambda: nn.LayerNorm(8), (2, 3, 8)),
+    "layer norm of two dimensions": LayerCase(lambda: nn.LayerNorm((3, 8), bias=False), (2, 3, 8)),
+    "group norm": LayerCase(lambda: nn.GroupNorm(2, 8), (2, 8, 3)),
+    "rms norm": LayerCase(lambda: nn.RMSNorm(8), (2, 3, 8)),
+    "one plus norm": LayerCase(OnePlusNorm, (2, 3, 8)),
+    "batch norm": LayerCase(lambda: nn.BatchNorm2d(8), (4, 8, 3, 3)),
     "transposed3d d2": LayerCase(lambda: nn.ConvTranspose3d(8, 12, 2, dilation=2, bias=False), (1, 8, 2, 3, 2)),
 }
 
@@ -101,10 +118,17 @@ FEW = ("lora", "loha", "lokr rank", "dora", "dora in", "full")
 
 
 def target_of(layer: nn.Module) -> str:
-    """What to wrap of a layer alone: presets leave out embeddings and experts."""
+    """What to wrap of a layer alone: presets leave out embeddings, experts and norms."""
     if isinstance(layer, Bank):
         return "weight"
+    if is_norm(layer):
+        return "re:.*"
     return next((cls.__name__ for cls in (nn.Embedding, nn.EmbeddingBag) if isinstance(layer, cls)), "full")
+
+
+def is_norm(layer: nn.Module) -> bool:
+    """Whether it is a norm of the zoo, adapted or not."""
+    return isinstance(layer, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.BatchNorm2d, OnePlusNorm))
 
 
 @dataclass(frozen=True)

@@ -133,8 +133,9 @@ def test_a_pattern_that_selects_nothing_raises(net: Transformer, targets: Any, e
     assert all(p.requires_grad for p in net.parameters())
 
 
-@pytest.mark.parametrize("target", ["embed", "norm", "*embed", "LayerNorm"])
+@pytest.mark.parametrize("target", ["slope", "*slope", "PReLU"])
 def test_what_cannot_be_adapted_raises_with_the_reason(net: Transformer, target: str) -> None:
+    net.add_module("slope", nn.PReLU(8))
     with pytest.raises(UnsupportedLayerError, match="is not a Linear or a convolution"):
         pk.wrap(net, "lora", targets=target)
 
