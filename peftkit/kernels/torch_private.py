@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _F = TypeVar("_F")
+_T = TypeVar("_T", bound=Tensor)
 
 # looked up once: they are asked at every call of a layer, where a look-up would cost as much as the answer
 _compiling = compiling = torch.compiler.is_compiling
@@ -24,6 +25,9 @@ _tracing = torch._C._get_tracing_state
 _can_ask = torch.__version__ >= "2.7"
 _by_identity = torch.__version__ < "2.5"
 _graph_task = torch._C._current_graph_task_id
+
+#: what a subclass of Tensor has as `__torch_function__` to see operations in `__torch_dispatch__` alone
+without_torch_function = torch._C._disabled_torch_function_impl
 
 
 def exporting() -> bool:
@@ -189,3 +193,10 @@ def compiled(model: nn.Module) -> set[int]:
 def set_training(module: nn.Module, mode: bool) -> None:
     """Set `module.training`, of this module alone, without the checks of `nn.Module.__setattr__`."""
     object.__setattr__(module, "training", mode)  # nn.Module's own takes as long as a matrix product of an adapter
+
+
+def tensor_without_memory(
+    cls: type[_T], size: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> _T:
+    """Make a tensor of a subclass that has a shape and no memory, whose operations `__torch_dispatch__` answers."""
+    return Tensor._make_wrapper_subclass(cls, size, strides=strides, dtype=dtype, device=device, requires_grad=False)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import _thread
 import importlib
+import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -310,6 +312,7 @@ def test_every_function_has_a_test() -> None:
     names = {name for name, value in vars(torch_private).items() if callable(value) and not name.startswith("_")}
     own = {name for name in names if getattr(torch_private, name).__module__ == torch_private.__name__}
     assert own == {
+        "calls_super_forward",
         "compiled",
         "compiles_by_identity",
         "convolves_as",
@@ -318,6 +321,7 @@ def test_every_function_has_a_test() -> None:
         "exporting_onnx",
         "in_autograd_thread",
         "is_outermost_step",
+        "is_view",
         "known_true",
         "once_while_compiling",
         "output_padding",
@@ -326,10 +330,59 @@ def test_every_function_has_a_test() -> None:
         "own_parameters",
         "padding_by_side",
         "set_training",
+        "tensor_without_memory",
         "transformed",
         "version",
         "wrapped",
     }
+
+
+def test_a_tensor_without_memory() -> None:
+    class Ones(Tensor):
+        __torch_function__ = torch_private.without_torch_function
+
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            plain = [torch.ones(each.shape) if isinstance(each, cls) else each for each in args]
+            return func(*plain, **(kwargs or {}))
+
+    made = torch_private.tensor_without_memory(Ones, (2, 3), (3, 1), torch.float32, torch.device("cpu"))
+    assert made.shape == (2, 3)
+    assert made.untyped_storage().size() == 0 or made.untyped_storage().data_ptr() == 0
+    assert torch.equal(made + 1, torch.full((2, 3), 2.0))
+
+
+def test_is_view() -> None:
+    whole = torch.ones(4)
+    assert torch_private.is_view(whole[:2])
+    assert not torch_private.is_view(whole)
+    assert not torch_private.is_view(whole[:2].clone())
+
+
+def test_calls_super_forward() -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    class Own(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return self.weight[input]
+
+    class Below(Own):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input)
+
+    assert torch_private.calls_super_forward(Scaled, nn.Embedding)
+    assert torch_private.calls_super_forward(nn.Embedding, nn.Embedding)
+    assert not torch_private.calls_super_forward(Own, nn.Embedding)
+    assert not torch_private.calls_super_forward(Below, nn.Embedding)
+
+
+def test_nothing_private_of_torch_is_used_elsewhere() -> None:
+    package = Path(torch_private.__file__).parents[1]
+    private = re.compile(r"\btorch(\.\w+)*\._[a-z]|\bTensor\._[a-z]|from torch(\.\w+)*\._")
+    files = [path for path in package.rglob("*.py") if path.name != "torch_private.py"]
+    assert [path.name for path in files if private.search(path.read_text())] == []
 
 
 def test_what_runs_compiled() -> None:

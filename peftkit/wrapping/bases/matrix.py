@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from peftkit.kernels.blocks import BLOCK, accumulation_dtype, block_size, row_blocks
+from peftkit.kernels.torch_private import tensor_without_memory, without_torch_function
 from peftkit.wrapping.bases.base import Base
 
 _aten = torch.ops.aten
@@ -31,15 +32,13 @@ class QuantisedMatrix(Tensor):
     base: Base
     flipped: bool
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = without_torch_function  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, base: Base, dtype: torch.dtype | None = None, flipped: bool = False) -> QuantisedMatrix:
         m, n = base.shape
         size, strides = ((n, m), (1, n)) if flipped else ((m, n), (n, 1))
-        made = Tensor._make_wrapper_subclass(
-            cls, size, strides=strides, dtype=dtype or base.dtype, device=base.device, requires_grad=False
-        )
+        made = tensor_without_memory(cls, size, strides, dtype or base.dtype, base.device)
         made.base, made.flipped = base, flipped
         return made
 
