@@ -56,6 +56,11 @@ def side_by_side(blocks: Sequence[tuple[LowRank | None, int, bool]], columns: in
     return LowRank(torch.block_diag(*(low.B for low in found)), torch.cat([low.A for low in found]))
 
 
+def block_diagonal(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return B (Σ m, Σ r) and A (Σ r, n) of the products B·A of some parts, row block under row block."""
+    return torch.block_diag(*(B for B, _ in parts)), torch.cat([A for _, A in parts])
+
+
 def balanced(delta: LowRank) -> LowRank:
     """Scale the columns of B and the rows of A to equal norms, which narrow dtypes hold best; B·A stays the same."""
     up, down = torch.linalg.vector_norm(delta.B, dim=0), torch.linalg.vector_norm(delta.A, dim=1)

@@ -14,6 +14,7 @@ from peftkit.adapters.base import placeholder_weight as placeholder_weight
 from peftkit.errors import FileError, OptionError, UnknownAdapterError, error_context
 from peftkit.files.formats.patch import Patch
 from peftkit.geometry import Shape
+from peftkit.wrapping.walk import dotted
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,18 @@ class Misfit:
             if getattr(self, what):
                 return f"{what.replace('_', '-')}: {getattr(self, what)[0]}"
         return ""
+
+    def named(self, site_name: str) -> Misfit:
+        """Return the same with the weight's name before each key."""
+
+        def named(keys: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(dotted(site_name, key) for key in keys)
+
+        unexpected = tuple(f"{key}: its adapter has no such parameter here" for key in named(self.unexpected))
+        mismatched = tuple(
+            k if ": " in k and site_name in k.partition(": ")[2] else dotted(site_name, k) for k in self.mismatched
+        )
+        return Misfit(named(self.missing), unexpected, mismatched, named(self.non_finite))
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.mismatched or self.non_finite)

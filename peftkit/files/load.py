@@ -35,6 +35,7 @@ from peftkit.files.load_report import LoadReport as LoadReport
 from peftkit.files.load_shared import everywhere, lone
 from peftkit.files.read import Reading, read
 from peftkit.files.resolve import HINTS, Resolver, common, component_of, families_of
+from peftkit.files.unfused import fused
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.divided import require_not_empty
 from peftkit.wrapping.extras import replace_, require_unmerged
@@ -47,7 +48,6 @@ from peftkit.wrapping.sites import Site, as_read
 from peftkit.wrapping.stacks import turned
 from peftkit.wrapping.strength import require_strength
 from peftkit.wrapping.vectors import refusal
-from peftkit.wrapping.walk import dotted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -241,6 +241,7 @@ def compared(
     misfits: list[Misfit] = []
     distances: dict[str, float] = {}
     fitting: list[tuple[Site, Patch]] = []
+    bundle, apart = fused(path, bundle, ours)
     targets, families, unresolved = _resolve(bundle, ours, component)
     for patch_name, hint in unresolved.items():
         keys = [f"{patch_name}.{key}".strip(".") for key in bundle.patches[patch_name].tensors] or [patch_name]
@@ -255,7 +256,7 @@ def compared(
             continue
         for site, part in _pieces(patch, parts, ours, f"{path}: {patch_name}"):
             _require_loaded(site)
-            if bundle.format == "peft" and turned(site.slot.geometry):
+            if bundle.format == "peft" and turned(site.slot.geometry) and not part.transposed:
                 part = turned_patch(part)
             where = f"{path}: {site.label}"
             shape, matrix = site.slot.geometry.shape, site.matrix.detach()
@@ -267,10 +268,11 @@ def compared(
             if part.bias and own_parameters(site.module).get("bias") is not None:
                 found = replace(found, mismatched=(*found.mismatched, f"{where} has a bias, and {part.bias}"))
             if found:
-                misfits.append(_named(found, site.name))
+                misfits.append(found.named(site.name))
                 continue
             fitting.append((as_read(site) if patch.read or site.read else site, part))
             loaded.append(site.name)
+            distances |= {site.name: apart[patch_name]} if patch_name in apart else {}
             if patch_name in bundle.base:
                 distances[site.name] = native.distance(samples(matrix), bundle.base[patch_name])
     stray = [f"{key}: no adapter in the header has it." for key in bundle.unclaimed]
@@ -338,16 +340,3 @@ def _pieces(patch: Patch, parts: Sequence[Placement], ours: Mapping[str, Site], 
             raise MismatchError(f"{where}: a patch of {patch.shape.rows} rows is too short for {part.weight}")
         pieces.append((site, take_rows(patch, rows.roll(len(rows) // 2) if part.swapped else rows, where)))
     return pieces
-
-
-def _named(found: Misfit, site_name: str) -> Misfit:
-    """The same with the weight's name before each key."""
-
-    def named(keys: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(dotted(site_name, key) for key in keys)
-
-    unexpected = tuple(f"{key}: its adapter has no such parameter here" for key in named(found.unexpected))
-    mismatched = tuple(
-        k if ": " in k and site_name in k.partition(": ")[2] else dotted(site_name, k) for k in found.mismatched
-    )
-    return Misfit(named(found.missing), unexpected, mismatched, named(found.non_finite))
