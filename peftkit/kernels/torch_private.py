@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map_only as tree_map_only
 
 _F = TypeVar("_F")
 _T = TypeVar("_T", bound=Tensor)

@@ -379,6 +379,11 @@ def test_calls_super_forward() -> None:
     assert not torch_private.calls_super_forward(Below, nn.Embedding)
 
 
+def test_tree_map_only() -> None:
+    found = torch_private.tree_map_only(int, lambda n: n + 1, ([1, "a"], {"b": 2.0, "c": 3}))
+    assert found == ([2, "a"], {"b": 2.0, "c": 4})
+
+
 def test_nothing_private_of_torch_is_used_elsewhere() -> None:
     package = Path(torch_private.__file__).parents[1]
     private = re.compile(r"\btorch(\.\w+)*\._[a-z]|\bTensor\._[a-z]|from torch(\.\w+)*\._")

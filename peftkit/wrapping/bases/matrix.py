@@ -7,10 +7,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from peftkit.kernels.blocks import BLOCK, accumulation_dtype, block_size, row_blocks
-from peftkit.kernels.torch_private import tensor_without_memory, without_torch_function
+from peftkit.kernels.torch_private import tensor_without_memory, tree_map_only, without_torch_function
 from peftkit.wrapping.bases.base import Base
 
 _aten = torch.ops.aten
