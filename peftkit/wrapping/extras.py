@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peftkit.errors import MergeStateError, UnsupportedLayerError
+from peftkit.errors import MergeStateError, UnsetAdapterError, UnsupportedLayerError
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.layer import Adapted
 from peftkit.wrapping.walk import dotted, named_modules
@@ -58,8 +58,20 @@ def base_parameters(model: nn.Module, *, every_name: bool = False) -> Iterator[B
 
 
 def extras_of(model: nn.Module) -> dict[str, BaseParameter]:
-    """Return the parameters that train beside the adapters, by name, each once."""
-    return {own.name: own for own in base_parameters(model) if own.tensor.requires_grad}
+    """Return the parameters that train beside the adapters, by name, each once.
+
+    Raises:
+        UnsetAdapterError: one of them has no values: hooks that load it for each call keep what it was, and none of
+            what it learned.
+    """
+    found = {own.name: own for own in base_parameters(model) if own.tensor.requires_grad}
+    unset = next((name for name, own in found.items() if own.tensor.is_meta), None)
+    if unset is not None:
+        raise UnsetAdapterError(
+            f"{unset} requires gradients and is on the meta device: hooks of accelerate that offload a parameter do "
+            "not let it train. Freeze it, or take the hooks off (accelerate.hooks.remove_hook_from_submodules)"
+        )
+    return found
 
 
 def require_unmerged(parameters: Collection[BaseParameter]) -> None:

@@ -16,8 +16,9 @@ from peftkit.kernels.sharding import sharded
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.classes import adapted_class
 from peftkit.wrapping.experts import AdaptedExperts
+from peftkit.wrapping.extras import base_parameters
 from peftkit.wrapping.hooks import follow_class
-from peftkit.wrapping.layer import WEIGHT, Adapted, adapted_modules, base_class
+from peftkit.wrapping.layer import WEIGHT, Adapted, base_class
 from peftkit.wrapping.roll import enrol
 from peftkit.wrapping.routes import ROUTES
 from peftkit.wrapping.sites import Site, Slot
@@ -27,7 +28,7 @@ from peftkit.wrapping.strength import require_strength
 from peftkit.wrapping.vectors import slots
 from peftkit.wrapping.walk import named_modules, unwrapped
 
-#: where the parameters that required gradients before the first wrap are kept on the model, until its last unwrap
+#: where the places of parameters that required gradients before the first wrap are kept, until the model's last unwrap
 TRAINABLE = "_peftkit_trainable"
 
 
@@ -57,12 +58,12 @@ def install(
     _require_averaged(model)
     root = unwrapped(model)
     if TRAINABLE not in root.__dict__:
-        nested = [p for _, module in named_modules(root) for p in module.__dict__.pop(TRAINABLE, ())]
-        own = {id(p) for host in adapted_modules(model).values() for p in host.adapters.parameters()}
-        trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+        nested = [own for _, module in named_modules(root) for own in module.__dict__.pop(TRAINABLE, ())]
+        # By their places: sharding and hooks put other parameters there
+        trainable = [own for own in base_parameters(model, every_name=True) if own.tensor.requires_grad]
         root.__dict__[TRAINABLE] = [*nested, *trainable]
-        for parameter in trainable:
-            parameter.requires_grad_(False)
+        for own in trainable:
+            own.tensor.requires_grad_(False)
     for site, adapter in built:
         _attach(site, adapter, name, strength, route, site.name in untie)
     enrol(root, {site.module_name: cast(Adapted, site.module) for site, _ in built})

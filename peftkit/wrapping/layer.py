@@ -235,6 +235,14 @@ class AdaptedLookup(Adapted):
 class AdaptedParameters(Adapted):
     """An adapted module whose weights are read, not called: reading one gives W + ΔW."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_old_forward":  # the first thing that a hook of accelerate sets; it then moves what it reads
+            raise UnsupportedLayerError(
+                f"hooks of accelerate move the weight that they read, which of this {base_class(self).__name__} is "
+                "W + ΔW: put the hooks on first, then wrap or load"
+            )
+        super().__setattr__(name, value)
+
 
 def base_class(module: Adapted) -> type[nn.Module]:
     """The class the module had before it was adapted."""

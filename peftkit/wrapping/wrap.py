@@ -233,8 +233,9 @@ def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
             _detach(host, baked)
     if not adapted_modules(model):
         for _, module in named_modules(model):
-            for parameter in module.__dict__.pop(TRAINABLE, ()):
-                parameter.requires_grad_(True)
+            for own in module.__dict__.pop(TRAINABLE, ()):
+                if own_parameters(own.module).get(own.key) is not None:
+                    own.tensor.requires_grad_(True)
     return tuple(affected)
 
 

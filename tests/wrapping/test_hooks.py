@@ -100,6 +100,7 @@ def test_a_model_with_hooks_is_wrapped_trained_and_saved(place: str, kind: str, 
             pk.restore(model)
     pk.unwrap(model)
     assert torch.equal(model(x()), before) and type(model[0]) is nn.Linear
+    assert all(p.requires_grad for p in model.parameters())
     pk.wrap(model, "lora", rank=2, targets="0")
     remove_hook_from_submodules(model)
     assert torch.equal(model(x()), before) and not model[0].weight.is_meta
@@ -169,3 +170,37 @@ def test_a_forward_of_another_sort_is_still_refused() -> None:
     split(model, Path())
     with pytest.raises(UnsupportedLayerError, match="its forward was replaced"):
         pk.wrap(model, "lora", targets="0")
+
+
+def test_what_trains_beside_and_is_offloaded_is_refused(tmp_path: Path) -> None:
+    model = in_memory(base(), tmp_path)
+    pk.wrap(model, "lora", rank=2, targets="0")
+    train(model)
+    model[2][0].requires_grad_(True)
+    for verb in (
+        lambda: pk.save(model, tmp_path / "a.safetensors"),
+        lambda: pk.export(model, tmp_path / "peft", target="peft"),
+    ):
+        with pytest.raises(UnsetAdapterError, match=r"2\.0\.weight requires gradients and is on the meta device"):
+            verb()
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_read_take_hooks_before_they_are_wrapped(tmp_path: Path) -> None:
+    def attention() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, batch_first=True)})
+
+    def run(model: Any) -> Tensor:
+        return model["attention"](x()[None], x()[None], x()[None])[0]
+
+    model, plain = attention(), attention()
+    dispatch_model(model, {"attention": "cpu"}, main_device="cpu", force_hooks=True)
+    for net in (model, plain):
+        torch.manual_seed(1)
+        pk.wrap(net, "lora", rank=2)
+        train(net)
+    assert torch.equal(run(model), run(plain))
+    with pytest.raises(UnsupportedLayerError, match="put the hooks on first"):
+        cpu_offload(plain, CPU)
+    assert torch.equal(run(model), run(plain))
