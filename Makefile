@@ -67,6 +67,7 @@ bench: $(VENV)/ready-dev
 	$(BIN)/python benchmarks/monitor.py --save
 	$(BIN)/python benchmarks/shortcuts.py --save
 	$(BIN)/python benchmarks/overhead.py --save
+	$(BIN)/python benchmarks/quantised.py --save
 	$(BIN)/python benchmarks/unet.py --save
 	$(BIN)/python benchmarks/transformer.py --peers lycoris,peft --save
 	$(BIN)/python benchmarks/routes.py --save

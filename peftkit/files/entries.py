@@ -205,7 +205,8 @@ def _on_base(file: object, bundle: AdapterFile, base: Base, other_base: bool, ap
         entry = AdapterEntry(name, adapter, shape, W, path, patch.transposed, file=str(file), embedding=patch.embedding)
         items.append(entry)
     kinds = {item.name: item.adapter.kind for item in items}
-    require_same_base(file, str(base.path), distances, kinds, bound, other_base)
+    quantised = [name for name in distances if bundle.patches[name].quantised]
+    require_same_base(file, str(base.path), distances, kinds, bound, other_base, quantised)
     yield from items
 
 

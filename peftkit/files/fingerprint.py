@@ -18,6 +18,7 @@ def require_same_base(
     kinds: Mapping[str, str],
     bound: Collection[str],
     other_base: bool,
+    quantised: Collection[str] = (),
 ) -> None:
     """Raise WrongBaseError if a file's fingerprints are of other weights than the base's.
 
@@ -28,8 +29,11 @@ def require_same_base(
         kinds: weight -> kind of its adapter.
         bound: the weights whose ΔW is made of factors of their base; other_base does not help these.
         other_base: whether the user accepts another base.
+        quantised: the weights that are quantised, in the base or where the file was trained.
     """
-    far = [name for name, distance in distances.items() if distance > native.SAME_BASE]
+    near = set(quantised) - set(bound)
+    bounds = {name: native.SAME_QUANTISED if name in near else native.SAME_BASE for name in distances}
+    far = [name for name, distance in distances.items() if distance > bounds[name]]
     lost = [name for name in far if name in bound]
     if not far or (other_base and not lost):
         return

@@ -207,7 +207,8 @@ def made(
         built.append((site, own[site.name]))
     kinds = {site.name: adapter.kind for site, adapter in built}
     bound = [site.name for site, adapter in built if adapter.derived() and not bundle.portable]
-    require_same_base(path, "this model", distances, kinds, bound, other_base)
+    quantised = [site.name for site, patch in fitting if patch.quantised or site.slot.base is not None]
+    require_same_base(path, "this model", distances, kinds, bound, other_base, quantised)
     return built
 
 
@@ -237,7 +238,6 @@ def compared(
     path: object, name: str, bundle: AdapterFile, ours: Mapping[str, Site], component: str | None
 ) -> tuple[list[tuple[Site, Patch]], dict[str, float], LoadReport]:
     """The weights whose patches fit whole, how far each is from the file's base, and the report on all of them."""
-    loaded: list[str] = []
     misfits: list[Misfit] = []
     distances: dict[str, float] = {}
     fitting: list[tuple[Site, Patch]] = []
@@ -271,7 +271,6 @@ def compared(
                 misfits.append(found.named(site.name))
                 continue
             fitting.append((as_read(site) if patch.read or site.read else site, part))
-            loaded.append(site.name)
             distances |= {site.name: apart[patch_name]} if patch_name in apart else {}
             if patch_name in bundle.base:
                 distances[site.name] = native.distance(samples(matrix), bundle.base[patch_name])
@@ -288,7 +287,8 @@ def compared(
         tuple(key for found in misfits for key in found.non_finite),
     )
     problems = (merged.missing, merged.unexpected, merged.mismatched, merged.non_finite)
-    return fitting, distances, LoadReport(name, tuple(loaded), *problems, max(distances.values(), default=0.0))
+    loaded = tuple(site.name for site, _ in fitting)
+    return fitting, distances, LoadReport(name, loaded, *problems, max(distances.values(), default=0.0))
 
 
 def _resolve(

@@ -305,9 +305,10 @@ class _Planner:
         self.misfits += conflicts(self.patches, self.vectors, self.extras)
 
     def _check_base(self, file: str, bundle: AdapterFile, distances: Mapping[str, float]) -> None:
-        kinds = {name: bundle.patches[name].kind for name in distances}
-        trained_on = str((self.origin or self.base).path)
-        require_same_base(file, trained_on, distances, kinds, self.bound, self.other_base)
+        patches = {name: bundle.patches[name] for name in distances}
+        kinds, near = {n: p.kind for n, p in patches.items()}, [n for n, p in patches.items() if p.quantised]
+        origin = self.origin or self.base
+        require_same_base(file, str(origin.path), distances, kinds, self.bound, self.other_base, near)
 
     def raise_problems(self) -> None:
         problems = [("without a place in the base", self.unresolved), ("that do not fit", self.misfits)]

@@ -153,6 +153,7 @@ def _native(source: Source) -> AdapterFile:
             "its header",
             transposed=record.transposed,
             read=record.read,
+            quantised=record.quantised,
             embedding=record.embedding if embedding is None else embedding,
             same_as="" if own == name else own,
         )

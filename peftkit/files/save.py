@@ -190,6 +190,7 @@ def _metadata(
                 at.slot.geometry.transposed,
                 _is_read(at),
                 at.looks_up,
+                at.slot.base is not None,
             )
             for site, at in own.items()
         },

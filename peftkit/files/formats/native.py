@@ -40,13 +40,15 @@ SCHEMA = 1
 KEY = "peftkit"
 
 #: what a header says of a weight by listing its name
-_MARKS = ("transposed", "read", "embedding")
+_MARKS = ("transposed", "read", "embedding", "quantised")
 
 #: so many entries no memory can hold, and no index can count
 _UNCOUNTABLE = 2**62
 
 #: A base whose samples differ by more than this, relative to their norm, is another one; bf16 rounding is 0.002
 SAME_BASE = 0.005
+#: likewise where one of the two is quantised: at 4 bits they differ by 0.06 to 0.12, and two models by more than 1
+SAME_QUANTISED = 0.3
 #: how many entries of a weight tell it from another
 _SAMPLES = 32
 
@@ -62,6 +64,7 @@ class WeightRecord:
     transposed: bool = False  # its weight is kept as (in, out)
     read: bool = False  # adapted where other code reads the weight, and not where the layer is called
     embedding: bool = False  # an embedding's, a row for each token
+    quantised: bool = False  # trained on a quantised weight, whose numbers are not quite those of the original
 
 
 @dataclass(frozen=True)

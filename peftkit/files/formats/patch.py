@@ -26,6 +26,7 @@ class Patch:
     per_channel: its numbers are of shape.channels input channels, whatever the kernel. transposed: whether the weight
     is kept as (in, out): a transposed convolution's, or with a kernel of () a Conv1D's of GPT-2. read: whether it acts
     where other code reads the weight. embedding: whether the weight is an embedding's, a row for each token.
+    quantised: whether it was trained on a quantised weight.
     same_as: the patch whose adapter this one is, on another layer of a shared weight.
     """
 
@@ -42,6 +43,7 @@ class Patch:
     same_as: str = ""
     per_channel: bool = False
     read: bool = False
+    quantised: bool = False
 
     @property
     def rank(self) -> int | None:
