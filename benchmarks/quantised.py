@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 
-import bitsandbytes
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 
 from peftkit.bench.cases import LayerShape
@@ -28,7 +28,7 @@ MOST = {"lora": 1.1}
 
 def four_bit(layer: nn.Linear) -> nn.Module:
     """Return the layer in NF4 with double quantisation, as QLoRA has it."""
-    quantised = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, quant_type="nf4")
+    quantised = Linear4bit(layer.in_features, layer.out_features, quant_type="nf4")
     quantised.load_state_dict(layer.state_dict())
     return quantised.to("cpu")
 
