@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftkit.errors import NeverRanWarning, PeftkitError
 from peftkit.kernels.torch_private import own_buffers
 from peftkit.wrapping.layer import installed_adapters, names_of
+from peftkit.wrapping.pipeline import of_models
 
 
 class CheckError(PeftkitError, RuntimeError):
@@ -53,6 +54,7 @@ class CheckReport:
         return "\n".join(lines)
 
 
+@of_models
 def check(
     model: nn.Module, batch: Any, *, loss: Callable[[Any], Tensor] | None = None, name: str | None = None
 ) -> CheckReport:

@@ -62,12 +62,21 @@ def as_module(model: Any) -> Any:
             f"{type(model).__name__} has {', '.join(found) or 'no components'}, and a unet, transformer, prior, "
             "decoder or text_encoder was expected: wrap the model itself"
         )
-    root = vars(model).setdefault(_KEPT, nn.Module())
+    root = vars(model).setdefault(_KEPT, _Parts())
     for name in [*root._modules]:
         del root._modules[name]
     for name, module in parts.items():
         root.add_module(name, module)
     return root
+
+
+class _Parts(nn.Module):
+    """The parts of a pipeline under its names for them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedLayerError(
+            "a pipeline runs its parts one after another, and is not called with a batch: check its parts, as pipe.unet"
+        )
 
 
 def part_of(name: str) -> str:

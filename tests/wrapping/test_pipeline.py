@@ -124,5 +124,8 @@ def test_only_the_parts_of_a_pipeline_are_taken() -> None:
     assert pk.plan(pipe, "lora").modules == ("unet",)
     with pytest.raises(UnknownAdapterError):
         pk.unwrap(pipe)
+    pk.wrap(pipe, "lora", rank=2)
+    with pytest.raises(UnsupportedLayerError, match="check its parts"):
+        pk.check(pipe, torch.randn(2, 4))
     with pytest.raises(UnsupportedLayerError, match="has vae, and a unet"):
         pk.wrap(Other(vae=nn.Linear(4, 4)), "lora")
