@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from peftkit.errors import FileError, MismatchError, OptionError
 from peftkit.integrations import kohya
 from peftkit.integrations.kohya_blocks import SD, SDXL, block_of, block_rates
+from peftkit.wrapping.layer import installed_adapters
+from tests.support.readers import READERS
 from tests.support.sd_scripts import Flux, Run, SdxlUNet2DConditionModel, T5EncoderModel, clip, train
 
 Models = tuple[list[nn.Module], nn.Module]
@@ -110,6 +112,22 @@ def test_a_run_trains_saves_resumes_and_merges(case: str, tmp_path: Path) -> Non
     module.merge_to(merged[0], merged[1], weights, torch.float32, "cpu")
     torch.testing.assert_close(output(merged), trained, rtol=1e-4, atol=1e-5)
     assert not [name for name, _ in merged[1].named_parameters() if "adapters" in name]
+
+
+@pytest.mark.parametrize("program", ["kohya", "comfyui", "a1111", "forge"])
+def test_programs_read_what_was_trained(program: str, tmp_path: Path) -> None:
+    models, path = sd15(), tmp_path / "out.safetensors"
+    network = train(Run(output=path), *models, loss_of(models))
+    weights, expected = {}, {}
+    for at in installed_adapters(network.base):
+        part, _, rest = at.site.partition(".")
+        level = "text_model." if part == "text_encoder" and not rest.startswith("text_model.") else ""
+        weights[f"{part}.{level}{rest}"] = at.host.weight_of(at.slot).detach()
+        expected[f"{part}.{level}{rest}"] = at.adapter(at.base, 1.0).dense().detach()
+    found = READERS[program](path, weights, "sd15", 1.0)
+    assert not found.ignored and set(found.deltas) == set(expected)
+    for name, delta in expected.items():
+        torch.testing.assert_close(found.deltas[name].flatten(1).float(), delta, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind, options", [("lokr", ["factor=2"]), ("loha", []), ("dora", []), ("full", [])])
