@@ -10,7 +10,7 @@ from torch import Tensor
 from peftkit.delta.base import Delta, identity_factors
 from peftkit.delta.dense import Dense
 from peftkit.delta.lowrank import LowRank
-from peftkit.delta.stack import LowRankStack, StackedDelta
+from peftkit.delta.stack import LowRankStack, StackedDelta, stack_of
 
 
 def as_low_rank(delta: Delta) -> LowRank:
@@ -29,8 +29,9 @@ def as_low_rank_stack(delta: Delta) -> LowRankStack:
     """Write the ΔW of a stack of experts as one product B·A for each expert, as `as_low_rank`."""
     whole = slice(0, delta.shape[0])
     parts = delta.parts if isinstance(delta, StackedDelta) else tuple(map(Dense, delta.matrices(whole)))
-    factors = [part.low_rank_factors() for part in parts]
-    return LowRankStack(torch.stack([B for B, _ in factors]), torch.stack([A for _, A in factors]))
+    found = stack_of([as_low_rank(part) for part in parts])
+    assert isinstance(found, LowRankStack)
+    return found
 
 
 def of_matrix(M: Tensor) -> LowRank:

@@ -175,7 +175,17 @@ class Delta(ABC):
         del f
         return None
 
+    @property
+    def parts(self) -> tuple[Delta, ...]:
+        """ΔW of every expert of a stack; of one matrix, itself."""
+        return (self,)
+
     # -- in files ---------------------------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> str:
+        """The adapter kind that a file of this library holds it as, with what `as_parameters` gives."""
+        return self.structure or "full"
 
     @property
     def rank(self) -> int | None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peftkit.delta.base import Delta, WeightCache, total
 from peftkit.delta.lowrank import LowRank
+from peftkit.errors import ExportError
 from peftkit.kernels.cache import cached_without_grad
 
 
@@ -166,8 +168,36 @@ class Stack(StackedDelta):
     def upcast(self) -> Delta:
         return Stack(tuple(part.upcast() for part in self.each))
 
+    @property
+    def kind(self) -> str:
+        return self.each[0].kind
+
+    @property
+    def rank(self) -> int | None:
+        return self.each[0].rank
+
+    def as_parameters(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        stored = [part.as_parameters() for part in self.each]
+        return stored[0][0], {key: torch.stack([own[key] for _, own in stored]) for key in stored[0][1]}
+
     def __repr__(self) -> str:
         return f"{self.count} × ({self.each[0]!r})"
+
+
+def stack_of(parts: Sequence[Delta]) -> StackedDelta:
+    """Return the ΔW of a stack of experts from that of each; low-rank ones get the largest of their ranks.
+
+    Raises:
+        ExportError: the others are not all of one structure and size.
+    """
+    low = [part for part in parts if isinstance(part, LowRank)]
+    if len(low) < len(parts):
+        if len({(type(part), *(factor.shape for factor in part.factors)) for part in parts}) > 1:
+            raise ExportError("its experts would get ΔW of different structures or ranks, and they share one adapter")
+        return Stack(tuple(parts))
+    rank = max(part.rank for part in low)
+    grown = [(F.pad(part.B, (0, rank - part.rank)), F.pad(part.A, (0, 0, 0, rank - part.rank))) for part in low]
+    return LowRankStack(torch.stack([B for B, _ in grown]), torch.stack([A for _, A in grown]))
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -25,7 +25,7 @@ from peftkit.files.extras import refuse_extras
 from peftkit.files.families import names
 from peftkit.files.formats.disk import require_output
 from peftkit.files.formats.patch import AdapterFile
-from peftkit.files.kinds import cast, computing, dense, keep_of, shown, truncated
+from peftkit.files.kinds import by_expert, cast, computing, dense, keep_of, shown, truncated
 from peftkit.files.read import Reading, read_all
 from peftkit.files.resolve import prefix_of
 from peftkit.geometry import Shape
@@ -197,11 +197,13 @@ def _sums(files: Sequence[tuple[dict[str, AdapterEntry], float]], way: _Way) -> 
         own = [(items[name], weight) for items, weight in files if name in items]
         first = own[0][0]
         for item, _ in own:
-            if (item.shape.rows, item.shape.columns) != (first.shape.rows, first.shape.columns):
+            turned = item.shape.experts > 1 and item.shape.turned == item.shape and item.transposed != first.transposed
+            if (item.shape.rows, item.shape.columns) != (first.shape.rows, first.shape.columns) or turned:
                 raise MismatchError(f"{name} is {first.shape} in one file and {item.shape} in another")
         with computing(" + ".join(item.file for item, _ in own), name):
             deltas = [delta_of(item).scaled(weight) for item, weight in own]
-            truth, result = _side_by_side(deltas, way.density, way.generator), way(deltas)
+            truth = by_expert(lambda own, _: _side_by_side(own, way.density, way.generator), deltas, first.shape)
+            result = by_expert(lambda own, _: way(own), deltas, first.shape)
         yield _Sum(name, first, "+".join(item.adapter.kind for item, _ in own), truth, result)
 
 

@@ -24,7 +24,7 @@ from peftkit.files.entries import AdapterEntry, delta_of, items_of_file
 from peftkit.files.export.write import write_deltas
 from peftkit.files.formats.disk import require_output
 from peftkit.files.formats.patch import AdapterFile
-from peftkit.files.kinds import KINDS, Recipe, cast, computing, keep_of, kind_of, shown, truncated
+from peftkit.files.kinds import KINDS, Recipe, by_expert, cast, computing, keep_of, kind_of, shown, truncated
 from peftkit.files.read import Reading, read
 from peftkit.geometry import Shape
 from peftkit.wrapping.listing import Row, listing
@@ -134,7 +134,9 @@ def convert(
         raise OptionError(f"{kind} has no ranks to keep: leave out rank, energy and threshold")
 
     def change(item: AdapterEntry) -> Delta:
-        return goal.make(delta_of(item), Recipe(item.shape, keep, factor))
+        return by_expert(
+            lambda own, shape: goal.make(own[0], Recipe(shape, keep, factor)), [delta_of(item)], item.shape
+        )
 
     path = require_output(out, [source, base], overwrite)
     return _rewrite(source, path, change, base, other_base, dtype, exact, reading)
@@ -186,7 +188,11 @@ def resize(
     """
     keep = Keep(rank, energy, threshold)
     path = require_output(out, [source, base], overwrite)
-    return _rewrite(source, path, lambda item: truncated(delta_of(item), keep), base, other_base, dtype, False, reading)
+
+    def change(item: AdapterEntry) -> Delta:
+        return by_expert(lambda own, _: truncated(own[0], keep), [delta_of(item)], item.shape)
+
+    return _rewrite(source, path, change, base, other_base, dtype, False, reading)
 
 
 @torch.no_grad()

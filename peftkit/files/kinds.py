@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,6 +13,7 @@ from torch import Tensor
 from peftkit.adapters.lokr import factorize
 from peftkit.delta import Delta, Dense, Hadamard, Kron, LowRank
 from peftkit.delta.as_low_rank import as_low_rank
+from peftkit.delta.stack import stack_of
 from peftkit.delta.truncation import Keep, nearest, nearest_kronecker, truncate
 from peftkit.errors import ExportError, FileError, error_context, require_choice
 from peftkit.geometry import Shape
@@ -80,6 +81,22 @@ def kind_of(name: str, among: Iterable[str]) -> Kind:
     return KINDS[name]
 
 
+def by_expert(make: Callable[[Sequence[Delta], Shape], Delta], deltas: Sequence[Delta], shape: Shape) -> Delta:
+    """Make a ΔW of others, expert by expert where they are of a stack of experts.
+
+    Args:
+        make: of ΔW of one matrix, and the shape of its weight.
+        deltas: of one weight.
+        shape: of it.
+
+    Raises:
+        ExportError: one adapter cannot hold what was made for the experts.
+    """
+    if shape.experts == 1:
+        return make(deltas, shape)
+    return stack_of([make(own, shape.one) for own in zip(*(delta.parts for delta in deltas), strict=True)])
+
+
 def keep_of(rank: int | None, energy: float | None, threshold: float | None) -> Keep | None:
     """Which ranks to keep, None where nothing says it."""
     return None if (rank, energy, threshold) == (None, None, None) else Keep(rank, energy, threshold)
@@ -135,4 +152,4 @@ def cast(delta: Delta, dtype: torch.dtype | None, alpha: float | None = None) ->
 
 def shown(delta: Delta) -> str:
     """Kind and rank, for a report."""
-    return f"{delta.structure or Dense.structure} {delta.rank or ''}".strip()
+    return f"{delta.kind} {delta.rank or ''}".strip()

@@ -33,6 +33,8 @@ class Spectrum:
         similarity: For each of the leading left singular vectors of W + ΔW, the largest cosine to one of W's; exact
             where it is not below the threshold, else an upper bound.
         intruders: How many of them are below the threshold (Shuttleworth et al., https://arxiv.org/abs/2410.21228).
+
+    Of a stack of experts the singular values are those of all experts, and the leading vectors those of each, in order.
     """
 
     effective_rank: float
@@ -97,7 +99,7 @@ def _spectrum(here: Sequence[InstalledAdapter], leading: int, threshold: float) 
     sqnorms = [float(delta.inner_and_sqnorm(W, WeightCache())[1]) for delta in deltas]
     if not all(map(math.isfinite, sqnorms)):  # the run has diverged
         return Spectrum(math.nan, math.nan)
-    values = singular_values(deltas)
+    values = torch.cat([singular_values(own) for own in zip(*(delta.parts for delta in deltas), strict=True)])
     total = float(values.sum())
     if total == 0:
         return Spectrum(0.0, 0.0)
@@ -105,7 +107,9 @@ def _spectrum(here: Sequence[InstalledAdapter], leading: int, threshold: float) 
     ranks = math.exp(float(-(share * share.log()).sum())), float(values.square().sum() / values.max().square())
     if not leading:
         return Spectrum(*ranks)
-    similarity = similarities(W, deltas, leading, threshold)
+    matrices = W.unflatten(0, (len(deltas[0].parts), -1)).unbind()
+    parts = zip(matrices, *(delta.parts for delta in deltas), strict=True)
+    similarity = [cosine for M, *own in parts for cosine in similarities(M, own, leading, threshold)]
     return Spectrum(*ranks, tuple(similarity), sum(value < threshold for value in similarity))
 
 

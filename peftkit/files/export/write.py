@@ -15,7 +15,7 @@ from torch import Tensor
 from peftkit._version import __version__
 from peftkit.adapters import registry
 from peftkit.delta import Delta, Dense, LowRank
-from peftkit.delta.as_low_rank import as_low_rank
+from peftkit.delta.as_low_rank import as_low_rank, as_low_rank_stack
 from peftkit.errors import FileError, OptionError, require_file, require_option
 from peftkit.files.export import programs
 from peftkit.files.export.encode import Encoding
@@ -57,13 +57,17 @@ def write_deltas(
         OptionError: if a folder of PEFT would need several kinds of adapter.
         FileError: if a number is not finite in that dtype.
     """
-    named = [(name, shape, delta if delta.structure else Dense(delta.dense())) for name, shape, delta in deltas]
+    named = [
+        (name, shape, delta if delta.structure or shape.experts > 1 else Dense(delta.dense()))
+        for name, shape, delta in deltas
+    ]
     if like.format == "native":
         base = {name: like.base[name] for name, _, _ in named if name in like.base}
         return write_native(out, named, base, like.name, dtype, like.training, transposed, like.extras, embeddings)
     refuse_extras(like, out, "a folder of PEFT is written without them")
+    named = [(name, shape, as_low_rank_stack(d) if shape.experts > 1 else d) for name, shape, d in named]
     pieces = [ModuleTensors(name, _encoded(delta), shape, name in embeddings) for name, shape, delta in named]
-    flipped = [name for name, shape, _ in named if name in transposed and not shape.kernel]
+    flipped = [name for name, shape, _ in named if name in transposed and not shape.kernel and shape.experts == 1]
     if like.format == "peft" and len(flipped) == len(transposed):
         return _write_peft(out, pieces, dtype, flipped=bool(flipped))
     require_option(not embeddings, "out", str(out), "a file of this library's own", _EMBEDDINGS)
@@ -150,7 +154,7 @@ def write_native(
     tensors: dict[str, Tensor] = dict(extras)
     records: dict[str, WeightRecord] = {}
     for weight, shape, delta in deltas:
-        kind, (options, own) = delta.structure or "full", delta.as_parameters()
+        kind, (options, own) = delta.kind, delta.as_parameters()
         records[weight] = WeightRecord(
             kind,
             registry.get(kind).convention,
