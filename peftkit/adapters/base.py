@@ -32,9 +32,11 @@ class Adapter(nn.Module, ABC):
     #: what the stored numbers mean; changes with their meaning, so that an old file is refused, never misread
     convention: ClassVar[str] = "1"
     #: whether ΔW depends on the values of W when it is computed; without it, `delta` may be given W in any shape
-    reads_base: ClassVar[bool] = False
+    reads_base: bool = False
     #: entries that hold what the base was when the adapter was made; a file without them is taken to be of this base
     from_base: ClassVar[tuple[str, ...]] = ()
+    #: whether it replaces what it changes, whatever that was before: no base is another one than it was made for
+    replaces: bool = False
     #: what the same file means on another base, for the error a user meets there
     on_another_base: ClassVar[str] = "adds the same ΔW"
 
@@ -134,6 +136,16 @@ class Adapter(nn.Module, ABC):
             weight = placeholder_weight(self.shape).to(next(iter(own.values())).device)
             _set_constants(self, type(self)(self.shape, weight, **self.options))
             vars(self).pop("unset", None)
+
+    @classmethod
+    def needs_base(cls, options: Mapping[str, Any]) -> bool:
+        """Return whether the adapter that these options make reads W.
+
+        Args:
+            options: as in `Stored`.
+        """
+        del options
+        return cls.reads_base
 
     @classmethod
     def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str] | None:

@@ -86,7 +86,7 @@ class BOFT(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.06243"
     convention: ClassVar[str] = "stages of cayley(I+Q)(I-Q)^-1 on outputs,upper triangle row by row"
-    reads_base: ClassVar[bool] = True
+    reads_base = True
     on_another_base: ClassVar[str] = "rotates the new base the same way"
     decays = frozenset({"skew"})
 

@@ -96,7 +96,7 @@ class DoRA(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.09353"
     convention: ClassVar[str] = "magnitude/base_norm*norm(W)/norm(W+V)*(W+V)-W"
-    reads_base: ClassVar[bool] = True
+    reads_base = True
     resizable: ClassVar[frozenset[str]] = frozenset({"detach_norm"})
     from_base: ClassVar[tuple[str, ...]] = ("base_norm",)
     on_another_base: ClassVar[str] = "keeps its magnitudes relative to the norms of the new base"
@@ -118,6 +118,7 @@ class DoRA(Adapter):
         additive = [k for k in registry.kinds() if not registry.get(k).reads_base]
         require(registry.get(inner).kind in additive, "dora", "inner", inner, f"one of {', '.join(additive)}")
         self.inner = registry.build(inner, shape, weight, **inner_options)
+        require(not self.inner.reads_base, "dora", "rows", inner_options.get("rows"), "None: no rows that replace W's")
         self.options = {"inner": self.inner.kind, **self.inner.options}
         self.input_dropout = self.inner.input_dropout
         self.starts_at_zero = frozenset(f"inner.{name}" for name in self.inner.starts_at_zero)

@@ -80,7 +80,7 @@ class GLoRA(Adapter):
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"base_up", "up"})
     starts_at_zero = frozenset({"base_down", "down"})
     decays = frozenset({"base_up", "base_down", "up", "down"})
-    reads_base: ClassVar[bool] = True
+    reads_base = True
     on_another_base: ClassVar[str] = "multiplies the new base by the same matrix, and adds the same one"
 
     def __init__(self, shape: Shape, weight: Tensor, *, rank: int = 4, alpha: float | None = None) -> None:

@@ -68,7 +68,7 @@ class IA3(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.05638"
     convention: ClassVar[str] = "gate*W"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"gate"})
-    reads_base: ClassVar[bool] = True
+    reads_base = True
     on_another_base: ClassVar[str] = "scales the channels of the new base"
 
     def __init__(self, shape: Shape, weight: Tensor, *, side: str = "out") -> None:

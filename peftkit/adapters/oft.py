@@ -124,7 +124,7 @@ class OFT(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.07280"
     convention: ClassVar[str] = "cayley(I+Q)(I-Q)^-1,upper triangle row by row"
-    reads_base: ClassVar[bool] = True
+    reads_base = True
     on_another_base: ClassVar[str] = "rotates the new base the same way"
     decays = frozenset({"skew"})
 

@@ -18,6 +18,7 @@ from peftkit.delta.input_dependent import InputDependent as InputDependent
 from peftkit.delta.kron import Kron as Kron
 from peftkit.delta.lowrank import LowRank as LowRank
 from peftkit.delta.rotation import Rotation as Rotation
+from peftkit.delta.selected_rows import SelectedRows as SelectedRows
 from peftkit.delta.stack import LowRankStack as LowRankStack
 from peftkit.delta.stack import Stack as Stack
 from peftkit.delta.stack import StackedDelta as StackedDelta

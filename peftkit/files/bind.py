@@ -101,7 +101,7 @@ def fill(adapter: Adapter, weight: Tensor, tensors: Mapping[str, Tensor]) -> Non
 
 def needs_base(patch: Patch, shape: Shape, portable: bool) -> bool:
     """Whether ΔW depends on the base: by what the adapter does, or because the file leaves out its base's factors."""
-    if registry.get(patch.kind).reads_base:
+    if registry.get(patch.kind).needs_base(patch.options):
         return True
     return not portable and is_of_its_base(patch, shape)
 

@@ -47,7 +47,8 @@ class AdapterEntry:
 
     base: W (m, n), None where it is not at hand. path: of its module in the model, where that is known. transposed: of
     a layer that keeps its weight as (in, out). sliced: rows of a parameter, which is no module of its own. file: where
-    it is from. embedding: of an embedding, whose weight has a row for each token. turned: of a stack of experts that
+    it is from. embedding: of an embedding, whose weight has a row for each token. again: it is the
+    adapter of an entry before it, at another place of a shared weight. turned: of a stack of experts that
     PEFT takes for the transposed matrices.
     """
 
@@ -60,6 +61,7 @@ class AdapterEntry:
     sliced: bool = False
     file: str = ""
     embedding: bool = False
+    again: bool = False
     turned: bool = False
 
     @property
@@ -72,6 +74,7 @@ def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]
     """Yield copies of one adapter of a model, weight by weight, in evaluation mode."""
     require_not_empty(model)
     require_none_lost(model)
+    seen: set[int] = set()
     for at in installed_adapters(model, [one_name(model, name)], every_place=True):
         at.require_values()
         geometry = at.slot.geometry
@@ -85,8 +88,10 @@ def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]
             geometry.transposed,
             at.slot.parameter != "weight" and geometry.shape.experts == 1,
             embedding=at.looks_up,
+            again=id(at.adapter) in seen,
             turned=turned(geometry),
         )
+        seen.add(id(at.adapter))
 
 
 def _adapter_and_base(at: InstalledAdapter) -> tuple[Adapter, Tensor]:

@@ -251,7 +251,7 @@ class _Planner:
         bound = not bundle.portable and is_of_its_base(patch, shape)
         self.bound |= {name} if bound else set()
         law, difference = self._law(patch, bound, where), None
-        if registry.get(patch.kind).reads_base and not bound and self.origin is not None:
+        if registry.get(patch.kind).needs_base(patch.options) and not bound and self.origin is not None:
             difference = _difference(patch, parts, shape, self.base, self.origin, where)
         self.patches.append(Planned(file, name, patch.kind, parts, shape, strength, law, difference))
 
@@ -259,7 +259,7 @@ class _Planner:
         """What a patch does on this base. bound: its ΔW is made of factors of the base it was trained on."""
         if bound:
             return "additive" if self.origin is None else "transplant"
-        if not registry.get(patch.kind).reads_base:
+        if not registry.get(patch.kind).needs_base(patch.options):
             return "additive"
         if self.rebase == "transplant" and self.origin is None:
             raise OptionError(

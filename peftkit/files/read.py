@@ -175,7 +175,8 @@ def _native(source: Source) -> AdapterFile:
 def _peft(source: Source, config: Mapping[str, Any]) -> AdapterFile:
     modules, unknown = peft.modules(source.keys)
     modules, parameters = peft_experts.named(modules, config)
-    embeddings.refuse_tokens(source.path, unknown, peft.PREFIX)
+    tokens = {module.removeprefix(peft.PREFIX): key for module, key in embeddings.tokens(unknown).items()}
+    unknown = [key for key in unknown if key not in tokens.values()]
     bases = {m.removeprefix(peft.PREFIX): key for m, key in embeddings.bases(unknown).items()}
     bases = {module: key for module, key in bases.items() if module in modules}
     unknown = [key for key in unknown if key not in bases.values()]
@@ -184,10 +185,12 @@ def _peft(source: Source, config: Mapping[str, Any]) -> AdapterFile:
     scale = peft.scale_of(config)
 
     def patch(module: str) -> Patch:
+        if module in tokens:
+            return embeddings.tokens_patch(module, source.factor(tokens[module]), config)
         reader = peft_experts if module in parameters else peft
         return reader.patch(module, source.factors(modules[module]), config, scale)
 
-    patches = OnDemand(source.path, modules, patch)
+    patches = OnDemand(source.path, [*modules, *tokens], patch)
     vectors = {f"{m}.bias": _shift(patches, m, source.factor(key)) for m, key in shifts.items()}
     values = OnDemand(source.path, extras, lambda name: source[extras[name]])
     prints = OnDemand(source.path, bases, lambda name: native.samples(source[bases[name]]))

@@ -194,7 +194,11 @@ def _metadata(
             )
             for site, at in own.items()
         },
-        base={site: print_ for site, at in bases.items() if np.isfinite(print_ := samples(gathered_base(at))).all()},
+        base={
+            site: print_
+            for site, at in bases.items()
+            if not at.adapter.replaces and np.isfinite(print_ := samples(gathered_base(at))).all()
+        },
         portable=portable,
         training=dict(training or {}),
         version=__version__,

@@ -22,7 +22,7 @@ from peftkit.kernels.sharding import sharded
 from peftkit.kernels.torch_private import compiling, eager, own_modules, own_parameters
 from peftkit.wrapping.bases.formats import matrix_of
 from peftkit.wrapping.hooks import present
-from peftkit.wrapping.lookup import Lookup, adapted_output
+from peftkit.wrapping.lookup import Lookup, adapted_output, require_size
 from peftkit.wrapping.routes import changed, choose, choose_compiled, choose_lookup, dense
 from peftkit.wrapping.sites import Slot
 from peftkit.wrapping.state import Acting, AdapterState
@@ -224,8 +224,9 @@ class AdaptedLookup(Adapted):
         if args or kwargs:
             g = g.of_call(*args, **kwargs)
         route = choose_lookup(g.shape, g.outputs(input)) if state.route == "auto" else state.route
-        y = super().forward(input, *args, **kwargs) if g.additive else None
         weight = self.parameter_of(state.slots[""])
+        require_size(weight, g)
+        y = super().forward(input, *args, **kwargs) if g.additive else None
         out = adapted_output(y, input, weight, self.deltas("", acting), g, route)
         if eager() and type(input) is Tensor and state.roll is not None:
             state.answer(out)

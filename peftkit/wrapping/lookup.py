@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftkit.delta import Delta
 from peftkit.delta.base import recomputed
+from peftkit.errors import LostAdapterError
 from peftkit.geometry import Geometry
 from peftkit.kernels.blocks import accumulation_dtype
 from peftkit.wrapping.routes import total
@@ -94,6 +95,16 @@ class Lookup(Geometry):
     def outputs(self, x: Tensor) -> int:
         """Return how many rows are looked up for x."""
         return x.numel()
+
+
+def require_size(weight: Tensor, g: Geometry, where: str = "an embedding") -> None:
+    """Raise LostAdapterError if a weight has other rows than when it was adapted."""
+    if weight.dim() == 2 and weight.numel() and weight.shape[0] != g.shape.rows:
+        raise LostAdapterError(
+            f"{where} has {weight.shape[0]} rows, and had {g.shape.rows} when it was adapted (resize_token_embeddings "
+            "gives it others in place): give it these back, and resize before wrapping. Rows that were added then are "
+            'trained by Rule(targets, "full", rows=[…])'
+        )
 
 
 def adapted_output(

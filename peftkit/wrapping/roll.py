@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftkit.errors import LostAdapterError, NeverRanWarning
 from peftkit.kernels.torch_private import compiled, own_parameters
+from peftkit.wrapping.lookup import require_size
 from peftkit.wrapping.walk import named_modules, unwrapped
 
 if TYPE_CHECKING:
@@ -88,6 +89,10 @@ def require_none_lost(model: nn.Module) -> None:
     present = {name for name, module in modules.items() if is_adapted(module)}
     enrolled = {name: ref for name, ref in roll.hosts.items() if name not in present}
     # one that was unwrapped as part of something smaller is still there, and carries nothing
+    for name, module in named_modules(model):
+        for slot in module.adapter_state.slots.values() if is_adapted(module) else ():
+            if slot.start is None and slot.base is None and not slot.geometry.transposed:
+                require_size(cast(Tensor, own_parameters(module)[slot.parameter]), slot.geometry, name or "the model")
     lost = [name for name, ref in enrolled.items() if (host := ref()) is None or is_adapted(host)]
     if lost:
         raise LostAdapterError(

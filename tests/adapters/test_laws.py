@@ -16,9 +16,10 @@ from peftkit.adapters import registry
 from peftkit.adapters.loldu import INITS
 from peftkit.errors import MergeError
 from tests.support import laws
-from tests.support.zoo import ADAPTERS, FEW, LAYERS, LOOKUPS, STACKS, make, train
+from tests.support.zoo import ADAPTERS, CASES, FEW, LAYERS, LOOKUPS, STACKS, make, train
 
 CELLS = [(adapter, layer) for adapter in ADAPTERS for layer in (*LAYERS, *STACKS, "embedding")]
+CELLS += [("full rows", layer) for layer in ("linear", "conv2d k3", "transposed2d g2", *LOOKUPS)]
 CELLS += [(adapter, layer) for adapter in FEW for layer in LOOKUPS if layer != "embedding"]
 REFUSED = {cell: reason for cell in CELLS if (reason := laws.refusal(*cell)) is not None}
 ALLOWED = [cell for cell in CELLS if cell not in REFUSED]
@@ -68,7 +69,7 @@ def test_a_hundred_cycles(adapter: str, layer: str) -> None:
 
 @pytest.mark.parametrize("cell", REFUSED, ids="-".join)
 def test_a_refusal_says_what_to_do(cell: tuple[str, str]) -> None:
-    kind = ADAPTERS[cell[0]].kind
+    kind = CASES[cell[0]].kind
     reason = REFUSED[cell]
     assert registry.get(kind).kind in reason
     assert "expected" in reason or "use" in reason

@@ -25,7 +25,7 @@ from peftkit.geometry import Geometry
 from peftkit.wrapping.layer import Adapted
 from peftkit.wrapping.lookup import Lookup
 from tests.support import numbers
-from tests.support.zoo import ADAPTERS, is_norm, make, target_of, train
+from tests.support.zoo import CASES, is_norm, make, target_of, train
 
 #: what a cell that has no meaning raises, at wrap
 REFUSALS = (OptionError, UnsupportedLayerError)
@@ -39,7 +39,7 @@ STRENGTHS = (-1.0, 0.0, 0.3, 1.0, 2.0)
 def wrapped(adapter: str, layer: str, dtype: torch.dtype = torch.float64, **kwargs: str) -> tuple[nn.Module, Tensor]:
     """A trained cell and an input."""
     module, x = make(layer, dtype)
-    case = ADAPTERS[adapter]
+    case = CASES[adapter]
     pk.wrap(module, case.kind, targets=target_of(module), **case.options, **kwargs)
     train(module)
     return module, x
@@ -101,7 +101,7 @@ def identity_at_start(adapter: str, layer: str, dtype: torch.dtype = torch.float
     """1. A fresh adapter changes neither the output nor, merged, the weight, bit for bit; on both routes."""
     module, x = make(layer, dtype)
     before, weight = module(x), bits(own_weight(module))
-    case = ADAPTERS[adapter]
+    case = CASES[adapter]
     for route in ("factored", "dense"):
         pk.wrap(module, case.kind, targets=target_of(module), route=route, **case.options)
         assert torch.equal(module(x), before), f"{route}: the output changed"
@@ -193,7 +193,7 @@ def copies_are_equal(adapter: str, layer: str, dtype: torch.dtype = torch.float3
             pk.load(fresh, path)
             assert torch.equal(fresh(x), expected), f"save → load, portable={portable}"
     fresh, _ = make(layer, dtype)
-    case = ADAPTERS[adapter]
+    case = CASES[adapter]
     pk.wrap(fresh, case.kind, targets=target_of(fresh), **case.options)
     fresh.load_state_dict(module.state_dict())
     assert torch.equal(fresh(x), expected), "state dict"
@@ -281,7 +281,7 @@ def gradients_check(adapter: str, layer: str, dtype: torch.dtype = torch.float64
     """
     if layer == "embedding scaled":
         return
-    detached = "dora" in adapter and ADAPTERS[adapter].options.get("detach_norm", True)
+    detached = "dora" in adapter and CASES[adapter].options.get("detach_norm", True)
     for route in ("factored", "dense"):
         module, x = wrapped(adapter, layer, dtype, route=route)
         names = [] if detached else [n for n, p in module.named_parameters() if p.requires_grad]
@@ -325,7 +325,7 @@ LAWS: dict[str, Callable[..., None]] = {
 def refusal(adapter: str, layer: str) -> str | None:
     """11. The typed reason why a cell has no meaning, raised at wrap with the layer untouched; None if it has one."""
     module, _ = make(layer)
-    case = ADAPTERS[adapter]
+    case = CASES[adapter]
     before = type(module), {k: bits(v) for k, v in module.state_dict().items()}
     try:
         pk.wrap(module, case.kind, targets=target_of(module), **case.options)

@@ -173,6 +173,10 @@ ADAPTERS: dict[str, AdapterCase] = {
 }
 
 
+#: beside them, what a few tests of files would take for another kind
+CASES: dict[str, AdapterCase] = {**ADAPTERS, "full rows": AdapterCase("full", {"rows": [1, 4, 5]})}
+
+
 def smallest_kernel(case: str) -> int:
     """The kernel a convolution may have for the adapter: GLoRA takes no larger one than 1."""
     return 1 if ADAPTERS[case].kind == "glora" else 3

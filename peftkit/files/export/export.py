@@ -31,7 +31,7 @@ from peftkit.files.export.proof import Exported, proven
 from peftkit.files.export.tensors import shared_alpha, tensors_of
 from peftkit.files.extras import listed
 from peftkit.files.families.names import Family
-from peftkit.files.formats import container, disk
+from peftkit.files.formats import container, disk, embeddings, peft
 from peftkit.files.read import Reading, read
 from peftkit.wrapping.divided import by_first_process
 from peftkit.wrapping.listing import Row, listing
@@ -172,6 +172,8 @@ def export(
 
 def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) -> ExportReport:
     """Name and encode every adapter, and write them and what trained beside them."""
+    tied = [item for item in items if item.again and item.adapter.replaces and request.goal.folder]
+    items = [item for item in items if item not in tied]  # PEFT puts trained tokens on all layers of a shared weight
     _require_exportable(items, request.goal)
     if beside.values and request.extras and not request.goal.folder:
         raise LossyError(
@@ -185,7 +187,7 @@ def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) ->
     modules = named_modules(items, request.goal, family, request.component)
     found = _consistent(modules, request.goal, family, request.bake)
     kept = beside if request.extras else Beside({})
-    weights = _write_folder(found, request, kept) if request.goal.folder else _write_file(found, request, family)
+    weights = _write_folder(found, request, kept, tied) if request.goal.folder else _write_file(found, request, family)
     left_out = () if request.extras else tuple(beside.values)
     return ExportReport(request.goal.name, request.path, weights, left_out, tuple(kept.values))
 
@@ -247,7 +249,10 @@ def _write_file(found: Sequence[Job], request: _Request, family: Family | None) 
         return proven(Path(file.name), found, path)
 
 
-def _write_folder(found: Sequence[Job], request: _Request, beside: Beside) -> tuple[Exported, ...]:
+def _write_folder(
+    found: Sequence[Job], request: _Request, beside: Beside, tied: Sequence[AdapterEntry]
+) -> tuple[Exported, ...]:
+    """Write a folder of PEFT. tied: what PEFT puts where it belongs by itself, and has in files without a LoRA."""
     kind = peft_type([job.piece for job in found])
     if kind is None:  # a folder holds one kind of adapter, and LoRA can be any ΔW
         lora = replace(request.goal, reads=frozenset({LowRank.structure}), decomposes=frozenset())
@@ -256,6 +261,8 @@ def _write_folder(found: Sequence[Job], request: _Request, beside: Beside) -> tu
         assert kind is not None
     flipped = any(item.flipped for job in found for _, item in job.members)
     extras, said = in_peft_folder(beside, found, kind[0], request.dtype, request.path)
+    if kind[0] not in peft.ON_EMBEDDINGS:
+        extras |= embeddings.of_tied({item.name: item.adapter.state_dict()["value"] for item in tied}, peft.PREFIX)
     with disk.atomic_folder(request.path) as folder:
         write_peft(
             folder,

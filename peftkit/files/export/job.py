@@ -63,7 +63,7 @@ def job(module: str, members: Members, goal: Target, family: Family | None, bake
         (only, item), *others = members
         if family is not None and (others or (only is not None and _is_fused(only, item, goal, family))):
             return _fuse(module, members, goal, family, bake)
-        goal = goal.on_embeddings if item.embedding else goal
+        goal = goal.on(item.embedding)
         spelled, shape = encode(item.adapter, goal, item.shape, item.base, bake=bake), item.shape
         if item.turned:
             assert spelled.form.change is not None  # PEFT has nothing but LoRA of stacks

@@ -15,7 +15,7 @@ from torch import Tensor
 from peftkit.adapters.form import PeftConfig
 from peftkit.files.export import programs
 from peftkit.files.export.tensors import ModuleTensors, tensors_of
-from peftkit.files.formats import container, peft, peft_experts
+from peftkit.files.formats import container, embeddings, peft, peft_experts
 
 #: what a configuration says of layers that keep their weight as (out, in), and of those that keep it as (in, out)
 FAN_IN_FAN_OUT: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {"fan_in_fan_out": True})
@@ -23,10 +23,20 @@ FAN_IN_FAN_OUT: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {"fan_in_fan_
 
 def peft_type(pieces: Sequence[ModuleTensors]) -> PeftConfig | None:
     """Return a folder's type and options; None where its modules share no type, and only LoRA could hold them all."""
+    tokens = {p.module.removeprefix(peft.PREFIX): p.spelled.form.rows for p in pieces if _of_tokens(p)}
+    if tokens and len(tokens) < len(pieces):  # which only a LoRA's folder has beside its modules
+        found = peft_type([piece for piece in pieces if not _of_tokens(piece)])
+        beside = {"trainable_token_indices": tokens}
+        return (found[0], found[1] | beside) if found is not None and found[0] in peft.ON_EMBEDDINGS else None
     forms = {type(piece.spelled.form) for piece in pieces}
     if len({piece.spelled.structure for piece in pieces}) > 1 or len(forms) > 1:
         return None
     return forms.pop().peft_config([(piece.spelled.form, piece.shape) for piece in pieces])
+
+
+def _of_tokens(piece: ModuleTensors) -> bool:
+    """Whether the module is an embedding of which some tokens were trained."""
+    return piece.spelled.structure == "full rows"
 
 
 def stack_names(pieces: Sequence[ModuleTensors]) -> dict[str, str]:
@@ -46,7 +56,13 @@ def write_peft(
     stacks = stack_names(pieces)
     named = [replace(piece, module=stacks.get(piece.module, piece.module)) for piece in pieces]
     tensors = tensors_of(named, programs.get("peft"), 1.0, dtype, folder) | dict(beside)
-    ranks = {p.module.removeprefix(peft.PREFIX): p.spelled.form.peft_rank(p.shape) for p in pieces}
+    mixed = "trainable_token_indices" in options
+    if mixed:
+        tensors = {
+            key.replace(embeddings.TOKENS, f".token_adapter{embeddings.TOKENS}"): t for key, t in tensors.items()
+        }
+    adapted = [piece for piece in pieces if not (mixed and _of_tokens(piece))]
+    ranks = {p.module.removeprefix(peft.PREFIX): p.spelled.form.peft_rank(p.shape) for p in adapted}
     parameters = [module.removeprefix(peft.PREFIX) for module in stacks]
     config = json.dumps(peft.config(kind, ranks, options, parameters), indent=2, sort_keys=True)
     (folder / peft.CONFIG).write_text(config + "\n")

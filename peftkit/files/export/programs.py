@@ -17,6 +17,7 @@ from peftkit.geometry import Shape
 
 _ALL = frozenset({0, 1, 2, 3})
 _CONVOLUTIONS = frozenset({1, 2, 3})
+_TOKENS = "full rows"
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,16 @@ class Target:
         """Whether it reads a whole ΔW."""
         return Dense.structure in self.reads
 
-    @property
-    def on_embeddings(self) -> Target:
-        """What it reads on an embedding, where it reads any: LoRA, with magnitudes per column of the weight (V, d)."""
+    def on(self, embedding: bool) -> Target:
+        """Return what it reads on an embedding, where it reads any, or on any other layer.
+
+        Of embeddings that is LoRA, with magnitudes per column of W (V, d), and trained tokens.
+        """
+        if not embedding:
+            return replace(self, reads=self.reads - {_TOKENS}) if _TOKENS in self.reads else self
         lora = LowRank.structure
-        return replace(self, reads=self.reads & {lora}, decomposes=frozenset({(lora, "in")} if self.decomposes else ()))
+        own = frozenset({(lora, "in")} if self.decomposes else ())
+        return replace(self, reads=self.reads & {lora, _TOKENS}, decomposes=own)
 
     def refusal(self, structure: str, shape: Shape) -> str:
         """Return why it would not read this structure on a weight of this shape, "" where it does."""
@@ -229,7 +235,7 @@ _DIFFUSERS = Target(
 _PEFT = Target(
     "peft",
     "PEFT",
-    frozenset({"lora", "loha", "lokr", "oft in"}),
+    frozenset({"lora", "loha", "lokr", "oft in", _TOKENS}),
     frozenset({("lora", "out")}),
     nonlinear=frozenset({"dora", "oft in"}),
     tucker=_TUCKER,

@@ -7,12 +7,14 @@ factors lora_B = Aᵀ and lora_A = Bᵀ. Its magnitudes are per column of the we
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
-from peftkit.errors import UnsupportedLayerError, require_file
+from peftkit.errors import require_file
+from peftkit.files.formats.patch import Patch
+from peftkit.geometry import Shape
 
 #: how keys end -> what the tensor is
 ENDS: Mapping[str, str] = MappingProxyType(
@@ -21,7 +23,7 @@ ENDS: Mapping[str, str] = MappingProxyType(
 #: how the key of the weight of an adapted embedding ends, which PEFT saves as it was
 BASE = ".base_layer.weight"
 #: how a key ends, or goes on, of the rows that some tokens have after training
-_TOKENS = ".trainable_tokens_delta"
+TOKENS = ".trainable_tokens_delta"
 
 
 def bases(keys: Iterable[str]) -> dict[str, str]:
@@ -51,16 +53,43 @@ def as_linear(module: str, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def of_embedding(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a module, lora_A (r, d) and lora_B (V, r), as those of an embedding with the same ΔW."""
     found = dict(tensors)
+    if TOKENS[1:] in found:
+        return found
     down, up = found.pop("lora_A.weight"), found.pop("lora_B.weight")
     return {"lora_embedding_A": up.mT, "lora_embedding_B": down.mT, **found}
 
 
-def refuse_tokens(path: Path, keys: Iterable[str], prefix: str) -> None:
-    """Raise UnsupportedLayerError for trained tokens of an embedding: a file read without them is another model."""
-    for key in keys:
-        if _TOKENS in key:
-            embedding = key.partition(_TOKENS)[0].removeprefix(prefix).removesuffix(".token_adapter")
-            raise UnsupportedLayerError(
-                f"{path}: {key} is what was trained of some tokens of the embedding {embedding}, which is not read: "
-                "merge it with PEFT's merge_and_unload, or train the embedding whole, as modules_to_save has it"
-            )
+def of_tied(values: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the rows of trained tokens, by the names of the layers, as a folder holds them of tied layers."""
+    return {f"{prefix}{name}{TOKENS}": value.detach().cpu().contiguous() for name, value in values.items()}
+
+
+def tokens(keys: Iterable[str]) -> dict[str, str]:
+    """Return {module's name in the file: key} of the rows that some tokens of an embedding have after training."""
+    ends = (f".token_adapter{TOKENS}", TOKENS)  # beside a LoRA, and alone
+    found = {key: next((end for end in ends if key.endswith(end)), "") for key in keys}
+    return {key.removesuffix(end): key for key, end in found.items() if end}
+
+
+def tokens_patch(module: str, values: Tensor, config: Mapping[str, Any]) -> Patch:
+    """Read the trained tokens of one embedding.
+
+    Args:
+        module: its path, which the configuration may go by.
+        values: (k, d), the rows themselves.
+        config: PEFT's configuration, which has the numbers of the rows.
+
+    Raises:
+        FileError: the configuration has no numbers for these rows.
+    """
+    given = config.get("token_indices") or config.get("trainable_token_indices")
+    if isinstance(given, Mapping):
+        given = next((own for name, own in given.items() if f".{module}".endswith(f".{name}")), None)
+    numbers = isinstance(given, list) and all(type(number) is int and number >= 0 for number in given)
+    sound = numbers and values.dim() == 2 and len(set(given)) == len(given) == len(values)
+    said = f"{tuple(values.shape)} rows of tokens were found, and the configuration has their numbers as {given!r:.60}"
+    require_file(sound, module, said)
+    order = sorted(range(len(given)), key=given.__getitem__)
+    options = {"rows": [given[i] for i in order]}
+    shape = Shape(0, values.shape[1])
+    return Patch("full", options, shape, {"value": values[order]}, scale="1: the rows themselves", embedding=True)

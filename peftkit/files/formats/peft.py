@@ -35,7 +35,7 @@ _LONGEST = 1000
 
 #: inits that move part of the base into the adapter: what the file adds to is then not the base
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "IA3")
+_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "IA3", "TRAINABLE_TOKENS")
 _KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 #: the types whose modules are scaled by α/r -> the option that has α
 _ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
@@ -218,7 +218,7 @@ def patch(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any], scale
     has, said = "magnitude" in t or "dora_scale" in t, f"use_dora={config.get('use_dora')!r} in {CONFIG}"
     require_file(has == _flag(config, "use_dora"), module, f"it has {'' if has else 'no '}magnitudes, and {said}")
     found = kohya.patch(module, t, scale)
-    if found is None or _KINDS[kind] not in (found.kind, found.options.get("inner")):
+    if found is None or _KINDS.get(kind) not in (found.kind, found.options.get("inner")):
         raise FileError(f"{module}: {', '.join(sorted(t))} is not what a {kind} adapter has")
     if {"outer", "block"} <= set(found.tensors):
         found = _scaled_full_lokr(module, found, scale)

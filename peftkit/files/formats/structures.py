@@ -197,7 +197,7 @@ def decompose(module: str, inner: Patch, found: Mapping[str, Tensor], axis_given
         FileError: if the inner adapter depends on the base, or the magnitudes do not fit it.
         AmbiguousFileError: if the axis cannot be known.
     """
-    if registry.get(inner.kind).reads_base:
+    if registry.get(inner.kind).needs_base(inner.options):
         raise FileError(f"{module}: a DoRA around {inner.kind}, whose change depends on the base, is not read")
     if len(found) > 1:
         raise FileError(f"{module}: dora_scale and lora_magnitude_vector are both there, one was expected")

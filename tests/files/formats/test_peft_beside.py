@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import peftkit as pk
-from peftkit.errors import ExportError, FileError, LossyError, MismatchError, UnsupportedLayerError
+from peftkit.errors import ExportError, FileError, LossyError, MismatchError
 
 
 class Block(nn.Module):
@@ -114,14 +114,6 @@ def test_the_bias_of_lora_b_is_merged_and_not_loaded(rslora: bool, tmp_path: Pat
         pk.load(net(), tmp_path / "adapter")
     with pytest.raises(ExportError, match=r"lora_B\.bias goes with ΔW"):
         pk.rescale(tmp_path / "adapter", 0.5, tmp_path / "half")
-
-
-def test_trained_tokens_are_refused_by_name(tmp_path: Path) -> None:
-    said = "what was trained of some tokens of the embedding embed,"
-    trained(tmp_path, trainable_token_indices={"embed": [1, 2]})
-    with pytest.raises(UnsupportedLayerError, match=said):
-        pk.load(net(), tmp_path)
-    assert pk.doctor(tmp_path).code == 2
 
 
 def test_a_folder_made_of_it_does_not_lose_it_in_silence(tmp_path: Path) -> None:
