@@ -198,7 +198,7 @@ def made(
     built: list[tuple[Site, Adapter]] = []
     own: dict[str, Adapter] = {}
     for site, patch in fitting:
-        if patch.same_as in own:
+        if patch.same_as and patch.same_as in own:  # the root of a model has the name ""
             built.append((site, own[patch.same_as]))
             continue
         trained = beside.of(site.module, site.slot.parameter)  # the weight itself may come with the file
