@@ -48,6 +48,9 @@ class Form(ABC):
             alpha: the one of all low-rank modules of the file; what α/r leaves over is folded into a factor.
         """
 
+    #: the rows that are all it is of; none of it is of all
+    numbers: Sequence[int] = ()
+
     @property
     def change(self) -> Delta | None:
         """ΔW, where it is the same on any base; None elsewhere."""

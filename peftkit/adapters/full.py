@@ -25,7 +25,7 @@ class RowsForm(Form):
     """Rows that take the place of W's, as PEFT keeps trained tokens: their values and their numbers."""
 
     value: Tensor
-    rows: list[int]
+    numbers: Sequence[int] = ()
 
     def structure(self, program: Target) -> str:
         del program
@@ -41,7 +41,7 @@ class RowsForm(Form):
 
     @classmethod
     def peft_config(cls, written: Sequence[tuple[Any, Shape]]) -> PeftConfig | None:
-        numbers = [form.rows for form, _ in written]
+        numbers = [list(form.numbers) for form, _ in written]
         alike = all(own == numbers[0] for own in numbers)
         return ("TRAINABLE_TOKENS", {"token_indices": numbers[0]}) if alike else None
 

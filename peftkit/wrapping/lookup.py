@@ -99,7 +99,7 @@ class Lookup(Geometry):
 
 def require_size(weight: Tensor, g: Geometry, where: str = "an embedding") -> None:
     """Raise LostAdapterError if a weight has other rows than when it was adapted."""
-    if weight.dim() == 2 and weight.numel() and weight.shape[0] != g.shape.rows:
+    if weight.dim() == 2 and weight.numel() not in (0, g.shape.rows * g.shape.columns):
         raise LostAdapterError(
             f"{where} has {weight.shape[0]} rows, and had {g.shape.rows} when it was adapted (resize_token_embeddings "
             "gives it others in place): give it these back, and resize before wrapping. Rows that were added then are "

@@ -90,7 +90,7 @@ def require_none_lost(model: nn.Module) -> None:
     enrolled = {name: ref for name, ref in roll.hosts.items() if name not in present}
     # one that was unwrapped as part of something smaller is still there, and carries nothing
     for name, module in named_modules(model):
-        for slot in module.adapter_state.slots.values() if is_adapted(module) else ():
+        for slot in cast("Adapted", module).adapter_state.slots.values() if is_adapted(module) else ():
             if slot.start is None and slot.base is None and not slot.geometry.transposed:
                 require_size(cast(Tensor, own_parameters(module)[slot.parameter]), slot.geometry, name or "the model")
     lost = [name for name, ref in enrolled.items() if (host := ref()) is None or is_adapted(host)]

@@ -23,7 +23,7 @@ FAN_IN_FAN_OUT: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {"fan_in_fan_
 
 def peft_type(pieces: Sequence[ModuleTensors]) -> PeftConfig | None:
     """Return a folder's type and options; None where its modules share no type, and only LoRA could hold them all."""
-    tokens = {p.module.removeprefix(peft.PREFIX): p.spelled.form.rows for p in pieces if _of_tokens(p)}
+    tokens = {p.module.removeprefix(peft.PREFIX): numbers for p in pieces if (numbers := p.spelled.form.numbers)}
     if tokens and len(tokens) < len(pieces):  # which only a LoRA's folder has beside its modules
         found = peft_type([piece for piece in pieces if not _of_tokens(piece)])
         beside = {"trainable_token_indices": tokens}
@@ -36,7 +36,7 @@ def peft_type(pieces: Sequence[ModuleTensors]) -> PeftConfig | None:
 
 def _of_tokens(piece: ModuleTensors) -> bool:
     """Whether the module is an embedding of which some tokens were trained."""
-    return piece.spelled.structure == "full rows"
+    return bool(piece.spelled.form.numbers)
 
 
 def stack_names(pieces: Sequence[ModuleTensors]) -> dict[str, str]:

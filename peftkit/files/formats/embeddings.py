@@ -82,13 +82,13 @@ def tokens_patch(module: str, values: Tensor, config: Mapping[str, Any]) -> Patc
     Raises:
         FileError: the configuration has no numbers for these rows.
     """
-    given = config.get("token_indices") or config.get("trainable_token_indices")
-    if isinstance(given, Mapping):
-        given = next((own for name, own in given.items() if f".{module}".endswith(f".{name}")), None)
-    numbers = isinstance(given, list) and all(type(number) is int and number >= 0 for number in given)
-    sound = numbers and values.dim() == 2 and len(set(given)) == len(given) == len(values)
-    said = f"{tuple(values.shape)} rows of tokens were found, and the configuration has their numbers as {given!r:.60}"
-    require_file(sound, module, said)
+    said = config.get("token_indices") or config.get("trainable_token_indices")
+    if isinstance(said, Mapping):
+        said = next((own for name, own in said.items() if f".{module}".endswith(f".{name}")), None)
+    given: list[int] = said if isinstance(said, list) else []
+    sound = values.dim() == 2 and all(type(number) is int and number >= 0 for number in given)
+    found = f"{tuple(values.shape)} rows of tokens were found, and the configuration has their numbers as {said!r:.60}"
+    require_file(sound and 0 < len(set(given)) == len(given) == len(values), module, found)
     order = sorted(range(len(given)), key=given.__getitem__)
     options = {"rows": [given[i] for i in order]}
     shape = Shape(0, values.shape[1])
