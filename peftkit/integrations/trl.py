@@ -24,6 +24,7 @@ class ReferenceModel(nn.Module):
         model: a wrapped model.
 
     Raises:
+        OptionError: the model is a name or a path.
         UnknownAdapterError: the model is not wrapped.
         UnsupportedLayerError: its output head is adapted where it is called, and TRL reads its weight.
 
@@ -33,6 +34,10 @@ class ReferenceModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise OptionError(
+                f"model={model!r:.100} was given, a wrapped model was expected: load it and wrap it first"
+            )
         names_of(model)
         _require_readable_head(model)
         self.__dict__["wrapped"] = (

@@ -151,6 +151,8 @@ def test_sft_trains_the_adapters(tmp_path: Path) -> None:
 def test_what_needs_another_reference_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownAdapterError):
         ReferenceModel(base())
+    with pytest.raises(OptionError, match="a wrapped model was expected"):
+        AdapterDPOTrainer("a/path")  # type: ignore[arg-type]
     model = base()
     pk.wrap(model, "lora", targets="lm_head")
     with pytest.raises(UnsupportedLayerError, match="read=True"):
