@@ -135,6 +135,8 @@ class AdaptedLayer(Adapted):
         if not acting.strengths:
             return super().forward(input, *args, **kwargs)
         g, base = state.slots[""].geometry, state.slots[""].base
+        if base is not None:
+            base.prepare(self, input)
         if args or kwargs:
             g = g.sized_for(self, input, *args, **kwargs)
         deltas = self.deltas("", acting)

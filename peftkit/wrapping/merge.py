@@ -64,7 +64,8 @@ def merge(
             W + ΔW again, and raises if less than half of a ΔW would survive: at 4 bits almost all of it rounds away,
             unless W is the original weight. Other weights are merged as ever.
         origin: the weights that were quantised, for into="requantised": the original model, or its state dict.
-        dtype: of the weights with into="dequantised"; by default what the quantised layer says it was made of.
+        dtype: of the weights with into="dequantised"; by default what the quantised layer was made of, or the
+            rest of the model where the layer keeps no record of it.
 
     Returns:
         What was merged, and what share of it the weights' dtype could not hold; with into="requantised", what share of
@@ -91,7 +92,7 @@ def merge(
     """
     require_choice("backup", backup, (*BACKUPS, None))
     _refuse_divided(model, "merge")
-    quantised = Quantised(into, origin, dtype)
+    quantised = Quantised(model, into, origin, dtype)
     affected = _affected(model, names)
     quantised.require(affected)
     if backup is None:

@@ -103,8 +103,9 @@ class Replacement:
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
-    """How quantised weights are merged: `into`, `origin` and `dtype` of `merge`."""
+    """How the quantised weights of a model are merged: `into`, `origin` and `dtype` of `merge`."""
 
+    model: nn.Module
     into: str | None
     origin: nn.Module | Mapping[str, Tensor] | None
     dtype: torch.dtype | None
@@ -141,7 +142,7 @@ class Quantised:
             raise MergeError(f"{site}: the ΔW of {', '.join(names)} is not finite; nothing was merged")
         result = MergedWeight(site, names, norm, 0.0, 0.0)
         if self.into == "dequantised":
-            dtype = self.dtype or base.dtype
+            dtype = self.dtype or base.original_dtype or self._dtype_of_the_rest() or base.dtype
             merged = W + change
             if overflows(merged, dtype):
                 raise MergeError(f"{site}: W + ΔW overflows {dtype}; nothing was merged")
@@ -167,6 +168,15 @@ class Quantised:
                 f"least {100 * _LEAST:.0f} % was expected, in {len(lost)} of {len(weights)} weights. Nothing was "
                 f"merged; {advice}{_SUPPORTED}; or keep the adapter applied"
             )
+
+    def _dtype_of_the_rest(self) -> torch.dtype | None:
+        """The dtype of most numbers in the model's ordinary parameters, None without any."""
+        sizes: dict[torch.dtype, int] = {}
+        for _, module in named_modules(self.model):
+            for parameter in own_parameters(module).values() if format_of(module) is None else ():
+                if parameter is not None and parameter.is_floating_point() and parameter.itemsize > 1:
+                    sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+        return max(sizes, key=lambda dtype: sizes[dtype], default=None)
 
     def _original(self, host_name: str, site: str, W: Tensor) -> Tensor:
         """The weight that W was quantised from, in float32."""

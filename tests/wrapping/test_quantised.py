@@ -14,7 +14,7 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
 
 import peftkit as pk
-from peftkit.errors import OptionError, UnsupportedLayerError
+from peftkit.errors import OptionError, TiedWeightsError, UnsupportedLayerError
 from peftkit.wrapping.bases.formats import format_of, matrix_of
 from peftkit.wrapping.layer import Adapted, adapted_modules
 from tests.support.matrix_quantised import BASES, COLUMNS, OPTIONS, ROWS, cells, network, pair, quantised
@@ -187,6 +187,23 @@ class TestEveryBase:
             optimizer.step()
             losses.append(float(loss.detach()))
         assert losses[-1] < 0.7 * losses[0]
+
+    def test_a_shared_weight_gets_a_copy_of_its_own(self, base: str) -> None:
+        first = quantised(base, COLUMNS, COLUMNS)
+        second = copy.deepcopy(first)
+        second.weight = first.weight
+        model, x = nn.Sequential(first, second), torch.randn(2, COLUMNS)
+        with pytest.raises(TiedWeightsError):
+            pk.wrap(model, "lora", targets="0")
+        before = model(x)
+        pk.wrap(model, "dora", targets="0", tied="untie", rank=2)
+        assert torch.equal(model(x), before)
+        train(model)
+        pk.merge(model, into="dequantised", dtype=torch.float32)
+        pk.restore(model)
+        pk.unwrap(model)
+        assert model[0].weight is model[1].weight
+        assert torch.equal(model(x), before)
 
     def test_autocast(self, base: str) -> None:
         model, plain = pair("dora", base)

@@ -50,6 +50,11 @@ class Base(ABC):
         """The floating point dtype that W is dequantised to."""
 
     @property
+    def original_dtype(self) -> torch.dtype | None:
+        """The dtype that W had before it was quantised; None where the layer keeps no record of it."""
+        return self.dtype
+
+    @property
     @abstractmethod
     def stored(self) -> tuple[Tensor, ...]:
         """Every tensor that W is made of, for a checksum and for counting bytes; the first is on W's device."""
@@ -57,6 +62,11 @@ class Base(ABC):
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
         """Return W[start:stop], dequantised to a floating point dtype, without gradients. start < stop ≤ m."""
+
+    @classmethod
+    def prepare(cls, module: nn.Module, x: Tensor) -> None:
+        """Put the stored numbers into the form in which a call with x needs them, before anything reads them."""
+        del module, x
 
     @classmethod
     def run(cls, module: nn.Module, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

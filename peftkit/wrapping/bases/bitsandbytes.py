@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -95,14 +94,13 @@ class FourBit(Base):
         return (levels * scales)[start - first : stop - first].to(self.dtype)
 
     @classmethod
-    def run(cls, module: nn.Module, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def prepare(cls, module: nn.Module, x: Tensor) -> None:
         weight = cast(Any, own_parameters(module)["weight"])
         interleaved = getattr(weight.quant_state, "packing_format_for_cpu", False)
         if interleaved and torch.is_grad_enabled() and x.requires_grad:
             # That layout has no backward, and the layer itself, once evaluated, never leaves it
             convert = _functional()._convert_weight_packed_for_cpu_inverse
             weight.data, weight.quant_state = convert(weight.data, weight.quant_state)
-        return forward(x, *args, **kwargs)
 
     @classmethod
     def requantised(cls, module: nn.Module, W: Tensor) -> dict[str, Any]:
@@ -181,8 +179,11 @@ class EightBit(Base):
 
     @property
     def dtype(self) -> torch.dtype:
-        # The layer keeps no record of what it was made of; it casts its bias to what it computes with
-        return torch.float16 if self.bias is None else self.bias.dtype
+        return self.original_dtype or torch.float16  # through which the library quantises
+
+    @property
+    def original_dtype(self) -> torch.dtype | None:
+        return None if self.bias is None else self.bias.dtype  # which the layer casts to what it computes with
 
     @property
     def stored(self) -> tuple[Tensor, ...]:

@@ -61,7 +61,11 @@ class FineGrainedFP8(Base):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.bias is None else self.bias.dtype  # such checkpoints are made of bf16
+        return self.original_dtype or torch.bfloat16  # of which such checkpoints are made
+
+    @property
+    def original_dtype(self) -> torch.dtype | None:
+        return None if self.bias is None else self.bias.dtype
 
     @property
     def stored(self) -> tuple[Tensor, ...]:
