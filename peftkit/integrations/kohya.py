@@ -24,6 +24,7 @@ from peftkit.files.export.tensors import ModuleTensors, shared_alpha, tensors_of
 from peftkit.files.formats import container, disk
 from peftkit.files.load import LoadReport, load
 from peftkit.files.swap import swap
+from peftkit.integrations.kohya_blocks import block_of
 from peftkit.integrations.kohya_recipe import Recipe
 from peftkit.training.limit_norms import limit_norms_
 from peftkit.wrapping.layer import InstalledAdapter, installed_adapters
@@ -182,7 +183,7 @@ class AdapterNetwork(nn.Module):
         for at in self._installed():
             part, _, path = at.site.partition(".")
             rate, what = _rate(part, text_encoder_lr, unet_lr, default_lr)
-            block = None if rates is None or part != "unet" else self.recipe.block_of(path)
+            block = None if rates is None or part != "unet" else block_of(path)
             if rates is not None and block is not None:
                 rate, what = rate * rates[block], f"{what}_block{block}"
             ratio = self.recipe.ratio(part)
@@ -203,9 +204,9 @@ class AdapterNetwork(nn.Module):
     def prepare_grad_etc(self, text_encoder: object, unet: object) -> None:
         """Make the adapters trainable again, in their own dtype, after the models were frozen and cast around them."""
         del text_encoder, unet
-        for key, parameter in self.adapters.named_parameters():
+        for key, tensor in self._tensors():
             if key in self.__dict__["kept"]:
-                parameter.data = self.__dict__["kept"][key].to(parameter.device)
+                tensor.data = self.__dict__["kept"][key].to(tensor.device)
         self.__dict__["kept"] = {}
         self.requires_grad_(True)
 
@@ -299,7 +300,12 @@ class AdapterNetwork(nn.Module):
 
     def _keep(self) -> None:
         """Keep the adapters' numbers until `prepare_grad_etc`: until then sd-scripts casts the models around them."""
-        self.__dict__["kept"] = {key: p.detach().clone() for key, p in self.adapters.named_parameters()}
+        self.__dict__["kept"] = {key: tensor.detach().clone() for key, tensor in self._tensors()}
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The adapters' parameters and buffers: a norm of the base that is rounded is a ΔW."""
+        yield from self.adapters.named_parameters()
+        yield from self.adapters.named_buffers()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterNetwork:
         super()._apply(fn, recurse)  # a cast of the network itself is meant

@@ -64,7 +64,6 @@ class Recipe:
         #: what describes adapters, which a network made from a file has from there
         self.given = sorted({*self.options, *({*self.arguments} & {*_RANKS, "kind", "algo", "targets"})})
         self.t5 = _value(self.arguments.get("train_t5xxl", "False")) is True
-        self.block_of = block_of
 
     def ratio(self, part: str) -> float | None:
         """Return the factor of LoRA+ for a part's parameters that start at 0; None without one."""

@@ -210,6 +210,15 @@ def test_a_base_in_16_bits_leaves_the_adapters_in_32(full: bool, tmp_path: Path)
     assert load_file(tmp_path / "out.safetensors")[CASES["flux"][2]].dtype is torch.bfloat16
 
 
+def test_a_base_in_16_bits_leaves_the_norms_of_dora_as_they_were() -> None:
+    models, plain = sdxl(), sdxl()
+    network = train(Run(network_args=["kind=dora"], weight_dtype=torch.bfloat16, steps=0), *models, loss_of(models))
+    assert {buffer.dtype for buffer in network.buffers()} == {torch.float32}
+    for part in (*plain[0], plain[1]):
+        part.to(torch.bfloat16).eval()
+    assert torch.equal(output(models), output(plain)), "a fresh adapter changes nothing"
+
+
 def test_strength_norms_dropout_and_merged_base_weights(tmp_path: Path) -> None:
     models, path = sdxl(), tmp_path / "out.safetensors"
     start = output(sdxl())
