@@ -29,7 +29,7 @@ from peftkit.files.families.names import Family
 from peftkit.files.fingerprint import require_same_base
 from peftkit.files.formats import native
 from peftkit.files.formats.patch import AdapterFile, Patch
-from peftkit.files.place import oriented, resolver_of, samples_of, shape_of, whole
+from peftkit.files.place import nowhere, oriented, resolver_of, samples_of, shape_of, whole
 from peftkit.files.resolve import families_of, plain
 from peftkit.geometry import Shape
 from peftkit.wrapping.divided import gathered_adapter, gathered_base, require_not_empty
@@ -194,7 +194,7 @@ def _on_base(file: object, bundle: AdapterFile, base: Base, other_base: bool, ap
         where = f"{file}: {name}"
         parts = oriented(resolver(name, families), patch)
         if not parts:
-            raise MismatchError(f"{where}: the base has no such weight.{resolver.hint(name)}")
+            raise MismatchError(f"{where}: the base has no such weight.{nowhere(resolver, name, patch)}")
         shape, W = shape_of(base, parts, patch), whole(base, parts, patch)
         if name in trained and needs_base(patch, shape, bundle.portable):
             raise ExportError(f"{where}: it was trained on a weight that is in the file too, which is not the base's")

@@ -34,7 +34,7 @@ from peftkit.files.formats.container import Info
 from peftkit.files.formats.patch import Patch
 from peftkit.files.merge_plan import Adapters, MergePlan, plan_merge
 from peftkit.files.merge_steps import Planned, PlannedExtra, PlannedVector
-from peftkit.files.place import FLOATS, Span, as_matrix, spans, whole
+from peftkit.files.place import FLOATS, Span, as_matrix, spans, stack_of, whole
 from peftkit.files.read import Reading
 from peftkit.geometry import Geometry
 from peftkit.kernels.blocks import accumulation_dtype
@@ -251,10 +251,11 @@ class _Writer:
         claims = self.claims[key]
         transposed = any(part.transposed for planned, _ in claims for part in planned.parts if part.weight == key)
         matrix = weight.mT.contiguous() if transposed else weight
-        convolutions = [c for c in claims if self._patch(c[0]).transposed and matrix.dim() > 2]
-        others = [c for c in claims if c not in convolutions]
+        stacks = [c for c in claims if self._patch(c[0]).shape.experts > 1]
+        convolutions = [c for c in claims if c not in stacks and self._patch(c[0]).transposed and matrix.dim() > 2]
+        others = [c for c in claims if c not in convolutions and c not in stacks]
         before = matrix.clone() if convolutions and others else matrix
-        sums = self._add_convolutions(matrix, convolutions)
+        sums = self._add_convolutions(matrix, convolutions) + self._add_stacks(matrix, stacks)
         sums += self._add_regions(matrix, before, others)
         if transposed:
             weight.copy_(matrix.mT)
@@ -276,6 +277,17 @@ class _Writer:
         return _squares(
             add_([self._delta(planned, geometry.matrix(weight)) for planned, _ in claims], weight, geometry)
         )
+
+    def _add_stacks(self, weight: Tensor, claims: Sequence[tuple[Planned, Span]]) -> np.ndarray:
+        """Patches of a stack of experts, all of which read the base as it was."""
+        if not claims:
+            return np.zeros(3)
+        ways = [stack_of(self.plan.base, planned.parts[0], self._patch(planned)) for planned, _ in claims]
+        if len({way.transposed for way in ways}) > 1:
+            where = claims[0][0].parts[0].weight
+            raise MergeError(f"{where}: one file reads its matrices as (in, out), and another as (out, in)")
+        matrix = ways[0].matrix(weight)
+        return _squares(add_([self._delta(planned, matrix) for planned, _ in claims], weight, ways[0]))
 
     def _add_regions(self, weight: Tensor, before: Tensor, claims: Sequence[tuple[Planned, Span]]) -> np.ndarray:
         """Patches of a weight (rows, …), region by region where they cover different rows. before: as it was."""

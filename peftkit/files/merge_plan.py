@@ -27,6 +27,7 @@ from peftkit.files.merge_steps import Planned, PlannedExtra, PlannedVector, conf
 from peftkit.files.patterns import Strength, Strengths
 from peftkit.files.place import (
     FLOATS,
+    nowhere,
     oriented,
     require_addable,
     require_same_keys,
@@ -193,7 +194,7 @@ class _Planner:
         self._find_overlaps(file, targets)
         for name, parts in targets.items():
             if not parts:
-                self.unresolved.append(f"{file}: {name}.{self.resolver.hint(name)}")
+                self.unresolved.append(f"{file}: {name}.{nowhere(self.resolver, name, bundle.patches[name])}")
                 continue
             factor = _required(strengths, (name, *(part.weight for part in parts)), file)
             if factor:

@@ -18,6 +18,7 @@ from peftkit.files.fingerprint import sample_index
 from peftkit.files.formats.patch import Patch
 from peftkit.files.resolve import Resolver
 from peftkit.geometry import Geometry, Shape
+from peftkit.wrapping.stacks import StackGeometry
 from peftkit.wrapping.vectors import BIASES
 
 #: dtypes by the container's names that ΔW can be added to
@@ -32,7 +33,42 @@ def resolver_of(base: Base) -> tuple[Resolver, tuple[names.Family, ...]]:
         found = None if layout is None else layout.locate(canonical)
         return found if found is not None and found.weight in base.where else None
 
-    return Resolver(dict(paths_of(base)), place), () if layout is None else (layout.family,)
+    stacks = {key: Placement(key) for key in base.where if _may_be_stack(key, base.info(key).shape)}
+    return Resolver({**dict(paths_of(base)), **stacks}, place), () if layout is None else (layout.family,)
+
+
+def _may_be_stack(key: str, sizes: Sequence[int]) -> bool:
+    """Whether a tensor may hold a matrix for each of several experts: of three dimensions, and no convolution's."""
+    return len(sizes) == 3 and 0 not in sizes and key.rpartition(".")[2] != "weight"
+
+
+def stack_of(base: Base, part: Placement, patch: Patch) -> StackGeometry:
+    """Return how the stack of experts that a patch is of lies in a base.
+
+    Raises:
+        MismatchError: the tensor is no stack of so many experts, or the patch does not say which way its matrices lie.
+    """
+    sizes, one = base.info(part.weight).shape, patch.shape.one
+    if len(sizes) != 3 or sizes[0] != patch.shape.experts or part.start is not None:
+        raise MismatchError(f"{part.weight} of {base.path} is {sizes}, and the file adapts {patch.shape}")
+    if patch.transposed or patch.convention is not None:
+        return StackGeometry(sizes, patch.transposed)
+    if one.rows == one.columns:
+        raise MismatchError(
+            f"{part.weight} of {base.path} is {sizes}, and the file does not say which way these square matrices lie: "
+            "load it onto the model and save it as this library's own file, which says it"
+        )
+    return StackGeometry(sizes, transposed=tuple(sizes[1:]) != (one.rows, one.columns))
+
+
+def nowhere(resolver: Resolver, name: str, patch: Patch) -> str:
+    """Return what may help where a base has no weight of that name, for a message."""
+    if patch.shape.experts == 1:
+        return resolver.hint(name)
+    return (
+        " It is of a stack of experts, and the base has none of that name (checkpoints of transformers may have a "
+        "tensor for each expert): load the file onto the model, pk.merge(model, backup=None) and save the model"
+    )
 
 
 def paths_of(base: Base) -> Iterator[tuple[str, Placement]]:
@@ -82,8 +118,10 @@ def shape_of(base: Base, parts: Sequence[Placement], patch: Patch) -> Shape:
             continue
         if not 2 <= len(sizes) <= 5 or 0 in sizes:
             raise MismatchError(f"{part.weight} of {base.path} is {sizes}, and {patch.kind} changes matrices")
-    if patch.transposed and base.info(parts[0].weight).shape[0] % patch.shape.groups:
+    if patch.transposed and patch.shape.kernel and base.info(parts[0].weight).shape[0] % patch.shape.groups:
         raise MismatchError(f"{parts[0].weight} of {base.path} is in no {patch.shape.groups} groups")
+    if patch.shape.experts > 1:
+        return stack_of(base, parts[0], patch).shape
     info, rows = base.info(parts[0].weight), sum(rows_of(base, part) for part in parts)
     if len(info.shape) == 1:
         return Shape(rows, 1)
@@ -97,7 +135,7 @@ def shape_of(base: Base, parts: Sequence[Placement], patch: Patch) -> Shape:
 
 def oriented(parts: tuple[Placement, ...], patch: Patch) -> tuple[Placement, ...]:
     """Return the places of a patch, kept as (in, out) if it is of a Conv1D of GPT-2."""
-    if patch.transposed and not patch.shape.kernel:
+    if patch.transposed and not patch.shape.kernel and patch.shape.experts == 1:
         return tuple(replace(part, transposed=True) for part in parts)
     return parts
 
@@ -142,7 +180,11 @@ def samples_of(base: Base, part: Placement, patch: Patch) -> np.ndarray:
     info, shape = base.info(part.weight), shape_of(base, [part], patch)
     index = sample_index(shape.rows * shape.columns)
     row, column = index // shape.columns, index % shape.columns
-    if part.transposed:
+    if patch.shape.experts > 1:
+        m, n = shape.one.rows, shape.columns
+        turned = (row // m * n + column) * m + row % m
+        index = turned if stack_of(base, part, patch).transposed else index
+    elif part.transposed:
         index = column * shape.rows + row
     elif patch.transposed and len(info.shape) > 2:  # (in, out of a group, *kernel)
         outputs = info.shape[1]
@@ -157,6 +199,8 @@ def samples_of(base: Base, part: Placement, patch: Patch) -> np.ndarray:
 def _matrix(base: Base, part: Placement, patch: Patch) -> Tensor:
     """The rows of a weight that a part means, in the patch's order: (rows, n)."""
     weight = as_matrix(base.tensor(part.weight))
+    if patch.shape.experts > 1:
+        return stack_of(base, part, patch).matrix(weight)
     if part.transposed:
         weight = weight.mT
     elif patch.transposed and weight.dim() > 2:
