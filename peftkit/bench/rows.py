@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from peftkit.bench.timing import Spread
-from peftkit.errors import FileError
+from peftkit.errors import FileError, require_file
 
 _PACKAGES = ("peftkit", "torch", "lycoris-lora", "peft", "triton", "numpy")
 _FORMAT = 2
@@ -117,8 +117,9 @@ def read(path: Path) -> list[Row]:
     """
     try:
         found = json.loads(path.read_text())
-        if found["format"] not in _READ:
-            raise FileError(f"{path}: its format is {found['format']}, {_FORMAT} was expected: measure again")
+        require_file(
+            found["format"] in _READ, path, f"its format is {found['format']}, {_FORMAT} was expected: measure again"
+        )
         return [
             Row(**{**cell, "ratio": {way: Spread(**spread) for way, spread in cell.get("ratio", {}).items()}})
             for cell in found["rows"]

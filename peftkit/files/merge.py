@@ -25,7 +25,7 @@ from peftkit._version import __version__
 from peftkit.delta import Delta, Dense
 from peftkit.delta.addition import MergedWeight, add_, overflows, refuse_inert, rounded_to
 from peftkit.delta.window import window
-from peftkit.errors import FileError, MergeError, error_context
+from peftkit.errors import FileError, MergeError, error_context, require_file
 from peftkit.files.bind import bind
 from peftkit.files.extras import blend_
 from peftkit.files.folder import copy_rest
@@ -121,8 +121,11 @@ def merge_checkpoint(
 def _merge(plan: MergePlan, out: Path, verify: bool, progress: Progress) -> MergeReport:
     writer = _Writer(plan, verify, progress)
     if not plan.base.folder:
-        if out.suffix != ".safetensors":
-            raise FileError(f"{out}: a merged file is called *.safetensors, {out.suffix or 'no suffix'!r} was given")
+        require_file(
+            out.suffix == ".safetensors",
+            out,
+            f"a merged file is called *.safetensors, {out.suffix or 'no suffix'!r} was given",
+        )
         (shard,) = plan.base.shards
         with disk.atomic(out) as file:
             writer.shard(shard, file)
@@ -198,8 +201,11 @@ class _Writer:
         shard, prefix = self.plan.base.shards[name]
         back = container.read(path)
         for key in back.infos:
-            if back.digest(key) != self.checksums.get(prefix + key, shard.digest(key)):
-                raise FileError(f"{path.name}: {key} was read back other than it was written: the disk is at fault")
+            require_file(
+                back.digest(key) == self.checksums.get(prefix + key, shard.digest(key)),
+                path.name,
+                f"{key} was read back other than it was written: the disk is at fault",
+            )
 
     def _entry(self, info: Info) -> tuple[str, tuple[int, ...], int]:
         dtype = self.plan.dtype

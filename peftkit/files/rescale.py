@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkit.adapters import registry
-from peftkit.errors import ExportError, FileError, OptionError, error_context
+from peftkit.errors import ExportError, OptionError, error_context, require_file
 from peftkit.files.convert import Converted, ConvertReport, Source
 from peftkit.files.export.write import HASHES, require_safetensors
 from peftkit.files.formats import container, disk, kohya, native, peft
@@ -125,8 +125,11 @@ def _scale(tensors: dict[str, Tensor], key: str, by: float, path: Path) -> float
     """Multiply a tensor in its dtype; ‖error‖/‖exact‖."""
     exact = tensors[key].double() * by
     tensors[key] = exact.to(tensors[key].dtype)
-    if not torch.isfinite(tensors[key].float()).all():
-        raise FileError(f"{path}: {key} times {by:g} is not finite as {tensors[key].dtype}")
+    require_file(
+        bool(torch.isfinite(tensors[key].float()).all()),
+        path,
+        f"{key} times {by:g} is not finite as {tensors[key].dtype}",
+    )
     norm, gap = exact.norm().item(), (tensors[key].double() - exact).norm().item()
     return gap / norm if norm else 0.0
 

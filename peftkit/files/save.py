@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftkit._version import __version__
 from peftkit.adapters.options import require_dtype
-from peftkit.errors import FileError, LeftOutWarning, OptionError
+from peftkit.errors import FileError, LeftOutWarning, OptionError, require_file
 from peftkit.files.bind import fill, stored_keys
 from peftkit.files.extras import listed
 from peftkit.files.fingerprint import samples
@@ -88,8 +88,11 @@ def save(
         'style.safetensors'
     """
     path = Path(path)
-    if path.suffix != ".safetensors" or path.is_dir():
-        raise FileError(f"{path}: a native file is called *.safetensors, {path.suffix or 'no suffix'!r} was given")
+    require_file(
+        path.suffix == ".safetensors" and not path.is_dir(),
+        path,
+        f"a native file is called *.safetensors, {path.suffix or 'no suffix'!r} was given",
+    )
     disk.require_output(path, overwrite=overwrite)
     require_dtype(dtype)
     name = one_name(model, name)
@@ -122,8 +125,11 @@ def _beside(model: nn.Module, path: Path, extras: bool) -> dict[str, BaseParamet
         return {}
     require_unmerged(found.values())
     for extra in found.values():
-        if extra.tensor.dtype not in container.NAMES:
-            raise FileError(f"{path}: {extra.name} is {extra.tensor.dtype}, which safetensors cannot hold")
+        require_file(
+            extra.tensor.dtype in container.NAMES,
+            path,
+            f"{extra.name} is {extra.tensor.dtype}, which safetensors cannot hold",
+        )
     return found
 
 
@@ -139,11 +145,12 @@ def _require_derivable(
     """Refuse a file without factors of a weight that has trained since they were taken from it."""
     for site in _on_extras(own, beside):
         kind, where = own[site].adapter.kind, site or "the model"
-        if own[site].adapter.derived() and not portable:
-            raise FileError(
-                f"{path}: {kind} of {where} is made of the factors of a weight that has trained since, so that they "
-                "cannot be derived from it again: pass portable=True"
-            )
+        require_file(
+            portable or not own[site].adapter.derived(),
+            path,
+            f"{kind} of {where} is made of the factors of a weight that has trained since, so that they "
+            "cannot be derived from it again: pass portable=True",
+        )
 
 
 def _tensors(
@@ -235,11 +242,17 @@ def _prove_alive(
 ) -> None:
     """Read the file back as a loader would and make sure it holds what was meant."""
     back = container.read(temporary).tensors()
-    if set(back) != set(tensors) or len(back) != len(tensors):
-        raise FileError(f"{path}: {len(back)} tensors were read back, {len(tensors)} were written")
+    require_file(
+        set(back) == set(tensors) and len(back) == len(tensors),
+        path,
+        f"{len(back)} tensors were read back, {len(tensors)} were written",
+    )
     for key, tensor in back.items():
-        if not torch.isfinite(tensor).all():
-            raise FileError(f"{path}: {key} is not finite{_cast_hint(tensors[key])}; nothing was saved")
+        require_file(
+            bool(torch.isfinite(tensor).all()),
+            path,
+            f"{key} is not finite{_cast_hint(tensors[key])}; nothing was saved",
+        )
     with torch.no_grad():
         for site, at in own.items():
             twin, weight = copy.deepcopy(at.adapter).eval(), gathered_base(at)

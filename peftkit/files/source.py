@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from peftkit.errors import FileError
+from peftkit.errors import FileError, require_file
 from peftkit.files.formats import container
 from peftkit.files.formats.pickles import unpickle
 from peftkit.files.patterns import Selection
@@ -51,15 +51,16 @@ class Source:
         return {n: tensor if n in beside else self._require_factor(keys[n], tensor) for n, tensor in found.items()}
 
     def _require_factor(self, key: str, tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            raise FileError(f"{self.path}: {key} is {tensor.dtype}, floating point was expected")
-        if not tensor.numel():
-            raise FileError(f"{self.path}: {key} of shape {tuple(tensor.shape)} has nothing in it")
+        require_file(tensor.is_floating_point(), self.path, f"{key} is {tensor.dtype}, floating point was expected")
+        require_file(tensor.numel() > 0, self.path, f"{key} of shape {tuple(tensor.shape)} has nothing in it")
         return tensor
 
     def number(self, key: str) -> float:
         """A tensor of one finite number."""
         tensor = self[key]
-        if tensor.numel() != 1 or not tensor.float().isfinite().all():
-            raise FileError(f"{self.path}: {key} of shape {tuple(tensor.shape)} is not one finite number")
+        require_file(
+            tensor.numel() == 1 and bool(tensor.float().isfinite().all()),
+            self.path,
+            f"{key} of shape {tuple(tensor.shape)} is not one finite number",
+        )
         return float(tensor.float().item())

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from peftkit.errors import FileError
+from peftkit.errors import FileError, require_file
 from peftkit.files.formats import container
 
 
@@ -38,8 +38,7 @@ class Snapshot:
         if self.tensors is not None:
             return self.tensors
         assert self.path is not None
-        if not self.path.is_file():
-            raise FileError(f"{self.path}: the snapshot of step {self.step} was here and is gone")
+        require_file(self.path.is_file(), self.path, f"the snapshot of step {self.step} was here and is gone")
         try:
             return load_file(self.path)
         except SafetensorError as error:

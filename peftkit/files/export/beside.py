@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.errors import ExportError, FileError, LossyError
+from peftkit.errors import ExportError, LossyError, require_file
 from peftkit.files.base import Base, of_model
 from peftkit.files.export.job import Job
 from peftkit.files.extras import listed
@@ -106,8 +106,7 @@ def _packed(tensor: Tensor, key: str, dtype: torch.dtype | None, path: Path) -> 
     """A copy for the file, a matrix cast."""
     cast_to = dtype if dtype is not None and tensor.is_floating_point() and tensor.dim() >= 2 else tensor.dtype
     packed = tensor.to("cpu", cast_to, copy=True).contiguous()
-    if not torch.isfinite(packed).all():
-        raise FileError(f"{path}: {key} is not finite as {cast_to}; nothing was written")
+    require_file(bool(torch.isfinite(packed).all()), path, f"{key} is not finite as {cast_to}; nothing was written")
     return packed
 
 

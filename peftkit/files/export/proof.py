@@ -12,7 +12,7 @@ from peftkit.adapters.base import placeholder_weight
 from peftkit.delta import Delta, Dense
 from peftkit.delta.as_low_rank import as_low_rank_stack
 from peftkit.delta.distance import distance, ratio
-from peftkit.errors import FileError
+from peftkit.errors import FileError, require_file
 from peftkit.files.bind import bind
 from peftkit.files.export.job import Job
 from peftkit.files.export.peft_folder import stack_names
@@ -67,11 +67,11 @@ def proven(written: Path, jobs: Sequence[Job], path: Path) -> tuple[Exported, ..
     errors: list[tuple[float | None, float | None]] = []
     for job in jobs:
         error, norm = _error(found.patches[job.piece.module.removeprefix(prefix)], job)
-        if norm and error is not None and error >= 1 - 1e-9:
-            raise FileError(
-                f"{path}: the ΔW of {job.piece.module} would be zero in the file; nothing was written. Choose a wider "
-                "dtype"
-            )
+        require_file(
+            not norm or error is None or error < 1 - 1e-9,
+            path,
+            f"the ΔW of {job.piece.module} would be zero in the file; nothing was written. Choose a wider dtype",
+        )
         errors.append((error, norm))
     if not any(norm is None or norm > 0 for _, norm in errors):
         raise FileError(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peftkit.errors import FileError
+from peftkit.errors import require_file
 from peftkit.files.export.encode import Encoding
 from peftkit.files.export.programs import Target
 from peftkit.files.formats import embeddings
@@ -59,8 +59,11 @@ def tensors_of(
         for suffix, tensor in _of_module(piece, target, alpha).items():
             own = tensor.dtype if dtype is None or suffix in _NUMBERS else dtype
             tensor = tensor.detach().to("cpu", own).contiguous()
-            if not torch.isfinite(tensor).all():
-                raise FileError(f"{path}: {piece.module}.{suffix} is not finite as {own}; nothing was written")
+            require_file(
+                bool(torch.isfinite(tensor).all()),
+                path,
+                f"{piece.module}.{suffix} is not finite as {own}; nothing was written",
+            )
             tensors[f"{piece.module}.{suffix}"] = tensor
     return tensors
 

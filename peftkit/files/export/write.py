@@ -16,7 +16,7 @@ from peftkit._version import __version__
 from peftkit.adapters import registry
 from peftkit.delta import Delta, Dense, LowRank
 from peftkit.delta.as_low_rank import as_low_rank, as_low_rank_stack
-from peftkit.errors import FileError, OptionError, require_file, require_option
+from peftkit.errors import OptionError, require_file, require_option
 from peftkit.files.export import programs
 from peftkit.files.export.encode import Encoding
 from peftkit.files.export.peft_folder import FAN_IN_FAN_OUT, peft_type, write_peft
@@ -165,8 +165,11 @@ def write_native(
         )
         for key, tensor in own.items():
             cast = tensor.detach().cpu().to(tensor.dtype if dtype is None else dtype).contiguous()
-            if not torch.isfinite(cast).all():
-                raise FileError(f"{out}: {weight}.{key} is not finite as {cast.dtype}; nothing was written")
+            require_file(
+                bool(torch.isfinite(cast).all()),
+                out,
+                f"{weight}.{key} is not finite as {cast.dtype}; nothing was written",
+            )
             full = f"{weight}.{key}".lstrip(".")
             require_file(full not in extras, out, f"{full} would be a tensor of the adapter and an extra; not written")
             tensors[full] = cast

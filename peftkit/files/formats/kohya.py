@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peftkit.errors import AmbiguousFileError, FileError
+from peftkit.errors import AmbiguousFileError, FileError, require_file
 from peftkit.files.formats.patch import Patch
 from peftkit.files.formats.structures import LOHA_PARTS, LOKR_PARTS, READERS, Scale, decompose
 
@@ -124,8 +124,11 @@ def vectors(module: str, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for role, name in (("diff_b", "bias"), ("b_norm", "bias"), ("w_norm", "weight"), ("diff", "weight")):
         if role in t and (role != "diff" or t[role].dim() == 1):
-            if name in found or t[role].dim() != 1:
-                raise FileError(f"{module}: {role} of shape {tuple(t[role].shape)} is not the one change of its {name}")
+            require_file(
+                name not in found and t[role].dim() == 1,
+                module,
+                f"{role} of shape {tuple(t[role].shape)} is not the one change of its {name}",
+            )
             found[name] = t[role]
     return found
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from peftkit.errors import FileError
+from peftkit.errors import FileError, require_file
 from peftkit.files.formats.disk import opened
 
 #: what a damaged pickle makes torch's unpickler raise
@@ -39,16 +39,19 @@ def unpickle(path: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for key, value in loaded.items():
         if not isinstance(value, Tensor):
-            if _holds_tensors(value):
-                raise FileError(
-                    f"{path}: {str(key)!r:.60} holds tensors inside a {type(value).__name__}; it is not read"
-                )
+            require_file(
+                not _holds_tensors(value),
+                path,
+                f"{str(key)!r:.60} holds tensors inside a {type(value).__name__}; it is not read",
+            )
             continue
-        if str(key) in found:
-            raise FileError(f"{path}: {str(key)!r:.60} is in it twice")
+        require_file(str(key) not in found, path, f"{str(key)!r:.60} is in it twice")
         plain = value.layout == torch.strided and value.device.type == "cpu"
-        if not plain or value.untyped_storage().nbytes() < value.nbytes:
-            raise FileError(f"{path}: {str(key)!r:.60} is no plain tensor, or it holds fewer numbers than it says")
+        require_file(
+            plain and value.untyped_storage().nbytes() >= value.nbytes,
+            path,
+            f"{str(key)!r:.60} is no plain tensor, or it holds fewer numbers than it says",
+        )
         found[str(key)] = value.detach()
     return found
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkit.adapters import registry
-from peftkit.errors import AmbiguousFileError, FileError, require_file
+from peftkit.errors import AmbiguousFileError, require_file
 from peftkit.files.formats.patch import Patch
 from peftkit.geometry import Shape
 
@@ -197,15 +197,18 @@ def decompose(module: str, inner: Patch, found: Mapping[str, Tensor], axis_given
         FileError: if the inner adapter depends on the base, or the magnitudes do not fit it.
         AmbiguousFileError: if the axis cannot be known.
     """
-    if registry.get(inner.kind).needs_base(inner.options):
-        raise FileError(f"{module}: a DoRA around {inner.kind}, whose change depends on the base, is not read")
-    if len(found) > 1:
-        raise FileError(f"{module}: dora_scale and lora_magnitude_vector are both there, one was expected")
+    require_file(
+        not registry.get(inner.kind).needs_base(inner.options),
+        module,
+        f"a DoRA around {inner.kind}, whose change depends on the base, is not read",
+    )
+    require_file(len(found) == 1, module, "dora_scale and lora_magnitude_vector are both there, one was expected")
     ((role, vector),) = found.items()
     rows = inner.shape.rows
     per_output = vector.dim() > 1 and vector.numel() == vector.shape[0] == rows and rows > 1
-    if role == "magnitude" and vector.numel() != rows:
-        raise FileError(f"{module}: {vector.numel()} magnitudes for {rows} outputs")
+    require_file(
+        role != "magnitude" or vector.numel() == rows, module, f"{vector.numel()} magnitudes for {rows} outputs"
+    )
     if role == "magnitude" or per_output:  # PEFT's is per output whatever its shape, (rows,) or (1, rows, 1, 1)
         axis = "out"
     elif vector.dim() > 1 and vector.numel() == vector.shape[1] and vector.shape[0] == 1 and rows > 1:
