@@ -97,7 +97,8 @@ def require_addable(base: Base, key: str, where: str) -> None:
     info = base.info(key)
     if info.dtype not in FLOATS:
         raise UnsupportedLayerError(
-            f"{where}: {key} of {base.path} is {info.dtype}: a quantised base has no ΔW to add to"
+            f"{where}: {key} of {base.path} is {info.dtype}, quantised, and its numbers are not the weight: merge into "
+            "the checkpoint that it was made of, or load both into a model and merge there with into="
         )
     if info.dtype.startswith("F8"):
         path = key.removesuffix(".weight")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,50 @@ def test_a_width_of_no_whole_blocks_is_what_the_layer_computes_with(base: str, c
     pk.wrap(layer, "ia3")
     assert isinstance(layer, Adapted)
     assert close(base, layer(torch.eye(columns)).mT, layer.base_of("").float()[:])
+
+
+@pytest.mark.parametrize(
+    "base", ["torchao int8", "torchao int4", "torchao fp8"]
+)  # other layers of the libraries refuse
+def test_gradients_by_transforms(base: str) -> None:
+    model, _ = pair("dora", base)
+    x = torch.randn(3, COLUMNS)
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def total(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    model(x).square().sum().backward()
+    for name, gradient in torch.func.grad(total)(own).items():
+        assert own[name].grad is not None
+        assert close(base, gradient, own[name].grad)  # type: ignore[arg-type]
+
+
+def unscaled(linear: nn.Linear) -> nn.Linear:
+    """A Linear that holds fp8 numbers without their scales."""
+    linear.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    return linear
+
+
+def nf4_tensor(linear: nn.Linear) -> nn.Linear:
+    """A Linear with a weight of torchao that can be read in no part."""
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
+    linear.weight = nn.Parameter(to_nf4(linear.weight.detach(), 64, 2), requires_grad=False)
+    return linear
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (unscaled, "float8_e4m3fn, quantised in a format that peftkit does not read"),
+        (nf4_tensor, "NF4Tensor of torchao"),
+    ],
+)
+def test_a_format_that_is_not_read_is_refused(make: Callable[[nn.Linear], nn.Module], reason: str) -> None:
+    model = nn.Sequential(make(nn.Linear(128, 64)))
+    with pytest.raises(UnsupportedLayerError, match=reason):
+        pk.wrap(model, "lora", targets="0")
 
 
 @pytest.mark.parametrize("base", BITSANDBYTES)  # torchao's own layers cannot be pickled
@@ -187,6 +232,14 @@ class TestEveryBase:
             optimizer.step()
             losses.append(float(loss.detach()))
         assert losses[-1] < 0.7 * losses[0]
+
+    def test_inference_mode(self, base: str) -> None:
+        for kind in ("lora", "dora", "glora"):
+            model, _ = pair(kind, base)
+            x = torch.randn(3, COLUMNS)
+            with torch.inference_mode():
+                got = model(x)
+            assert close(base, got, model(x))
 
     def test_a_shared_weight_gets_a_copy_of_its_own(self, base: str) -> None:
         first = quantised(base, COLUMNS, COLUMNS)

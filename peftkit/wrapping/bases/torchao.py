@@ -46,7 +46,7 @@ class TorchAO(Base):
 
     @classmethod
     def of(cls, module: nn.Module) -> TorchAO:
-        return cls(cast(Tensor, own_parameters(module)["weight"]).detach())
+        return cls(own_parameters(module)["weight"])  # as it is: inside inference_mode these cannot be detached
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,7 +66,7 @@ class TorchAO(Base):
         return tuple(getattr(self.weight, name) for name in self.weight.__tensor_flatten__()[0])
 
     def rows(self, start: int, stop: int) -> Tensor:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             if type(self.weight).__name__ in _BY_ROWS:
                 return self.weight[start:stop].dequantize()
             if hasattr(self.weight, "dequantize"):
