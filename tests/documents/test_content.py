@@ -101,9 +101,10 @@ def test_tables_of_what_programs_read_are_those_of_the_readers(monkeypatch: pyte
 def test_the_specification_names_every_key_of_a_header() -> None:
     page = (DOCS / "native_format.md").read_text()
     shape = Shape(4, 6, (3, 3), 2)
-    records = {"a": WeightRecord("lora", "c", {}, shape, transposed=True)}
+    records = {"a": WeightRecord("lora", "c", {}, shape, transposed=True, read=True, embedding=True, quantised=True)}
+    optional = {"extras": ("b",), "shared": {"c": ("a", False)}}
     header = json.loads(
-        native.encode(native.Header("style", records, {"a": np.zeros(32, "f4")}, extras=("b",)))[native.KEY]
+        native.encode(native.Header("style", records, {"a": np.zeros(32, "f4")}, **optional))[native.KEY]
     )
     assert list(header) == re.findall(r"^\| `(\w+)` \| ", page, re.MULTILINE)
     (group,) = header["groups"]
