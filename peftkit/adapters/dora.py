@@ -183,13 +183,13 @@ class DoRA(Adapter):
     def derived(self) -> dict[str, Tensor]:
         return {f"inner.{key}": tensor for key, tensor in self.inner.derived().items()}
 
-    @torch.no_grad()
     def _base_sqnorms(self, weight: Tensor) -> Tensor:
         """‖W_i‖² per row (m,), or per column (n,).
 
         Read from W at every call: nothing that is kept beside W would know of every way there is to write to it.
         """
-        return column_sqnorms(weight) if self.columns else row_sqnorms(weight)
+        with torch.no_grad():  # no decorator: torch.compile follows none on the view of one expert
+            return column_sqnorms(weight) if self.columns else row_sqnorms(weight)
 
     def _moments(self, V: Delta, weight: Tensor) -> Tensor:
         """<W_i, V_i> and ‖V_i‖² per row (2, m), or per column (2, n)."""

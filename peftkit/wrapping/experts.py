@@ -41,9 +41,9 @@ class AdaptedExperts(AdaptedParameters):
 
     def effective(self, parameter_name: str) -> Tensor:
         """The parameter with every acting adapter's ΔW; read again in the same call, the same tensor."""
-        read, key = _READ.get(), (id(self), parameter_name, torch.is_grad_enabled())
-        if read is None or not eager():
+        if not eager() or (read := _READ.get()) is None:
             return self._changed(parameter_name)
+        key = id(self), parameter_name, torch.is_grad_enabled()
         if key not in read:
             read[key] = self._changed(parameter_name)
         return read[key]

@@ -214,3 +214,45 @@ def test_a_layer_takes_its_class_back() -> None:
     pk.unwrap(module)
     assert type(module) is Bank
     assert module.weight.requires_grad
+
+
+@pytest.mark.parametrize("case", ["lora", "dora", "oft"])
+def test_code_that_is_compiled_or_transformed_computes_the_same(case: str) -> None:
+    torch.manual_seed(0)
+    module, x = Bank(), torch.randn(2, 24)
+    pk.wrap(module, ADAPTERS[case].kind, targets="weight", **ADAPTERS[case].options)
+    train(module)
+    parameters = pk.adapter_parameters(module)
+    expected = module(x)
+    weights = torch.randn(expected.shape)  # a rotation leaves the norm of the output as it is
+    gradients = torch.autograd.grad((expected * weights).sum(), parameters)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)(x)
+    agree(compiled, expected, torch.float32, "compiled")
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+
+    def loss(values: tuple[Tensor, ...]) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,)).mul(weights).sum()
+
+    through_compiled = torch.autograd.grad((compiled * weights).sum(), parameters)
+    transformed = torch.func.grad(loss)(tuple(parameters))
+    for a, b, c in zip(gradients, through_compiled, transformed, strict=True):
+        agree(b, a, torch.float32, "compiled gradient")
+        agree(c, a, torch.float32, "transformed gradient")
+
+
+@pytest.mark.parametrize("case", ["lora", "dora", "loldu"])
+def test_a_stack_is_wrapped_on_the_meta_device(case: str) -> None:
+    torch.manual_seed(0)
+    base, x = Bank(), torch.randn(2, 24)
+    with torch.device("meta"):
+        module = Bank()
+    pk.wrap(module, ADAPTERS[case].kind, targets="weight", **ADAPTERS[case].options)
+    module.to_empty(device="cpu").load_state_dict(base.state_dict(), strict=False)
+    pk.reset_adapters(module)
+    assert torch.equal(module(x), base(x))
+    train(module)
+    other = Bank()
+    other.load_state_dict(base.state_dict())
+    pk.wrap(other, ADAPTERS[case].kind, targets="weight", **ADAPTERS[case].options)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(x), module(x))
