@@ -43,9 +43,10 @@ class MergeReport:
 
     @property
     def lost(self) -> float:
-        """The share of ΔW lost to rounding, over all weights."""
-        total = sum(w.norm**2 for w in self.weights)
-        return math.sqrt(sum((w.lost * w.norm) ** 2 for w in self.weights) / total) if total else 0.0
+        """The share of ΔW lost to rounding, over all weights but those that were quantised again."""
+        rounded = [w for w in self.weights if w.survived is None]
+        total = sum(w.norm**2 for w in rounded)
+        return math.sqrt(sum((w.lost * w.norm) ** 2 for w in rounded) / total) if total else 0.0
 
     @property
     def survived(self) -> float | None:
@@ -55,16 +56,22 @@ class MergeReport:
         return sum(square * share for square, share in again) / total if total else None
 
     def __str__(self) -> str:
-        kept = "" if self.survived is None else f"; {100 * self.survived:.3g} % of it survived in the quantised weights"
+        shares = [f"{100 * self.lost:.2g} % of it lost to the dtype"]
+        if self.survived is not None:
+            kept = f"{100 * self.survived:.3g} % of it survived in the quantised weights"
+            shares = [kept] if all(w.survived is not None for w in self.weights) else [*shares, kept]
         return (
             f"merged into {len(self.weights)} weights, {len(self.changed)} changed; "
-            f"‖ΔW‖ = {self.norm:.4g}, {100 * self.lost:.2g} % of it lost to the dtype{kept}"
+            f"‖ΔW‖ = {self.norm:.4g}, {', '.join(shares)}"
         )
 
     def table(self, *, every: bool = True) -> Table:
         """Every weight, for rich to print; every=False: one row for weights with the same adapters."""
         measures = {"‖ΔW‖": "{:.4g}".format, "lost to the dtype": "{:.2g} %".format}
-        rows = [Row(w.site, (", ".join(w.adapters),), (w.norm, 100 * w.lost)) for w in self.weights]
+        lost = [None if w.survived is not None else 100 * w.lost for w in self.weights]
+        rows = [
+            Row(w.site, (", ".join(w.adapters),), (w.norm, share)) for w, share in zip(self.weights, lost, strict=True)
+        ]
         if self.survived is not None:
             measures["survived"] = "{:.3g} %".format
             shares = (None if w.survived is None else 100 * w.survived for w in self.weights)
