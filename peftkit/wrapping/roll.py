@@ -42,6 +42,8 @@ class Roll:
         if model is None or not any(host.adapter_state.ran for host in hosts.values()):
             return []
         unseen = compiled(model)
+        elsewhere = {id(own) for host in hosts.values() if host.adapter_state.ran for own in host.adapters.children()}
+        unseen |= {id(host) for host in hosts.values() if elsewhere.issuperset(map(id, host.adapters.children()))}
         waiting = {name: host.adapter_state for name, host in hosts.items() if id(host) not in unseen}
         return [name or "the model" for name, state in waiting.items() if state.now().strengths and not state.ran]
 
