@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.form import Form, first_reason
-from peftkit.adapters.options import factory, rank_scale, require, require_rank, uniform_fan_in_
+from peftkit.adapters.options import factory, rank_scale, require_rank, uniform_fan_in_
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
 
 if TYPE_CHECKING:
     from peftkit.files.export.programs import Target
+
+
+_ON_KERNELS = "{} is not known to read GLoRA on a kernel larger than 1"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class BaseProductForm(Form):
         return (
             first_reason((wide, "a GLoRA as wide as its weight can be read in two layouts"))
             or program.refusal("glora", shape)
+            or first_reason((shape.positions > 1 and not program.infers_sizes, _ON_KERNELS.format(program.title)))
             or first_reason((self.structure(program) not in program.reads, f"{program.title} has no GLoRA"))
         )
 
@@ -45,7 +49,9 @@ class BaseProductForm(Form):
         factors = (self.a1, self.a2, self.b1, self.b2)
         names = ("a1", "a2", "b1", "b2") if self.structure(program) == "glora" else ("a2", "a1", "b2", "b1")
         ones = (1,) * len(shape.kernel)
-        tensors = {f"{name}.weight": f.reshape(*f.shape, *ones) for name, f in zip(names, factors, strict=True)}
+        tensors = {f"{name}.weight": f.reshape(*f.shape, *ones) for name, f in zip(names[:3], factors[:3], strict=True)}
+        b2 = self.b2.reshape(len(self.b2), shape.channels, *shape.kernel)
+        tensors[f"{names[3]}.weight"] = b2
         return tensors | {"alpha": torch.tensor(float(self.a1.shape[1]))}
 
 
@@ -53,9 +59,9 @@ class BaseProductForm(Form):
 class GLoRA(Adapter):
     r"""Adds a low-rank change of the base and a low-rank matrix: ΔW = γ·(W·A1·A2 + B1·B2), γ = α/r, in LyCORIS' form.
 
-    Parameters are `base_up`, A1 (n, r); `base_down`, A2 (r, n); `up`, B1 (m, r); `down`, B2 (r, n). A2 and B2 start at
-    0. Once W is known, ΔW is one low-rank matrix [γ·W·A1, γ·B1]·[A2; B2] of rank 2r. GLoRA adapts Linear and 1×1
-    convolutions: on a larger kernel A would mix channels, not columns.
+    Parameters are `base_up`, A1 (c, r); `base_down`, A2 (r, c); `up`, B1 (m, r); `down`, B2 (r, n), of c channels.
+    A2 and B2 start at 0. A1·A2 mixes channels, at each of the K positions of a kernel alike: W·(A1·A2 ⊗ I_K). Once W is
+    known, ΔW is one low-rank matrix [γ·W·(A1 ⊗ I_K), γ·B1]·[A2 ⊗ I_K; B2] of rank (K + 1)·r.
 
     Paper: https://arxiv.org/abs/2306.07967, whose code has W ⊙ A in place of W·A, as PEFT has.
 
@@ -66,12 +72,12 @@ class GLoRA(Adapter):
         alpha: α, by default the rank, so that γ = 1.
 
     Raises:
-        OptionError: An option has a value that it cannot take, or the kernel is larger than 1.
+        OptionError: An option has a value that it cannot take.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 8))
         >>> report = pk.wrap(model, "glora", rank=2)
-        >>> sum(p.numel() for p in pk.adapter_parameters(model))  # r·(3n + m)
+        >>> sum(p.numel() for p in pk.adapter_parameters(model))  # r·(2c + n + m)
         112
     """
 
@@ -86,11 +92,10 @@ class GLoRA(Adapter):
     def __init__(self, shape: Shape, weight: Tensor, *, rank: int = 4, alpha: float | None = None) -> None:
         super().__init__()
         require_rank("glora", rank)
-        require(shape.positions == 1, "glora", "rank", rank, f"a kernel of 1 (this weight is {shape}) for any rank")
         self.scale = rank_scale("glora", rank, alpha)
-        new = factory(weight)
-        self.base_up = nn.Parameter(uniform_fan_in_(torch.empty(shape.columns, rank, **new), rank))
-        self.base_down = nn.Parameter(torch.zeros(rank, shape.columns, **new))
+        self.positions, new = shape.positions, factory(weight)
+        self.base_up = nn.Parameter(uniform_fan_in_(torch.empty(shape.channels, rank, **new), rank))
+        self.base_down = nn.Parameter(torch.zeros(rank, shape.channels, **new))
         self.up = nn.Parameter(uniform_fan_in_(torch.empty(shape.rows, rank, **new), rank))
         self.down = nn.Parameter(torch.zeros(rank, shape.columns, **new))
 
@@ -100,8 +105,16 @@ class GLoRA(Adapter):
         return frozenset({"up"})
 
     def delta(self, weight: Tensor) -> LowRank:
-        projected = weight.to(self.base_up.dtype) @ self.base_up
-        return LowRank(self.scale * torch.cat([projected, self.up], 1), torch.cat([self.base_down, self.down]))
+        base_up, base_down = (self._at_every_position(factor) for factor in (self.base_up, self.base_down))
+        projected = weight.to(base_up.dtype) @ base_up
+        return LowRank(self.scale * torch.cat([projected, self.up], 1), torch.cat([base_down, self.down]))
+
+    def _at_every_position(self, factor: Tensor) -> Tensor:
+        """A factor of channels A as A ⊗ I_K, of columns: channels come before positions in a matrix."""
+        if self.positions == 1:
+            return factor
+        identity = torch.eye(self.positions, dtype=factor.dtype, device=factor.device)
+        return torch.einsum("ij,kl->ikjl", factor, identity).flatten(2).flatten(0, 1)
 
     def form(self, weight: Tensor) -> BaseProductForm:
         del weight

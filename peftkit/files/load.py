@@ -27,7 +27,6 @@ from peftkit.files.bind import Misfit, bind, misfit, take_rows, turned_patch
 from peftkit.files.component import of_component
 from peftkit.files.extras import PlacedExtras, listed, placed, under_adapters
 from peftkit.files.families.layouts import Placement
-from peftkit.files.families.names import Family
 from peftkit.files.fingerprint import require_same_base, samples
 from peftkit.files.formats import native
 from peftkit.files.formats.patch import AdapterFile, Patch
@@ -36,6 +35,7 @@ from peftkit.files.load_shared import everywhere, lone
 from peftkit.files.read import Reading, read
 from peftkit.files.resolve import HINTS, Resolver, common, component_of, families_of
 from peftkit.files.unfused import fused
+from peftkit.files.vectors import module_of, vector_parts, with_vectors
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.divided import require_not_empty
 from peftkit.wrapping.extras import replace_, require_unmerged
@@ -241,8 +241,8 @@ def compared(
     misfits: list[Misfit] = []
     distances: dict[str, float] = {}
     fitting: list[tuple[Site, Patch]] = []
-    bundle, apart = fused(path, bundle, ours)
-    targets, families, unresolved = _resolve(bundle, ours, component)
+    bundle, apart = fused(path, with_vectors(bundle), ours)
+    targets, unresolved = _resolve(bundle, ours, component)
     for patch_name, hint in unresolved.items():
         keys = [f"{patch_name}.{key}".strip(".") for key in bundle.patches[patch_name].tensors] or [patch_name]
         misfits.append(Misfit(unexpected=tuple(f"{k}: the model has no weight {patch_name!r}.{hint}" for k in keys)))
@@ -275,11 +275,6 @@ def compared(
             if patch_name in bundle.base:
                 distances[site.name] = native.distance(samples(matrix), bundle.base[patch_name])
     stray = [f"{key}: no adapter in the header has it." for key in bundle.unclaimed]
-    stray += [
-        f"{key}: a change of a bias or a norm, which no layer holds; merge_checkpoint merges it"
-        for key in bundle.vectors
-        if component in (None, common(families, key) or component_of(key, str(component)))
-    ]
     merged = Misfit(
         tuple(key for found in misfits for key in found.missing),
         (*(key for found in misfits for key in found.unexpected), *stray),
@@ -293,13 +288,13 @@ def compared(
 
 def _resolve(
     bundle: AdapterFile, ours: Mapping[str, Site], component: str | None
-) -> tuple[dict[str, tuple[Placement, ...]], tuple[Family, ...], dict[str, str]]:
-    """Patch -> parts of the model, the families it may be of, and the hints for patches that have no part."""
+) -> tuple[dict[str, tuple[Placement, ...]], dict[str, str]]:
+    """Patch -> parts of the model, and the hints for patches that have no part."""
     if bundle.format == "native":
         targets = {name: (Placement(name),) for name in bundle.patches if name in ours}
         lost = [name for name in bundle.patches if name not in ours]
-        return targets, (), {name: did_you_mean(name, ours) if i < HINTS else "" for i, name in enumerate(lost)}
-    families = families_of(bundle)
+        return targets, {name: did_you_mean(name, ours) if i < HINTS else "" for i, name in enumerate(lost)}
+    families = families_of(bundle, [name for name in bundle.patches if name not in bundle.vectors])
 
     def place(canonical: str) -> Placement | None:
         own, _, rest = canonical.partition(".")
@@ -316,15 +311,16 @@ def _resolve(
     resolver = Resolver(paths, place)
     targets, unresolved = {}, {}
     for name in bundle.patches:
-        if component is not None and (common(families, name) or component_of(name, component)) != component:
+        module = module_of(bundle, name)
+        if component is not None and (common(families, module) or component_of(module, component)) != component:
             continue
-        parts = resolver(name, families)
+        parts = vector_parts(bundle, name, resolver(module, families), ours)
         if parts:
             targets[name] = parts
         else:
-            own = common(families, name)
+            own = common(families, module)
             unresolved[name] = f" It is of the {own}: load it there." if own else resolver.hint(name)
-    return targets, families, unresolved
+    return targets, unresolved
 
 
 def _pieces(patch: Patch, parts: Sequence[Placement], ours: Mapping[str, Site], where: str) -> list[tuple[Site, Patch]]:

@@ -28,7 +28,7 @@ from peftkit.errors import (
 )
 from peftkit.wrapping.layer import adapted_modules
 from tests.support.laws import bits
-from tests.support.zoo import ADAPTERS, smallest_kernel, train
+from tests.support.zoo import ADAPTERS, train
 
 
 def model(seed: int = 0) -> nn.ModuleDict:
@@ -102,7 +102,7 @@ def test_load_reports_names_and_strength(file: Path) -> None:
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_a_fresh_process_needs_only_the_file(case: str, tmp_path: Path) -> None:
     """One process for all cases: the last one checks them."""
-    net = nn.Conv2d(8, 12, smallest_kernel(case))
+    net = nn.Conv2d(8, 12, 3)
     pk.wrap(net, ADAPTERS[case].kind, **ADAPTERS[case].options)
     train(net)
     x = torch.randn(1, 8, 5, 5)
@@ -112,7 +112,7 @@ def test_a_fresh_process_needs_only_the_file(case: str, tmp_path: Path) -> None:
     save_file(base, tmp_path / "base")
     pk.save(net, tmp_path / "adapter.safetensors")
     if case not in ("lora", "dora of loha", "loldu"):
-        fresh = nn.Conv2d(8, 12, smallest_kernel(case))
+        fresh = nn.Conv2d(8, 12, 3)
         fresh.load_state_dict(base)
         pk.load(fresh, tmp_path / "adapter.safetensors")
         with torch.no_grad():

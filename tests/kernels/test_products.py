@@ -21,7 +21,7 @@ from peftkit.kernels import fused, outputs
 from peftkit.wrapping import layer as layer_module
 from peftkit.wrapping import routes
 from tests.support.laws import agree as agree_to_rounding
-from tests.support.zoo import ADAPTERS, LAYERS, make, smallest_kernel, train
+from tests.support.zoo import ADAPTERS, LAYERS, make, train
 
 #: an activation with 12 channels by its shape, its spatial dimensions and how its memory is laid out
 ACTIVATIONS: dict[str, tuple[tuple[int, ...], int, Callable[[Tensor], Tensor]]] = {
@@ -307,8 +307,6 @@ def test_a_magnitude_of_zero_has_a_gradient() -> None:
 def test_the_fused_route_is_the_plain_one(adapter: str, layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and every gradient, with the fused products and without."""
     module, x = make(layer)
-    if max(module.weight.shape[2:], default=1) > smallest_kernel(adapter):
-        pytest.skip("GLoRA takes kernels of 1 only")
     case = ADAPTERS[adapter]
     try:
         pk.wrap(module, case.kind, route="factored", **case.options)

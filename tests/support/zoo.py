@@ -177,11 +177,6 @@ ADAPTERS: dict[str, AdapterCase] = {
 CASES: dict[str, AdapterCase] = {**ADAPTERS, "full rows": AdapterCase("full", {"rows": [1, 4, 5]})}
 
 
-def smallest_kernel(case: str) -> int:
-    """The kernel a convolution may have for the adapter: GLoRA takes no larger one than 1."""
-    return 1 if ADAPTERS[case].kind == "glora" else 3
-
-
 def make(layer: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Module, Tensor]:
     """The layer and an input, both drawn from the seed."""
     case = {**LAYERS, **LOOKUPS, **STACKS}[layer]

@@ -23,7 +23,7 @@ from tests.support.zoo import ADAPTERS
 def layers_of(adapter: str) -> list[str]:
     if "tucker" in adapter:
         return ["conv2d k3"]
-    return ["linear", "conv2d k1" if adapter == "glora" else "conv2d k3"]
+    return ["linear", "conv2d k3"]
 
 
 def by_data(y: Tensor) -> Tensor:

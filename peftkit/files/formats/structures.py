@@ -138,13 +138,29 @@ def _full(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
     return Patch("full", {}, shape, {"change": M.flatten(1)}, scale="1: the change itself")
 
 
+def _glora_on_kernel(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
+    """GLoRA of a kernel larger than 1, which LyCORIS alone writes: b2 (r, c, *kernel) has it, the others are of 1."""
+    others = [t[name] for name in ("a1", "a2", "b1")]
+    a1, a2, b1 = (tensor.flatten(1) for tensor in others)
+    b2, (rank, channels, *kernel) = t["b2"].flatten(1), t["b2"].shape
+    alone = all(tensor.numel() == tensor.shape[0] * tensor.shape[1] for tensor in others)
+    require_file(alone, module, "only b2 of a GLoRA has a kernel")
+    fits = a1.shape == (channels, rank) and a2.shape == (rank, channels) and b1.shape[1] == rank
+    require_file(fits, module, "its factors do not go together")
+    options, words = scale(module, rank)
+    tensors = {"base_up": a1, "base_down": a2, "up": b1, "down": b2}
+    return Patch("glora", options | {"rank": rank}, Shape(len(b1), channels, tuple(kernel)), tensors, scale=words)
+
+
 def _glora(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
     """ΔW = γ(W·a1·a2 + b1·b2); the old layout, which A1111 reads, stores the factors of each product the other way."""
     _require(module, t, {"a1", "a2", "b1", "b2"}, set())
+    if t["b2"][0, 0].numel() > 1:
+        return _glora_on_kernel(module, t, scale)
     a1, a2, b1, b2 = (
         t[name].flatten(1) if t[name][0, 0].numel() == 1 else t[name] for name in ("a1", "a2", "b1", "b2")
     )
-    require_file(all(x.dim() == 2 for x in (a1, a2, b1, b2)), module, "GLoRA on a kernel larger than 1 is not read")
+    require_file(all(x.dim() == 2 for x in (a1, a2, b1, b2)), module, "only b2 of a GLoRA has a kernel")
     new = a1.shape[1] == a2.shape[0] == b1.shape[1] == b2.shape[0] and a1.shape[0] == b2.shape[1]
     old = a2.shape[1] == a1.shape[0] == b2.shape[1] == b1.shape[0] and a2.shape[0] == b1.shape[1]
     require_file(new or old, module, "its factors do not go together")

@@ -75,6 +75,7 @@ HOW_ON: Mapping[tuple[str, str, str], str] = {
     ("ia3", "a1111", "conv 1×1"): BAKED,
     ("ia3", "a1111", "conv 3×3"): BAKED,
     ("glora", "a1111", "conv 1×1"): BAKED,
+    **{("glora", target, "conv 3×3"): BAKED for target in ("a1111", "forge", "comfyui")},
     ("oft in", "peft", "conv 3×3"): BAKED,
     ("oft series", "peft", "conv 3×3"): BAKED,
 }

@@ -117,7 +117,6 @@ def test_a_folder_of_peft_computes_what_peft_did(label: str, tmp_path: Path) -> 
     [
         (peft.IA3Config, {"feedforward_modules": []}, ("heads.0", "heads.1"), "heads.0 has a bias"),
         (peft.LoraConfig, {**P_LORA, "init_lora_weights": "pissa"}, ("heads.0",), "pissa"),
-        (peft.LoraConfig, {**P_LORA, "lora_bias": True}, ("heads.0",), "heads.0.bias: a change of a bias"),
         (peft.VeraConfig, {"r": 2}, ("heads.1",), "VERA"),
         (peft.OFTConfig, {"r": 0, "oft_block_size": 4, "block_share": True}, ("heads.0",), "block_share"),
         (peft.RandLoraConfig, {"r": 2}, ("heads.1",), "RANDLORA"),

@@ -25,13 +25,7 @@ from tests.support.zoo import ADAPTERS
 
 # -- there and back ----------------------------------------------------------------------------------------------------
 
-TRIPS = [
-    (a, t, layer)
-    for a in ADAPTERS
-    for layer in (("linear", "conv 1×1") if ADAPTERS[a].kind == "glora" else ("linear", "conv 3×3"))
-    if exists(a, layer)
-    for t in TARGETS
-]
+TRIPS = [(a, t, layer) for a in ADAPTERS for layer in ("linear", "conv 3×3") if exists(a, layer) for t in TARGETS]
 
 
 @pytest.mark.parametrize("adapter, target, layer", TRIPS)
