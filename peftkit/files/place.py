@@ -18,8 +18,9 @@ from peftkit.files.fingerprint import sample_index
 from peftkit.files.formats.patch import Patch
 from peftkit.files.resolve import Resolver
 from peftkit.geometry import Geometry, Shape
+from peftkit.wrapping.recurrence import WEIGHT
 from peftkit.wrapping.stacks import StackGeometry
-from peftkit.wrapping.vectors import BIASES
+from peftkit.wrapping.vectors import is_bias
 
 #: dtypes by the container's names that ΔW can be added to
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -82,7 +83,7 @@ def paths_of(base: Base) -> Iterator[tuple[str, Placement]]:
         prefix = key.removesuffix(last)
         if last == "weight":
             yield path, Placement(key, bias(f"{prefix}bias"))
-        elif last in BIASES and len(base.info(key).shape) == 1:
+        elif len(base.info(key).shape) == (2 if WEIGHT.fullmatch(last) else 1 if is_bias(last) else None):
             yield key, Placement(key)
         elif last == "in_proj_weight" and len(base.info(key).shape) == 2:
             rows = base.info(key).shape[0] // 3

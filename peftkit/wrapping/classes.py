@@ -11,6 +11,7 @@ from peftkit.geometry import is_layer
 from peftkit.wrapping.experts import AdaptedExperts
 from peftkit.wrapping.layer import Adapted, AdaptedLayer, AdaptedLookup, AdaptedParameters, base_class
 from peftkit.wrapping.lookup import EMBEDDINGS
+from peftkit.wrapping.recurrent import AdaptedRecurrent
 
 
 @functools.cache
@@ -30,6 +31,8 @@ def adapted_class(base: type[nn.Module], reads: tuple[str, ...], experts: bool =
 
 def _bases(base: type[nn.Module], reads: tuple[str, ...]) -> tuple[type, ...]:
     """What an adapted class is made of, in the order in which their `forward` are called."""
+    if issubclass(base, nn.RNNBase):
+        return AdaptedRecurrent, base
     if "weight" in reads or not (is_layer(base) or issubclass(base, EMBEDDINGS)):
         return AdaptedParameters, base
     if base in EMBEDDINGS:

@@ -15,6 +15,7 @@ from peftkit.errors import TargetError, UnsupportedLayerError, did_you_mean
 from peftkit.geometry import is_layer
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.layer import Adapted, base_class
+from peftkit.wrapping.recurrence import RECURRENT
 from peftkit.wrapping.sites import Site, sites, why_not
 from peftkit.wrapping.stacks import StackGeometry
 from peftkit.wrapping.vectors import is_norm, vector_sites
@@ -39,6 +40,10 @@ _EMBEDDING = (
     "as 'Embedding' or '*.embed_tokens'"
 )
 _EXPERTS = "they are stacks of experts, which presets leave out; name them to adapt them, as by '*experts*'"
+_RECURRENT = (
+    "it is a recurrent layer, and the target adapts other layers; a target that matches nothing but recurrent layers "
+    "adapts them, as 'LSTM' or '*.weight_ih_l0'"
+)
 _ALL_LINEAR = (
     " PEFT's 'all-linear' is 'full' here, every Linear and convolution but the output head, "
     "or 'Linear', every Linear layer."
@@ -83,6 +88,10 @@ class Selector:
         embeddings = {site for site in found if self.sites[site].looks_up}
         if embeddings and (embeddings != found or self.is_preset(pattern)):
             found, refused = found - embeddings, refused | dict.fromkeys(sorted(embeddings), _EMBEDDING)
+        recurrent = {site for site in found if isinstance(self.sites[site].module, RECURRENT)}
+        if recurrent and (recurrent != found or self.is_preset(pattern)):
+            left_out = sorted({self.sites[site].module_name for site in recurrent})
+            found, refused = found - recurrent, refused | dict.fromkeys(left_out, _RECURRENT)
         if found:
             return Selection([site for site in self.sites if site in found], refused)
         vectors = self._vectors(pattern)

@@ -16,6 +16,7 @@ from peftkit.wrapping.bases.base import Base
 from peftkit.wrapping.bases.formats import format_of, matrix_of
 from peftkit.wrapping.hooks import present
 from peftkit.wrapping.lookup import EMBEDDINGS, Lookup
+from peftkit.wrapping.recurrence import matrices
 from peftkit.wrapping.stacks import stacks, why_no_stack
 from peftkit.wrapping.support import calls_its_weight, refusal, supported
 from peftkit.wrapping.walk import dotted, named_modules, unwrapped
@@ -118,14 +119,14 @@ def _adapts(module: nn.Module, slot: Slot) -> bool:
 
 
 def slots(module: nn.Module) -> dict[str, Slot]:
-    """Return the module's own weight as "", or projections of an nn.MultiheadAttention or stacks of experts by name."""
+    """Return the module's own weight as "", or the matrices of a module that has several, by name."""
     if supported(module):
         base = format_of(module)
         if base is not None:
             return {"": Slot("weight", Geometry(torch.Size(base.of(module).shape)), base=base)}
         return {"": Slot("weight", _geometry(module))}
     if not isinstance(module, nn.MultiheadAttention):
-        return {name: Slot(name, stack) for name, stack in stacks(module).items()}
+        return {name: Slot(name, own) for name, own in (*stacks(module).items(), *matrices(module).items())}
     names = ("q_proj", "k_proj", "v_proj")
     width = module.embed_dim
     if own_parameters(module)["in_proj_weight"] is not None:

@@ -10,6 +10,7 @@ from peftkit.adapters import registry
 from peftkit.errors import UnsupportedLayerError
 from peftkit.geometry import Geometry
 from peftkit.kernels.torch_private import own_parameters
+from peftkit.wrapping.recurrence import BIAS
 from peftkit.wrapping.sites import Site, Slot, sites
 from peftkit.wrapping.sites import slots as matrices
 from peftkit.wrapping.stacks import stacks
@@ -36,7 +37,12 @@ class VectorGeometry(Geometry):
 
 
 #: parameters that are biases; in_proj_bias is nn.MultiheadAttention's
-BIASES = ("bias", "in_proj_bias")
+_BIASES = ("bias", "in_proj_bias")
+
+
+def is_bias(name: str) -> bool:
+    """Return whether a parameter is a bias by its name, be it one of those that a recurrent layer has."""
+    return name in _BIASES or BIAS.fullmatch(name) is not None
 
 
 def slots(module: nn.Module) -> dict[str, Slot]:
@@ -49,7 +55,7 @@ def vectors(module: nn.Module) -> dict[str, Slot]:
     if stacks(module):
         return {}
     own = own_parameters(module)
-    names = {bias: bias for bias in BIASES if _is_vector(own.get(bias), 1)}
+    names = {name: name for name, parameter in own.items() if is_bias(name) and _is_vector(parameter, 1)}
     if is_norm(module):
         names = {"": "weight", **names}
     return {slot: Slot(name, VectorGeometry(p.shape)) for slot, name in names.items() if (p := own[name]) is not None}

@@ -57,7 +57,8 @@ def the_delta(module: nn.Module, name: str = "default", strength: float = 1.0) -
 
 def own_weight(module: nn.Module) -> Tensor:
     """The weight itself, without what adapters add where it is read."""
-    weight = module._parameters["weight"]
+    own = module._parameters
+    weight = own["weight"] if "weight" in own else next(iter(own.values()))  # of a recurrent layer, the first
     assert weight is not None
     return weight
 
@@ -128,7 +129,7 @@ def routes_agree(adapter: str, layer: str, dtype: torch.dtype = torch.float64) -
         gradients = torch.autograd.grad((y * weights).sum(), [*inputs, *parameters])
         through_base = torch.autograd.grad((base * weights).sum(), inputs) if inputs else ()
         held_by = module.adapters["default"]
-        own = held_by["weight"] if isinstance(held_by, nn.ModuleDict) else held_by
+        own = next(iter(held_by.values())) if isinstance(held_by, nn.ModuleDict) else held_by
         held: list[Tensor] = []
         delta, _ = the_delta(module)
         if isinstance(own, DoRA) and not own.detach_norm and isinstance(delta, Decomposed):

@@ -22,6 +22,13 @@ class LayerCase:
     rows: int = 0  # of an embedding, whose input is numbers below it
 
 
+class Outputs(nn.LSTM):
+    """The outputs of an LSTM, without its last state."""
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(input, hx)[0]
+
+
 class OnePlusNorm(nn.Module):
     """A norm that multiplies by 1 + w, as Gemma's does."""
 
@@ -89,6 +96,7 @@ LAYERS: dict[str, LayerCase] = {
         lambda: nn.Conv2d(8, 12, 3, padding=1).to(memory_format=torch.channels_last), (2, 8, 5, 6)
     ),
     "gpt2 conv1d": LayerCase(lambda: _biased(Conv1D(12, 8)), (2, 3, 8)),
+    "lstm": LayerCase(lambda: Outputs(8, 3, batch_first=True), (2, 3, 8)),
     "layer norm": LayerCase(lambda: nn.LayerNorm(8), (2, 3, 8)),
     "layer norm of two dimensions": LayerCase(lambda: nn.LayerNorm((3, 8), bias=False), (2, 3, 8)),
     "group norm": LayerCase(lambda: nn.GroupNorm(2, 8), (2, 8, 3)),
@@ -123,6 +131,8 @@ def target_of(layer: nn.Module) -> str:
         return "weight"
     if is_norm(layer):
         return "re:.*"
+    if isinstance(layer, nn.LSTM):
+        return "weight_ih_l0"
     return next((cls.__name__ for cls in (nn.Embedding, nn.EmbeddingBag) if isinstance(layer, cls)), "full")
 
 

@@ -390,9 +390,8 @@ def test_a_layer_with_its_own_forward_is_adapted_where_its_weight_is_read(case: 
     lambda: nn.LazyLinear(4),
     lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
     lambda: nn.Linear(4, 4, dtype=torch.complex64),
-    lambda: nn.LSTM(4, 4),
     lambda: nn.Bilinear(4, 4, 4),
-], ids=["lazy", "weight norm", "complex", "lstm", "bilinear"])  # fmt: skip
+], ids=["lazy", "weight norm", "complex", "bilinear"])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning", "ignore:Complex modules:UserWarning")
 def test_what_has_no_plain_weight_is_refused(make: Any) -> None:
     model = nn.Sequential(make())
