@@ -203,7 +203,8 @@ def _sums(files: Sequence[tuple[dict[str, AdapterEntry], float]], way: _Way) -> 
         with computing(" + ".join(item.file for item, _ in own), name):
             deltas = [delta_of(item).scaled(weight) for item, weight in own]
             truth = by_expert(lambda own, _: _side_by_side(own, way.density, way.generator), deltas, first.shape)
-            result = by_expert(lambda own, _: way(own), deltas, first.shape)
+            # no kind but full adapts a norm or a bias
+            result = Dense(truth.dense()) if first.vector else by_expert(lambda own, _: way(own), deltas, first.shape)
         yield _Sum(name, first, "+".join(item.adapter.kind for item, _ in own), truth, result)
 
 

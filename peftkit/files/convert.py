@@ -232,7 +232,8 @@ def _changed(
     report: list[Converted] = []
     for item in items:
         with computing(item.file, item.name):
-            deltas.append((item.name, item.shape, change(item)))
+            # a column is as small as it is, and no kind but full adapts a norm or a bias
+            deltas.append((item.name, item.shape, delta_of(item) if item.vector else change(item)))
         transposed += [item.name] if item.transposed else []
     alpha = alpha_of(like, [delta for _, _, delta in deltas])
     for item, (_, _, delta) in zip(items, deltas, strict=True):

@@ -49,7 +49,7 @@ class AdapterEntry:
     a layer that keeps its weight as (in, out). sliced: rows of a parameter, which is no module of its own. file: where
     it is from. embedding: of an embedding, whose weight has a row for each token. again: it is the
     adapter of an entry before it, at another place of a shared weight. turned: of a stack of experts that
-    PEFT takes for the transposed matrices.
+    PEFT takes for the transposed matrices. vector: of a norm's weight or a bias, as a matrix of one column.
     """
 
     name: str
@@ -63,6 +63,7 @@ class AdapterEntry:
     embedding: bool = False
     again: bool = False
     turned: bool = False
+    vector: bool = False
 
     @property
     def flipped(self) -> bool:
@@ -90,6 +91,7 @@ def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]
             embedding=at.looks_up,
             again=id(at.adapter) in seen,
             turned=turned(geometry),
+            vector=geometry.vector,
         )
         seen.add(id(at.adapter))
 
@@ -150,7 +152,9 @@ def _without_base(path: object, bundle: AdapterFile, apart: bool) -> Iterator[Ad
             )
         shape = _unflattened(name, patch, families)
         own = name if bundle.format in ("native", "peft") and name in bundle.patches else ""  # theirs are paths
-        yield AdapterEntry(name, adapter, shape, None, own, patch.transposed, file=str(path), embedding=patch.embedding)
+        vector = patch.kind == "full" and shape.columns == 1 < shape.rows and not shape.kernel
+        marks = {"file": str(path), "embedding": patch.embedding, "vector": vector}
+        yield AdapterEntry(name, adapter, shape, None, own, patch.transposed, **marks)
 
 
 def _unflattened(name: str, patch: Patch, families: Sequence[Family]) -> Shape:
@@ -207,8 +211,9 @@ def _on_base(file: object, bundle: AdapterFile, base: Base, other_base: bool, ap
             distances[name] = native.distance(samples_of(base, first, patch), bundle.base[name])
             bound += [name] if is_of_its_base(patch, shape) and not bundle.portable else []
         adapter = bind(patch, shape, W, where)
-        entry = AdapterEntry(name, adapter, shape, W, path, patch.transposed, file=str(file), embedding=patch.embedding)
-        items.append(entry)
+        vector = len(base.info(first.weight).shape) == 1
+        marks = {"file": str(file), "embedding": patch.embedding, "vector": vector}
+        items.append(AdapterEntry(name, adapter, shape, W, path, patch.transposed, **marks))
     kinds = {item.name: item.adapter.kind for item in items}
     quantised = [name for name in distances if bundle.patches[name].quantised]
     require_same_base(file, str(base.path), distances, kinds, bound, other_base, quantised)

@@ -40,15 +40,17 @@ class Beside:
         return {key: self.base.tensor(key) for key in rest} if self.base is not None and own else None
 
     @classmethod
-    def of_model(cls, model: nn.Module) -> Beside:
-        """Collect the parameters of a model that train beside its adapters."""
+    def of_model(cls, model: nn.Module, *, vectors: bool = False) -> Beside:
+        """Collect the parameters of a model that train beside its adapters. vectors: norms and biases have some."""
         places: defaultdict[int, list[str]] = defaultdict(list)
         for own in base_parameters(model, every_name=True):
             places[id(own.tensor)].append(own.name)
         found = extras_of(model)
         shared = tuple(name for name, own in found.items() if len(places[id(own.tensor)]) > 1)
         return cls(
-            {name: gathered(own.tensor) for name, own in found.items()}, of_model(model) if found else None, shared
+            {name: gathered(own.tensor) for name, own in found.items()},
+            of_model(model) if found or vectors else None,
+            shared,
         )
 
 

@@ -29,6 +29,8 @@ from peftkit.files.export.peft_folder import FAN_IN_FAN_OUT, peft_type, write_pe
 from peftkit.files.export.programs import Target
 from peftkit.files.export.proof import Exported, proven
 from peftkit.files.export.tensors import shared_alpha, tensors_of
+from peftkit.files.export.vectors import tensors_of as vectors_of
+from peftkit.files.export.vectors import values_of
 from peftkit.files.extras import listed
 from peftkit.files.families.names import Family
 from peftkit.files.formats import container, disk, embeddings, peft
@@ -161,11 +163,12 @@ def export(
     path = disk.require_output(path, [source, base], overwrite)
     request = _Request(path, goal, family, component, dtype, bake, title or path.stem, training or {}, extras)
     if isinstance(source, nn.Module):
-        return _export(list(items_of_model(source, name)), request, Beside.of_model(source))
+        entries = list(items_of_model(source, name))
+        return _export(entries, request, Beside.of_model(source, vectors=any(entry.vector for entry in entries)))
     with error_context(source):
         apart = goal.transformer_style != "kohya"  # the style that keeps the layers of the original network
         bundle = read(source, **reading)
-        whole = opened(base) if base is not None and bundle.extras else None
+        whole = opened(base) if base is not None else None
         items = list(items_of_file(source, bundle, base if whole is None else whole, other_base, apart=apart))
         return _export(items, request, Beside(bundle.extras, whole))
 
@@ -174,7 +177,8 @@ def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) ->
     """Name and encode every adapter, and write them and what trained beside them."""
     tied = [item for item in items if item.again and item.adapter.replaces and request.goal.folder]
     items = [item for item in items if item not in tied]  # PEFT puts trained tokens on all layers of a shared weight
-    _require_exportable(items, request.goal)
+    vectors, items = [item for item in items if item.vector], [item for item in items if not item.vector]
+    _require_exportable(items, vectors, request.goal)
     if beside.values and request.extras and not request.goal.folder:
         raise LossyError(
             f"{request.path}: {listed(list(beside.values))} trained beside the adapters, and the file for "
@@ -187,13 +191,23 @@ def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) ->
     modules = named_modules(items, request.goal, family, request.component)
     found = _consistent(modules, request.goal, family, request.bake)
     kept = beside if request.extras else Beside({})
-    weights = _write_folder(found, request, kept, tied) if request.goal.folder else _write_file(found, request, family)
+    if request.goal.folder:
+        kept = replace(kept, values={**kept.values, **values_of(vectors, request.goal)}, base=beside.base)
+        weights = _write_folder(found, request, kept, tied)
+    else:
+        weights = _write_file(found, request, family, vectors)
     left_out = () if request.extras else tuple(beside.values)
     return ExportReport(request.goal.name, request.path, weights, left_out, tuple(kept.values))
 
 
-def _require_exportable(items: Sequence[AdapterEntry], goal: Target) -> None:
+def _require_exportable(items: Sequence[AdapterEntry], vectors: Sequence[AdapterEntry], goal: Target) -> None:
     """Refuse adapters of layers that no other program adapts."""
+    if vectors and (not items or not (goal.folder or goal.norms)):
+        without = "" if items else " without adapters of matrices"
+        raise ExportError(
+            f"{vectors[0].name}: it is a norm's weight or a bias, and no file for {goal.title} is written with one"
+            f"{without}; keep it in this library's own format, or merge it"
+        )
     for item in items:
         if item.embedding and not goal.folder:
             raise ExportError(
@@ -236,16 +250,21 @@ def _consistent(modules: dict[str, Members], goal: Target, family: Family | None
     return found
 
 
-def _write_file(found: Sequence[Job], request: _Request, family: Family | None) -> tuple[Exported, ...]:
+def _write_file(
+    found: Sequence[Job], request: _Request, family: Family | None, vectors: Sequence[AdapterEntry]
+) -> tuple[Exported, ...]:
     goal, path, pieces = request.goal, request.path, [job.piece for job in found]
     alpha = shared_alpha(pieces)
     tensors = tensors_of(pieces, goal, alpha or 1.0, request.dtype, path)
+    tensors |= vectors_of(vectors, found, goal, request.dtype, path)
     rank = None if alpha is None else int(alpha)
     own = {"kinds": sorted({j.kind for j in found}), "baked": [p.module for p in pieces if p.spelled.how == "baked"]}
     header = metadata.build(tensors, goal, family, request.title, rank, alpha, request.training, own)
     with disk.atomic(path) as file:
         container.emit(file, tensors, header)
         file.flush()
+        if len(read(file.name).vectors) != len(vectors):
+            raise FileError(f"{path}: changes of norms and biases were read back other than they were written")
         return proven(Path(file.name), found, path)
 
 

@@ -77,6 +77,7 @@ class Target:
         t5: whether it loads adapters of T5.
         roots: whether it adapts a layer that is the whole model.
         vectors: whether it applies changes of biases and norms.
+        norms: whether such changes are written for it, by the paths of any model.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Target:
     t5: bool = True
     roots: bool = False
     vectors: bool = False
+    norms: bool = False
 
     @property
     def dense(self) -> bool:
@@ -212,6 +214,7 @@ _LYCORIS = Target(
     builds_lokr=True,
     infers_sizes=True,
     roots=True,
+    norms=True,
 )
 _DIFFUSERS = Target(
     "diffusers",
