@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
 from peftkit.delta import Delta
 from peftkit.errors import ExportError, MismatchError, error_context
@@ -152,7 +153,8 @@ def _without_base(path: object, bundle: AdapterFile, apart: bool) -> Iterator[Ad
             )
         shape = _unflattened(name, patch, families)
         own = name if bundle.format in ("native", "peft") and name in bundle.patches else ""  # theirs are paths
-        vector = patch.kind == "full" and shape.columns == 1 < shape.rows and not shape.kernel
+        column = shape.columns == 1 < shape.rows and not shape.kernel
+        vector = column and registry.get(patch.kind).vectors
         marks = {"file": str(path), "embedding": patch.embedding, "vector": vector}
         yield AdapterEntry(name, adapter, shape, None, own, patch.transposed, **marks)
 

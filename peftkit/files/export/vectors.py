@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peftkit.delta import Dense
 from peftkit.errors import ExportError, FileError
 from peftkit.files.entries import AdapterEntry, delta_of
 from peftkit.files.export.job import Job
@@ -63,7 +64,7 @@ def tensors_of(
         key = (goal.generic or "") + module.replace(".", "_")
         if parameter not in ("weight", "bias") or not (module in weights or module in matrices):
             raise ExportError(f"{item.name}: {goal.title} has a bias beside its weight only; {_KEEP}")
-        if module in matrices and matrices[module] != "full":
+        if module in matrices and matrices[module] != Dense.structure:
             raise ExportError(f"{item.name}: {goal.title} has a bias beside a whole ΔW only (kind 'full'); {_KEEP}")
         role = "diff_b" if module in matrices else {"weight": "w_norm", "bias": "b_norm"}[parameter]
         change = delta_of(item).dense().detach().flatten()
