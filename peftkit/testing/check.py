@@ -28,10 +28,10 @@ class LawReport:
         refused: layer -> why the adapter cannot be put on it, in the words of its own error.
 
     Example:
-        >>> report = pk.testing.check_laws("glora", rank=2)
+        >>> report = pk.testing.check_laws("lora", rank=2, tucker=True)
         >>> sorted(report.refused)
-        ['Conv2d 3×3', 'Conv2d in 2 groups', 'ConvTranspose2d']
-        >>> "forward = merged" in report.held["Linear"]
+        ['Conv2d 1×1', 'Linear', 'Linear without bias']
+        >>> "forward = merged" in report.held["Conv2d 3×3"]
         True
     """
 
