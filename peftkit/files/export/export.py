@@ -19,7 +19,7 @@ from torch import nn
 
 from peftkit.adapters.options import require_dtype
 from peftkit.delta import LowRank
-from peftkit.errors import ExportError, LossyError, OptionError, error_context, require_file
+from peftkit.errors import ExportError, FileError, LossyError, OptionError, error_context, require_file
 from peftkit.files.entries import AdapterEntry, items_of_file, items_of_model, opened
 from peftkit.files.export import metadata, programs
 from peftkit.files.export.beside import Beside, in_peft_folder
