@@ -25,7 +25,7 @@ import peftkit as pk
 from peftkit.bench.rows import Row
 from peftkit.bench.script import Script
 from peftkit.monitor import CSMonitor
-from peftkit.wrapping.layer import installed_adapters
+from peftkit.wrapping.installed import installed_adapters
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples" / "digits"), str(ROOT / "examples")]

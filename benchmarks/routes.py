@@ -21,7 +21,7 @@ from peftkit.bench.rows import Row
 from peftkit.bench.script import Script
 from peftkit.bench.step import step
 from peftkit.bench.timing import Call, Spread, contest, ratios
-from peftkit.wrapping.layer import adapted_modules
+from peftkit.wrapping.installed import adapted_modules
 
 LAYERS = (
     *(LayerShape(size, size, tokens=tokens) for size in (320, 1280) for tokens in (1, 16, 64, 512, 2048)),

@@ -16,7 +16,7 @@ from peftkit.bench.timing import Spread, contest, ratios
 from peftkit.delta import LowRank
 from peftkit.delta.truncation import Keep, truncate
 from peftkit.kernels.ldu import factor, pivot
-from peftkit.wrapping.layer import installed_adapters
+from peftkit.wrapping.installed import installed_adapters
 
 
 def pivots() -> Row:

@@ -48,7 +48,7 @@ def test_dir_shows_public_names_only() -> None:
 @pytest.mark.parametrize(
     "pattern, where, allowed",
     [
-        (r"isinstance\([^)]*nn\.(Conv|Linear)", "peftkit", {"geometry.py", "sites.py"}),
+        (r"isinstance\([^)]*nn\.(Conv|Linear)", "peftkit", {"layer.py", "sites.py"}),
         (r"except Exception|except:", "peftkit", set()),
         (r"^\s*print\(", "peftkit", set()),
         # but for callbacks and integrations, which are modules of their own that nothing imports

@@ -22,7 +22,7 @@ from peftkit.bench.step import step
 from peftkit.bench.timing import Call, Spread, contest, peak_bytes, ratios
 from peftkit.errors import BenchError
 from peftkit.monitor import CSMonitor
-from peftkit.wrapping.layer import installed_adapters
+from peftkit.wrapping.installed import installed_adapters
 
 
 def merge(

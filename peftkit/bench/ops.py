@@ -23,7 +23,7 @@ from peftkit.delta.addition import add_
 from peftkit.delta.base import WeightCache
 from peftkit.errors import BenchError
 from peftkit.geometry import of
-from peftkit.wrapping.layer import installed_adapters
+from peftkit.wrapping.installed import installed_adapters
 
 OPERATIONS = ("dense", "add", "watch", "make")
 _PRODUCT = 768  # the side of the matrices whose product gives the speed of multiplication

@@ -13,7 +13,7 @@ from peftkit.bench.peers import Host, adapted, ways
 from peftkit.bench.rows import Row
 from peftkit.bench.timing import Call, contest, ratios
 from peftkit.errors import BenchError
-from peftkit.wrapping.layer import adapted_modules
+from peftkit.wrapping.installed import adapted_modules
 
 #: relative errors that only a mistake exceeds
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

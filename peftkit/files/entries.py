@@ -34,7 +34,7 @@ from peftkit.files.place import nowhere, oriented, resolver_of, samples_of, shap
 from peftkit.files.resolve import families_of, plain
 from peftkit.geometry import Shape
 from peftkit.wrapping.divided import gathered_adapter, gathered_base, require_not_empty
-from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
+from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.roll import require_none_lost
 from peftkit.wrapping.stacks import turned
 

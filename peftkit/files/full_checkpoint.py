@@ -19,7 +19,7 @@ from peftkit.files.formats import native
 from peftkit.files.formats.state_dict import adapters_in, plain_key
 from peftkit.files.load_report import LoadReport
 from peftkit.wrapping.extras import BaseParameter, base_parameters
-from peftkit.wrapping.layer import adapted_modules, installed_adapters
+from peftkit.wrapping.installed import adapted_modules, installed_adapters
 from peftkit.wrapping.strength import set_strength
 from peftkit.wrapping.walk import dotted
 

@@ -25,7 +25,7 @@ from peftkit.files.formats.native import Header, WeightRecord
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.divided import by_first_process, gathered, gathered_adapter, gathered_base, require_not_empty
 from peftkit.wrapping.extras import BaseParameter, extras_of, require_unmerged
-from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name, other_places
+from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, one_name, other_places
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.roll import require_none_lost
 from peftkit.wrapping.walk import dotted

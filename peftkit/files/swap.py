@@ -20,7 +20,7 @@ from peftkit.files.read import Reading, read
 from peftkit.kernels.sharding import sharded
 from peftkit.wrapping.divided import require_not_empty
 from peftkit.wrapping.extras import give_back_, replace_, require_returnable, require_unmerged
-from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, one_name
+from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.vectors import every_site
 from peftkit.wrapping.walk import dotted

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from peftkit.errors import OptionError
 from peftkit.integrations.state import may_lack_base, require_base, save_adapters, trained_state
 from peftkit.kernels.torch_private import wrapped
-from peftkit.wrapping.layer import names_of
+from peftkit.wrapping.installed import names_of
 from peftkit.wrapping.walk import unwrapped
 
 

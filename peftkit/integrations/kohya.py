@@ -27,7 +27,7 @@ from peftkit.files.swap import swap
 from peftkit.integrations.kohya_blocks import block_of
 from peftkit.integrations.kohya_recipe import Recipe
 from peftkit.training.limit_norms import limit_norms_
-from peftkit.wrapping.layer import InstalledAdapter, installed_adapters
+from peftkit.wrapping.installed import InstalledAdapter, installed_adapters
 from peftkit.wrapping.merge import merge
 from peftkit.wrapping.strength import set_strength
 from peftkit.wrapping.wrap import wrap

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from torch.utils.hooks import RemovableHandle
 
 from peftkit.integrations.state import fingerprints, may_lack_base, require_fingerprints, trained_state
-from peftkit.wrapping.layer import names_of
+from peftkit.wrapping.installed import names_of
 
 #: the entry of a checkpoint that tells its base from others
 _BASE = "peftkit_base"

@@ -16,7 +16,7 @@ from peftkit.files.fingerprint import require_same_base, samples
 from peftkit.files.formats import native
 from peftkit.files.read import read
 from peftkit.files.save import save
-from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, names_of
+from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, names_of
 
 
 def base_keys(model: nn.Module) -> set[str]:

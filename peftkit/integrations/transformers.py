@@ -12,7 +12,7 @@ from torch import nn
 
 from peftkit.errors import OptionError
 from peftkit.integrations.state import base_keys, require_base, require_fit, save_adapters, trained_state
-from peftkit.wrapping.layer import names_of
+from peftkit.wrapping.installed import names_of
 from peftkit.wrapping.walk import unwrapped
 
 _Trainer = transformers.Trainer if TYPE_CHECKING else object

@@ -10,7 +10,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from peftkit.errors import OptionError, UnsupportedLayerError
 from peftkit.integrations.transformers import AdapterCheckpoints
-from peftkit.wrapping.layer import AdaptedLayer, names_of
+from peftkit.wrapping.installed import names_of
+from peftkit.wrapping.layer import AdaptedLayer
 from peftkit.wrapping.strength import disabled
 from peftkit.wrapping.walk import unwrapped
 

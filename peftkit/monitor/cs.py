@@ -25,7 +25,7 @@ from peftkit.monitor.record import Record
 from peftkit.monitor.sharding import inner_and_sqnorm
 from peftkit.monitor.spectrum import spectra
 from peftkit.wrapping.backup import checksum
-from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, names_of
+from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, names_of
 
 _LOG = logging.getLogger(__name__)
 

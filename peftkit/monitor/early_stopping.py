@@ -21,7 +21,7 @@ from peftkit.monitor.logs import RESERVED, Log, Row, log_to
 from peftkit.monitor.random_walk import chance
 from peftkit.monitor.record import Record
 from peftkit.monitor.snapshot import Snapshot, snapshot_folder
-from peftkit.wrapping.layer import adapted_modules
+from peftkit.wrapping.installed import adapted_modules
 
 
 class EarlyStopping:

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 
 from peftkit.monitor.early_stopping import EarlyStopping
 from peftkit.monitor.logs import RESERVED
-from peftkit.wrapping.layer import installed_adapters, names_of
+from peftkit.wrapping.installed import installed_adapters, names_of
 
 
 class CSCallback(pl.Callback):

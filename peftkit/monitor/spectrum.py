@@ -14,7 +14,7 @@ from peftkit.delta.base import WeightCache
 from peftkit.errors import OptionError, require_integer, require_option
 from peftkit.kernels.blocks import accumulation_dtype, tiles
 from peftkit.kernels.sharding import sharded
-from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, names_of
+from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, names_of
 
 _OVERSAMPLE = 16
 _ITERATIONS = 60  # of subspace iteration, at most

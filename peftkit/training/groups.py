@@ -11,7 +11,7 @@ from torch import nn
 
 from peftkit.errors import OptionError, TargetError, did_you_mean, require_number, require_option
 from peftkit.kernels.torch_private import own_parameters
-from peftkit.wrapping.layer import installed_adapters, names_of
+from peftkit.wrapping.installed import installed_adapters, names_of
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.select import PRESETS, class_names, patterns, regular_expression
 from peftkit.wrapping.walk import named_modules

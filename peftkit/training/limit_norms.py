@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.errors import MergeStateError, NormError, require_number
 from peftkit.wrapping.divided import require_not_empty
-from peftkit.wrapping.layer import InstalledAdapter, installed_adapters, names_of
+from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, names_of
 from peftkit.wrapping.pipeline import of_models
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftkit.errors import NeverRanWarning, PeftkitError
 from peftkit.kernels.torch_private import own_buffers
-from peftkit.wrapping.layer import installed_adapters, names_of
+from peftkit.wrapping.installed import installed_adapters, names_of
 from peftkit.wrapping.pipeline import of_models
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftkit.adapters.base import Adapter
 from peftkit.errors import FileError, PeftkitError, UnsupportedLayerError
 from peftkit.kernels.sharding import sharded, whole
-from peftkit.wrapping.layer import InstalledAdapter, installed_adapters
+from peftkit.wrapping.installed import InstalledAdapter, installed_adapters
 
 P = ParamSpec("P")
 Source = TypeVar("Source")

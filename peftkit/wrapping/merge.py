@@ -24,7 +24,8 @@ from peftkit.errors import (
 )
 from peftkit.wrapping.backup import BACKUPS, Backup, Copy, Merged, checksum
 from peftkit.wrapping.divided import divided, require_not_empty
-from peftkit.wrapping.layer import Adapted, adapted_modules, installed_adapters, names_of
+from peftkit.wrapping.installed import adapted_modules, installed_adapters, names_of
+from peftkit.wrapping.layer import Adapted
 from peftkit.wrapping.merge_report import MergeReport as MergeReport
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.quantised_merge import Quantised, Replaced

@@ -10,7 +10,7 @@ from numbers import Real
 from torch import nn
 
 from peftkit.errors import MergeStateError, OptionError
-from peftkit.wrapping.layer import adapted_modules, names_of
+from peftkit.wrapping.installed import adapted_modules, names_of
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.state import opened
 

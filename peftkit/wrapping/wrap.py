@@ -17,14 +17,8 @@ from peftkit.wrapping.divided import require_not_empty
 from peftkit.wrapping.extras import give_back_, require_returnable
 from peftkit.wrapping.hooks import follow_class
 from peftkit.wrapping.install import TRAINABLE, check_install, install
-from peftkit.wrapping.layer import (
-    Adapted,
-    adapted_modules,
-    base_class,
-    installed_adapters,
-    names_of,
-    one_name,
-)
+from peftkit.wrapping.installed import adapted_modules, installed_adapters, names_of, one_name
+from peftkit.wrapping.layer import Adapted, base_class
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.plan import Plan, plan
 from peftkit.wrapping.rule import Rule

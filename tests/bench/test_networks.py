@@ -11,7 +11,7 @@ import torch
 
 from peftkit.bench import model_step, rows
 from peftkit.bench.networks import Network, decoder, unet
-from peftkit.wrapping.layer import adapted_modules
+from peftkit.wrapping.installed import adapted_modules
 from tests.support.paths import ROOT
 
 

@@ -26,7 +26,7 @@ from peftkit.errors import (
     UnknownAdapterError,
     WrongBaseError,
 )
-from peftkit.wrapping.layer import adapted_modules
+from peftkit.wrapping.installed import adapted_modules
 from tests.support.laws import bits
 from tests.support.zoo import ADAPTERS, train
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftkit.errors import FileError, MismatchError, OptionError
 from peftkit.integrations import kohya
 from peftkit.integrations.kohya_blocks import SD, SDXL, block_of, block_rates
-from peftkit.wrapping.layer import installed_adapters
+from peftkit.wrapping.installed import installed_adapters
 from tests.support.readers import READERS
 from tests.support.sd_scripts import Flux, Run, SdxlUNet2DConditionModel, T5EncoderModel, clip, train
 

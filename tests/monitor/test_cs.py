@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 import peftkit as pk
 from peftkit.errors import OptionError, UnknownAdapterError
 from peftkit.monitor import CSMonitor, Record
-from peftkit.wrapping.layer import installed_adapters
+from peftkit.wrapping.installed import installed_adapters
 from tests.support.laws import refusal
 from tests.support.processes import distributed
 from tests.support.zoo import ADAPTERS, LAYERS, make, train

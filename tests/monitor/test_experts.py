@@ -7,7 +7,7 @@ import torch
 
 import peftkit as pk
 from peftkit.monitor import CSMonitor, Record
-from peftkit.wrapping.layer import installed_adapters
+from peftkit.wrapping.installed import installed_adapters
 from tests.support.experts import Bank, language_model, tokens
 from tests.support.zoo import ADAPTERS, train
 

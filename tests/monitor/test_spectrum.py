@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.errors import OptionError
 from peftkit.monitor import CSMonitor, Record, spectra
-from peftkit.wrapping.layer import installed_adapters
+from peftkit.wrapping.installed import installed_adapters
 from tests.support.laws import refusal
 from tests.support.zoo import ADAPTERS, make, train
 

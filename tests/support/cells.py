@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.errors import ExportError, OptionError, UnsupportedLayerError
 from peftkit.files.export.export import ExportReport
-from peftkit.wrapping.layer import installed_adapters
+from peftkit.wrapping.installed import installed_adapters
 from tests.support.models import tree
 from tests.support.readers import READERS, Read
 from tests.support.zoo import ADAPTERS, train

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import peftkit as pk
-from peftkit.wrapping.layer import installed_adapters
+from peftkit.wrapping.installed import installed_adapters
 from tests.support.files import State, keyed, write
 from tests.support.models import conv_net
 

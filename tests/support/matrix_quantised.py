@@ -18,7 +18,7 @@ import peftkit as pk
 from peftkit.errors import PeftkitError
 from peftkit.wrapping.bases.fp8 import FineGrainedFP8
 from peftkit.wrapping.bases.matrix import QuantisedMatrix
-from peftkit.wrapping.layer import adapted_modules
+from peftkit.wrapping.installed import adapted_modules
 from peftkit.wrapping.sites import sites
 from tests.support.zoo import train
 

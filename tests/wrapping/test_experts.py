@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.adapters import registry
 from peftkit.errors import CoverageWarning, OptionError, UnsupportedLayerError
-from peftkit.wrapping.layer import Adapted, adapted_modules, installed_adapters
+from peftkit.wrapping.installed import adapted_modules, installed_adapters
+from peftkit.wrapping.layer import Adapted
 from peftkit.wrapping.sites import sites
 from tests.support.experts import FAMILIES, Bank, language_model, tokens
 from tests.support.laws import agree, bits

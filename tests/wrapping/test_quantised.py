@@ -17,7 +17,8 @@ pytest.importorskip("torchao")
 import peftkit as pk
 from peftkit.errors import OptionError, TiedWeightsError, UnsupportedLayerError
 from peftkit.wrapping.bases.formats import format_of, matrix_of
-from peftkit.wrapping.layer import Adapted, adapted_modules
+from peftkit.wrapping.installed import adapted_modules
+from peftkit.wrapping.layer import Adapted
 from tests.support.matrix_quantised import BASES, COLUMNS, OPTIONS, ROWS, cells, network, pair, quantised
 from tests.support.zoo import train
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import peftkit as pk
 from peftkit.errors import MergeStateError
 from peftkit.wrapping import state as states
-from peftkit.wrapping.layer import adapted_modules
+from peftkit.wrapping.installed import adapted_modules
 from tests.support.zoo import train
 
 NAMES = ("a", "b", "c")

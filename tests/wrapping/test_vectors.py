@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.adapters import registry
 from peftkit.errors import DuplicateNameError, MismatchError, TargetError, TiedWeightsError, UnsupportedLayerError
-from peftkit.wrapping.layer import Adapted, installed_adapters
+from peftkit.wrapping.installed import installed_adapters
+from peftkit.wrapping.layer import Adapted
 from tests.support.zoo import ADAPTERS, train
 
 

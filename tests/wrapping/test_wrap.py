@@ -23,7 +23,7 @@ from peftkit.errors import (
     UnknownAdapterError,
     UnsupportedLayerError,
 )
-from peftkit.wrapping.layer import adapted_modules
+from peftkit.wrapping.installed import adapted_modules
 from tests.support.zoo import ADAPTERS, train
 
 

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 import peftkit as pk
 from peftkit.files.base import of_model
 from peftkit.wrapping import walk
-from peftkit.wrapping.layer import adapted_modules, installed_adapters
+from peftkit.wrapping.installed import adapted_modules, installed_adapters
 from peftkit.wrapping.sites import sites
 from peftkit.wrapping.walk import named_modules, plain_name
 from tests.support.zoo import train

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit.errors import ExportError
-from peftkit.wrapping.layer import installed_adapters
+from peftkit.wrapping.installed import installed_adapters
 from tests.support.cells import LAYERS, MIXED, TARGETS, exists, model_of, of_kinds, out, require_equal, truths, weights
 from tests.support.files import State, keyed, write
 from tests.support.foreign import HEAD, QKV, SD15_Q, XL_Q, delta_of, dora_file, factors

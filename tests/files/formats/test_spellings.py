@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit.errors import FileError
-from peftkit.wrapping.layer import installed_adapters
+from peftkit.wrapping.installed import installed_adapters
 from tests.support.architectures import conv, linear
 from tests.support.files import keyed, write
 from tests.support.foreign import DOWN, PRODUCT, QKV, SD15_Q, UP, XL_Q, delta_of, factors, require_delta

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit.errors import UnsupportedLayerError
+from peftkit.geometry.shape import Shape
 from peftkit.kernels.torch_private import output_padding, own_parameters, padding_by_side
-from peftkit.shape import Shape as Shape
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
