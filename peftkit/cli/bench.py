@@ -11,7 +11,7 @@ import typer
 
 from peftkit.cli.options import Force, among, completion, grouped
 from peftkit.cli.terminal import DTYPES, OUT, dtype_of
-from peftkit.errors import BenchError, OptionError
+from peftkit.errors import BenchError, OptionError, require_choice
 
 if TYPE_CHECKING:
     from peftkit.bench.cases import LayerShape
@@ -250,8 +250,7 @@ class _Run:
 
         from peftkit.bench.peers import missing
 
-        if device not in ("cpu", "cuda"):
-            raise OptionError(f"--device {device}: cpu or cuda was expected")
+        require_choice("--device", device, ("cpu", "cuda"))
         if device == "cuda" and not torch.cuda.is_available():
             raise BenchError("--device cuda was asked for, and torch finds no GPU here: use --device cpu")
         torch.set_num_threads(threads)

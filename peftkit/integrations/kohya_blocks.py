@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from peftkit.errors import OptionError
+from peftkit.errors import OptionError, require_option
 
 _DIFFUSERS = re.compile(r"(down|up)_blocks\.(\d+)\.(attentions|resnets|upsamplers|downsamplers)\.(\d+)\.")
 _ORIGINAL = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.")
@@ -81,8 +81,7 @@ def block_rates(arguments: Mapping[str, str], layout: Layout) -> list[float] | N
 def block_numbers(name: str, text: str, layout: Layout) -> list[float]:
     """Return a number for every block from an argument such as block_dims="4,4,8,…"."""
     numbers = [number(name, part) for part in text.split(",")]
-    if len(numbers) != layout.blocks:
-        raise OptionError(f"{name} has {len(numbers)} numbers, {layout.blocks} were expected, one for each block")
+    require_option(len(numbers) == layout.blocks, name, text, f"{layout.blocks} numbers, one for each block,")
     return numbers
 
 
@@ -104,8 +103,6 @@ def _rates(name: str, arguments: Mapping[str, str], length: int) -> Sequence[flo
         least = number(name, more or "0")
         return [_CURVES[curve](i / max(1, length - 1)) + least for i in range(length)]
     factors = [number(name, part or "0") for part in text.split(",")]
-    if len(factors) != length:
-        raise OptionError(
-            f"{name}={text!r} was given, {length} numbers or one of {', '.join(_CURVES)} were expected for this U-Net"
-        )
+    expected = f"{length} numbers for this U-Net, or one of {', '.join(_CURVES)}"
+    require_option(len(factors) == length, name, text, expected)
     return factors

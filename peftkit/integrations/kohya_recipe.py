@@ -57,9 +57,8 @@ class Recipe:
         self.arguments = {name: str(given[name]) for name in given if name in _OWN}
         self.kind = registry.get(self.arguments.get("kind", self.arguments.get("algo", "lora"))).kind
         options = {name: _value(value) for name, value in given.items() if name not in _OWN}
-        if dropout is not None:
-            options["dropout"] = dropout
-        self.options = {name: value for name, value in options.items() if not (name == "dropout" and value == 0)}
+        options |= {"dropout": options.get("dropout") if dropout is None else dropout}
+        self.options = {name: value for name, value in options.items() if name != "dropout" or value}
         self.rank, self.alpha = 4 if rank is None else rank, 1.0 if alpha is None else alpha
         #: what describes adapters, which a network made from a file has from there
         self.given = sorted({*self.options, *({*self.arguments} & {*_RANKS, "kind", "algo", "targets"})})

@@ -8,7 +8,7 @@ from torch import nn
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from peftkit.errors import OptionError, UnsupportedLayerError
+from peftkit.errors import OptionError, UnsupportedLayerError, require_option
 from peftkit.integrations.transformers import AdapterCheckpoints
 from peftkit.wrapping.installed import names_of
 from peftkit.wrapping.layer import AdaptedLayer
@@ -114,8 +114,8 @@ class AdapterGRPOTrainer(AdapterCheckpoints, GRPOTrainer):
 def _require_plain(arguments: Any) -> None:
     """Refuse arguments that need a reference with parameters of its own."""
     for name in ("precompute_ref_log_probs", "sync_ref_model"):
-        if getattr(arguments, name, False):
-            raise OptionError(f"{name}=True was given, but the reference is the model's own base: leave it out")
+        given = getattr(arguments, name, False)
+        require_option(not given, name, given, "False", " The reference is the model's own base: leave it out")
 
 
 def _require_readable_head(model: nn.Module) -> None:

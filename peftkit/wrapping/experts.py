@@ -54,8 +54,7 @@ class AdaptedExperts(AdaptedParameters):
         acting = state.now()
         if not acting.strengths or (eager() and sharded(parameter)):
             return parameter
-        if eager() and state.roll is not None:
-            state.answer()
+        state.answer(seen=eager())
         geometry = cast(StackGeometry, state.slots[parameter_name].geometry)
         return geometry.changed(parameter, self.deltas(parameter_name, acting))
 
@@ -65,8 +64,7 @@ class AdaptedExperts(AdaptedParameters):
         slot, merged = state.slots.get(parameter_name), state.merged
         if slot is None:
             return parameter[experts]
-        if state.roll is not None:
-            state.answer()
+        state.answer()
         geometry, weight = cast(StackGeometry, slot.geometry), parameter[experts]
         strengths = state.now().strengths.items()
         own = [(adapter, s) for name, s in strengths if (adapter := self.adapter(name, parameter_name)) is not None]

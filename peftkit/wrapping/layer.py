@@ -75,13 +75,10 @@ class Adapted(nn.Module):
 
     def deltas(self, slot_name: str, acting: Acting | None = None) -> list[Delta]:
         """λ·ΔW of every acting adapter on one weight; `acting`, if known, is what acts in this call."""
-        adapters: list[tuple[Adapter, float | Tensor]] = []
-        reads_base = False
-        for name, strength in (acting or self.adapter_state.now()).strengths.items():
-            adapter = self.adapter(name, slot_name)
-            if adapter is not None:
-                adapters.append((adapter, strength))
-                reads_base = reads_base or adapter.reads_base
+        strengths = (acting or self.adapter_state.now()).strengths
+        found = ((self.adapter(name, slot_name), strength) for name, strength in strengths.items())
+        adapters = [(adapter, strength) for adapter, strength in found if adapter is not None]
+        reads_base = any(adapter.reads_base for adapter, _ in adapters)
         # Where nobody looks at its values, spare the copy that a matrix of a channels_last weight is
         W = self.base_of(slot_name) if reads_base else self.weight_of(self.adapter_state.slots[slot_name])
         return [adapter(W, strength) for adapter, strength in adapters]
@@ -94,8 +91,7 @@ class Adapted(nn.Module):
         acting = state.now()
         if not acting.strengths or (eager() and sharded(parameter)):  # fully_shard reads its own part, before forward
             return parameter
-        if eager() and state.roll is not None:  # what is asked under torch.compile is part of the code
-            state.answer()
+        state.answer(seen=eager())
         parts = []
         for slot_name, slot in slots.items():
             weight, deltas = slot.of(parameter), self.deltas(slot_name, acting)
@@ -134,8 +130,7 @@ class AdaptedLayer(Adapted):
         g, base = state.slots[""].geometry, state.slots[""].base
         if base is not None:
             base.prepare(self, input)
-        if args or kwargs:
-            g = g.sized_for(self, input, *args, **kwargs)
+        g = g.sized_for(self, input, *args, **kwargs)
         deltas = self.deltas("", acting)
         if not deltas:  # it is the bias that is adapted
             return super().forward(input, *args, **kwargs)
@@ -149,28 +144,23 @@ class AdaptedLayer(Adapted):
                 out = super().forward(input, *args, **kwargs) + dense(input, g, None, None, deltas)
             else:
                 out = dense(input, g, self.weight_of(state.slots[""]), cast("Tensor | None", self.bias), deltas)
-            if plain and state.roll is not None:
-                state.answer(out)
+            state.answer(out, seen=plain)
             return out
         # A Linear of tokens is one of rows: what torch makes of it is then a tensor of its own, which can be added to
         rows = plain and not g.spatial and input.dim() > 2 and input.is_contiguous()
         x = input.flatten(0, -2) if rows else input
         forward = super().forward
         y = forward(x, *args, **kwargs) if base is None else base.run(self, forward, x, *args, **kwargs)
-        plain_bias = "bias" in own_parameters(self) and "bias" not in state.reads
-        bias = own_parameters(self)["bias"] if plain_bias else cast("Tensor | None", self.bias)
+        bias = cast("Tensor | None", self.bias)
         inputs = [(delta, F.dropout(x, p) if p else x) for delta, p in zip(deltas, drops, strict=True)]
-        if len(inputs) > 1:  # those that read y come first: the others may write over it
-            readers = [each for each in inputs if each[0].reads_output]
-            inputs = readers + [each for each in inputs if not each[0].reads_output]
+        inputs.sort(key=lambda each: not each[0].reads_output)  # these come first: the others may write over y
         out = y
         for delta, own in inputs:
             # a tracer or a transform follows the definition, not what writes in place
             add = type(delta).apply_onto if plain else Delta.apply_onto
             out = add(delta, out, own, y, bias, g)
         out = out.unflatten(0, input.shape[:-1]) if rows else out
-        if plain and state.roll is not None:
-            state.answer(out)
+        state.answer(out, seen=plain)
         return out
 
     def _drops(self, acting: Acting) -> list[float]:
@@ -191,9 +181,8 @@ class AdaptedLayer(Adapted):
                     "restore before training, or call eval()"
                 )
             return "dense"
-        if dropping:  # an input with holes goes through the factors
-            return "factored"
-        if state.slots[""].base is not None:  # the dense one would dequantise the weight at every call
+        # An input with holes goes through the factors; the dense route would dequantise a weight at every call
+        if dropping or state.slots[""].base is not None:
             return "factored"
         if state.route != "auto":
             return state.route
@@ -227,8 +216,7 @@ class AdaptedLookup(Adapted):
         require_size(weight, g)
         y = super().forward(input, *args, **kwargs) if g.additive else None
         out = adapted_output(y, input, weight, self.deltas("", acting), g, route)
-        if eager() and type(input) is Tensor and state.roll is not None:
-            state.answer(out)
+        state.answer(out, seen=eager() and type(input) is Tensor)
         return out
 
 

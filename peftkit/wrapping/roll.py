@@ -47,10 +47,14 @@ class Roll:
         waiting = {name: host.adapter_state for name, host in hosts.items() if id(host) not in unseen}
         return [name or "the model" for name, state in waiting.items() if state.now().strengths and not state.ran]
 
-    def watch(self, output: Tensor) -> None:
-        """Call the roll when the first gradient arrives at an output: by then the whole forward has run."""
-        if output.requires_grad:
+    def watch(self, output: Tensor | None) -> Roll | None:
+        """Call the roll when the first gradient arrives at an output: by then the whole forward has run.
+
+        Returns the roll while it is to be called, None after.
+        """
+        if output is not None and output.requires_grad:
             output.register_hook(self._first_backward)
+        return self if self.pending else None
 
     def _first_backward(self, gradient: Tensor) -> None:
         del gradient

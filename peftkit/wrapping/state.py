@@ -152,13 +152,15 @@ class AdapterState:
         """Return whether an open block of this or of another thread hides the adapter."""
         return any(name in names for names in self.blocks.values())
 
-    def answer(self, output: Tensor | None = None) -> None:
-        """Note on the roll that the module has run, until the model's first backward."""
-        self.ran = True
-        if self.roll is not None and output is not None:
-            self.roll.watch(output)
-        if self.roll is not None and not self.roll.pending:
-            self.roll = None
+    def answer(self, output: Tensor | None = None, *, seen: bool = True) -> None:
+        """Note on the roll that the module has run, until the model's first backward.
+
+        output: what it gave, None of a weight that was read. seen: False of calls that torch.compile or a transform
+        follows, to which what is noted would be part of the code.
+        """
+        if seen and self.roll is not None:
+            self.ran = True
+            self.roll = self.roll.watch(output)
 
     def _free(self) -> list[str]:
         """The adapters that are not merged."""

@@ -118,7 +118,7 @@ def test_a_picture(tmp_path: Path) -> None:
         (["--kinds", "lorra"], "lora, loha"),
         (["--peers", "axolotl"], "lycoris, peft"),
         (["--dtype", "fp8"], "fp32, fp16"),
-        (["--device", "tpu"], "cpu or cuda"),
+        (["--device", "tpu"], "'cpu' or 'cuda'"),
     ],
 )
 def test_bad_options(arguments: list[str], expected: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit.errors import CoverageWarning, UnsupportedLayerError
-from peftkit.wrapping.layer import installed_adapters
+from peftkit.wrapping.installed import installed_adapters
 from tests.support.zoo import ADAPTERS, train
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,7 +201,7 @@ def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) ->
 
 
 def _require_exportable(items: Sequence[AdapterEntry], vectors: Sequence[AdapterEntry], goal: Target) -> None:
-    """Refuse adapters of layers that no other program adapts."""
+    """Refuse adapters of layers that the program does not adapt."""
     if vectors and (not items or not (goal.folder or goal.norms)):
         without = "" if items else " without adapters of matrices"
         raise ExportError(
@@ -209,37 +209,39 @@ def _require_exportable(items: Sequence[AdapterEntry], vectors: Sequence[Adapter
             f"{without}; keep it in this library's own format, or merge it"
         )
     for item in items:
-        if item.embedding and not goal.folder:
-            raise ExportError(
-                f"{item.name}: it is an embedding, and {goal.title} reads no adapter of one; export it for peft, merge "
-                "it, or keep it in this library's own format"
-            )
-        if item.flipped and not goal.folder:
-            raise ExportError(
-                f"{item.name}: its layer keeps the weight as (in, out), as GPT-2's Conv1D does, and {goal.title} "
-                "adapts no such layers; export it for peft, or merge it"
-            )
-        if item.shape.experts > 1:
-            _require_stack(item, goal)
-        elif item.transposed and not item.flipped:
-            raise ExportError(
-                f"{item.name}: no other program reads an adapter of a transposed convolution, whose weight is kept as "
-                "(in, out); keep it in this library's own format"
-            )
+        reason = next((reason for refused, reason in _refusals(item, goal) if refused), None)
+        if reason is not None:
+            raise ExportError(f"{item.name}: {reason}")
 
 
-def _require_stack(item: AdapterEntry, goal: Target) -> None:
-    """Refuse a stack of experts for any program but PEFT, and for PEFT unless the model says how its matrices lie."""
-    if not goal.folder:
-        raise ExportError(
-            f"{item.name}: it is a stack of {item.shape.experts} experts in one parameter, and {goal.title} adapts no "
-            "such weights; export it for peft, or merge it"
-        )
-    if item.transposed and item.file:
-        raise ExportError(
-            f"{item.name}: its matrices are kept as (in, out), which PEFT asks the module of the model about: load "
-            f"{item.file} onto the model and export that"
-        )
+def _refusals(item: AdapterEntry, goal: Target) -> Iterator[tuple[bool, str]]:
+    """Yield whether an adapter is refused for its layer, and the reason. Only PEFT's folders hold most of them."""
+    stack, alone = item.shape.experts > 1, not goal.folder
+    yield (
+        item.embedding and alone,
+        f"it is an embedding, and {goal.title} reads no adapter of one; export it for peft, merge it, or keep it in "
+        "this library's own format",
+    )
+    yield (
+        item.flipped and alone,
+        f"its layer keeps the weight as (in, out), as GPT-2's Conv1D does, and {goal.title} adapts no such layers; "
+        "export it for peft, or merge it",
+    )
+    yield (
+        stack and alone,
+        f"it is a stack of {item.shape.experts} experts in one parameter, and {goal.title} adapts no such weights; "
+        "export it for peft, or merge it",
+    )
+    yield (
+        stack and item.transposed and bool(item.file),
+        "its matrices are kept as (in, out), which PEFT asks the module of the model about: load "
+        f"{item.file} onto the model and export that",
+    )
+    yield (
+        item.transposed and not stack and not item.flipped,
+        "no other program reads an adapter of a transposed convolution, whose weight is kept as (in, out); keep it in "
+        "this library's own format",
+    )
 
 
 def _consistent(modules: dict[str, Members], goal: Target, family: Family | None, bake: bool) -> Sequence[Job]:
