@@ -247,7 +247,7 @@ def test_strength_norms_dropout_and_merged_base_weights(tmp_path: Path) -> None:
         ({"factor": "x"}, OptionError, "factor"),
         ({"kind": "lokr", "factors": "2"}, OptionError, "factors"),
         ({"down_lr_weight": "1,2"}, OptionError, "9 numbers"),
-        ({"block_dims": "1,2"}, OptionError, "23 were expected"),
+        ({"block_dims": "1,2"}, OptionError, "23 numbers, one for each block"),
         ({"conv_dim": "many"}, OptionError, "conv_dim='many'"),
     ],
 )
