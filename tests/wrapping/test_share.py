@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftkit as pk
-from peftkit.errors import MergeStateError, MismatchError, OptionError, TiedWeightsError, UnsupportedLayerError
+from peftkit.errors import (
+    FileError,
+    MergeStateError,
+    MismatchError,
+    OptionError,
+    TiedWeightsError,
+    UnsupportedLayerError,
+)
 from tests.support.zoo import train
 
 IDS = torch.tensor([[1, 2, 3, 3], [11, 0, 5, 4]])
@@ -229,3 +238,16 @@ def test_a_language_model_is_trained_merged_and_read_back_by_transformers(tmp_pa
         warnings.simplefilter("ignore")  # of merging tied weights, which is not done here
         theirs = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM(config), tmp_path / "peft").eval()
     torch.testing.assert_close(theirs(IDS).logits, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", [["embed", 0], ["nothing", False], "embed", [], None, {"embed": True}])
+def test_a_header_that_shares_nonsense_is_refused(damage: Any, tmp_path: Path) -> None:
+    path = pk.save(shared(), tmp_path / "a.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    header = json.loads(metadata["peftkit"])
+    assert header["shared"] == {"head": ["embed", False]}
+    header["shared"] = {"head": damage}
+    save_file(load_file(path), path, {"peftkit": json.dumps(header)})
+    with pytest.raises(FileError, match="it is damaged"):
+        pk.read(path)
