@@ -37,6 +37,7 @@ from peftkit.wrapping.divided import gathered_adapter, gathered_base, require_no
 from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.roll import require_none_lost
 from peftkit.wrapping.stacks import turned
+from peftkit.wrapping.vectors import is_norm
 
 #: in the canonical name of what covers several modules, and of what has its rows in the original network's order
 JOINED, SWAPPED = " + ", " (halves swapped)"
@@ -51,6 +52,7 @@ class AdapterEntry:
     it is from. embedding: of an embedding, whose weight has a row for each token. again: it is the
     adapter of an entry before it, at another place of a shared weight. turned: of a stack of experts that
     PEFT takes for the transposed matrices. vector: of a norm's weight or a bias, as a matrix of one column.
+    rare_norm: of a norm of another class than LayerNorm and GroupNorm.
     """
 
     name: str
@@ -65,6 +67,7 @@ class AdapterEntry:
     again: bool = False
     turned: bool = False
     vector: bool = False
+    rare_norm: bool = False
 
     @property
     def flipped(self) -> bool:
@@ -93,6 +96,7 @@ def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]
             again=id(at.adapter) in seen,
             turned=turned(geometry),
             vector=geometry.vector,
+            rare_norm=is_norm(at.host) and not isinstance(at.host, (nn.LayerNorm, nn.GroupNorm)),
         )
         seen.add(id(at.adapter))
 

@@ -61,6 +61,8 @@ def tensors_of(
     tensors: dict[str, Tensor] = {}
     for item in items:
         module, parameter = module_of(item)
+        if item.rare_norm:
+            raise ExportError(f"{item.name}: {goal.title} adapts LayerNorm and GroupNorm, and no other norm; {_KEEP}")
         key = (goal.generic or "") + module.replace(".", "_")
         if parameter not in ("weight", "bias") or not (module in weights or module in matrices):
             raise ExportError(f"{item.name}: {goal.title} has a bias beside its weight only; {_KEEP}")

@@ -83,6 +83,11 @@ def test_what_a_program_has_no_place_for_is_refused(tmp_path: Path) -> None:
     alone, _, _ = trained(pk.Rule("0", "lora", rank=2), pk.Rule("1.bias", "full"))
     with pytest.raises(ExportError, match=r"1\.bias: LyCORIS has a bias beside its weight only"):
         pk.export(alone, tmp_path / "out.safetensors", "lycoris")
+    rms = nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8))
+    pk.wrap(rms, rules=[pk.Rule("0", "lora", rank=2), NORM])
+    train(rms)
+    with pytest.raises(ExportError, match="1: LyCORIS adapts LayerNorm and GroupNorm"):
+        pk.export(rms, tmp_path / "out.safetensors", "lycoris")
     only, _, _ = trained(NORM)
     with pytest.raises(ExportError, match="without adapters of matrices"):
         pk.export(only, tmp_path / "out", "peft")
