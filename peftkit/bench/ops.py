@@ -18,10 +18,9 @@ from peftkit.bench.cases import LayerShape
 from peftkit.bench.peers import KINDS, adapted, ways
 from peftkit.bench.rows import Row
 from peftkit.bench.step import TOLERANCE
-from peftkit.bench.timing import Call, Spread, contest, peak_bytes, ratios
+from peftkit.bench.timing import Call, Spread, contest, peak_bytes, ratios, require_accurate
 from peftkit.delta.addition import add_
 from peftkit.delta.base import WeightCache
-from peftkit.errors import BenchError
 from peftkit.geometry import of
 from peftkit.wrapping.installed import installed_adapters
 
@@ -60,8 +59,7 @@ def measure(
     with torch.no_grad():
         delta = here.adapter.delta(here.base)
         wrong = _error(here.adapter, here.base, delta.dense())
-        if not wrong < TOLERANCE[dtype]:
-            raise BenchError(f"{kind} on {shape} in {dtype}: ΔW has a relative error of {wrong:.1e}; nothing was timed")
+        require_accurate(f"ΔW of {kind} on {shape} in {dtype}", wrong, TOLERANCE[dtype])
         calls = {"ours": _ours(operation, here.adapter, layer, kind)}
         calls |= {way: call for way, model in models.items() if (call := _theirs(operation, way, kind, model))}
         flops = 0 if operation in ("make", "watch") else delta.dense_flops()

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from peftkit.bench.cases import LayerShape
 from peftkit.bench.peers import Host, adapted, ways
 from peftkit.bench.rows import Row
-from peftkit.bench.timing import Call, contest, ratios
-from peftkit.errors import BenchError
+from peftkit.bench.timing import Call, contest, ratios, require_accurate
 from peftkit.wrapping.installed import adapted_modules
 
 #: relative errors that only a mistake exceeds
@@ -42,11 +41,7 @@ def measure(
         g = torch.randn_like(layer(x))
     models = {way: adapted(way, kind, layer) for way in ways(peers, kind)}
     wrong = error(models["ours"], x, g)
-    if not wrong < TOLERANCE[dtype]:
-        raise BenchError(
-            f"step {kind} on {shape} in {dtype}: a relative error of {wrong:.1e} against float64 was found, "
-            f"below {TOLERANCE[dtype]:.0e} was expected; nothing was timed"
-        )
+    require_accurate(f"step {kind} on {shape} in {dtype}", wrong, TOLERANCE[dtype])
     models = {way: model for way, model in models.items() if way == "ours" or _runs(step(model, x, g))}
     steps = {"frozen": step(Host(layer), x, g), **{way: step(model, x, g) for way, model in models.items()}}
     seconds = contest(steps, rounds=rounds)

@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import torch
 
+from peftkit.errors import BenchError
+
 #: what a contestant does once
 Call = Callable[[], object]
 
@@ -160,3 +162,11 @@ def synchronize() -> None:
     """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def require_accurate(what: str, error: float, bound: float) -> None:
+    """Raise BenchError unless the relative error of what is to be timed, against float64, is below a bound."""
+    if not error < bound:  # NaN is below none
+        raise BenchError(
+            f"{what}: a relative error of {error:.1e} was found, below {bound:.0e} was expected; nothing was timed"
+        )

@@ -35,6 +35,16 @@ def divided(model: nn.Module) -> bool:
     return bool(_units(model)) or any(sharded(tensor) for tensor in tensors)
 
 
+def require_whole(model: nn.Module, verb: str) -> None:
+    """Raise UnsupportedLayerError if the model's weights are divided among processes. verb: for the message."""
+    if divided(model):
+        raise UnsupportedLayerError(
+            f"{verb}: the model's weights are divided among processes (fully_shard), weights that are whole were "
+            "expected: pk.save the adapters from every process, and merge the file into the base's checkpoint with "
+            "pk.merge_checkpoint, or pk.load it onto a whole model and merge there; restore before fully_shard"
+        )
+
+
 def require_not_empty(model: nn.Module) -> None:
     """Raise UnsupportedLayerError if parameters are empty, as DeepSpeed's ZeRO-3 leaves them between calls."""
     adapted = [p for at in installed_adapters(model) for p in (at.host.parameter_of(at.slot), *at.adapter.parameters())]

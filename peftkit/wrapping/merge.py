@@ -17,13 +17,12 @@ from peftkit.delta.addition import MergedWeight, add_, refuse_inert, refuse_over
 from peftkit.errors import (
     MergeError,
     MergeStateError,
-    OptionError,
     TiedWeightsError,
-    UnsupportedLayerError,
     require_choice,
+    require_option,
 )
 from peftkit.wrapping.backup import BACKUPS, Backup, Copy, Merged, checksum
-from peftkit.wrapping.divided import divided, require_not_empty
+from peftkit.wrapping.divided import require_not_empty, require_whole
 from peftkit.wrapping.installed import adapted_modules, installed_adapters, names_of
 from peftkit.wrapping.layer import Adapted
 from peftkit.wrapping.merge_report import MergeReport as MergeReport
@@ -92,7 +91,7 @@ def merge(
         ('',)
     """
     require_choice("backup", backup, (*BACKUPS, None))
-    _refuse_divided(model, "merge")
+    require_whole(model, "merge")
     quantised = Quantised(model, into, origin, dtype)
     affected = _affected(model, names)
     quantised.require(affected)
@@ -137,7 +136,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
         >>> torch.equal(model[0].weight, before)
         True
     """
-    _refuse_divided(model, "restore")
+    require_whole(model, "restore")
     merged = {name: host for name, host in adapted_modules(model).items() if host.adapter_state.merged is not None}
     if not merged:
         raise MergeStateError("nothing is merged into this model: restore follows merge")
@@ -154,16 +153,6 @@ def restore(model: nn.Module) -> tuple[str, ...]:
     return tuple(merged)
 
 
-def _refuse_divided(model: nn.Module, verb: str) -> None:
-    """Raise for a model whose weights are divided among processes."""
-    if divided(model):
-        raise UnsupportedLayerError(
-            f"{verb}: the model's weights are divided among processes (fully_shard), weights that are whole were "
-            "expected: pk.save the adapters from every process, and merge the file into the base's checkpoint with "
-            "pk.merge_checkpoint, or pk.load it onto a whole model and merge there; restore before fully_shard"
-        )
-
-
 #: module name -> the adapted module and those of its adapters that are merged
 _Affected = Mapping[str, "tuple[Adapted, tuple[str, ...]]"]
 
@@ -171,8 +160,7 @@ _Affected = Mapping[str, "tuple[Adapted, tuple[str, ...]]"]
 def _affected(model: nn.Module, names: str | Sequence[str] | None) -> _Affected:
     """The modules with adapters of these names, or of any; raises unless they can be merged now."""
     wanted = [names] if isinstance(names, str) else list(names_of(model) if names is None else names)
-    if not wanted:
-        raise OptionError("names is empty: name an adapter, or leave it out to merge them all")
+    require_option(bool(wanted), "names", names, "a name or several", " Leave it out to merge all adapters")
     for name in wanted:
         names_of(model, name)
     own = {at: (host, tuple(n for n in host.adapters if n in wanted)) for at, host in adapted_modules(model).items()}

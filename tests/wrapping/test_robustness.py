@@ -148,7 +148,7 @@ class TestMerge:
     def test_names_and_baking_mean_something(self) -> None:
         layer = linear()
         pk.wrap(layer, "lora")
-        with pytest.raises(OptionError, match="names is empty"):
+        with pytest.raises(OptionError, match=r"names=.* a name or several was expected"):
             pk.merge(layer, [])
         with pytest.raises(MergeStateError, match="nothing is merged"):
             pk.unwrap(layer, keep_merged=True)

@@ -21,7 +21,7 @@ from itertools import groupby
 from types import MappingProxyType
 from typing import NamedTuple
 
-from peftkit.errors import OptionError, did_you_mean
+from peftkit.errors import OptionError, did_you_mean, require_choice
 from peftkit.files.families.denoisers import TRANSFORMER, UNET, Component, flux, sd3, unet
 from peftkit.files.families.denoisers import ModuleSpec as ModuleSpec
 from peftkit.files.families.encoders import CLIP_G, CLIP_H, CLIP_L, T5, clip, open_clip
@@ -117,8 +117,7 @@ class Family:
         style: "kohya", "diffusers", "ldm", "transformer", "lycoris" or "peft". Modules that the original network has
         fused have one name in "ldm", and in "kohya" where sd-scripts trains the original.
         """
-        if style not in STYLES:
-            raise OptionError(f"unknown style {style!r}; there are {', '.join(STYLES)}")
+        require_choice("style", style, STYLES)
         if name not in self.modules:
             raise OptionError(f"{self.title} has no module {name!r}.{did_you_mean(name, self.modules)}")
         module = self.modules[name]

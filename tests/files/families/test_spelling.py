@@ -167,7 +167,7 @@ def test_swaps_where_the_original_has_the_halves_in_the_other_order() -> None:
 @pytest.mark.parametrize(
     "family, name, style, message",
     [
-        ("sd15", "unet.conv_in", "a1111", "unknown style 'a1111'; there are kohya, diffusers, ldm"),
+        ("sd15", "unet.conv_in", "a1111", "style='a1111' was given, 'kohya', 'diffusers', 'ldm'"),
         ("sd15", "unet.conv_inn", "kohya", "no module 'unet.conv_inn'. Did you mean 'unet.conv_in'"),
         ("sd15", "unet.conv_in", "transformer", "the style 'transformer' has no name for 'unet.conv_in'"),
         ("sdxl", "text_encoder_2.text_projection", "peft", "choose another style"),
