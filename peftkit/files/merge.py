@@ -121,11 +121,7 @@ def merge_checkpoint(
 def _merge(plan: MergePlan, out: Path, verify: bool, progress: Progress) -> MergeReport:
     writer = _Writer(plan, verify, progress)
     if not plan.base.folder:
-        require_file(
-            out.suffix == ".safetensors",
-            out,
-            f"a merged file is called *.safetensors, {out.suffix or 'no suffix'!r} was given",
-        )
+        container.require_name(out, "a merged file")
         (shard,) = plan.base.shards
         with disk.atomic(out) as file:
             writer.shard(shard, file)

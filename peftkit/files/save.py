@@ -88,11 +88,7 @@ def save(
         'style.safetensors'
     """
     path = Path(path)
-    require_file(
-        path.suffix == ".safetensors" and not path.is_dir(),
-        path,
-        f"a native file is called *.safetensors, {path.suffix or 'no suffix'!r} was given",
-    )
+    container.require_name(path, "a native file")
     disk.require_output(path, overwrite=overwrite)
     require_dtype(dtype)
     name = one_name(model, name)

@@ -262,8 +262,7 @@ class AdapterNetwork(nn.Module):
             FileError: another suffix, or a number that is not finite in that dtype. Nothing is written then.
         """
         path, goal = Path(file), programs.get("comfyui")
-        if path.suffix != ".safetensors":
-            raise FileError(f"{path}: a network is saved to *.safetensors: leave out --save_model_as or name that")
+        container.require_name(path, "a network (leave out --save_model_as, or name that)")
         pieces = [
             ModuleTensors(self._module_name(item.name), encode(item.adapter, goal, item.shape, item.base), item.shape)
             for item in items_of_model(self.base, NAME)

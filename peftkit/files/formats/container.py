@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from peftkit.errors import FileError
+from peftkit.errors import FileError, require_file
 from peftkit.files.formats import strict_json
 from peftkit.files.formats.disk import Stamp, atomic, opened
 
@@ -107,9 +107,11 @@ class Container:
             return torch.empty(info.shape, dtype=dtype)
         bits = torch.empty(info.size, dtype=torch.uint8) if into is None else into[: info.size]
         file.seek(self.data + info.start)
-        if file.readinto(bits.numpy().data) != info.size:
-            raise FileError(f"{self.path} ended inside {name}: it was cut off after its header was read")
+        self._require_whole(name, file.readinto(bits.numpy().data) == info.size)
         return bits.view(dtype).reshape(info.shape)
+
+    def _require_whole(self, name: str, whole: bool) -> None:
+        require_file(whole, self.path, f"it ended inside {name}: it was cut off after its header was read")
 
     def elements(self, name: str, index: list[int]) -> Tensor:
         """Read a few entries of one tensor, in the order of its memory, without the rest."""
@@ -120,8 +122,7 @@ class Container:
             for i in index:
                 file.seek(self.data + info.start + i * dtype.itemsize)
                 chunks.append(file.read(dtype.itemsize))
-        if any(len(chunk) != dtype.itemsize for chunk in chunks):
-            raise FileError(f"{self.path} ended inside {name}: it was cut off after its header was read")
+        self._require_whole(name, all(len(chunk) == dtype.itemsize for chunk in chunks))
         return torch.frombuffer(bytearray(b"".join(chunks)), dtype=dtype)
 
     def copy(self, name: str, to: BinaryIO) -> None:
@@ -142,6 +143,12 @@ class Container:
                 hasher.update(block)
                 left -= len(block)
         return hasher.hexdigest()
+
+
+def require_name(path: Path, what: str) -> None:
+    """Raise FileError unless a file that is to be written is called *.safetensors. what: for the message."""
+    named = path.suffix == ".safetensors" and not path.is_dir()
+    require_file(named, path, f"{what} is called *.safetensors, {path.suffix or 'no suffix'!r} was given")
 
 
 def read(path: str | os.PathLike[str]) -> Container:
@@ -205,8 +212,7 @@ def header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Ma
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name, (dtype, shape, size) in tensors.items():
-        if name == "__metadata__":
-            raise FileError("a tensor cannot be called '__metadata__': that name is the container's")
+        require_file(name != "__metadata__", name, "a tensor cannot have this name, which is the container's")
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
     try:
