@@ -1,9 +1,9 @@
-"""What trained beside the adapters in a folder of PEFT: whole modules, and the biases of adapted layers."""
+"""What trained beside the adapters: for PEFT whole modules and biases of adapted layers, for LyCORIS changes."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkit.adapters import registry
 from peftkit.errors import ExportError, LossyError, require_file
 from peftkit.files.base import Base, of_model
+from peftkit.files.entries import AdapterEntry
 from peftkit.files.export.job import Job
 from peftkit.files.extras import listed
 from peftkit.files.formats import peft
 from peftkit.files.formats.state_dict import adapters_in
 from peftkit.wrapping.divided import gathered
 from peftkit.wrapping.extras import base_parameters, extras_of
+from peftkit.wrapping.vectors import every_site, is_norm
+from peftkit.wrapping.walk import dotted
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,43 @@ class Beside:
             {name: gathered(own.tensor) for name, own in found.items()},
             of_model(model) if found or vectors else None,
             shared,
+        )
+
+
+def as_changes(values: Mapping[str, Tensor], model: nn.Module, base: Base) -> Iterator[AdapterEntry]:
+    """Yield parameters that trained as adapters of kind "full", on what they were before.
+
+    Args:
+        values: the parameters, by name.
+        model: the model that they are of.
+        base: the model as it was before it trained.
+
+    Raises:
+        LossyError: a parameter that is no matrix, norm or bias of its own, or that the base does not have.
+    """
+    found = {dotted(s.module_name, s.slot.parameter): s for s in every_site(model).values() if s.slot.start is None}
+    for name, value in values.items():
+        site = found.get(name)
+        if site is None or base.where.get(name) is None or tuple(base.info(name).shape) != tuple(value.shape):
+            raise LossyError(
+                f"{name} trained beside the adapters, and is no matrix, norm or bias that {base.path} has in its "
+                "shape; pass extras=False to leave out all that trained beside"
+            )
+        geometry = site.slot.geometry
+        W = geometry.matrix(base.tensor(name))
+        adapter = registry.build("full", geometry.shape, W, torch.float32)
+        change = geometry.matrix(value).float() - W.to(value.device).float()
+        adapter.load_state_dict({**adapter.state_dict(), "change": change.cpu()})
+        yield AdapterEntry(
+            site.name,
+            adapter.eval(),
+            geometry.shape,
+            W,
+            site.name,
+            geometry.transposed,
+            embedding=site.looks_up,
+            vector=geometry.vector,
+            rare_norm=is_norm(site.module) and not isinstance(site.module, (nn.LayerNorm, nn.GroupNorm)),
         )
 
 

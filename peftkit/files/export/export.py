@@ -22,7 +22,7 @@ from peftkit.delta import LowRank
 from peftkit.errors import ExportError, FileError, LossyError, OptionError, error_context, require_file
 from peftkit.files.entries import AdapterEntry, items_of_file, items_of_model, opened
 from peftkit.files.export import metadata, programs
-from peftkit.files.export.beside import Beside, in_peft_folder
+from peftkit.files.export.beside import Beside, as_changes, in_peft_folder
 from peftkit.files.export.job import Job, jobs
 from peftkit.files.export.names import Members, family_of, named_modules
 from peftkit.files.export.peft_folder import FAN_IN_FAN_OUT, peft_type, write_peft
@@ -41,6 +41,10 @@ from peftkit.wrapping.pipeline import of_models
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+#: what else can be done for a program that has a place for changes of parameters
+_CHANGES = " as they are: export the model, and give base= the model before training, for which they are changes"
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ def export(
         other_base: accept a base that the file was not trained on.
         overwrite: replace what is at `path`, as `require_output` says; by default a file that is not an input.
         extras: False leaves out parameters that trained beside the adapters, and the report names them. By default a
-            folder of PEFT gets them, as modules_to_save and as biases; no other program has a place for them.
+            folder of PEFT gets them, as modules_to_save and as biases; LyCORIS gets matrices, norms and biases of a
+            model as changes of what they are in `base`; no other program has a place for them.
         **reading: as in `read`.
 
     Returns:
@@ -164,7 +169,11 @@ def export(
     request = _Request(path, goal, family, component, dtype, bake, title or path.stem, training or {}, extras)
     if isinstance(source, nn.Module):
         entries = list(items_of_model(source, name))
-        return _export(entries, request, Beside.of_model(source, vectors=any(entry.vector for entry in entries)))
+        beside = Beside.of_model(source, vectors=any(entry.vector for entry in entries))
+        if base is not None and extras and goal.norms:
+            entries += as_changes(beside.values, source, opened(base))
+            beside = Beside({})
+        return _export(entries, request, beside)
     with error_context(source):
         apart = goal.transformer_style != "kohya"  # the style that keeps the layers of the original network
         bundle = read(source, **reading)
@@ -182,7 +191,8 @@ def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) ->
     if beside.values and request.extras and not request.goal.folder:
         raise LossyError(
             f"{request.path}: {listed(list(beside.values))} trained beside the adapters, and the file for "
-            f"{request.goal.title} has no place for them; pass extras=False to leave them out, or save() has them"
+            f"{request.goal.title} has no place for them{_CHANGES if request.goal.norms else ''}; pass extras=False to "
+            "leave them out, or save() has them"
         )
     family = family_of(items, request.family, request.component)
     if any(item.flipped for item in items):  # PEFT has its other kinds on no Conv1D

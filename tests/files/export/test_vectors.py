@@ -118,3 +118,26 @@ def test_the_verbs_on_files_leave_them_whole(verb: str, tmp_path: Path) -> None:
     ours = copy.deepcopy(base)
     pk.load(ours, out, other_base=True)
     torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_trained_beside_the_adapters_goes_to_lycoris_as_changes_of_the_base(tmp_path: Path) -> None:
+    model, base, x = trained(pk.Rule("0", "lora", rank=2))
+    for name in ("1.weight", "1.bias", "3.weight", "3.bias"):  # a norm, and a head with its bias
+        parameter = model.get_parameter(name).requires_grad_(True)
+        parameter += 0.1 * torch.randn(parameter.shape)
+    path = tmp_path / "out.safetensors"
+    with pytest.raises(LossyError, match=r"give base= the model before training"):
+        pk.export(model, path, "lycoris")
+    with pytest.raises(LossyError, match=r"3\.weight trained beside the adapters, and is no matrix"):
+        pk.export(model, path, "lycoris", base=nn.Sequential(base[0], base[1]))
+    assert not path.exists()
+    pk.export(model, path, "lycoris", base=base)
+    ends = {key.partition(".")[2] for key in load_file(path)}
+    assert ends >= {"diff", "diff_b", "w_norm", "b_norm"}
+    theirs = copy.deepcopy(base)
+    network, _ = create_lycoris_from_weights(1.0, str(path), theirs)
+    network.apply_to()
+    require_same_forward(model(x), theirs(x), base(x))
+    pk.export(model, tmp_path / "without.safetensors", "lycoris", base=base, extras=False)
+    assert not {key for key in load_file(tmp_path / "without.safetensors") if "diff" in key or "norm" in key}
