@@ -37,7 +37,7 @@ from peftkit.files.resolve import HINTS, Resolver, common, component_of, familie
 from peftkit.files.unfused import fused
 from peftkit.files.vectors import module_of, vector_parts, with_vectors
 from peftkit.kernels.torch_private import own_parameters
-from peftkit.wrapping.divided import require_not_empty
+from peftkit.wrapping.divided import require_not_empty, settle
 from peftkit.wrapping.extras import replace_, require_unmerged
 from peftkit.wrapping.install import check_install, install
 from peftkit.wrapping.pipeline import of_models
@@ -130,6 +130,7 @@ def load(
     name = bundle.name if name is None else name
     with error_context(path):
         require_not_empty(model)
+        settle(model)
         selector = Selector(model)
         ours = selector.all_sites
         bundle = of_component(bundle, component, ours)

@@ -27,3 +27,12 @@ def whole(tensor: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this process holds."""
     return cast(Tensor, tensor.to_local()) if sharded(tensor) else tensor
+
+
+def divided_as(tensor: Tensor, value: Tensor) -> Tensor:
+    """Return a value that every process has, divided among them as a tensor is; itself where that one is whole."""
+    if not sharded(tensor):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)

@@ -35,6 +35,12 @@ def divided(model: nn.Module) -> bool:
     return bool(_units(model)) or any(sharded(tensor) for tensor in tensors)
 
 
+def settle(model: nn.Module) -> None:
+    """Let a model that fully_shard divides hold its parts alone: a forward pass leaves some weights whole."""
+    for unit in _units(model):
+        unit.reshard()
+
+
 def require_whole(model: nn.Module, verb: str) -> None:
     """Raise UnsupportedLayerError if the model's weights are divided among processes. verb: for the message."""
     if divided(model):
@@ -126,8 +132,7 @@ def _units(model: nn.Module) -> list[Any]:
 
 def _parts(model: nn.Module) -> list[Tensor]:
     """The divided tensors of a model, in the same order on every process."""
-    for unit in _units(model):
-        unit.reshard()  # a forward pass leaves some whole, in the dtype that it computes in
+    settle(model)  # what is whole is in the dtype that it computes in
     parts = [tensor for tensor in (*model.parameters(), *model.buffers()) if sharded(tensor)]
     processes = torch.distributed.get_world_size() if parts else 1
     for part in parts:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.errors import MergeStateError, UnsetAdapterError, UnsupportedLayerError
+from peftkit.kernels.sharding import divided_as
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.layer import Adapted
 from peftkit.wrapping.walk import dotted, named_modules
@@ -97,7 +98,7 @@ def replace_(values: Mapping[BaseParameter, Tensor], adapter: str) -> None:
         parameter = own.tensor
         past = own.module.__dict__.setdefault(_REPLACED, {}).setdefault(own.key, [])
         past.append(Replaced(adapter, parameter.detach().clone(), parameter.requires_grad))
-        parameter.copy_(value)
+        parameter.copy_(divided_as(parameter, value))
         parameter.requires_grad_(True)
 
 

@@ -19,6 +19,7 @@ from peftkit.wrapping.experts import AdaptedExperts
 from peftkit.wrapping.extras import base_parameters
 from peftkit.wrapping.hooks import follow_class
 from peftkit.wrapping.layer import WEIGHT, Adapted, base_class
+from peftkit.wrapping.replicated import replicate_, require_common
 from peftkit.wrapping.roll import enrol
 from peftkit.wrapping.routes import ROUTES
 from peftkit.wrapping.sites import Site, Slot
@@ -55,6 +56,12 @@ def install(
     dropping = [site.name for site, adapter in built if route == "dense" and adapter.input_dropout]
     if dropping:
         raise OptionError(f"{dropping[0]}: dropout acts on the factored route only, and route='dense' was given")
+    copied = [site.name for site, _ in built if site.name in untie and sharded(site.parameter)]
+    if copied:
+        raise UnsupportedLayerError(
+            f"{copied[0]}: tied='untie' was given, and its weight is divided among processes (fully_shard), which "
+            "would not divide a copy: wrap or load first, then shard"
+        )
     _require_averaged(model)
     root = unwrapped(model)
     if TRAINABLE not in root.__dict__:
@@ -65,6 +72,8 @@ def install(
         for own in trainable:
             own.tensor.requires_grad_(False)
     for site, adapter in built:
+        if sharded(site.parameter):
+            replicate_(adapter)
         _attach(site, adapter, name, strength, route, site.name in untie)
     enrol(root, {site.module_name: cast(Adapted, site.module) for site, _ in built})
 
@@ -86,11 +95,7 @@ def check_install(sites: Sequence[Site], strength: float, route: str) -> None:
     if torch.is_inference_mode_enabled():
         raise OptionError("adapters made inside torch.inference_mode() cannot train: wrap or load outside it")
     for site in sites:
-        if sharded(site.parameter):
-            raise UnsupportedLayerError(
-                f"{site.label}: its weight is divided among processes (a DTensor, as fully_shard makes it), and its "
-                "adapter would not be: wrap or load first, then shard"
-            )
+        require_common(site.label, site.parameter)
         if route == "dense" and site.slot.base is not None:
             raise OptionError(
                 f"{site.label}: route='dense' was given, and its weight is quantised ({site.slot.base.title}): that "

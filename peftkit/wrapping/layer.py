@@ -223,13 +223,24 @@ class AdaptedLookup(Adapted):
 class AdaptedParameters(Adapted):
     """An adapted module whose weights are read, not called: reading one gives W + ΔW."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_old_forward":  # the first thing that a hook of accelerate sets; it then moves what it reads
-            raise UnsupportedLayerError(
-                f"hooks of accelerate move the weight that they read, which of this {base_class(self).__name__} is "
-                "W + ΔW: put the hooks on first, then wrap or load"
-            )
-        super().__setattr__(name, value)
+    @property
+    def _old_forward(self) -> Any:
+        """Where a hook of accelerate that was there first keeps the forward of its module."""
+        if "_old_forward" in vars(self):
+            return vars(self)["_old_forward"]
+        raise AttributeError("_old_forward")
+
+    @_old_forward.setter
+    def _old_forward(self, forward: Any) -> None:
+        del forward
+        raise UnsupportedLayerError(
+            f"hooks of accelerate move the weight that they read, which of this {base_class(self).__name__} is "
+            "W + ΔW: put the hooks on first, then wrap or load"
+        )
+
+    @_old_forward.deleter
+    def _old_forward(self) -> None:
+        del vars(self)["_old_forward"]
 
 
 def base_class(module: Adapted) -> type[nn.Module]:

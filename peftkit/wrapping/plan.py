@@ -27,6 +27,7 @@ from peftkit.errors import (
 )
 from peftkit.kernels.blocks import accumulation_dtype
 from peftkit.wrapping.coverage import Covered, coverage, described, warn_of_little
+from peftkit.wrapping.divided import settle
 from peftkit.wrapping.layer import Adapted
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.routes import OUTPUTS, choose, choose_lookup
@@ -165,6 +166,7 @@ def plan(
     rules = _rules(kind, targets, exclude, rules, options)
     require_dtype(dtype)
     require_choice("tied", tied, ("skip", "untie", "share", None))
+    settle(model)
     selector = Selector(model)
     chosen, skipped = _choose(selector, rules)
     shared = tied_with(model, [selector.all_sites[site] for site in chosen])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftkit import geometry
 from peftkit.errors import UnsupportedLayerError
 from peftkit.geometry import Geometry, is_layer
+from peftkit.kernels.sharding import whole
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.bases.base import Base
 from peftkit.wrapping.bases.formats import format_of, matrix_of
@@ -74,12 +75,15 @@ class Site:
 
     @property
     def matrix(self) -> Tensor:
-        """W (m, n), also where a hook keeps it until the layer is called."""
+        """W (m, n), also where a hook keeps it until the layer is called.
+
+        Of a weight that is divided among processes it is all of it, which every process has to ask for.
+        """
         if self.slot.base is not None:
             return matrix_of(self.slot.base.of(self.module))
         weight = present(self.module, self.slot.parameter)
         assert weight is not None
-        return self.slot.geometry.matrix(self.slot.of(weight))
+        return self.slot.geometry.matrix(self.slot.of(whole(weight.detach())))
 
 
 def sites(model: nn.Module) -> dict[str, Site]:

@@ -120,6 +120,42 @@ def test_a_divided_model_trains_and_saves_as_a_whole_one_does(tmp_path: Path) ->
         torch.testing.assert_close(loaded.eval()(batch()), model.eval()(batch()), rtol=1e-5, atol=1e-5)
 
 
+def _wrap_and_load_after(folder: Path) -> dict[str, Any]:
+    """Losses of adapters that are wrapped, and loaded, onto a model that is divided already; and what they become."""
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        model = shard(plain())
+        if kind != "oft":
+            with torch.no_grad():
+                model(batch())
+        torch.manual_seed(torch.distributed.get_rank())  # the first process's numbers become everyone's
+        pk.wrap(model, kind, targets=("stem", "attention", "body"), **KINDS[kind])
+        started = pk.save(model, folder / f"{kind}-start.safetensors", allow_zero=True)
+        model(batch()).sum().backward()
+        frozen = [n for n, p in model.named_parameters() if p.grad is not None and not p.requires_grad]
+        model.zero_grad()
+        losses = train(model)
+        pk.save(model, folder / f"{kind}.safetensors")
+        again = shard(plain())
+        pk.load(again, started)
+        found[kind] = [losses, train(again), [p.tolist() for p in pk.adapter_parameters(model)], frozen]
+    return found
+
+
+@pytest.mark.processes
+def test_adapters_wrapped_or_loaded_after_the_model_is_divided_train_as_those_before(tmp_path: Path) -> None:
+    told = distributed(_wrap_and_load_after, tmp_path, folder=tmp_path)
+    assert told[0] == told[1]  # the processes stay together, though each sees its own start
+    for kind, (wrapped_losses, loaded_losses, _, frozen) in told[0].items():
+        assert frozen == []
+        model = plain()
+        pk.load(model, tmp_path / f"{kind}-start.safetensors")
+        expected = train(model.train())
+        assert wrapped_losses == pytest.approx(expected, abs=LOSS), kind
+        assert loaded_losses == pytest.approx(expected, abs=LOSS), kind
+        same_file(tmp_path / f"{kind}.safetensors", pk.save(model, tmp_path / f"whole-{kind}.safetensors"))
+
+
 def _body_alone(kind: str, dtype: torch.dtype = torch.float32) -> Model:
     """An adapted model of which nothing else trains: fully_shard takes trained parameters of one dtype."""
     model = plain().to(dtype)

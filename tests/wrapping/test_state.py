@@ -206,18 +206,22 @@ def test_a_lazy_or_empty_layer_is_skipped_with_the_reason() -> None:
 
 
 def _wrap_too_late(how: str) -> bool:
-    """Whether wrap refuses a model that is divided, or averaged, over two processes, and leaves it as it was."""
+    """Whether wrap refuses a model that is averaged, or a copy of a weight that is divided, and leaves it as it was."""
     from torch.distributed.fsdp import fully_shard
 
-    model = {"shard": fully_shard, "average": nn.parallel.DistributedDataParallel}[how](network())
-    message = {"shard": "wrap or load first, then shard", "average": "wrap or load first, then Distributed"}[how]
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    plain[1].weight = plain[0].weight
+    model = {"shard": fully_shard, "average": nn.parallel.DistributedDataParallel}[how](plain)
+    message = {"shard": "tied='untie' was given", "average": "wrap or load first, then Distributed"}[how]
     with pytest.raises(UnsupportedLayerError, match=message):
-        pk.wrap(model, "lora", rank=2)
+        pk.wrap(model, "lora", rank=2, tied="untie")
     return not any("adapters" in name for name, _ in model.named_modules())
 
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="fully_shard is public from torch 2.6 on")
 @pytest.mark.processes
 @pytest.mark.parametrize("how", ["shard", "average"])
-def test_a_model_that_is_divided_or_averaged_is_not_wrapped(how: str, tmp_path: Path) -> None:
+def test_a_model_that_is_averaged_or_of_which_a_divided_weight_would_be_copied_is_not_wrapped(
+    how: str, tmp_path: Path
+) -> None:
     assert distributed(_wrap_too_late, how, folder=tmp_path) == [True, True]
