@@ -114,9 +114,8 @@ class AdapterState:
         strength, held = self.strengths[name], self._pairs.get(name)
         if held is not None and held.strength == strength:
             return held
-        with torch.inference_mode(False):
-            numbers = torch.tensor((strength, 0.0), dtype=torch.float64, device="cpu").unbind()
-        return _Pair(strength, *numbers)
+        with torch.inference_mode(False):  # no views of one tensor, whose size would be a size to torch.compile
+            return _Pair(strength, *(torch.tensor(n, dtype=torch.float64, device="cpu") for n in (strength, 0.0)))
 
     def follow_blocks(self) -> None:
         """Recompute what compiled code and exported programs read, after a block has opened or closed."""

@@ -16,9 +16,9 @@ from peftkit.adapters import registry
 from peftkit.adapters.loldu import INITS
 from peftkit.errors import MergeError
 from tests.support import laws
-from tests.support.zoo import ADAPTERS, CASES, FEW, LAYERS, LOOKUPS, STACKS, make, train
+from tests.support.zoo import ADAPTERS, CASES, FEW, LAYERS, LOOKUPS, READ, STACKS, make, train
 
-CELLS = [(adapter, layer) for adapter in ADAPTERS for layer in (*LAYERS, *STACKS, "embedding")]
+CELLS = [(adapter, layer) for adapter in ADAPTERS for layer in (*LAYERS, *READ, *STACKS, "embedding")]
 CELLS += [("full rows", layer) for layer in ("linear", "conv2d k3", "transposed2d g2", *LOOKUPS)]
 CELLS += [(adapter, layer) for adapter in FEW for layer in LOOKUPS if layer != "embedding"]
 REFUSED = {cell: reason for cell in CELLS if (reason := laws.refusal(*cell)) is not None}

@@ -96,6 +96,11 @@ LAYERS: dict[str, LayerCase] = {
         lambda: nn.Conv2d(8, 12, 3, padding=1).to(memory_format=torch.channels_last), (2, 8, 5, 6)
     ),
     "gpt2 conv1d": LayerCase(lambda: _biased(Conv1D(12, 8)), (2, 3, 8)),
+    "transposed3d d2": LayerCase(lambda: nn.ConvTranspose3d(8, 12, 2, dilation=2, bias=False), (1, 8, 2, 3, 2)),
+}
+
+#: layers whose weights are read by their own code, and are no matrix of theirs alone
+READ: dict[str, LayerCase] = {
     "lstm": LayerCase(lambda: Outputs(8, 3, batch_first=True), (2, 3, 8)),
     "layer norm": LayerCase(lambda: nn.LayerNorm(8), (2, 3, 8)),
     "layer norm of two dimensions": LayerCase(lambda: nn.LayerNorm((3, 8), bias=False), (2, 3, 8)),
@@ -103,7 +108,6 @@ LAYERS: dict[str, LayerCase] = {
     "rms norm": LayerCase(lambda: nn.RMSNorm(8), (2, 3, 8)),
     "one plus norm": LayerCase(OnePlusNorm, (2, 3, 8)),
     "batch norm": LayerCase(lambda: nn.BatchNorm2d(8), (4, 8, 3, 3)),
-    "transposed3d d2": LayerCase(lambda: nn.ConvTranspose3d(8, 12, 2, dilation=2, bias=False), (1, 8, 2, 3, 2)),
 }
 
 #: modules with a weight (E, out, in) or (E, in, out), which is read and not called
@@ -189,7 +193,7 @@ CASES: dict[str, AdapterCase] = {**ADAPTERS, "full rows": AdapterCase("full", {"
 
 def make(layer: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Module, Tensor]:
     """The layer and an input, both drawn from the seed."""
-    case = {**LAYERS, **LOOKUPS, **STACKS}[layer]
+    case = {**LAYERS, **READ, **LOOKUPS, **STACKS}[layer]
     torch.manual_seed(seed)
     module = case.make().to(dtype)
     if case.rows:
