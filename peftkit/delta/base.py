@@ -85,8 +85,8 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, reads: Callable[
 
 
 def total(parts: list[Tensor]) -> Tensor:
-    """Return the sum of scalars."""
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+    """Return the sum of tensors of one shape."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def identity_factors(M: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,15 +107,10 @@ class StackedDelta(Delta):
     def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         own = M.unflatten(0, (self.count, -1))
         pairs = [part.column_moments(own[expert]) for expert, part in enumerate(self.parts)]
-        return sum_of([products for products, _ in pairs]), sum_of([squares for _, squares in pairs])
+        return total([products for products, _ in pairs]), total([squares for _, squares in pairs])
 
     def dense_flops(self) -> int:
         return self.count * self.part(0).dense_flops()
-
-
-def sum_of(parts: list[Tensor]) -> Tensor:
-    """Return the sum of tensors of one shape."""
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 @dataclass(frozen=True, repr=False, eq=False)

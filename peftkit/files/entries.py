@@ -37,7 +37,7 @@ from peftkit.wrapping.divided import gathered_adapter, gathered_base, require_no
 from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.roll import require_none_lost
 from peftkit.wrapping.stacks import turned
-from peftkit.wrapping.vectors import is_norm
+from peftkit.wrapping.vectors import is_rare_norm
 
 #: in the canonical name of what covers several modules, and of what has its rows in the original network's order
 JOINED, SWAPPED = " + ", " (halves swapped)"
@@ -96,7 +96,7 @@ def items_of_model(model: nn.Module, name: str | None) -> Iterator[AdapterEntry]
             again=id(at.adapter) in seen,
             turned=turned(geometry),
             vector=geometry.vector,
-            rare_norm=is_norm(at.host) and not isinstance(at.host, (nn.LayerNorm, nn.GroupNorm)),
+            rare_norm=is_rare_norm(at.host),
         )
         seen.add(id(at.adapter))
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.errors import (
@@ -160,9 +160,9 @@ def load(
         return report
 
 
-def _require_loaded(site: Site) -> None:
+def _require_loaded(site: Site, matrix: Tensor) -> None:
     """Raise for a weight without values: an adapter has its values in memory, and `to_empty` would drop them."""
-    if site.matrix.is_meta:
+    if matrix.is_meta:
         raise UnsetAdapterError(
             f"{site.label}: its weight is on the meta device: give the model its weights first (to_empty and "
             "load_state_dict, or load_state_dict(assign=True)), then load the adapter"
@@ -256,11 +256,11 @@ def compared(
             misfits.append(Misfit(unexpected=(f"{patch_name}: it is the second adapter of {taken[0]} in the file",)))
             continue
         for site, part in _pieces(patch, parts, ours, f"{path}: {patch_name}"):
-            _require_loaded(site)
+            shape, matrix = site.slot.geometry.shape, site.matrix.detach()
+            _require_loaded(site, matrix)
             if bundle.format == "peft" and turned(site.slot.geometry) and not part.transposed:
                 part = turned_patch(part)
             where = f"{path}: {site.label}"
-            shape, matrix = site.slot.geometry.shape, site.matrix.detach()
             found = misfit(part, shape, matrix.dtype, portable=bundle.portable, where=where)
             if site.slot.geometry.transposed and bundle.format == "native" and not (patch.transposed or shape.kernel):
                 found = replace(found, mismatched=(*found.mismatched, f"{where}: {_AS_IT_LIES}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -46,7 +47,7 @@ def everywhere(
 def lone(fitting: Fitting, shared: Mapping[str, str]) -> dict[str, str]:
     """Return, of sites that share their weight, those whose adapter is not on all layers of it."""
     owners = {site.name: patch.same_as or site.name for site, patch in fitting}
-    count = {own: list(owners.values()).count(own) for own in owners.values()}
+    count = Counter(owners.values())
     return {name: others for name, others in shared.items() if count[owners[name]] < others.count(", ") + 2}
 
 

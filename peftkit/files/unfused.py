@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from peftkit.adapters import registry
+from peftkit.delta import LowRank
 from peftkit.delta.as_low_rank import as_low_rank, block_diagonal
+from peftkit.delta.stack import stack_of
 from peftkit.errors import MismatchError, require_file
 from peftkit.files.bind import bind, described, fits, misfit, placeholder_weight
 from peftkit.files.fingerprint import samples
@@ -117,13 +119,10 @@ def _fuse(where: str, file: AdapterFile, members: list[_Member], site: Site) -> 
     places, rows = members[0].places, shape.one.rows // members[0].places
     none = torch.zeros(rows, 0), torch.zeros(0, shape.columns)
     experts = [block_diagonal([factors.get((e, place), none) for place in range(places)]) for e in range(shape.experts)]
-    rank = max(A.shape[0] for _, A in experts)
-    up, down = torch.zeros(shape.experts, shape.one.rows, rank), torch.zeros(shape.experts, rank, shape.columns)
-    for e, (B, A) in enumerate(experts):
-        up[e, :, : B.shape[1]], down[e, : A.shape[0]] = B, A
-    options, words = {"rank": rank, "alpha": float(rank)}, "of the adapters of its experts"
+    options, tensors = stack_of([LowRank(*factors) for factors in experts]).as_parameters()
+    options["alpha"] = float(options["rank"])
     transposed = site.slot.geometry.transposed
-    return Patch("lora", options, shape, {"up": up, "down": down}, scale=words, transposed=transposed)
+    return Patch("lora", options, shape, tensors, scale="of the adapters of its experts", transposed=transposed)
 
 
 def _factors(where: str, file: AdapterFile, member: _Member, one: Shape) -> tuple[Tensor, Tensor]:

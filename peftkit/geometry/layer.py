@@ -92,9 +92,7 @@ class Geometry:
         """Return the weight as a matrix (m, n): itself if it is one, else a view where its memory allows."""
         if self.transposed:
             return self.bands(weight).reshape(self.shape.rows, self.shape.columns)
-        return (
-            weight if weight.dim() == 2 and self.vector is None else weight.reshape(self.shape.rows, self.shape.columns)
-        )
+        return weight if weight.dim() == 2 else weight.reshape(self.shape.rows, self.shape.columns)
 
     def weight(self, matrix: Tensor) -> Tensor:
         """Return a matrix (m, n) in the shape of the layer's weight; the inverse of `matrix`."""

@@ -9,13 +9,14 @@ from torch import nn
 
 from peftkit.geometry import is_layer
 from peftkit.wrapping.experts import AdaptedExperts
+from peftkit.wrapping.hooks import follow_class
 from peftkit.wrapping.layer import Adapted, AdaptedLayer, AdaptedLookup, AdaptedParameters, base_class
 from peftkit.wrapping.lookup import EMBEDDINGS
 from peftkit.wrapping.recurrent import AdaptedRecurrent
 
 
 @functools.cache
-def adapted_class(base: type[nn.Module], reads: tuple[str, ...], experts: bool = False) -> type[Adapted]:
+def adapted_class(base: type[nn.Module], reads: tuple[str, ...], experts: bool) -> type[Adapted]:
     """The subclass of `base` whose instances are adapted.
 
     Args:
@@ -39,8 +40,15 @@ def _bases(base: type[nn.Module], reads: tuple[str, ...]) -> tuple[type, ...]:
         return AdaptedLookup, base
     torchs = next((cls for cls in EMBEDDINGS if issubclass(base, cls)), None)
     if torchs is not None:  # the subclass' own forward acts on what torch's layer, adapted, has looked up for it
-        return base, adapted_class(torchs, ())
+        return base, adapted_class(torchs, (), False)
     return AdaptedLayer, base
+
+
+def become_(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Make a module one of another class, with the forwards that hooks of accelerate keep on it."""
+    before = type(module)
+    module.__class__ = cls
+    follow_class(module, before)
 
 
 def expected_class(module: Adapted) -> type[Adapted]:

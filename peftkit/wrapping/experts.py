@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from peftkit.adapters.stacked import Stacked
-from peftkit.kernels.sharding import sharded
 from peftkit.kernels.torch_private import eager, own_parameters
 from peftkit.wrapping.layer import AdaptedParameters, base_class
 from peftkit.wrapping.routing import of_some, routed
 from peftkit.wrapping.stacks import StackGeometry
+from peftkit.wrapping.state import Acting
 
 #: what was read of adapted stacks of experts in the call of a module that runs now
 _READ: ContextVar[dict[tuple[int, str, bool], Tensor] | None] = ContextVar("peftkit_read_stacks", default=None)
@@ -42,20 +42,14 @@ class AdaptedExperts(AdaptedParameters):
     def effective(self, parameter_name: str) -> Tensor:
         """The parameter with every acting adapter's ΔW; read again in the same call, the same tensor."""
         if not eager() or (read := _READ.get()) is None:
-            return self._changed(parameter_name)
+            return super().effective(parameter_name)
         key = id(self), parameter_name, torch.is_grad_enabled()
         if key not in read:
-            read[key] = self._changed(parameter_name)
+            read[key] = super().effective(parameter_name)
         return read[key]
 
-    def _changed(self, parameter_name: str) -> Tensor:
-        """W + Σ ΔW of one stack."""
-        parameter, state = cast(Tensor, own_parameters(self)[parameter_name]), self.adapter_state
-        acting = state.now()
-        if not acting.strengths or (eager() and sharded(parameter)):
-            return parameter
-        state.answer(seen=eager())
-        geometry = cast(StackGeometry, state.slots[parameter_name].geometry)
+    def _changed(self, parameter_name: str, parameter: Tensor, acting: Acting) -> Tensor:
+        geometry = cast(StackGeometry, self.adapter_state.slots[parameter_name].geometry)
         return geometry.changed(parameter, self.deltas(parameter_name, acting))
 
     def _some(self, experts: Tensor, parameter_name: str) -> Tensor:

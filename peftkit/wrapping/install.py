@@ -14,11 +14,9 @@ from peftkit.adapters.base import Adapter
 from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError, require_choice
 from peftkit.kernels.sharding import sharded
 from peftkit.kernels.torch_private import own_parameters
-from peftkit.wrapping.classes import adapted_class
-from peftkit.wrapping.experts import AdaptedExperts
+from peftkit.wrapping.classes import adapted_class, become_, expected_class
 from peftkit.wrapping.extras import base_parameters
-from peftkit.wrapping.hooks import follow_class
-from peftkit.wrapping.layer import WEIGHT, Adapted, base_class
+from peftkit.wrapping.layer import WEIGHT, Adapted
 from peftkit.wrapping.replicated import replicate_, require_common
 from peftkit.wrapping.roll import enrol
 from peftkit.wrapping.routes import ROUTES
@@ -117,7 +115,7 @@ def _copied(site: Site, shared: nn.Parameter) -> nn.Parameter:
 def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str, untie: bool) -> None:
     module = site.module
     if not isinstance(module, Adapted):
-        _become(module, type(module), (), experts=bool(stacks(module)))
+        become_(module, adapted_class(type(module), (), bool(stacks(module))))
         assert isinstance(module, Adapted)
         module.adapters = nn.ModuleDict()
         module.adapter_state = AdapterState(slots(module), ())
@@ -136,13 +134,6 @@ def _attach(site: Site, adapter: Adapter, name: str, strength: float, route: str
     state.refresh()
 
 
-def _become(module: nn.Module, base: type[nn.Module], reads: tuple[str, ...], *, experts: bool) -> None:
-    """Make a module, adapted or not, one of the adapted class of its base."""
-    before = type(module)
-    module.__class__ = adapted_class(base, reads, experts)
-    follow_class(module, before)
-
-
 def _read(host: Adapted, slot: Slot) -> None:
     """Let what reads the slot's parameter get it with its adapters; of matrices, what reads any of them."""
     state = host.adapter_state
@@ -151,7 +142,7 @@ def _read(host: Adapted, slot: Slot) -> None:
     matrices = [own.parameter for own in state.slots.values() if not own.geometry.vector]
     added = [slot.parameter] if slot.geometry.vector else matrices
     state.reads = tuple(dict.fromkeys([*state.reads, *added]))
-    _become(host, base_class(host), state.reads, experts=isinstance(host, AdaptedExperts))
+    become_(host, expected_class(host))
 
 
 def _put(host: Adapted, name: str, slot_name: str, adapter: Adapter) -> None:

@@ -85,17 +85,20 @@ class Adapted(nn.Module):
 
     def effective(self, parameter_name: str) -> Tensor:
         """The parameter with every acting adapter's ΔW, in the parameter's dtype and shape."""
-        parameter = cast(Tensor, own_parameters(self)[parameter_name])
-        slots = {n: s for n, s in self.adapter_state.slots.items() if s.parameter == parameter_name}
-        state = self.adapter_state
+        parameter, state = cast(Tensor, own_parameters(self)[parameter_name]), self.adapter_state
         acting = state.now()
         if not acting.strengths or (eager() and sharded(parameter)):  # fully_shard reads its own part, before forward
             return parameter
         state.answer(seen=eager())
+        return self._changed(parameter_name, parameter, acting)
+
+    def _changed(self, parameter_name: str, parameter: Tensor, acting: Acting) -> Tensor:
+        """The parameter with Σ ΔW on each of its slots."""
         parts = []
-        for slot_name, slot in slots.items():
-            weight, deltas = slot.of(parameter), self.deltas(slot_name, acting)
-            parts.append(changed(weight, deltas, slot.geometry) if deltas else weight)
+        for slot_name, slot in self.adapter_state.slots.items():
+            if slot.parameter == parameter_name:
+                weight, deltas = slot.of(parameter), self.deltas(slot_name, acting)
+                parts.append(changed(weight, deltas, slot.geometry) if deltas else weight)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftkit.delta import Delta
 from peftkit.delta.base import recomputed
+from peftkit.delta.base import total as sum_of
 from peftkit.errors import LostAdapterError
 from peftkit.geometry import Geometry
 from peftkit.kernels.blocks import accumulation_dtype
@@ -135,5 +136,4 @@ def _rows(x: Tensor, deltas: Sequence[Delta], route: str) -> Tensor:
         factors = [factor for delta in deltas for factor in delta.factors]
         return recomputed(lambda x: F.embedding(x, total(deltas)), x, lambda: factors)
     found = [delta.lookup(x) for delta in deltas]
-    found = [rows.to(accumulation_dtype(rows.dtype)) for rows in found]
-    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+    return sum_of([rows.to(accumulation_dtype(rows.dtype)) for rows in found])

@@ -283,15 +283,12 @@ class _DryRun:
             raise type(error)(f"{site.label}: {error}") from None
         except TypeError as error:
             raise OptionError(f"{site.label}: {rule!r}: {error}") from error
-        if site.looks_up and adapter.input_dropout:
+        if adapter.input_dropout and (site.looks_up or site.read):
+            rows = "the input of an embedding is numbers of rows"
+            read = "this weight is read without calling its layer"
             raise UnsupportedLayerError(
                 f"{site.label}: {rule.kind} with dropout={adapter.input_dropout} drops elements of the layer's "
-                "input, but the input of an embedding is numbers of rows; use rank_dropout or leave it out"
-            )
-        if site.read and adapter.input_dropout:
-            raise UnsupportedLayerError(
-                f"{site.label}: {rule.kind} with dropout={adapter.input_dropout} drops elements of the layer's "
-                "input, but this weight is read without calling its layer; use rank_dropout or leave it out"
+                f"input, but {rows if site.looks_up else read}; use rank_dropout or leave it out"
             )
         parameters = [p for p in adapter.parameters() if p.requires_grad]
         return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters), self._route(site, adapter, weight)

@@ -25,7 +25,7 @@ from peftkit.kernels.blocks import row_blocks
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.bases.base import Base
 from peftkit.wrapping.bases.formats import format_of, matrix_of
-from peftkit.wrapping.classes import adapted_class
+from peftkit.wrapping.classes import adapted_class, become_
 from peftkit.wrapping.layer import Adapted, base_class
 from peftkit.wrapping.routes import total
 from peftkit.wrapping.sites import Slot
@@ -70,7 +70,7 @@ class Replaced:
     def give_back(self, host: Adapted) -> None:
         """Make the layer what it was."""
         _exchange(host, self.attributes)
-        host.__class__ = adapted_class(self.kind, host.adapter_state.reads, False)
+        become_(host, adapted_class(self.kind, host.adapter_state.reads, False))
         host.adapter_state.slots[""] = self.slot
 
 
@@ -96,7 +96,7 @@ class Replacement:
         assert slot.base is not None
         base = slot.base.of(host)
         before = _exchange(host, self.attributes)
-        host.__class__ = adapted_class(self.kind, host.adapter_state.reads, False)
+        become_(host, adapted_class(self.kind, host.adapter_state.reads, False))
         host.adapter_state.slots[""] = self.slot
         return Replaced(before, kind, slot, base, self.attributes[slot.parameter])
 

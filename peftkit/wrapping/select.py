@@ -15,6 +15,7 @@ from peftkit.errors import TargetError, UnsupportedLayerError, did_you_mean
 from peftkit.geometry import is_layer
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.layer import Adapted, base_class
+from peftkit.wrapping.lookup import EMBEDDINGS
 from peftkit.wrapping.recurrence import RECURRENT
 from peftkit.wrapping.sites import Site, sites, why_not
 from peftkit.wrapping.stacks import StackGeometry
@@ -128,7 +129,7 @@ class Selector:
         refused = {
             name: (self.modules[name], reason)
             for name, reason in matched.refused.items()
-            if reason != _HEAD and not isinstance(self.modules[name], (nn.Embedding, nn.EmbeddingBag))
+            if reason != _HEAD and not isinstance(self.modules[name], EMBEDDINGS)
         }
         named = [site for name in refused if self.adapted(name, chosen) for site in self._own(name)]
         lacking = {name: found for name, found in refused.items() if not self.adapted(name, chosen)}

@@ -68,6 +68,11 @@ def is_norm(module: nn.Module) -> bool:
     return named and _is_vector(weight, None if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else 1)
 
 
+def is_rare_norm(module: nn.Module) -> bool:
+    """Return whether a module is a norm of another class than LayerNorm and GroupNorm, which LyCORIS knows."""
+    return is_norm(module) and not isinstance(module, (nn.LayerNorm, nn.GroupNorm))
+
+
 def vector_sites(model: nn.Module) -> dict[str, Site]:
     """Return every norm's weight by the name of its module, and every bias by its own, in the order of the modules."""
     found: dict[str, Site] = {}

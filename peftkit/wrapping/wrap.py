@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,9 @@ from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
 from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError
 from peftkit.kernels.torch_private import own_parameters
-from peftkit.wrapping.classes import expected_class
+from peftkit.wrapping.classes import become_, expected_class
 from peftkit.wrapping.divided import require_not_empty
 from peftkit.wrapping.extras import give_back_, require_returnable
-from peftkit.wrapping.hooks import follow_class
 from peftkit.wrapping.install import TRAINABLE, check_install, install
 from peftkit.wrapping.installed import adapted_modules, installed_adapters, names_of, one_name
 from peftkit.wrapping.layer import Adapted, base_class
@@ -258,9 +257,7 @@ def _detach(host: Adapted, baked: bool) -> None:
     if not baked:  # a merged copy stays untied: the shared weight never had the adapter in it
         own_parameters(host).update(state.tied)
     del host.adapters, host.adapter_state
-    adapted, plain = type(host), cast(nn.Module, host)
-    plain.__class__ = base_class(host)
-    follow_class(plain, adapted)
+    become_(host, base_class(host))
 
 
 @of_models

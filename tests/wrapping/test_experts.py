@@ -183,7 +183,7 @@ def test_a_stack_is_changed_once_in_a_call(monkeypatch: pytest.MonkeyPatch) -> N
     calls: list[str] = []
     cls = type(adapted_modules(model)["model.layers.0.mlp.experts"])
     changed = cls._changed
-    monkeypatch.setattr(cls, "_changed", lambda self, name: (calls.append(name), changed(self, name))[1])
+    monkeypatch.setattr(cls, "_changed", lambda self, name, *rest: (calls.append(name), changed(self, name, *rest))[1])
     model(tokens(4, 8))
     assert sorted(calls) == ["down_proj"] * 2 + ["gate_up_proj"] * 2
 

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters import registry
-from peftkit.errors import ExportError, LossyError, require_file
+from peftkit.errors import ExportError, LossyError
 from peftkit.files.base import Base, of_model
 from peftkit.files.entries import AdapterEntry
 from peftkit.files.export.job import Job
 from peftkit.files.extras import listed
-from peftkit.files.formats import peft
+from peftkit.files.formats import container, peft
 from peftkit.files.formats.state_dict import adapters_in
 from peftkit.wrapping.divided import gathered
 from peftkit.wrapping.extras import base_parameters, extras_of
-from peftkit.wrapping.vectors import every_site, is_norm
+from peftkit.wrapping.vectors import every_site, is_rare_norm
 from peftkit.wrapping.walk import dotted
 
 
@@ -91,7 +91,7 @@ def as_changes(values: Mapping[str, Tensor], model: nn.Module, base: Base) -> It
             geometry.transposed,
             embedding=site.looks_up,
             vector=geometry.vector,
-            rare_norm=is_norm(site.module) and not isinstance(site.module, (nn.LayerNorm, nn.GroupNorm)),
+            rare_norm=is_rare_norm(site.module),
         )
 
 
@@ -141,16 +141,16 @@ def in_peft_folder(
             "shared parameters and modules around adapted ones; pass extras=False to leave out all that trained beside"
         )
     options = {"modules_to_save": list(saved)} if saved else {}
-    packed = {peft.PREFIX + key: _packed(tensor, key, dtype, path) for key, tensor in tensors.items()}
+    packed = {
+        peft.PREFIX + key: container.packed(tensor, dtype if _is_matrix(tensor) else None, path, key)
+        for key, tensor in tensors.items()
+    }
     return packed, options | ({"bias": "lora_only"} if biased else {})
 
 
-def _packed(tensor: Tensor, key: str, dtype: torch.dtype | None, path: Path) -> Tensor:
-    """A copy for the file, a matrix cast."""
-    cast_to = dtype if dtype is not None and tensor.is_floating_point() and tensor.dim() >= 2 else tensor.dtype
-    packed = tensor.to("cpu", cast_to, copy=True).contiguous()
-    require_file(bool(torch.isfinite(packed).all()), path, f"{key} is not finite as {cast_to}; nothing was written")
-    return packed
+def _is_matrix(tensor: Tensor) -> bool:
+    """Whether a tensor is cast: vectors keep the dtype they have."""
+    return tensor.is_floating_point() and tensor.dim() >= 2
 
 
 def _claims(module: str, site: str) -> bool:

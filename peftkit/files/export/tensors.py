@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peftkit.errors import require_file
 from peftkit.files.export.encode import Encoding
 from peftkit.files.export.programs import Target
-from peftkit.files.formats import embeddings
+from peftkit.files.formats import container, embeddings
 from peftkit.geometry import Shape
 
 #: tensors that are numbers and not factors, which keep their dtype
@@ -57,14 +56,8 @@ def tensors_of(
     tensors: dict[str, Tensor] = {}
     for piece in pieces:
         for suffix, tensor in _of_module(piece, target, alpha).items():
-            own = tensor.dtype if dtype is None or suffix in _NUMBERS else dtype
-            tensor = tensor.detach().to("cpu", own).contiguous()
-            require_file(
-                bool(torch.isfinite(tensor).all()),
-                path,
-                f"{piece.module}.{suffix} is not finite as {own}; nothing was written",
-            )
-            tensors[f"{piece.module}.{suffix}"] = tensor
+            key = f"{piece.module}.{suffix}"
+            tensors[key] = container.packed(tensor, None if suffix in _NUMBERS else dtype, path, key)
     return tensors
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from peftkit.delta import Dense
-from peftkit.errors import ExportError, FileError
+from peftkit.errors import ExportError
 from peftkit.files.entries import AdapterEntry, delta_of
 from peftkit.files.export.job import Job
 from peftkit.files.export.programs import Target
+from peftkit.files.formats import container
 from peftkit.wrapping.vectors import is_bias
 from peftkit.wrapping.walk import dotted
 
@@ -69,8 +70,6 @@ def tensors_of(
         if module in matrices and matrices[module] != Dense.structure:
             raise ExportError(f"{item.name}: {goal.title} has a bias beside a whole ΔW only (kind 'full'); {_KEEP}")
         role = "diff_b" if module in matrices else {"weight": "w_norm", "bias": "b_norm"}[parameter]
-        change = delta_of(item).dense().detach().flatten()
-        tensors[f"{key}.{role}"] = change.to("cpu", dtype or change.dtype).contiguous()
-        if not torch.isfinite(tensors[f"{key}.{role}"]).all():
-            raise FileError(f"{path}: {key}.{role} is not finite as {dtype}; nothing was written")
+        change = delta_of(item).dense().flatten()
+        tensors[f"{key}.{role}"] = container.packed(change, dtype, path, f"{key}.{role}")
     return tensors

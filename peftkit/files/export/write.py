@@ -164,12 +164,7 @@ def write_native(
             embedding=weight in embeddings,
         )
         for key, tensor in own.items():
-            cast = tensor.detach().cpu().to(tensor.dtype if dtype is None else dtype).contiguous()
-            require_file(
-                bool(torch.isfinite(cast).all()),
-                out,
-                f"{weight}.{key} is not finite as {cast.dtype}; nothing was written",
-            )
+            cast = container.packed(tensor, dtype, out, f"{weight}.{key}")
             full = f"{weight}.{key}".lstrip(".")
             require_file(full not in extras, out, f"{full} would be a tensor of the adapter and an extra; not written")
             tensors[full] = cast

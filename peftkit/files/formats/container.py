@@ -145,6 +145,21 @@ class Container:
         return hasher.hexdigest()
 
 
+def packed(tensor: Tensor, dtype: torch.dtype | None, path: object, name: str) -> Tensor:
+    """Return a tensor as a file is to have it: in main memory, in a dtype; FileError where it is not finite there.
+
+    Args:
+        tensor: what is to be written.
+        dtype: None for the one it has.
+        path: of the file, for errors.
+        name: of the tensor, for errors.
+    """
+    own = tensor.detach().to("cpu", tensor.dtype if dtype is None else dtype).contiguous()
+    finite = bool(torch.isfinite(own).all())
+    require_file(finite, path, f"{name} is not finite as {own.dtype}; nothing was written")
+    return own
+
+
 def require_name(path: Path, what: str) -> None:
     """Raise FileError unless a file that is to be written is called *.safetensors. what: for the message."""
     named = path.suffix == ".safetensors" and not path.is_dir()
