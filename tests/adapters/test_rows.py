@@ -12,6 +12,7 @@ from torch import nn
 import peftkit as pk
 from peftkit.delta import Delta, SelectedRows
 from peftkit.errors import ExportError, LostAdapterError, NormError, OptionError
+from tests.support.models import language_model
 from tests.support.zoo import train
 
 IDS = torch.tensor([[1, 2, 11], [9, 9, 0]])
@@ -105,28 +106,14 @@ def test_blocks_of_rows(block: slice) -> None:
 
 def test_new_tokens_of_a_language_model(tmp_path: Path) -> None:
     """Resize first, then wrap: the rows that were added, on a tied head too, beside adapters of the other layers."""
-    transformers = pytest.importorskip("transformers")
-
-    def language_model() -> Any:
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=20,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            tie_word_embeddings=True,
-        )
-        return transformers.LlamaForCausalLM(config).eval()
-
-    net = language_model()
+    net = language_model(tied=True)
     net.resize_token_embeddings(22, mean_resizing=False)
     rules = [pk.Rule("attn-mlp", "lora", rank=2), pk.Rule("*.embed_tokens", "full", rows=[20, 21])]
     pk.wrap(net, rules=rules, tied="share")
     train(net)
     ids = torch.tensor([[1, 20, 21, 3]])
     path = pk.save(net, tmp_path / "a.safetensors")
-    again = language_model()
+    again = language_model(tied=True)
     again.resize_token_embeddings(22, mean_resizing=False)
     with torch.no_grad():
         again.model.embed_tokens.weight[20:] = 1.0

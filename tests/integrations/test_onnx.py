@@ -11,23 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import peftkit as pk
-from tests.support.zoo import train
+from tests.support.zoo import SMALL, train
 
 # what the exporter itself does with torch and with Python's copyreg
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-KINDS: dict[str, dict[str, Any]] = {
-    "lora": {"rank": 2},
-    "dora": {"rank": 2},
-    "loha": {"rank": 2},
-    "lokr": {"rank": 1, "factor": 2},
-    "loldu": {"rank": 2},
-    "oft": {"block_size": 4},
-    "boft": {"block_size": 4},
-    "ia3": {},
-    "glora": {"rank": 2},
-    "full": {},
-}
 
 
 class Net(nn.Module):
@@ -68,17 +55,17 @@ def require_same(session: onnxruntime.InferenceSession, net: nn.Module) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SMALL)
 def test_adapted(kind: str) -> None:
-    net = adapted(kind, **KINDS[kind])
+    net = adapted(kind, **SMALL[kind])
     require_same(program(net), net)
 
 
 @pytest.mark.parametrize(
-    "kind", ["dora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in ("dora", "glora"))]
+    "kind", ["dora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SMALL if kind not in ("dora", "glora"))]
 )
 def test_merged(kind: str) -> None:
-    net = adapted(kind, **KINDS[kind])
+    net = adapted(kind, **SMALL[kind])
     pk.merge(net)
     session = program(net)
     require_same(session, net)

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +22,7 @@ from peftkit.errors import PeftkitError
 from tests.support import matrix_quantised
 from tests.support.experts import Bank
 from tests.support.processes import distributed
-from tests.support.zoo import train
-
-#: options that the kinds need on layers of 8 channels
-OPTIONS: dict[str, dict[str, Any]] = {
-    "lora": {"rank": 2},
-    "dora": {"rank": 2},
-    "loha": {"rank": 2},
-    "lokr": {"factor": 2},
-    "loldu": {"rank": 2},
-    "oft": {"block_size": 4},
-    "boft": {"block_size": 4},
-    "glora": {"rank": 2},
-}
+from tests.support.zoo import SMALL, train
 
 
 class Net(nn.Module):
@@ -53,7 +40,7 @@ def adapted(kind: str, seed: int = 1) -> nn.Module:
     """The net with trained adapters, the same each time."""
     torch.manual_seed(0)
     net = Net()
-    pk.wrap(net, kind, **OPTIONS.get(kind, {}))
+    pk.wrap(net, kind, **SMALL[kind])
     train(net, seed)
     return net
 
@@ -198,7 +185,7 @@ def embedding(kind: str) -> None:
 
     x = torch.tensor([[0, 3], [5, 3]])
     model = base()
-    options = {"block_size": 6} if kind == "boft" else OPTIONS.get(kind, {})  # of 12 rows
+    options = {"block_size": 6} if kind == "boft" else SMALL[kind]  # of 12 rows
     pk.wrap(model, kind, targets="0", **options)
     train(model)
     assert not torch.equal(model(x), base()(x))
@@ -212,7 +199,7 @@ def experts(kind: str) -> None:
 
     x = torch.randn(4, 24)
     model = base()
-    options = {"block_size": 6} if kind == "boft" else OPTIONS.get(kind, {})  # of 12 rows
+    options = {"block_size": 6} if kind == "boft" else SMALL[kind]  # of 12 rows
     pk.wrap(model, kind, targets="0.weight", **options)
     train(model)
     assert not torch.equal(model(x), base()(x))

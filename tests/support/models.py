@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,3 +132,12 @@ def merged_in_memory(model: nn.Module, strengths: Mapping[str, float]) -> tuple[
     report = pk.merge(model, list(strengths))
     pk.unwrap(model, keep_merged=True)
     return state(model), report
+
+
+def language_model(tied: bool = False) -> Any:
+    """A Llama of one layer and 20 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=tied)).eval()

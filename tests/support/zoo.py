@@ -191,6 +191,21 @@ ADAPTERS: dict[str, AdapterCase] = {
 CASES: dict[str, AdapterCase] = {**ADAPTERS, "full rows": AdapterCase("full", {"rows": [1, 4, 5]})}
 
 
+#: every kind with options for layers of 8 channels, for tests of what is the same for all options of a kind
+SMALL: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 2},
+    "dora": {"rank": 2},
+    "loha": {"rank": 2},
+    "lokr": {"rank": 1, "factor": 2},
+    "loldu": {"rank": 2},
+    "oft": {"block_size": 4},
+    "boft": {"block_size": 4},
+    "ia3": {},
+    "glora": {"rank": 2},
+    "full": {},
+}
+
+
 def make(layer: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Module, Tensor]:
     """The layer and an input, both drawn from the seed."""
     case = {**LAYERS, **READ, **LOOKUPS, **STACKS}[layer]

@@ -15,19 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftkit as pk
 from peftkit.errors import UnsetAdapterError, UnsupportedLayerError
-from tests.support.zoo import train
+from tests.support.zoo import SMALL, train
 
-KINDS: dict[str, dict[str, Any]] = {
-    "lora": {"rank": 2},
-    "dora": {"rank": 2},
-    "loha": {"rank": 2},
-    "lokr": {"rank": 1, "factor": 2},
-    "loldu": {"rank": 2},
-    "oft": {"block_size": 4},
-    "ia3": {},
-    "glora": {"rank": 2},
-    "full": {},
-}
 CPU = torch.device("cpu")
 
 
@@ -55,7 +44,7 @@ def on_disk(model: nn.Module, folder: Path) -> nn.Module:
 
 
 PLACES = {"split": split, "in memory": in_memory, "on disk": on_disk}
-CASES = [(place, kind) for place in ("split", "in memory") for kind in KINDS] + [
+CASES = [(place, kind) for place in ("split", "in memory") for kind in SMALL] + [
     ("on disk", "lora"),
     ("on disk", "dora"),
 ]
@@ -68,9 +57,9 @@ def test_a_model_with_hooks_is_wrapped_trained_and_saved(place: str, kind: str, 
     assert offloaded == (place != "split") and hasattr(model[0], "_hf_hook")
     before = model(x())
     torch.manual_seed(1)
-    pk.wrap(plain, kind, **KINDS[kind])
+    pk.wrap(plain, kind, **SMALL[kind])
     torch.manual_seed(1)
-    pk.wrap(model, kind, **KINDS[kind])
+    pk.wrap(model, kind, **SMALL[kind])
     assert torch.equal(model(x()), before)
     for net in (plain, model):
         train(net)
@@ -116,7 +105,7 @@ def test_a_model_with_hooks_is_wrapped_trained_and_saved(place: str, kind: str, 
 @pytest.mark.parametrize("place", PLACES)
 def test_hooks_on_a_wrapped_model(place: str, kind: str, tmp_path: Path) -> None:
     model = base()
-    pk.wrap(model, kind, **KINDS[kind])
+    pk.wrap(model, kind, **SMALL[kind])
     train(model)
     expected = model(x())
     PLACES[place](model, tmp_path)

@@ -15,23 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import peftkit as pk
 from peftkit.errors import ConcurrentBlocksError
-from tests.support.zoo import train
+from tests.support.zoo import SMALL, train
 
 # what torch.compile itself does to trace an autograd function
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
-KINDS: dict[str, dict[str, Any]] = {
-    "lora": {"rank": 2},
-    "dora": {"rank": 2},
-    "loha": {"rank": 2},
-    "lokr": {"rank": 1, "factor": 2},
-    "loldu": {"rank": 2},
-    "oft": {"block_size": 4},
-    "boft": {"block_size": 4},
-    "ia3": {},
-    "glora": {"rank": 2},
-    "full": {},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +32,7 @@ def model(kind: str, *names: str, **options: Any) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     for seed, name in enumerate(names or ("default",)):
-        pk.wrap(net, kind, name=name, **KINDS[kind], **options)
+        pk.wrap(net, kind, name=name, **SMALL[kind], **options)
         train(net, seed, name=name)
     return net.eval(), torch.randn(3, 8)
 
@@ -55,7 +42,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 @pytest.mark.parametrize("route", ["auto", "dense"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SMALL)
 def test_a_strength_of_zero_and_back_is_one_graph(kind: str, route: str) -> None:
     if kind == "glora" and route == "dense":
         pytest.skip("its change depends on the layer's input")

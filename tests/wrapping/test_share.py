@@ -23,6 +23,7 @@ from peftkit.errors import (
     TiedWeightsError,
     UnsupportedLayerError,
 )
+from tests.support.models import language_model
 from tests.support.zoo import train
 
 IDS = torch.tensor([[1, 2, 3, 3], [11, 0, 5, 4]])
@@ -205,16 +206,7 @@ def test_what_cannot_be_shared_is_refused() -> None:
 
 def test_a_language_model_is_trained_merged_and_read_back_by_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = language_model(tied=True)
     pk.wrap(model, "lora", targets=["attn-mlp", "*.embed_tokens"], tied="share", rank=2)
     optimizer = torch.optim.AdamW(pk.adapter_parameters(model), lr=0.1)
     for _ in range(3):
@@ -233,10 +225,9 @@ def test_a_language_model_is_trained_merged_and_read_back_by_transformers(tmp_pa
     assert back.lm_head.weight is back.model.embed_tokens.weight
     torch.testing.assert_close(back(IDS).logits, model(IDS).logits)
     peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of merging tied weights, which is not done here
-        theirs = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM(config), tmp_path / "peft").eval()
+        theirs = peft.PeftModel.from_pretrained(language_model(tied=True), tmp_path / "peft").eval()
     torch.testing.assert_close(theirs(IDS).logits, y, rtol=1e-4, atol=1e-5)
 
 

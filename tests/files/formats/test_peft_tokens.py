@@ -13,6 +13,7 @@ from torch import nn
 
 import peftkit as pk
 from peftkit.errors import ExportError, FileError, TiedWeightsError
+from tests.support.models import language_model
 from tests.support.zoo import train
 
 peft = pytest.importorskip("peft")
@@ -21,19 +22,6 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 IDS = torch.tensor([[1, 3, 5, 5], [11, 2, 0, 3]])
-
-
-def language_model(tied: bool = False) -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 CONFIGS: dict[str, Any] = {
