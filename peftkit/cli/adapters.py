@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,6 +42,12 @@ def export(
     extras: Annotated[
         bool, typer.Option("--extras/--no-extras", help="Fail on parameters trained beside, or leave them out.")
     ] = True,
+    config: Annotated[
+        Path | None, typer.Option(help="The model's config.json or its folder, where the base does not have it.")
+    ] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="The model's name on the hub or its folder, for a folder of PEFT.")
+    ] = None,
 ) -> None:
     """Export an adapter file the way another program reads it.
 
@@ -59,6 +66,8 @@ def export(
             bake=bake,
             title=title or output.out.stem,
             extras=extras,
+            config=config,
+            model_name=model_name,
             overwrite=output.force,
             **base.given,
             **reading.given,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO, Protocol
@@ -63,13 +63,14 @@ class Base:
     """A checkpoint. shards: path within the folder (or the file's name) -> (file, what its keys are to begin with).
 
     where: key -> (shard, its name there). others: path within the folder of every other file -> the stamp that file had
-    before anything of the folder was read.
+    before anything of the folder was read. model: the one in memory, None for a checkpoint on disk.
     """
 
     path: Path
     shards: Mapping[str, tuple[Shard, str]]
     where: Mapping[str, tuple[str, str]]
     others: Mapping[str, Stamp]
+    model: nn.Module | None = None
 
     @property
     def folder(self) -> bool:
@@ -106,7 +107,7 @@ def of_model(model: nn.Module) -> Base:
         for key, tensor in model.state_dict(keep_vars=True).items()
         if tensor.dtype in container.NAMES
     }
-    return _joined(Path("the model"), {"the model": (_loaded(tensors), "")})
+    return replace(_joined(Path("the model"), {"the model": (_loaded(tensors), "")}), model=model)
 
 
 def open_base(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Base:

@@ -6,6 +6,7 @@ where it does not, baked against its base where neither is possible, or not at a
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from peftkit.files.entries import AdapterEntry, items_of_file, items_of_model, o
 from peftkit.files.export import metadata, programs
 from peftkit.files.export.beside import Beside, as_changes, in_peft_folder
 from peftkit.files.export.job import Job, jobs
+from peftkit.files.export.model_facts import ModelFacts, facts_of
 from peftkit.files.export.names import Members, family_of, named_modules
 from peftkit.files.export.peft_folder import FAN_IN_FAN_OUT, peft_type, write_peft
 from peftkit.files.export.programs import Target
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+_BY_PATTERN = (
+    "target_modules is a regular expression, as no list of names selects these modules alone; SGLang reads only lists"
+)
 #: what else can be done for a program that has a place for changes of parameters
 _CHANGES = " as they are: export the model, and give base= the model before training, for which they are changes"
 
@@ -56,6 +61,7 @@ class ExportReport:
     weights: tuple[Exported, ...]
     left_out: tuple[str, ...] = ()  # parameters that trained beside the adapters, left out as extras=False asks
     extras: tuple[str, ...] = ()  # and those that were written
+    notes: tuple[str, ...] = ()  # what a user should know of the file as a whole
 
     @property
     def exact(self) -> bool:
@@ -66,7 +72,7 @@ class ExportReport:
         counts = Counter(w.how for w in self.weights)
         grown = sum(w.bytes for w in self.weights) / max(1, sum(w.own for w in self.weights))
         worst = max((w.error for w in self.weights if w.error is not None), default=0.0)
-        notes = "".join(f"\n{note}" for note in sorted({w.note for w in self.weights if w.note}))
+        notes = "".join(f"\n{note}" for note in [*sorted({w.note for w in self.weights if w.note}), *self.notes])
         notes += f"\n{listed(self.extras)} beside them" if self.extras else ""
         notes += f"\n{listed(self.left_out)} left out, as extras=False asks" if self.left_out else ""
         said = ", ".join(f"{count} {how}" for how, count in counts.items())
@@ -92,6 +98,7 @@ class _Request:
     title: str
     training: Mapping[str, Any]
     extras: bool
+    facts: ModelFacts
 
     def __post_init__(self) -> None:
         suffix = self.path.suffix
@@ -119,6 +126,8 @@ def export(
     other_base: bool = False,
     overwrite: bool | None = None,
     extras: bool = True,
+    config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    model_name: str | None = None,
     **reading: Unpack[Reading],
 ) -> ExportReport:
     """Write the adapters of a wrapped model, or of any adapter file, for another program.
@@ -146,6 +155,10 @@ def export(
         extras: False leaves out parameters that trained beside the adapters, and the report names them. By default a
             folder of PEFT gets them, as modules_to_save and as biases; LyCORIS gets matrices, norms and biases of a
             model as changes of what they are in `base`; no other program has a place for them.
+        config: the model's config.json, the folder it is in, or its entries, where neither the source nor `base` has
+            it. A folder of PEFT says the model's task by it.
+        model_name: the model's name on the hub or its folder, for a folder of PEFT, from which AutoPeftModel loads it;
+            by default the name that the model or the adapter says, or the folder of `base`.
         **reading: as in `read`.
 
     Returns:
@@ -166,8 +179,12 @@ def export(
     goal = programs.get(target)
     require_dtype(dtype)
     path = disk.require_output(path, [source, base], overwrite)
-    request = _Request(path, goal, family, component, dtype, bake, title or path.stem, training or {}, extras)
+    facts = functools.partial(facts_of, config=config, name=model_name)
+    request = _Request(
+        path, goal, family, component, dtype, bake, title or path.stem, training or {}, extras, ModelFacts()
+    )
     if isinstance(source, nn.Module):
+        request = replace(request, facts=facts(source, None, {}))
         entries = list(items_of_model(source, name))
         beside = Beside.of_model(source, vectors=any(entry.vector for entry in entries))
         if base is not None and extras and goal.norms:
@@ -179,6 +196,7 @@ def export(
         bundle = read(source, **reading)
         whole = opened(base) if base is not None else None
         items = list(items_of_file(source, bundle, base if whole is None else whole, other_base, apart=apart))
+        request = replace(request, facts=facts(None, whole, bundle.model))
         return _export(items, request, Beside(bundle.extras, whole))
 
 
@@ -203,11 +221,12 @@ def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) ->
     kept = beside if request.extras else Beside({})
     if request.goal.folder:
         kept = replace(kept, values={**kept.values, **values_of(vectors, request.goal)}, base=beside.base)
-        weights = _write_folder(found, request, kept, tied)
+        weights, notes = _write_folder(found, request, kept, tied)
     else:
+        notes = ()
         weights = _write_file(found, request, family, vectors)
     left_out = () if request.extras else tuple(beside.values)
-    return ExportReport(request.goal.name, request.path, weights, left_out, tuple(kept.values))
+    return ExportReport(request.goal.name, request.path, weights, left_out, tuple(kept.values), notes)
 
 
 def _require_exportable(items: Sequence[AdapterEntry], vectors: Sequence[AdapterEntry], goal: Target) -> None:
@@ -282,8 +301,11 @@ def _write_file(
 
 def _write_folder(
     found: Sequence[Job], request: _Request, beside: Beside, tied: Sequence[AdapterEntry]
-) -> tuple[Exported, ...]:
-    """Write a folder of PEFT. tied: what PEFT puts where it belongs by itself, and has in files without a LoRA."""
+) -> tuple[tuple[Exported, ...], tuple[str, ...]]:
+    """Write a folder of PEFT, and return what a user should know of it too.
+
+    tied: what PEFT puts where it belongs by itself, and has in files without a LoRA.
+    """
     kind = peft_type([job.piece for job in found])
     if kind is None:  # a folder holds one kind of adapter, and LoRA can be any ΔW
         lora = replace(request.goal, reads=frozenset({LowRank.structure}), decomposes=frozenset())
@@ -295,17 +317,18 @@ def _write_folder(
     if kind[0] not in peft.ON_EMBEDDINGS:
         extras |= embeddings.of_tied({item.name: item.adapter.state_dict()["value"] for item in tied}, peft.PREFIX)
     with disk.atomic_folder(request.path) as folder:
-        write_peft(
+        listed_by_name = write_peft(
             folder,
             [job.piece for job in found],
             kind[0],
             {**kind[1], **said, **FAN_IN_FAN_OUT[flipped]},
             request.dtype,
             extras,
+            request.facts,
         )
         require_file(
             set(beside.values) <= set(read(folder).extras),
             request.path,
             "what trained beside the adapters was read back other than it was written",
         )
-        return proven(folder, found, request.path)
+        return proven(folder, found, request.path), () if listed_by_name else (_BY_PATTERN,)

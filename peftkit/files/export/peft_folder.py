@@ -14,11 +14,14 @@ from torch import Tensor
 
 from peftkit.adapters.form import PeftConfig
 from peftkit.files.export import programs
+from peftkit.files.export.model_facts import ModelFacts
+from peftkit.files.export.peft_targets import selection
 from peftkit.files.export.tensors import ModuleTensors, tensors_of
 from peftkit.files.formats import container, embeddings, peft, peft_experts
 
 #: what a configuration says of layers that keep their weight as (out, in), and of those that keep it as (in, out)
 FAN_IN_FAN_OUT: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {"fan_in_fan_out": True})
+_UNKNOWN = ModelFacts()
 
 
 def peft_type(pieces: Sequence[ModuleTensors]) -> PeftConfig | None:
@@ -51,8 +54,22 @@ def write_peft(
     options: Mapping[str, Any],
     dtype: torch.dtype | None,
     beside: Mapping[str, Tensor] = MappingProxyType({}),
-) -> None:
-    """Fill a folder. kind, options: from `peft_type`; beside: what else the file holds, by key."""
+    facts: ModelFacts = _UNKNOWN,
+) -> bool:
+    """Fill a folder.
+
+    Args:
+        folder: where the files go.
+        pieces: the modules.
+        kind: PEFT's type, from `peft_type`.
+        options: of the configuration, from `peft_type` too.
+        dtype: of the factors, None for the one they have.
+        beside: what else the file holds, by key.
+        facts: what is known of the model.
+
+    Returns:
+        Whether the configuration selects the modules by a list of names, and not by a regular expression.
+    """
     stacks = stack_names(pieces)
     named = [replace(piece, module=stacks.get(piece.module, piece.module)) for piece in pieces]
     tensors = tensors_of(named, programs.get("peft"), 1.0, dtype, folder) | dict(beside)
@@ -64,7 +81,11 @@ def write_peft(
     adapted = [piece for piece in pieces if not (mixed and _of_tokens(piece))]
     ranks = {p.module.removeprefix(peft.PREFIX): p.spelled.form.peft_rank(p.shape) for p in adapted}
     parameters = [module.removeprefix(peft.PREFIX) for module in stacks]
-    config = json.dumps(peft.config(kind, ranks, options, parameters), indent=2, sort_keys=True)
-    (folder / peft.CONFIG).write_text(config + "\n")
+    alone = all(map(_of_tokens, pieces))  # of a list PEFT warns that tied tokens are in it, which it trains together
+    names = None if alone else selection([path for path in ranks if path not in parameters], facts.modules)
+    model = facts.peft_entries(saved=options.get("modules_to_save", ()))
+    entries = peft.config(kind, ranks, options, parameters, targets=names, model=model)
+    (folder / peft.CONFIG).write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
     with (folder / peft.WEIGHTS).open("xb") as file:
         container.emit(file, tensors, {"format": "pt"})
+    return alone or names is not None

@@ -19,6 +19,7 @@ from peftkit.delta.as_low_rank import as_low_rank, as_low_rank_stack
 from peftkit.errors import OptionError, require_file, require_option
 from peftkit.files.export import programs
 from peftkit.files.export.encode import Encoding
+from peftkit.files.export.model_facts import ModelFacts
 from peftkit.files.export.peft_folder import FAN_IN_FAN_OUT, peft_type, write_peft
 from peftkit.files.export.tensors import ModuleTensors, shared_alpha, tensors_of
 from peftkit.files.extras import refuse_extras
@@ -69,7 +70,7 @@ def write_deltas(
     pieces = [ModuleTensors(name, _encoded(delta), shape, name in embeddings) for name, shape, delta in named]
     flipped = [name for name, shape, _ in named if name in transposed and not shape.kernel and shape.experts == 1]
     if like.format == "peft" and len(flipped) == len(transposed):
-        return _write_peft(out, pieces, dtype, flipped=bool(flipped))
+        return _write_peft(out, pieces, dtype, ModelFacts(said=like.model), flipped=bool(flipped))
     require_option(not embeddings, "out", str(out), "a file of this library's own", _EMBEDDINGS)
     require_option(not transposed, "out", str(out), "a file of this library's own", _AS_IN_OUT)
     return _write_file(like, out, pieces, dtype)
@@ -84,7 +85,9 @@ _EMBEDDINGS = " It adapts embeddings, for which other files have no place: give 
 _AS_IN_OUT = " Its layers keep their weight as (in, out), which other files do not say: give such a file first"
 
 
-def _write_peft(out: Path, pieces: Sequence[ModuleTensors], dtype: torch.dtype | None, *, flipped: bool) -> int:
+def _write_peft(
+    out: Path, pieces: Sequence[ModuleTensors], dtype: torch.dtype | None, facts: ModelFacts, *, flipped: bool
+) -> int:
     """Write a folder of PEFT. flipped: of layers that keep their weight as (in, out)."""
     structures = {piece.spelled.structure for piece in pieces}
     if structures == {LowRank.structure, Dense.structure}:  # a folder holds one kind of adapter
@@ -100,7 +103,7 @@ def _write_peft(out: Path, pieces: Sequence[ModuleTensors], dtype: torch.dtype |
     if flipped and kind not in peft.FLIPPED:
         raise OptionError(f"{out}: PEFT's fan_in_fan_out is of LoRA, not of {', '.join(structures)}: convert to lora")
     with disk.atomic_folder(out) as folder:
-        write_peft(folder, pieces, kind, {**options, **FAN_IN_FAN_OUT[flipped]}, dtype)
+        write_peft(folder, pieces, kind, {**options, **FAN_IN_FAN_OUT[flipped]}, dtype, facts=facts)
     return sum(info.size for info in container.read(out / peft.WEIGHTS).infos.values())
 
 

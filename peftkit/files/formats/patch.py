@@ -79,7 +79,8 @@ class AdapterFile:
     "module.bias" or "module.weight". base: fingerprints of the weights it was trained on. portable: whether derived
     tensors are in the file. unclaimed: tensors of a native file that its header does not mention. size: of all tensors,
     in bytes.
-    extras: values of parameters that trained beside the adapters, by their names in the model.
+    extras: values of parameters that trained beside the adapters, by their names in the model. model: what a folder of
+    PEFT says of the model, as PEFT calls it.
     """
 
     format: str
@@ -93,3 +94,4 @@ class AdapterFile:
     training: Mapping[str, Any] = field(default_factory=dict)
     size: int = 0
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)

@@ -29,6 +29,8 @@ PREFIX = "base_model.model."
 
 #: layers that PEFT saves whole, unasked, where the vocabulary was resized
 _SAVED_EMBEDDINGS = ("embed_tokens", "lm_head")
+#: the entries of a configuration that are about the model
+_OF_MODEL = ("base_model_name_or_path", "task_type", "auto_mapping", "revision")
 _LARGE = 2**62
 #: no real name or pattern is longer, and matching takes long
 _LONGEST = 1000
@@ -78,6 +80,11 @@ def read_config(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(key, _SCALES, n=1, cutoff=_NEAR)
         require_file(not near, path, f"{key!r} is no option of PEFT, and would be ignored.{did_you_mean(key, near)}")
     return config
+
+
+def of_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a configuration says of the model that the adapters are for."""
+    return {name: config[name] for name in _OF_MODEL if config.get(name) is not None}
 
 
 def scale_of(config: Mapping[str, Any]) -> Scale:
@@ -293,7 +300,13 @@ _READERS: Mapping[str, Callable[[str, Mapping[str, Tensor], Mapping[str, Any]], 
 
 
 def config(
-    kind: str, ranks: Mapping[str, int], options: Mapping[str, Any], parameters: Sequence[str] = ()
+    kind: str,
+    ranks: Mapping[str, int],
+    options: Mapping[str, Any],
+    parameters: Sequence[str] = (),
+    *,
+    targets: Sequence[str] | None = None,
+    model: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return what adapter_config.json says of modules, with α = r for each, so that every scale is 1.
 
@@ -302,10 +315,14 @@ def config(
         ranks: the rank of every module, by path.
         options: other entries that the type needs.
         parameters: the paths among them that are parameters, and no modules.
+        targets: names by which PEFT finds the modules, None for a regular expression of their paths.
+        model: what it says of the model.
     """
     modules = [path for path in ranks if path not in parameters]
-    # PEFT says of patterns for parameters that they match nothing, though it follows them
-    common = Counter(ranks[path] for path in parameters or ranks).most_common(1)[0][0]
+    # Servers make room for r, and scale all modules by α/r. PEFT says of patterns for parameters that they match
+    # nothing, though it follows them
+    counted = Counter(ranks[path] for path in parameters)
+    common = counted.most_common(1)[0][0] if counted else max(ranks.values())
     pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != common}
     scale: dict[str, Any] = {}
     if kind in _ALPHA:
@@ -314,9 +331,9 @@ def config(
         "peft_type": kind,
         "base_model_name_or_path": None,
         "task_type": None,
+        **model,
         "inference_mode": True,
-        # A pattern matches whole paths; a list would match every path that ends so
-        "target_modules": "|".join(map(re.escape, modules)) if modules else [],
+        "target_modules": "|".join(map(re.escape, modules)) if targets is None else list(targets),
         **({"target_parameters": list(parameters)} if parameters else {}),
         **scale,
         **options,

@@ -216,5 +216,5 @@ def test_the_configuration_names_the_embedding(tmp_path: Path) -> None:
     train(model)
     pk.export(model, tmp_path / "a", "peft")
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
-    assert config["target_modules"] == "embed_tokens"
+    assert config["target_modules"] == ["embed_tokens"]
     assert config["peft_type"] == "LORA"
