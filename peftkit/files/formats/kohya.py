@@ -6,14 +6,14 @@ programs is how they name modules (see `names`) and where the scale comes from, 
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 from torch import Tensor
 
-from peftkit.errors import AmbiguousFileError, FileError, require_file
+from peftkit.errors import FileError, require_file
 from peftkit.files.formats.patch import Patch
 from peftkit.files.formats.structures import LOHA_PARTS, LOKR_PARTS, READERS, Scale, decompose
 
@@ -29,6 +29,8 @@ SUFFIXES: Mapping[str, str] = MappingProxyType(
         ".lora_A.default.weight": "down",
         ".lora_B": "up",
         ".lora_A": "down",
+        ".lora_B.bias": "up_bias",
+        ".lora_B.default.bias": "up_bias",
         ".lora_mid.weight": "mid",
         ".alpha": "alpha",
         "_lora.alpha": "alpha",
@@ -54,10 +56,15 @@ SUFFIXES: Mapping[str, str] = MappingProxyType(
 
 #: the tensors that all of a module's ΔW, or its change of a bias or a norm, is proportional to
 PROPORTIONAL = frozenset(
-    {"up", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff", "diff_b", "w_norm", "b_norm", "a1", "b1", "ia3_weight"}
+    {"up", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff", "a1", "b1", "ia3_weight"}
+    | {"up_bias", "diff_b", "w_norm", "b_norm"}
 )
 #: the tensors beside which no other one scales ΔW
 DISPROPORTIONATE = frozenset({"dora_scale", "magnitude", "oft_blocks", "oft_R", "ia3_l"})
+
+#: the tensors that are no part of a matrix: changes of a bias or a norm, and α
+VECTORS = frozenset({"diff_b", "up_bias", "w_norm", "b_norm"})
+_BESIDE = VECTORS | {"alpha"}
 
 Modules = dict[str, dict[str, str]]
 
@@ -67,11 +74,11 @@ def split(keys: Iterable[str]) -> tuple[Modules, list[str]]:
     modules: defaultdict[str, dict[str, str]] = defaultdict(dict)
     unknown: list[str] = []
     for key in keys:
-        suffix = next((s for s in _LONGEST_FIRST if key.endswith(s) and len(key) > len(s)), None)
-        if suffix is None:
+        divided = _divided(key)
+        if divided is None:
             unknown.append(key)
             continue
-        module, role = key.removesuffix(suffix), SUFFIXES[suffix]
+        module, role = divided
         if role in modules[module]:
             raise FileError(
                 f"{key} and {modules[module][role]} are both the {role} of {module}: one of them was expected"
@@ -86,6 +93,17 @@ def split(keys: Iterable[str]) -> tuple[Modules, list[str]]:
 
 
 _LONGEST_FIRST = tuple(sorted(SUFFIXES, key=len, reverse=True))
+#: XLabs' trainer for Flux has two adapters on one attention, "processor.qkv_lora1" and "processor.qkv_lora2"
+_XLABS = re.compile(r"(.+_lora[12])\.(up|down)\.weight")
+
+
+def _divided(key: str) -> tuple[str, str] | None:
+    """A key's module and what its tensor is, None if it ends in nothing known."""
+    suffix = next((s for s in _LONGEST_FIRST if key.endswith(s) and len(key) > len(s)), None)
+    if suffix is not None:
+        return key.removesuffix(suffix), SUFFIXES[suffix]
+    xlabs = _XLABS.fullmatch(key)
+    return None if xlabs is None else (xlabs[1], xlabs[2])
 
 
 def patch(module: str, t: Mapping[str, Tensor], scale: Scale, dora_axis: str | None = None) -> Patch | None:
@@ -102,9 +120,9 @@ def patch(module: str, t: Mapping[str, Tensor], scale: Scale, dora_axis: str | N
 
     Raises:
         FileError: if the tensors do not make one adapter.
-        AmbiguousFileError: if they make two.
+        AmbiguousFileError: if they make two, or their scale can be two.
     """
-    t = {role: tensor for role, tensor in t.items() if role not in ("alpha", "diff_b", "w_norm", "b_norm")}
+    t = {role: tensor for role, tensor in t.items() if role not in _BESIDE}
     if not t or ("diff" in t and t["diff"].dim() == 1):
         return None
     decomposed = {role: t.pop(role) for role in ("dora_scale", "magnitude") if role in t}
@@ -131,27 +149,3 @@ def vectors(module: str, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
             )
             found[name] = t[role]
     return found
-
-
-def alpha_scale(alphas: Mapping[str, float], zero: str | None) -> Scale:
-    """Return the scale γ = α/r by alpha tensors, 1 for modules without one.
-
-    zero: what α = 0 means, "off" or "rank"; with None such a module raises AmbiguousFileError.
-    """
-
-    def scale(module: str, rank: int | None) -> tuple[dict[str, Any], str]:
-        alpha = alphas.get(module)
-        if rank is None:
-            return {}, "1: no factor has a rank"
-        if alpha is None:
-            return {"alpha": None}, "1: there is no alpha"
-        if alpha == 0 and zero is None:
-            raise AmbiguousFileError(
-                f"{module}: alpha is 0, which A1111, ComfyUI, Forge and diffusers read as 'off' and kohya and LyCORIS "
-                "as 'the rank': say which by alpha_zero='off' or alpha_zero='rank'"
-            )
-        if alpha == 0 and zero == "rank":
-            return {"alpha": None}, "1: alpha is 0, read as the rank"
-        return {"alpha": alpha}, f"{alpha / rank:.4g}: alpha {alpha:g} / rank {rank}"
-
-    return scale

@@ -80,7 +80,7 @@ class AdapterFile:
     tensors are in the file. unclaimed: tensors of a native file that its header does not mention. size: of all tensors,
     in bytes.
     extras: values of parameters that trained beside the adapters, by their names in the model. model: what a folder of
-    PEFT says of the model, as PEFT calls it.
+    PEFT says of the model, as PEFT calls it. renamed: name in the file -> name here, of those that are not the same.
     """
 
     format: str
@@ -95,3 +95,4 @@ class AdapterFile:
     size: int = 0
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)

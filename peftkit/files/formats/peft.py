@@ -100,7 +100,7 @@ def scale_of(config: Mapping[str, Any]) -> Scale:
         agreed = configured in (None, rank)
         require_file(agreed, module, f"{CONFIG} says rank {configured!r}, its tensors are of rank {rank}")
         numbers = type(alpha) in (int, float) and type(rank) is int and abs(alpha) < _LARGE > rank > 0
-        both = f"alpha={alpha!r:.40} and rank={rank!r:.40}"
+        both = f"alpha is {alpha!r:.40} and the rank {rank!r:.40}"
         require_file(numbers, module, f"{both} in {CONFIG}, numbers were expected")
         assert rank is not None
         root = "√" if rslora else ""

@@ -1,0 +1,224 @@
+"""Other names for the modules of an adapter file, where a file and a model spell them differently.
+
+A rule is a pattern and what takes its place, {"blocks.*.self_attn.q": "blocks.*.attn1.to_q"}. Patterns are those of
+`ignore` and of strengths: they match a whole name, `*` is any run of characters, `?` one, `[ab]` one of some. The
+replacement has as many of them, and each stands for what the one at its place in the pattern has matched. The first
+rule that matches a name counts. The names are those that `pk.inspect` lists: of modules, and of parameters that trained
+beside them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import zip_longest
+from typing import TypeVar
+
+from peftkit.errors import OptionError, did_you_mean, require_option
+from peftkit.files.formats.patch import AdapterFile, Patch
+
+T = TypeVar("T")
+
+_WILDCARD = re.compile(r"(\*+|\?|\[!?\]?[^\]]*\])")
+
+
+class Renames:
+    """Rules of other names, and which of them have matched one.
+
+    Example:
+        >>> from peftkit.files.rename import Renames
+        >>> renames = Renames({"transformer.*": "*", "blocks.*.q": "blocks.*.to_q"})
+        >>> renames.of("transformer.blocks.0.q"), renames.of("norm")
+        ('blocks.0.q', 'norm')
+        >>> renames.unmatched
+        ['blocks.*.q']
+    """
+
+    def __init__(self, given: Mapping[str, str]) -> None:
+        rules = isinstance(given, Mapping) and all(isinstance(end, str) for rule in given.items() for end in rule)
+        require_option(rules, "rename", given, "{pattern: replacement}")
+        self._rules = {pattern: _Rule(pattern, replacement) for pattern, replacement in given.items()}
+        self._left = dict.fromkeys(given)
+
+    def __bool__(self) -> bool:
+        return bool(self._rules)
+
+    def of(self, name: str) -> str:
+        """The name by the first rule that matches, the same one without any."""
+        for pattern, rule in self._rules.items():
+            found = rule.of(name)
+            if found is not None:
+                self._left.pop(pattern, None)
+                return found
+        return name
+
+    @property
+    def unmatched(self) -> list[str]:
+        """The patterns that have been first for no name so far."""
+        return list(self._left)
+
+    def require_matched(self, names: Iterable[str], files: str) -> None:
+        """Raise OptionError for a pattern that has been first for none of the names of some files."""
+        if not self._left:
+            return
+        pattern, names = next(iter(self._left)), list(names)
+        rule = self._rules[pattern]
+        why = did_you_mean(pattern, names)
+        if any(rule.of(name) is not None for name in names):
+            why = " The rules before it take the names it matches: give it first"
+        elif any(name.startswith(pattern) for name in names):
+            why = f" A pattern matches a whole name: give {said(pattern + '*', rule.replacement + '*')}"
+        raise OptionError(f"rename={pattern!r} matches no name of {files}, or none is left for it.{why}")
+
+
+class _Rule:
+    """One pattern and what takes its place."""
+
+    def __init__(self, pattern: str, replacement: str) -> None:
+        self.pattern, self.replacement = pattern, replacement
+        literals, wildcards = _parts(pattern)
+        self._literals, places = _parts(replacement)
+        require_option(
+            len(wildcards) == len(places),
+            "rename",
+            {pattern: replacement},
+            f"a replacement with {len(wildcards)} wildcards as the pattern has",
+            " Each * of it stands for what the * at its place in the pattern has matched",
+        )
+        groups = (f"({_group(wildcard)})" for wildcard in wildcards)
+        expression = "".join(re.escape(text) + group for text, group in zip_longest(literals, groups, fillvalue=""))
+        try:
+            self._match = re.compile(expression, re.DOTALL).fullmatch
+        except re.error as error:
+            raise OptionError(f"rename={pattern!r} is no pattern: {error}") from error
+
+    def of(self, name: str) -> str | None:
+        # fnmatch says no in a time that grows with the name alone; after its yes the search never goes back
+        found = self._match(name) if fnmatch.fnmatchcase(name, self.pattern) else None
+        if found is None:
+            return None
+        return "".join(text + piece for text, piece in zip_longest(self._literals, found.groups(), fillvalue=""))
+
+
+def _parts(pattern: str) -> tuple[list[str], list[str]]:
+    """What stands between the wildcards of a pattern, and these."""
+    pieces = _WILDCARD.split(pattern)
+    return pieces[::2], pieces[1::2]
+
+
+def _group(wildcard: str) -> str:
+    """A wildcard as a regular expression; a run of characters is as short as it can be."""
+    if wildcard[0] != "[":
+        return "." if wildcard == "?" else ".*?"
+    negated, letters = wildcard[1] == "!", wildcard[1:-1].removeprefix("!")
+    return f"[{'^' if negated else ''}{re.escape(letters)}]".replace(r"\-", "-")
+
+
+def said(pattern: str, replacement: str) -> str:
+    """Return a rule as an option is written, for a message.
+
+    Example:
+        >>> from peftkit.files.rename import said
+        >>> said("net.*", "*")
+        "rename={'net.*': '*'}"
+    """
+    return f"rename={{{pattern!r}: {replacement!r}}}"
+
+
+def suggested(name: str, meant: str) -> str:
+    """Return the rule that makes one name of another and may do so for its neighbours, for a message.
+
+    Example:
+        >>> from peftkit.files.rename import suggested
+        >>> suggested("blocks.0.self_attn.q", "blocks.0.attn1.q")
+        "rename={'blocks.*.self_attn.*': 'blocks.*.attn1.*'}"
+    """
+    ours, theirs = name.split("."), meant.split(".")
+    short = min(len(ours), len(theirs))
+    head = next((i for i in range(short) if ours[i] != theirs[i]), short)
+    tail = next((i for i in range(short - head) if ours[-1 - i] != theirs[-1 - i]), short - head)
+    before = ["*" if part.isdigit() else part for part in ours[:head]]
+    after = ["*"] if tail else []
+    rules = (".".join([*before, *parts[head : len(parts) - tail], *after]) for parts in (ours, theirs))
+    return said(*rules)
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+class _Relabelled(Mapping[str, T]):
+    """Entries under other names, each still read when it is asked for. names: new -> old."""
+
+    def __init__(self, entries: Mapping[str, T], names: Mapping[str, str]) -> None:
+        self._entries, self._names = entries, names
+
+    def __getitem__(self, name: str) -> T:
+        return self._entries[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _Patches(_Relabelled[Patch]):
+    """Patches under other names, which name one another by them. renamed: old -> new."""
+
+    def __init__(self, entries: Mapping[str, Patch], names: Mapping[str, str], renamed: Mapping[str, str]) -> None:
+        super().__init__(entries, names)
+        self._renamed = renamed
+
+    def __getitem__(self, name: str) -> Patch:
+        patch = super().__getitem__(name)
+        return replace(patch, same_as=self._renamed.get(patch.same_as, patch.same_as)) if patch.same_as else patch
+
+
+def names_of(bundle: AdapterFile) -> list[str]:
+    """Return every name of a file: of its modules, and of the parameters that trained beside them."""
+    modules = [*bundle.patches, *(key.rpartition(".")[0] for key in bundle.vectors)]
+    return list(dict.fromkeys([*modules, *bundle.extras]))
+
+
+def relabelled(bundle: AdapterFile, names: Mapping[str, str]) -> AdapterFile:
+    """Return the part of a file that has a new name, under it.
+
+    Args:
+        bundle: the file.
+        names: old name -> new name, of `names_of` the file; what has none is left out.
+
+    Raises:
+        OptionError: two names would become one.
+    """
+    found: dict[str, str] = {}
+    for old, new in names.items():
+        if found.setdefault(new, old) != old:
+            raise OptionError(f"{found[new]!r} and {old!r} would both be called {new!r}: give them different names")
+    split = {key: key.rpartition(".") for key in bundle.vectors}
+    vectors = {f"{names[module]}.{what}": key for key, (module, _, what) in split.items() if module in names}
+
+    def chosen(entries: Iterable[str]) -> dict[str, str]:
+        return {names[name]: name for name in entries if name in names}
+
+    return replace(
+        bundle,
+        patches=_Patches(bundle.patches, chosen(bundle.patches), names),
+        vectors=_Relabelled(bundle.vectors, vectors),
+        base=_Relabelled(bundle.base, chosen(bundle.base)),
+        extras=_Relabelled(bundle.extras, chosen(bundle.extras)),
+    )
+
+
+def renamed(bundle: AdapterFile, renames: Renames) -> AdapterFile:
+    """Return a file under other names, with the old ones in `renamed`; the file itself where no rule is of it."""
+    if not renames:
+        return bundle
+    names = {name: renames.of(name) for name in names_of(bundle)}
+    for name in bundle.extras:  # a rule for a module is one for its parameters
+        module, _, parameter = name.rpartition(".")
+        if names[name] == name and renames.of(module) != module:
+            names[name] = f"{renames.of(module)}.{parameter}".lstrip(".")
+    changed = {old: new for old, new in names.items() if old != new}
+    return replace(relabelled(bundle, names), renamed=changed) if changed else bundle
