@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from peftkit.cli.strengths import number, rules
 from peftkit.cli.terminal import DTYPES, OUT, show
 
 if TYPE_CHECKING:
@@ -65,7 +66,14 @@ class ReadingOptions:
 
     dora_axis: Annotated[str | None, typer.Option(help="out or in: what a file's square DoRA vector is per.")] = None
     alpha_zero: Annotated[str | None, typer.Option(help="off or rank: what α = 0 means in a file.")] = None
+    alpha: Annotated[
+        str | None, typer.Option(help="α where a file does not say it: a number, or rank for a scale of 1.")
+    ] = None
     ignore: Annotated[list[str] | None, typer.Option(help="A pattern of keys in adapter files to leave out.")] = None
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(help="OLD=NEW: other names for the modules that the pattern OLD matches.", metavar="OLD=NEW"),
+    ] = None
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .pt, .ckpt and .bin files, as data only.")
     ] = False
@@ -76,7 +84,9 @@ class ReadingOptions:
         return {
             "dora_axis": self.dora_axis,
             "alpha_zero": self.alpha_zero,
+            "alpha": self.alpha if self.alpha in (None, "rank") else number(self.alpha),
             "ignore": self.ignore or (),
+            "rename": rules(self.rename or []),
             "allow_pickle": self.allow_pickle,
         }
 
@@ -172,7 +182,7 @@ def grouped(command: _Command) -> _Command:
         >>> from peftkit.cli.options import ReadingOptions, grouped
         >>> def show(file: str, reading: ReadingOptions) -> None: ...
         >>> list(inspect.signature(grouped(show)).parameters)
-        ['file', 'dora_axis', 'alpha_zero', 'ignore', 'allow_pickle']
+        ['file', 'dora_axis', 'alpha_zero', 'alpha', 'ignore', 'rename', 'allow_pickle']
     """
     hints = get_type_hints(command, include_extras=True)
     parameters = inspect.signature(command).parameters

@@ -17,24 +17,13 @@ from typing import Any, NoReturn
 _FLAGS = {"overwrite": "--force"} | {
     name: "--" + name.replace("_", "-")
     for name in (
-        *("ignore", "dora_axis", "alpha_zero", "allow_pickle", "base", "other_base", "origin", "rebase", "rank"),
-        *(
-            "energy",
-            "threshold",
-            "factor",
-            "exact",
-            "dtype",
-            "kind",
-            "target",
-            "targets",
-            "family",
-            "component",
-            "bake",
-        ),
-        *("method", "density", "seed"),
+        *("ignore", "dora_axis", "alpha_zero", "alpha", "allow_pickle", "base", "other_base", "origin", "rebase"),
+        *("rank", "energy", "threshold", "factor", "exact", "dtype", "kind", "target", "targets", "family"),
+        *("component", "bake", "method", "density", "seed"),
     )
 }
-_OPTION = re.compile(rf"(?<![\w./=-])({'|'.join(_FLAGS)})=(?:True\b|('[^'\s]*'))?")
+_OPTION = re.compile(rf"(?<![\w./=-])({'|'.join(_FLAGS)})=(?:True\b|('[^'\s]*'|\d[\d.]*\b))?")
+_RENAME = re.compile(r"(?<![\w./=-])rename=\{'([^']*)': '([^']*)'\}")
 
 
 def run() -> None:
@@ -91,4 +80,5 @@ def in_flags(message: str) -> str:
         >>> in_flags("name another file, or pass overwrite=True; dora_axis='up' was given")
         "name another file, or pass --force; --dora-axis 'up' was given"
     """
+    message = _RENAME.sub(r"--rename '\1=\2'", message)
     return _OPTION.sub(lambda found: _FLAGS[found[1]] + (f" {found[2]}" if found[2] else ""), message)

@@ -80,6 +80,7 @@ def plan(
     planned = plan_merge(base, strengths(adapters), dtype=dtype_of(dtype), **rebase.given, **reading.given)
     if as_json:
         steps = {"patches": planned.patches, "vectors": planned.vectors, "extras": planned.extras}
+        steps["renamed"] = {file: bundle.renamed for file, bundle in planned.bundles.items()}
         show({**steps, "touched": planned.touched}, as_json)
     else:
         show(planned, as_json, planned.table(every=every))

@@ -1,4 +1,4 @@
-"""Files and their strengths, as they are typed."""
+"""Files and their strengths, numbers and rules, as they are typed."""
 
 from __future__ import annotations
 
@@ -33,11 +33,22 @@ def strength_of(text: str) -> float | dict[str, float]:
     if text.endswith(".json"):
         return _rules(Path(text))
     if "=" not in text:
-        return _number(text)
+        return number(text)
     pairs = [part.rpartition("=") for part in text.split(",")]
     if not all(sign for _, sign, _ in pairs):
         raise OptionError(f"{text!r} was given, one number or PATTERN=NUMBER,PATTERN=NUMBER… was expected")
-    return {pattern: _number(number) for pattern, _, number in pairs}
+    return {pattern: number(value) for pattern, _, value in pairs}
+
+
+def rules(texts: list[str]) -> dict[str, str]:
+    """Return {old: new} of OLD=NEW, each given once."""
+    found: dict[str, str] = {}
+    for text in texts:
+        old, sign, new = text.partition("=")
+        if not sign or found.setdefault(old, new) != new:
+            what = f"{old!r} was given two names" if sign else f"{text!r} was given to --rename"
+            raise OptionError(f"{what}, OLD=NEW was expected, once for each OLD")
+    return found
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -53,13 +64,14 @@ def _split(text: str) -> tuple[str, str]:
 def _rules(path: Path) -> dict[str, float]:
     from peftkit.files.formats.strict_json import read_json
 
-    rules = read_json(path)
-    if not isinstance(rules, dict):
-        raise OptionError(f"{path} holds a {type(rules).__name__}, strengths by pattern were expected")
-    return rules
+    given = read_json(path)
+    if not isinstance(given, dict):
+        raise OptionError(f"{path} holds a {type(given).__name__}, strengths by pattern were expected")
+    return given
 
 
-def _number(text: str) -> float:
+def number(text: str) -> float:
+    """Return a number that was typed."""
     try:
         return float(text)
     except ValueError:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import TypeVar
+from collections.abc import Iterable
 
 from peftkit.files.formats.patch import AdapterFile
+from peftkit.files.rename import relabelled
 from peftkit.wrapping.pipeline import part_of
-
-T = TypeVar("T")
 
 
 def of_component(bundle: AdapterFile, component: str | None, ours: Iterable[str]) -> AdapterFile:
@@ -26,16 +23,7 @@ def of_component(bundle: AdapterFile, component: str | None, ours: Iterable[str]
     known, names = set(ours), {*bundle.patches, *bundle.extras}
     if any(name.startswith(prefix) for name in known):  # the model is the whole pipeline
         whole = any(part_of(name) for name in names)
-        return _renamed(bundle, {n: n if whole else prefix + n for n in names if not whole or n.startswith(prefix)})
+        return relabelled(bundle, {n: n if whole else prefix + n for n in names if not whole or n.startswith(prefix)})
     if any(name.startswith(prefix) for name in names):
-        return _renamed(bundle, {n: n.removeprefix(prefix) for n in names if n.startswith(prefix)})
+        return relabelled(bundle, {n: n.removeprefix(prefix) for n in names if n.startswith(prefix)})
     return bundle
-
-
-def _renamed(bundle: AdapterFile, names: Mapping[str, str]) -> AdapterFile:
-    """The part of a file that has a new name, under it."""
-
-    def chosen(entries: Mapping[str, T]) -> dict[str, T]:
-        return {names[name]: entries[name] for name in entries if name in names}
-
-    return replace(bundle, patches=chosen(bundle.patches), base=chosen(bundle.base), extras=chosen(bundle.extras))

@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,7 @@ class Inspection:
     notes: tuple[str, ...]
     damage: tuple[str, ...] = ()  # what is wrong with the changes of biases and norms, and with the extras
     extras: tuple[str, ...] = ()  # parameters that trained beside the adapters
+    renamed: Mapping[str, str] = field(default_factory=dict)  # name in the file -> name here, where that is another
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -71,6 +72,7 @@ class Inspection:
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(m.kind for m in self.modules).items())
         ranks = sorted({m.rank for m in self.modules if m.rank is not None})
         total = sum(m.parameters for m in self.modules)
+        reads = "loads in, so renamed" if self.renamed else "loads in"
         norms = [m.norm for m in self.modules if m.norm is not None]  # of a broken module there is none
         lines = [
             f"{self.path}: {self.format} file{f' for {self.family}' if self.family else ''}, {kinds or 'no matrices'}",
@@ -80,7 +82,7 @@ class Inspection:
                 if norms
                 else "‖ΔW‖ depends on the base"
             ),
-            f"loads in: {', '.join(name for name, why in self.loads.items() if not why) or 'peftkit only'}",
+            f"{reads}: {', '.join(name for name, why in self.loads.items() if not why) or 'peftkit only'}",
         ]
         if self.vectors:
             lines.append(f"{len(self.vectors)} changes of biases and norms")
@@ -154,6 +156,7 @@ def inspect(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Inspect
         tuple(notes),
         tuple(damage),
         tuple(bundle.extras),
+        bundle.renamed,
     )
 
 

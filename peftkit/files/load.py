@@ -123,7 +123,7 @@ def load(
     try:
         bundle = read(path, **reading)
     except FullCheckpointError:
-        _require_unplaced(path, tied, route, component)
+        _require_unplaced(path, tied, route, component, reading.get("rename"))
         pickles = reading.get("allow_pickle", False)
         given = {"strength": strength, "strict": strict, "other_base": other_base, "allow_pickle": pickles}
         return full_checkpoint.take(model, path, name, **given)
@@ -179,9 +179,10 @@ _AS_IT_LIES = (
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
-def _require_unplaced(path: object, tied: str | None, route: str, component: str | None) -> None:
+def _require_unplaced(path: object, tied: str | None, route: str, component: str | None, rename: object) -> None:
     """Refuse options of how adapters are put on a model, for a checkpoint that fills in those that are on it."""
-    for option, value, default in (("tied", tied, None), ("route", route, "auto"), ("component", component, None)):
+    given = (("tied", tied, None), ("route", route, "auto"), ("component", component, None))
+    for option, value, default in (*given, ("rename", rename or None, None)):
         require_option(value == default, option, value, repr(default), f" {path} is a full checkpoint: wrap says it")
 
 

@@ -38,6 +38,7 @@ from peftkit.files.place import (
     whole,
 )
 from peftkit.files.read import Reading, distinct, read_all
+from peftkit.files.rename import renamed_as
 from peftkit.files.resolve import families_of
 from peftkit.geometry import Shape
 from peftkit.kernels.blocks import accumulation_dtype
@@ -90,7 +91,8 @@ class MergePlan:
             apart = max((p.difference for p in own if p.difference is not None), default=None)
             differ = "" if apart is None else f" (reapplied and transplanted differ by up to {100 * apart:.3g} %)"
             trained = f" and {listed([e.name for e in beside])}" if beside else ""
-            lines.append(f"{file}: {len(own)} weights{trained} at strength {shown}{laws}{differ}")
+            called = renamed_as(self.bundles[file])
+            lines.append(f"{file}: {len(own)} weights{trained} at strength {shown}{laws}{differ}{called}")
         return "\n".join(lines)
 
     def table(self, *, every: bool = True) -> Table:

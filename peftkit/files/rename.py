@@ -64,13 +64,13 @@ class Renames:
         if not self._left:
             return
         pattern, names = next(iter(self._left)), list(names)
-        rule = self._rules[pattern]
-        why = did_you_mean(pattern, names)
+        rule, what = self._rules[pattern], f"{pattern!r} of rename matches no name of {files}"
         if any(rule.of(name) is not None for name in names):
-            why = " The rules before it take the names it matches: give it first"
-        elif any(name.startswith(pattern) for name in names):
-            why = f" A pattern matches a whole name: give {said(pattern + '*', rule.replacement + '*')}"
-        raise OptionError(f"rename={pattern!r} matches no name of {files}, or none is left for it.{why}")
+            raise OptionError(f"{what} that the rules before it leave: give it before them")
+        why = did_you_mean(pattern, names)
+        if any(name.startswith(pattern) for name in names):
+            why = f": a pattern matches whole names, give {said(pattern + '*', rule.replacement + '*')}"
+        raise OptionError(f"{what}{why if why.startswith(':') else '.' + why}".removesuffix("."))
 
 
 class _Rule:
@@ -84,15 +84,15 @@ class _Rule:
             len(wildcards) == len(places),
             "rename",
             {pattern: replacement},
-            f"a replacement with {len(wildcards)} wildcards as the pattern has",
-            " Each * of it stands for what the * at its place in the pattern has matched",
+            f"{len(wildcards)} * in the replacement, as in the pattern,",
+            " Each stands for what the one at its place has matched",
         )
         groups = (f"({_group(wildcard)})" for wildcard in wildcards)
         expression = "".join(re.escape(text) + group for text, group in zip_longest(literals, groups, fillvalue=""))
         try:
             self._match = re.compile(expression, re.DOTALL).fullmatch
         except re.error as error:
-            raise OptionError(f"rename={pattern!r} is no pattern: {error}") from error
+            raise OptionError(f"{pattern!r} of rename is no pattern: {error}") from error
 
     def of(self, name: str) -> str | None:
         # fnmatch says no in a time that grows with the name alone; after its yes the search never goes back
@@ -176,6 +176,14 @@ class _Patches(_Relabelled[Patch]):
         return replace(patch, same_as=self._renamed.get(patch.same_as, patch.same_as)) if patch.same_as else patch
 
 
+def renamed_as(bundle: AdapterFile) -> str:
+    """Return how many names of a file are not its own, and the first, for a report; "" where all are."""
+    if not bundle.renamed:
+        return ""
+    old, new = next(iter(bundle.renamed.items()))
+    return f"; {len(bundle.renamed)} names are others than in the file, {old} is {new}"
+
+
 def names_of(bundle: AdapterFile) -> list[str]:
     """Return every name of a file: of its modules, and of the parameters that trained beside them."""
     modules = [*bundle.patches, *(key.rpartition(".")[0] for key in bundle.vectors)]
@@ -195,7 +203,7 @@ def relabelled(bundle: AdapterFile, names: Mapping[str, str]) -> AdapterFile:
     found: dict[str, str] = {}
     for old, new in names.items():
         if found.setdefault(new, old) != old:
-            raise OptionError(f"{found[new]!r} and {old!r} would both be called {new!r}: give them different names")
+            raise OptionError(f"rename: {found[new]!r} and {old!r} would both be {new!r}: give them different names")
     split = {key: key.rpartition(".") for key in bundle.vectors}
     vectors = {f"{names[module]}.{what}": key for key, (module, _, what) in split.items() if module in names}
 

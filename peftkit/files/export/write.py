@@ -23,7 +23,7 @@ from peftkit.files.export.model_facts import ModelFacts
 from peftkit.files.export.peft_folder import FAN_IN_FAN_OUT, peft_type, write_peft
 from peftkit.files.export.tensors import ModuleTensors, shared_alpha, tensors_of
 from peftkit.files.extras import refuse_extras
-from peftkit.files.formats import container, disk, native, peft
+from peftkit.files.formats import alphas, container, disk, native, peft
 from peftkit.files.formats.native import Header, WeightRecord
 from peftkit.files.formats.patch import AdapterFile
 from peftkit.geometry import Shape
@@ -187,7 +187,7 @@ def write_native(
 def _kept(like: AdapterFile) -> dict[str, str]:
     """The entries of a header that stay true of other tensors: not the hashes, nor how the tensors were made."""
     stale = (*HASHES, "ss_network_", "lora_adapter_metadata", "peftkit_export")
-    return {key: value for key, value in like.metadata.items() if not key.startswith(stale)}
+    return {k: value for k, value in like.metadata.items() if not k.startswith(stale) and k not in alphas.ENTRIES}
 
 
 def require_safetensors(out: Path) -> None:

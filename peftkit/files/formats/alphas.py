@@ -11,7 +11,7 @@ from peftkit.errors import AmbiguousFileError, require_choice, require_option
 from peftkit.files.formats.kohya import Modules
 
 #: what trainers call α among a file's metadata; sglang takes the first of these that is there, others take none
-_ENTRIES = ("lora_alpha", "network_alpha", "alpha", "ss_network_alpha")
+ENTRIES = ("lora_alpha", "network_alpha", "alpha", "ss_network_alpha")
 #: the tensors one of which a module with a rank has
 _RANKED = frozenset({"down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "a1"})
 
@@ -93,7 +93,7 @@ class AlphaScale:
 
 def _entry(metadata: Mapping[str, str]) -> tuple[str, float]:
     """The entry of the metadata that says α, and what it says; ("", 0) without one that is a number."""
-    for entry in _ENTRIES:
+    for entry in ENTRIES:
         try:
             alpha = float(metadata[entry])
         except (KeyError, ValueError):  # "Dynamic" is what a file says whose modules have several
