@@ -32,6 +32,7 @@ from peftkit.files.formats import native
 from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.place import nowhere, oriented, resolver_of, samples_of, shape_of, whole
 from peftkit.files.resolve import families_of, plain
+from peftkit.files.trees import at_home
 from peftkit.geometry import Shape
 from peftkit.wrapping.divided import gathered_adapter, gathered_base, require_not_empty
 from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, one_name
@@ -195,6 +196,7 @@ def _patches(file: object, bundle: AdapterFile, families: Sequence[Family]) -> I
 
 def _on_base(file: object, bundle: AdapterFile, base: Base, other_base: bool, apart: bool) -> Iterator[AdapterEntry]:
     resolver, families = resolver_of(base)
+    bundle = at_home(bundle, base.where, file)
     families = families or families_of(bundle)
     trained = under_adapters(bundle)
     distances: dict[str, float] = {}

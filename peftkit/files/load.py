@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ from peftkit.files.load_report import LoadReport as LoadReport
 from peftkit.files.load_shared import everywhere, lone
 from peftkit.files.read import Reading, read
 from peftkit.files.resolve import HINTS, Resolver, common, component_of, families_of
+from peftkit.files.trees import at_home
 from peftkit.files.unfused import fused
 from peftkit.files.vectors import module_of, vector_parts, with_vectors
 from peftkit.kernels.torch_private import own_parameters
@@ -133,7 +134,7 @@ def load(
         settle(model)
         selector = Selector(model)
         ours = selector.all_sites
-        bundle = of_component(bundle, component, ours)
+        bundle = at_home(of_component(bundle, component, ours), paths_in(model, ours), path)
         ours |= {site: as_read(ours[site]) for p in patterns(read_weights) for site in selector.find(p).sites}
         fitting, distances, report = compared(path, name, bundle, ours, component)
         beside = placed(bundle, model) if extras else PlacedExtras()
@@ -286,6 +287,12 @@ def compared(
     problems = (merged.missing, merged.unexpected, merged.mismatched, merged.non_finite)
     loaded = tuple(site.name for site, _ in fitting)
     return fitting, distances, LoadReport(name, loaded, *problems, max(distances.values(), default=0.0))
+
+
+def paths_in(model: nn.Module, sites: Iterable[str]) -> Iterator[str]:
+    """Yield the paths of a model's layers and parameters."""
+    yield from sites
+    yield from (name for name, _ in model.named_parameters())
 
 
 def _resolve(

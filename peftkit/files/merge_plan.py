@@ -40,6 +40,7 @@ from peftkit.files.place import (
 from peftkit.files.read import Reading, distinct, read_all
 from peftkit.files.rename import renamed_as
 from peftkit.files.resolve import families_of
+from peftkit.files.trees import at_home
 from peftkit.geometry import Shape
 from peftkit.kernels.blocks import accumulation_dtype
 from peftkit.wrapping.listing import Row, listing
@@ -156,7 +157,8 @@ def plan_merge(
     opened = open_base(base, allow_pickle=pickles)
     own = None if origin is None else open_base(origin, allow_pickle=pickles)
     files = distinct(adapters)
-    bundles = dict(zip(files, read_all(files, **reading), strict=True))
+    read = zip(files, read_all(files, **reading), strict=True)
+    bundles = {path: at_home(bundle, opened.where, path) for path, bundle in read}
     planner = _Planner(opened, own, rebase, other_base)
     with error_context(base, *adapters):
         for path, strength in adapters.items():

@@ -9,6 +9,7 @@ beside them.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +22,8 @@ from peftkit.files.formats.patch import AdapterFile, Patch
 
 T = TypeVar("T")
 
+#: longer names are compared with no others, which takes the square of their length
+_LONGEST = 300
 _WILDCARD = re.compile(r"(\*+|\?|\[!?\]?[^\]]*\])")
 
 
@@ -136,13 +139,20 @@ def suggested(name: str, meant: str) -> str:
         "rename={'blocks.*.self_attn.*': 'blocks.*.attn1.*'}"
     """
     ours, theirs = name.split("."), meant.split(".")
-    short = min(len(ours), len(theirs))
-    head = next((i for i in range(short) if ours[i] != theirs[i]), short)
-    tail = next((i for i in range(short - head) if ours[-1 - i] != theirs[-1 - i]), short - head)
-    before = ["*" if part.isdigit() else part for part in ours[:head]]
-    after = ["*"] if tail else []
-    rules = (".".join([*before, *parts[head : len(parts) - tail], *after]) for parts in (ours, theirs))
-    return said(*rules)
+    common = difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
+    for i, j in ((run.a + k, run.b + k) for run in common for k in range(run.size)):
+        if ours[i].isdigit():
+            ours[i] = theirs[j] = "*"
+    tail = next((run.size for run in common if run.size and run.a + run.size == len(ours)), 0)
+    if tail and theirs[-tail:] == ours[-tail:]:
+        ours[-tail:] = theirs[-tail:] = ["*"]
+    return said(".".join(ours), ".".join(theirs))
+
+
+def nearest_rule(name: str, known: Iterable[str]) -> str:
+    """Return advice to rename one name as the nearest of some, for a message; "" if none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5) if len(name) <= _LONGEST else []
+    return f" If it is {close[0]!r}, pass {suggested(name, close[0])}" if close else ""
 
 
 # -- files ----------------------------------------------------------------------------------------------------------

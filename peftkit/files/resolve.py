@@ -11,6 +11,7 @@ from peftkit.files.families import names
 from peftkit.files.families.layouts import Placement
 from peftkit.files.families.names import Family
 from peftkit.files.formats.patch import AdapterFile
+from peftkit.files.rename import nearest_rule, said
 
 #: what trainers put before a module's path, where the path itself tells the components apart
 _FILE_PREFIXES = (
@@ -25,6 +26,17 @@ _FILE_PREFIXES = (
     "transformer.",
     "unet.",
 )
+#: other ways to write these, by trainers that few use: Wan-Fun's, Stable Cascade's, the scripts of PixArt, and files
+#: that went through a program which took the prefix for part of the path
+_SPELLED = {
+    "lora_unet__": "lora_unet_",
+    "lora_prior_unet_": "lora_unet_",
+    "unet.base_model.model.": "base_model.model.",
+    "transformer.base_model.model.": "base_model.model.",
+    "diffusion_model.transformer.": "transformer.",
+}
+#: what torch.compile puts before the module that it compiles
+_COMPILED = "_orig_mod."
 #: how many names are compared with all there are, which takes long
 HINTS = 8
 #: the text encoders of a pipeline by the prefixes of their modules in files
@@ -33,10 +45,14 @@ _TEXT_ENCODERS = {
     "text_encoder_2": ("lora_te2_",),
     "text_encoder_3": ("lora_te3_",),
 }
+#: the prefixes of names without dots
+_FLAT = tuple(prefix for prefix in (*_FILE_PREFIXES, *sum(_TEXT_ENCODERS.values(), ())) if prefix.endswith("_"))
+#: what models call the layer whose weight is their embedding's, and that one
+_HEADS, _EMBEDDINGS = ("lm_head", "output"), ("embed_tokens", "wte", "tok_embeddings")
 #: a level of CLIP's modules that transformers 5 leaves out
 _LEVEL = "text_model."
 #: what checkpoints put before it
-WEIGHT_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+WEIGHT_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "net.", "model.model.")
 
 
 class Resolver:
@@ -48,9 +64,10 @@ class Resolver:
     def __init__(self, paths: Mapping[str, Placement], places: Callable[[str], Placement | None]) -> None:
         self._dotted: defaultdict[str, dict[str, Placement]] = defaultdict(dict)
         for path, part in paths.items():
+            whole = path.replace(_COMPILED, "")
             for prefix in WEIGHT_PREFIXES:
-                if path.startswith(prefix):
-                    self._dotted[path.removeprefix(prefix)][path] = part
+                if whole.startswith(prefix):
+                    self._dotted[whole.removeprefix(prefix)][path] = part
             for spelled in _of_text_encoder(path):
                 self._dotted[spelled][path] = part
         self._underscored: defaultdict[str, dict[str, Placement]] = defaultdict(dict)
@@ -61,6 +78,10 @@ class Resolver:
 
     def __call__(self, name: str, families: Sequence[Family] = ()) -> tuple[Placement, ...]:
         """() for a name that means nothing here."""
+        found = self._parts(name, families)
+        return found or (self._parts(usual(name), families) if usual(name) != name else ())
+
+    def _parts(self, name: str, families: Sequence[Family]) -> tuple[Placement, ...]:
         own = self._by_path(name)
         if own is not None:
             return (own,)
@@ -74,17 +95,37 @@ class Resolver:
     def hint(self, name: str) -> str:
         """The paths that come near a name, for a message; "" after the first few, which are all that one shows."""
         self._hints -= 1
-        return did_you_mean(name, self._dotted) if self._hints >= 0 else ""
+        tied = self._tied(name)
+        if self._hints < 0 or tied:
+            return tied
+        return did_you_mean(name, self._dotted) + (nearest_rule(name, self._dotted) if self._hints == HINTS - 1 else "")
+
+    def _tied(self, name: str) -> str:
+        """What helps where a model has no weight of its own for its output, which is that of its embedding."""
+        shared = next((path for path in self._dotted if path.rpartition(".")[2] in _EMBEDDINGS), "")
+        if name.rpartition(".")[2] not in _HEADS or not shared:
+            return ""
+        return (
+            f" Its output layer has the weight of {shared}: {said(name, shared)} changes both. To change the output "
+            "alone, load the file onto the model with tied='untie', merge there and save the model"
+        )
 
     def _by_path(self, name: str) -> Placement | None:
         for table in (self._dotted, self._underscored):
+            if name in table.get(name, ()):  # its own path goes before one that is called so behind a prefix
+                return table[name][name]
             for prefix in _FILE_PREFIXES:
                 found = table.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
                 if found is not None and len(set(found.values())) > 1:
-                    raise AmbiguousFileError(f"{name} can be {' or '.join(sorted(found))}: rename it in the file")
+                    raise AmbiguousFileError(f"{name} can be {' or '.join(sorted(found))}: {_deciding(name, found)}")
                 if found is not None:
                     return next(iter(found.values()))
         return None
+
+
+def _deciding(name: str, paths: Iterable[str]) -> str:
+    """The rules that say which of several paths a name means, for a message."""
+    return " or ".join(f"pass {said(name, path)}" for path in sorted(paths))
 
 
 def _of_text_encoder(path: str) -> Iterator[str]:
@@ -96,8 +137,25 @@ def _of_text_encoder(path: str) -> Iterator[str]:
         yield prefix + _LEVEL + rest
 
 
+def usual(name: str) -> str:
+    """Return a name as most programs spell it: with a prefix that many know, and without what torch.compile adds.
+
+    Example:
+        >>> from peftkit.files.resolve import usual
+        >>> usual("lora_unet__blocks_0_q"), usual("lora_unet_blocks_0.attn.q"), usual("transformer._orig_mod.blocks.0")
+        ('lora_unet_blocks_0_q', 'lora_unet_blocks_0_attn_q', 'transformer.blocks.0')
+    """
+    name = name.replace(_COMPILED, "")
+    for spelled, prefix in _SPELLED.items():
+        if name.startswith(spelled):
+            return prefix + name.removeprefix(spelled)
+    # a path that trainers flatten, of which one kept the dots below the first level
+    return name.replace(".", "_") if name.startswith(_FLAT) else name
+
+
 def component_of(name: str, default: str) -> str:
     """The part of a pipeline that a name's prefix says it is of; the default where it says nothing, or either."""
+    name = usual(name)
     denoiser = default if default in ("unet", "transformer") else "unet"
     prefixes = {"unet.": "unet", "lora_unet_": denoiser, "lora_transformer_": "transformer"}
     prefixes |= {p: c for c, ps in _TEXT_ENCODERS.items() for p in (f"{c}.", *ps)}
@@ -119,11 +177,11 @@ def families_of(bundle: AdapterFile, among: Iterable[str] | None = None) -> tupl
     shapes: dict[str, tuple[int, int] | None] = {}
     for name in bundle.patches if among is None else among:
         shape = bundle.patches[name].shape
-        shapes[name] = (shape.rows, shape.columns) if shape.rows and shape.columns else None
+        shapes[usual(name)] = (shape.rows, shape.columns) if shape.rows and shape.columns else None
     return names.guess(shapes)
 
 
 def common(families: Sequence[Family], name: str) -> str:
     """The component that a name means, "" where that is not known."""
-    components = {module.name.partition(".")[0] for family in families for module in family.find(name)}
+    components = {module.name.partition(".")[0] for family in families for module in family.find(usual(name))}
     return components.pop() if len(components) == 1 else ""

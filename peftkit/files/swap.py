@@ -15,8 +15,9 @@ from peftkit.adapters.base import Adapter
 from peftkit.errors import MergeStateError, MismatchError, UnsupportedLayerError, error_context
 from peftkit.files.component import of_component
 from peftkit.files.extras import PlacedExtras, placed
-from peftkit.files.load import LoadReport, compared, made, with_extras
+from peftkit.files.load import LoadReport, compared, made, paths_in, with_extras
 from peftkit.files.read import Reading, read
+from peftkit.files.trees import at_home
 from peftkit.kernels.sharding import sharded
 from peftkit.wrapping.divided import require_not_empty
 from peftkit.wrapping.extras import give_back_, replace_, require_returnable, require_unmerged
@@ -89,7 +90,7 @@ def swap(
         here = {at.site: at for at in installed_adapters(model, [name])}
         _require_writable(here.values())
         ours = every_site(model)
-        bundle = of_component(bundle, component, ours)
+        bundle = at_home(of_component(bundle, component, ours), paths_in(model, ours), path)
         fitting, distances, report = compared(path, name, bundle, ours, component)
         beside = placed(bundle, model) if extras else PlacedExtras()
         report = with_extras(report, bundle, beside, extras)
