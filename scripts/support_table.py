@@ -14,11 +14,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.support.cells import ALL_LAYERS, LAYERS, Outcome, cell, exists
+from tests.support.cells import ALL_LAYERS, LAYERS, TARGETS, Outcome, cell, exists
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peftkit.files.export.programs import TARGETS
+from peftkit.files.export import programs
 from tests.support.zoo import ADAPTERS
 
 #: title -> the cases of tests/support/zoo.py; those after the first by what sets them apart
@@ -74,7 +74,7 @@ def short() -> str:
 
 
 def _table(chosen: Mapping[str, Mapping[str, str]]) -> tuple[list[str], list[str]]:
-    titles = [target.title for target in TARGETS.values()]
+    titles = [programs.get(target).title for target in TARGETS]
     lines = [f"| adapter | {' | '.join(titles)} |", "| --- |" + " --- |" * len(titles)]
     notes: list[str] = []
     for row, cases in chosen.items():
@@ -141,12 +141,12 @@ def _refusals() -> list[str]:
             if refused:
                 read = dict.fromkeys(f"`{ADAPTERS[c].kind}`" for c, o in outcomes.items() if o.how != "refused")
                 part = f" (except {', '.join(read)})" if read else ""
-                own = TARGETS[target].title
+                own = programs.get(target).title
                 reason = refused[0].note.removeprefix(f"{ALL_LAYERS[layer].path}: ").replace(own, "it")
                 refusals.setdefault(reason, []).append(own + part)
-        for reason, programs in refusals.items():
-            everywhere = len(programs) == len(TARGETS)
-            lines.append(f"Refused on {title}{'' if everywhere else ' for ' + ', '.join(programs)}: {reason}.  ")
+        for reason, refusing in refusals.items():
+            everywhere = len(refusing) == len(TARGETS)
+            lines.append(f"Refused on {title}{'' if everywhere else ' for ' + ', '.join(refusing)}: {reason}.  ")
     return lines
 
 

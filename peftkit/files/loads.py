@@ -30,6 +30,9 @@ def _reasons(target: Target, bundle: AdapterFile, structures: Collection[str], f
     """All that keeps a program from reading the file, the plainest first."""
     if bundle.format == "native":
         yield "it is this library's own format: export it"
+    if target.configured:
+        yield f"{target.title} reads *{target.suffix}: export it"
+        return
     if target.folder != (bundle.format == "peft"):
         yield "PEFT reads a folder with its configuration, and nobody else does"
     yield from (

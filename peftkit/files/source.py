@@ -9,8 +9,23 @@ from torch import Tensor
 
 from peftkit.errors import FileError, require_file
 from peftkit.files.formats import container
+from peftkit.files.formats.disk import opened
 from peftkit.files.formats.pickles import unpickle
 from peftkit.files.patterns import Selection
+
+#: how every file of llama.cpp begins
+_GGUF = b"GGUF"
+
+
+def _refuse_gguf(path: Path) -> None:
+    with opened(path) as file:
+        gguf = file.read(len(_GGUF)) == _GGUF
+    require_file(
+        not gguf,
+        path,
+        "it is a GGUF file, which llama.cpp reads and this library only writes: name the adapter that it was made of, "
+        "a safetensors file or a folder of PEFT",
+    )
 
 
 class Source:
@@ -18,6 +33,7 @@ class Source:
 
     def __init__(self, path: Path, allow_pickle: bool, ignored: Selection) -> None:
         self.path = path
+        _refuse_gguf(path)
         if allow_pickle and path.suffix in (".pt", ".ckpt", ".bin", ".pth"):
             loaded = unpickle(path)
             self.metadata: Mapping[str, str] = {}

@@ -18,12 +18,15 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from peftkit._version import __version__
 from peftkit.adapters.options import require_dtype
 from peftkit.delta import LowRank
 from peftkit.errors import ExportError, FileError, LossyError, OptionError, error_context, require_file
 from peftkit.files.entries import AdapterEntry, items_of_file, items_of_model, opened
 from peftkit.files.export import metadata, programs
 from peftkit.files.export.beside import Beside, as_changes, in_peft_folder
+from peftkit.files.export.gguf_file import write_gguf
+from peftkit.files.export.gguf_names import GgufModel
 from peftkit.files.export.job import Job, jobs
 from peftkit.files.export.model_facts import ModelFacts, facts_of
 from peftkit.files.export.names import Members, family_of, named_modules
@@ -101,11 +104,9 @@ class _Request:
     facts: ModelFacts
 
     def __post_init__(self) -> None:
-        suffix = self.path.suffix
-        if not self.goal.folder and suffix != ".safetensors":
-            raise OptionError(
-                f"{self.path}: {self.goal.title} reads *.safetensors, {suffix or 'no suffix'!r} was given"
-            )
+        suffix, own = self.path.suffix, self.goal.suffix
+        if not self.goal.folder and suffix != own:
+            raise OptionError(f"{self.path}: {self.goal.title} reads *{own}, {suffix or 'no suffix'!r} was given")
 
 
 @of_models
@@ -140,8 +141,8 @@ def export(
 
     Args:
         source: a wrapped model, or an adapter file.
-        path: the file to write, *.safetensors; a new folder for "peft".
-        target: "a1111", "forge", "comfyui", "kohya", "lycoris", "diffusers" or "peft".
+        path: the file to write, *.safetensors; *.gguf for "llama.cpp"; a new folder for "peft".
+        target: "a1111", "forge", "comfyui", "kohya", "lycoris", "diffusers", "peft" or "llama.cpp".
         name: which adapter of a model that has several.
         base: the model or the checkpoint that a file is for, where ΔW or names depend on it.
         family: the model's ("sd15", "sdxl", "flux", …), where names and shapes do not say it.
@@ -156,7 +157,7 @@ def export(
             folder of PEFT gets them, as modules_to_save and as biases; LyCORIS gets matrices, norms and biases of a
             model as changes of what they are in `base`; no other program has a place for them.
         config: the model's config.json, the folder it is in, or its entries, where neither the source nor `base` has
-            it. A folder of PEFT says the model's task by it.
+            it. A folder of PEFT says the model's task by it; llama.cpp's names and rows depend on it.
         model_name: the model's name on the hub or its folder, for a folder of PEFT, from which AutoPeftModel loads it;
             by default the name that the model or the adapter says, or the folder of `base`.
         **reading: as in `read`.
@@ -202,13 +203,13 @@ def export(
 
 def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) -> ExportReport:
     """Name and encode every adapter, and write them and what trained beside them."""
-    tied = [item for item in items if item.again and item.adapter.replaces and request.goal.folder]
+    tied = [item for item in items if item.again and item.adapter.replaces and request.goal.beside]
     items = [item for item in items if item not in tied]  # PEFT puts trained tokens on all layers of a shared weight
     vectors, items = [item for item in items if item.vector], [item for item in items if not item.vector]
     _require_exportable(items, vectors, request.goal)
-    if beside.values and request.extras and not request.goal.folder:
+    if beside.values and request.extras and not request.goal.beside:
         raise LossyError(
-            f"{request.path}: {listed(list(beside.values))} trained beside the adapters, and the file for "
+            f"{request.path}: {listed(list(beside.values))} trained beside the adapters, and what is written for "
             f"{request.goal.title} has no place for them{_CHANGES if request.goal.norms else ''}; pass extras=False to "
             "leave them out, or save() has them"
         )
@@ -219,11 +220,14 @@ def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) ->
     modules = named_modules(items, request.goal, family, request.component)
     found = _consistent(modules, request.goal, family, request.bake)
     kept = beside if request.extras else Beside({})
-    if request.goal.folder:
+    if request.goal.beside:
         kept = replace(kept, values={**kept.values, **values_of(vectors, request.goal)}, base=beside.base)
+    notes: tuple[str, ...] = ()
+    if request.goal.folder:
         weights, notes = _write_folder(found, request, kept, tied)
+    elif request.goal.configured:
+        weights = _write_gguf(found, request)
     else:
-        notes = ()
         weights = _write_file(found, request, family, vectors)
     left_out = () if request.extras else tuple(beside.values)
     return ExportReport(request.goal.name, request.path, weights, left_out, tuple(kept.values), notes)
@@ -231,7 +235,7 @@ def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) ->
 
 def _require_exportable(items: Sequence[AdapterEntry], vectors: Sequence[AdapterEntry], goal: Target) -> None:
     """Refuse adapters of layers that the program does not adapt."""
-    if vectors and (not items or not (goal.folder or goal.norms)):
+    if vectors and (not items or not (goal.beside or goal.norms)):
         without = "" if items else " without adapters of matrices"
         raise ExportError(
             f"{vectors[0].name}: it is a norm's weight or a bias, and no file for {goal.title} is written with one"
@@ -245,19 +249,19 @@ def _require_exportable(items: Sequence[AdapterEntry], vectors: Sequence[Adapter
 
 def _refusals(item: AdapterEntry, goal: Target) -> Iterator[tuple[bool, str]]:
     """Yield whether an adapter is refused for its layer, and the reason. Only PEFT's folders hold most of them."""
-    stack, alone = item.shape.experts > 1, not goal.folder
+    stack = item.shape.experts > 1
     yield (
-        item.embedding and alone,
+        item.embedding and "embeddings" not in goal.special,
         f"it is an embedding, and {goal.title} reads no adapter of one; export it for peft, merge it, or keep it in "
         "this library's own format",
     )
     yield (
-        item.flipped and alone,
+        item.flipped and "conv1d" not in goal.special,
         f"its layer keeps the weight as (in, out), as GPT-2's Conv1D does, and {goal.title} adapts no such layers; "
         "export it for peft, or merge it",
     )
     yield (
-        stack and alone,
+        stack and "experts" not in goal.special,
         f"it is a stack of {item.shape.experts} experts in one parameter, and {goal.title} adapts no such weights; "
         "export it for peft, or merge it",
     )
@@ -297,6 +301,14 @@ def _write_file(
         if len(read(file.name).vectors) != len(vectors):
             raise FileError(f"{path}: changes of norms and biases were read back other than they were written")
         return proven(Path(file.name), found, path)
+
+
+def _write_gguf(found: Sequence[Job], request: _Request) -> tuple[Exported, ...]:
+    """Write a file of llama.cpp."""
+    kinds, baked = {j.kind for j in found}, [j.piece.module for j in found if j.piece.spelled.how == "baked"]
+    own = {"version": __version__, "kinds": sorted(kinds), "baked": baked, "training": dict(request.training)}
+    model = GgufModel.of(request.facts)
+    return write_gguf(request.path, found, request.goal, model, request.title, request.dtype, own)
 
 
 def _write_folder(

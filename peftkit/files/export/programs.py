@@ -1,8 +1,8 @@
 """The programs an adapter can be exported to, and what each of them reads right.
 
 Read from their sources: A1111 1.10.1, Forge of June 2025, ComfyUI 0.28, sd-scripts of February 2026, LyCORIS 4.1.3,
-diffusers 0.42, PEFT 0.21. `reads` has the structures a program rebuilds exactly; what it lacks is written as something
-it has, and what it reads wrongly it does not have here.
+diffusers 0.42, PEFT 0.21, llama.cpp of October 2026. `reads` has the structures a program rebuilds exactly; what it
+lacks is written as something it has, and what it reads wrongly it does not have here.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ class Target:
         any_model: whether it loads on any one model by its own paths, which it then does for known models too.
         flat: whether those paths have underscores for dots.
         folder: whether it reads a folder with a configuration, and not a file.
+        suffix: how its files are called.
+        configured: whether names and rows in its files depend on the model's configuration.
+        special: the layers it adapts beside Linears and convolutions: "embeddings", "experts" in one parameter, and
+            "conv1d", which keeps its weight as (in, out).
+        beside: whether its folder has a place for parameters that trained beside the adapters.
         peft_names: whether low-rank tensors have PEFT's names, without tensors of alpha.
         builds_lokr: whether D of a LoKr is expected whole from half its rank up, whatever the kernel.
         infers_sizes: whether it makes a module with sizes inferred from the tensors, and fails where its own differ.
@@ -95,6 +100,10 @@ class Target:
     any_model: bool = False
     flat: bool = False
     folder: bool = False
+    suffix: str = ".safetensors"
+    configured: bool = False
+    special: frozenset[str] = frozenset()
+    beside: bool = False
     peft_names: bool = False
     builds_lokr: bool = False
     infers_sizes: bool = False
@@ -252,13 +261,29 @@ _PEFT = Target(
     generic="base_model.model.",
     any_model=True,
     folder=True,
+    special=frozenset({"embeddings", "experts", "conv1d"}),
+    beside=True,
     peft_names=True,
     builds_lokr=True,
+)
+_LLAMA_CPP = Target(
+    "llama.cpp",
+    "llama.cpp",
+    frozenset({"lora"}),
+    limits=(Limit("{title} adapts no convolutions", dims=_CONVOLUTIONS),),
+    style="peft",
+    transformer_style="peft",
+    generic="",
+    any_model=True,
+    suffix=".gguf",
+    configured=True,
+    special=frozenset({"embeddings", "conv1d"}),
+    peft_names=True,
 )
 
 #: what `export` takes, by name
 TARGETS: Mapping[str, Target] = MappingProxyType(
-    {program.name: program for program in (_A1111, _FORGE, _COMFYUI, _KOHYA, _LYCORIS, _DIFFUSERS, _PEFT)}
+    {program.name: program for program in (_A1111, _FORGE, _COMFYUI, _KOHYA, _LYCORIS, _DIFFUSERS, _PEFT, _LLAMA_CPP)}
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,10 +63,28 @@ def proven(written: Path, jobs: Sequence[Job], path: Path) -> tuple[Exported, ..
     """
     found = read(written)
     prefix = peft.PREFIX if written.is_dir() else ""
-    sizes = _sizes(written, [job.piece for job in jobs])
+    patches = {job.piece.module: found.patches[job.piece.module.removeprefix(prefix)] for job in jobs}
+    return compared(jobs, path, patches, _sizes(written, [job.piece for job in jobs]))
+
+
+@torch.no_grad()
+def compared(
+    jobs: Sequence[Job], path: Path, patches: Mapping[str, Patch], sizes: Mapping[str, int]
+) -> tuple[Exported, ...]:
+    """Compare every ΔW that was read back with the adapters it was made of.
+
+    Args:
+        jobs: what a file was made of.
+        path: of the file, for errors.
+        patches: what was read back, by the names of the modules.
+        sizes: the bytes of every tensor of the file, by its name.
+
+    Raises:
+        FileError: as `proven`.
+    """
     errors: list[tuple[float | None, float | None]] = []
     for job in jobs:
-        error, norm = _error(found.patches[job.piece.module.removeprefix(prefix)], job)
+        error, norm = _error(patches[job.piece.module], job)
         require_file(
             not norm or error is None or error < 1 - 1e-9,
             path,
@@ -80,7 +98,7 @@ def proven(written: Path, jobs: Sequence[Job], path: Path) -> tuple[Exported, ..
     return tuple(_exported(job, sizes, error) for job, (error, _) in zip(jobs, errors, strict=True))
 
 
-def _exported(job: Job, sizes: dict[str, int], error: float | None) -> Exported:
+def _exported(job: Job, sizes: Mapping[str, int], error: float | None) -> Exported:
     module, spelled = job.piece.module, job.piece.spelled
     return Exported(
         weight=", ".join(item.name for _, item in job.members),

@@ -26,6 +26,9 @@ returns a `Read` in canonical names, in float64:
 `Refused` is raised where the loader rejects the whole file or the generation fails. A ValueError or
 NotImplementedError is a question the reader cannot answer, not an answer.
 
+llama.cpp's reader is not among READERS: its base is a GGUF's tensors, under their names there, and its "family" is
+llama.cpp's architecture.
+
 The readers share only container (reading), names, model (the loader's layout of the base) and algebra (formulas
 every loader agrees on); forge is comfyui's code with its differences, as it is upstream; diffusers uses peft's LoRA.
 """
