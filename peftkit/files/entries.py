@@ -206,7 +206,7 @@ def _on_base(file: object, bundle: AdapterFile, base: Base, other_base: bool, ap
         where = f"{file}: {name}"
         parts = oriented(resolver(name, families), patch)
         if not parts:
-            raise MismatchError(f"{where}: the base has no such weight.{nowhere(resolver, name, patch)}")
+            raise MismatchError(f"{where}: the base has no such weight.{nowhere(resolver, name, bundle, patch)}")
         shape, W = shape_of(base, parts, patch), whole(base, parts, patch)
         if name in trained and needs_base(patch, shape, bundle.portable):
             raise ExportError(f"{where}: it was trained on a weight that is in the file too, which is not the base's")

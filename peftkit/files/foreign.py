@@ -92,7 +92,7 @@ def refuse_unknown(source: Source, unknown: Sequence[str]) -> None:
     if unknown:
         listed = "\n".join(f"  {key}" for key in unknown[:8]) + ("\n  …" if len(unknown) > 8 else "")
         what = f"{path} holds {len(unknown)} tensors that are no adapter's"
-        raise MismatchError(f"{what}; pass ignore= with patterns to leave them out:\n{listed}")
+        raise MismatchError(f"{what}; pass ignore= with patterns to leave them out, and what they trained:\n{listed}")
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------

@@ -328,7 +328,8 @@ def _resolve(
             targets[name] = parts
         else:
             own = common(families, module)
-            unresolved[name] = f" It is of the {own}: load it there." if own else resolver.hint(name)
+            own_name = bundle.name_in_file(name)
+            unresolved[name] = f" It is of the {own}: load it there." if own else resolver.hint(name, own_name)
     return targets, unresolved
 
 

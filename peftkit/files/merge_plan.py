@@ -198,7 +198,8 @@ class _Planner:
         self._find_overlaps(file, targets)
         for name, parts in targets.items():
             if not parts:
-                self.unresolved.append(f"{file}: {name}.{nowhere(self.resolver, name, bundle.patches[name])}")
+                hint = nowhere(self.resolver, name, bundle, bundle.patches[name])
+                self.unresolved.append(f"{file}: {name}.{hint}")
                 continue
             factor = _required(strengths, (name, *(part.weight for part in parts)), file)
             if factor:
@@ -277,7 +278,8 @@ class _Planner:
         parts, vector, where = self.resolver(module, self.families), bundle.vectors[key], f"{file}: {key}"
         targets = [part.bias if what == "bias" else part.weight for part in parts]
         if not parts or any(target not in self.base.where for target in targets):
-            self.unresolved.append(f"{where}: the base has no such {what}.{self.resolver.hint(module)}")
+            hint = self.resolver.hint(module, bundle.name_in_file(module))
+            self.unresolved.append(f"{where}: the base has no such {what}.{hint}")
             return
         for target in targets:
             require_addable(self.base, str(target), where)

@@ -15,7 +15,7 @@ from peftkit.files.base import Base
 from peftkit.files.families import layouts, names
 from peftkit.files.families.layouts import Placement
 from peftkit.files.fingerprint import sample_index
-from peftkit.files.formats.patch import Patch
+from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.resolve import Resolver
 from peftkit.geometry import Geometry, Shape
 from peftkit.wrapping.recurrence import WEIGHT
@@ -62,10 +62,10 @@ def stack_of(base: Base, part: Placement, patch: Patch) -> StackGeometry:
     return StackGeometry(sizes, transposed=tuple(sizes[1:]) != (one.rows, one.columns))
 
 
-def nowhere(resolver: Resolver, name: str, patch: Patch) -> str:
-    """Return what may help where a base has no weight of that name, for a message."""
+def nowhere(resolver: Resolver, name: str, bundle: AdapterFile, patch: Patch) -> str:
+    """Return what may help where a base has no weight of the name that a patch has here, for a message."""
     if patch.shape.experts == 1:
-        return resolver.hint(name)
+        return resolver.hint(name, bundle.name_in_file(name))
     return (
         " It is of a stack of experts, and the base has none of that name (checkpoints of transformers may have a "
         "tensor for each expert): load the file onto the model, pk.merge(model, backup=None) and save the model"

@@ -149,9 +149,9 @@ def suggested(name: str, meant: str) -> str:
     return said(".".join(ours), ".".join(theirs))
 
 
-def nearest_rule(name: str, known: Iterable[str]) -> str:
-    """Return advice to rename one name as the nearest of some, for a message; "" if none is near."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5) if len(name) <= _LONGEST else []
+def nearest_rule(name: str, path: str, known: Iterable[str]) -> str:
+    """Return advice to rename a name as the nearest of some to its path, for a message; "" if none is near."""
+    close = difflib.get_close_matches(path, list(known), n=1, cutoff=0.5) if len(path) <= _LONGEST else []
     return f" If it is {close[0]!r}, pass {suggested(name, close[0])}" if close else ""
 
 

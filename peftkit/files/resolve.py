@@ -92,21 +92,26 @@ class Resolver:
                 return tuple(replace(part, swapped=part.swapped != swaps) for part in parts)
         return ()
 
-    def hint(self, name: str) -> str:
-        """The paths that come near a name, for a message; "" after the first few, which are all that one shows."""
+    def hint(self, name: str, own: str) -> str:
+        """The paths that come near a name, for a message; "" after the first few, which are all that one shows.
+
+        own: what the file itself calls the module.
+        """
         self._hints -= 1
-        tied = self._tied(name)
+        tied = self._tied(name, own)
         if self._hints < 0 or tied:
             return tied
-        return did_you_mean(name, self._dotted) + (nearest_rule(name, self._dotted) if self._hints == HINTS - 1 else "")
+        path = name.removeprefix(prefix_of(name))
+        rule = nearest_rule(own, path, self._dotted) if self._hints == HINTS - 1 else ""
+        return did_you_mean(path, self._dotted) + rule
 
-    def _tied(self, name: str) -> str:
+    def _tied(self, name: str, own: str) -> str:
         """What helps where a model has no weight of its own for its output, which is that of its embedding."""
         shared = next((path for path in self._dotted if path.rpartition(".")[2] in _EMBEDDINGS), "")
         if name.rpartition(".")[2] not in _HEADS or not shared:
             return ""
         return (
-            f" Its output layer has the weight of {shared}: {said(name, shared)} changes both. To change the output "
+            f" Its output layer has the weight of {shared}: {said(own, shared)} changes both. To change the output "
             "alone, load the file onto the model with tied='untie', merge there and save the model"
         )
 
@@ -164,6 +169,7 @@ def component_of(name: str, default: str) -> str:
 
 def plain(name: str) -> str:
     """A name without what trainers put before it and without dots: the same for all spellings of one path."""
+    name = usual(name)
     return name.removeprefix(prefix_of(name)).replace(".", "_")
 
 

@@ -96,3 +96,7 @@ class AdapterFile:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def name_in_file(self, name: str) -> str:
+        """Return what the file itself calls a module."""
+        return next((old for old, new in self.renamed.items() if new == name), name)
