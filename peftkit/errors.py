@@ -57,6 +57,10 @@ class UnsetAdapterError(PeftkitError, RuntimeError):
     """An adapter or a weight has no values: it was made on the meta device, or is offloaded."""
 
 
+class MergedFormWarning(UserWarning):
+    """An adapter is read as its program merges it, and that program trained another function of the input."""
+
+
 class NeverRanWarning(UserWarning):
     """Adapters that are installed took no part while the rest of the model ran."""
 

@@ -122,7 +122,8 @@ def _where(at: list[tuple[str, str]], found: dict[tuple[str, str], Outcome], cas
 
 
 def _reason(outcome: Outcome) -> str:
-    return outcome.note.removesuffix(": holds for this base only")
+    note = outcome.note.partition("path='geodesic'")[0].removesuffix("; ")
+    return note.removesuffix(": holds for this base only")
 
 
 def _mark(number: int) -> str:

@@ -63,6 +63,8 @@ class Adapter(nn.Module, ABC):
     decays: frozenset[str] = frozenset()
     #: probability of dropping an element of the layer's input before ΔW is applied to it
     input_dropout: float = 0.0
+    #: whether a strength λ means λ·ΔW
+    linear: bool = True
     #: whether `delta` draws random numbers in training
     stochastic: bool = False
 

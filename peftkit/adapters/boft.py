@@ -41,8 +41,7 @@ class ButterflyForm(Form):
         return "boft"
 
     def refusal(self, program: Target, shape: Shape) -> str:
-        del shape
-        return first_reason(
+        return program.refusal("boft", shape) or first_reason(
             beyond_bound(self.Q), ("boft" not in program.reads, f"{program.title} has no BOFT of outputs")
         )
 

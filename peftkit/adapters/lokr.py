@@ -50,7 +50,7 @@ class LoKrForm(Additive):
 
     def refusal(self, program: Target, shape: Shape) -> str:
         own = super().refusal(program, shape)
-        if own or not program.infers_sizes or self._is_inferred(shape):
+        if own or not program.infers_sizes or self._is_inferred(shape, whole=self._is_whole(program, shape)):
             return own
         return f"{program.title} would choose other sizes for the Kronecker factors"
 
@@ -80,19 +80,29 @@ class LoKrForm(Additive):
         return self.delta.left is None or self.delta.right.shape[0] >= self._half(shape)
 
     def _is_whole(self, program: Target, shape: Shape) -> bool:
-        """Whether D is written whole. ComfyUI and Forge misread a whole D of a 1- or 3-dimensional kernel."""
+        """Whether D is written whole. ComfyUI and Forge misread a whole D of a 1- or 3-dimensional kernel.
+
+        LyCORIS takes a whole D of any rank, and finds sizes for it that it does not find for its factors.
+        """
+        if program.infers_sizes:
+            return self._is_whole_from_half(shape) or not self._is_inferred(shape, whole=False)
         if program.builds_lokr:
             return self._is_whole_from_half(shape)
         return self.delta.left is None and len(shape.kernel) in (0, 2)
 
-    def _is_inferred(self, shape: Shape) -> bool:
-        """Whether LyCORIS, which infers its option `factor` from the shapes of C and D, makes these shapes of it."""
+    def _is_inferred(self, shape: Shape, *, whole: bool) -> bool:
+        """Whether LyCORIS, which infers its option `factor` from the shapes of C and D, makes these shapes of it.
+
+        whole: D is written whole. It takes the columns of a factor of D, of which each position of a kernel is one, for
+        input channels.
+        """
         (u_p, u_q), (v_p, v_d) = self.delta.C.shape, self.delta.block
-        rows, channels, v_q = u_p * v_p, shape.channels, v_d // shape.positions
-        if v_d % shape.positions or channels != u_q * v_q or u_p > v_p or u_q > v_q:
+        rows, channels = u_p * v_p, shape.channels
+        if v_d % shape.positions or channels * shape.positions != u_q * v_d or u_p > v_p or u_q * u_q > channels:
             return False
-        if (u_p, u_q) == (factorize(rows, -1)[0], factorize(channels, -1)[0]):
-            return True
+        v_q = v_d // shape.positions if whole else v_d
+        if (u_p, u_q) == (factorize(rows, -1)[0], factorize(u_q * v_q, -1)[0]):
+            return u_q == factorize(channels, -1)[0]
         sizes = (max(u_p, u_q), max(v_p, v_q))
         fits = [f for f in sizes if f in (u_p, v_p) and f in (u_q, v_q)]
         factor = fits[0] if fits else min(sizes)

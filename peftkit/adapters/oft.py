@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 #: and "nothing" to others
 UNBOUNDED = 1000.0
 
+#: the version of PEFT whose series is written, which before 0.18 was another, and is so where a folder says none
+_SERIES_OF = "0.21.2"
+
 
 def divisor_at_most(size: int, bound: int) -> int:
     """The largest divisor of size that is at most bound."""
@@ -59,22 +62,34 @@ class RotationForm(Form):
     def refusal(self, program: Target, shape: Shape) -> str:
         name, inwards = self.structure(program), self.side == "in"
         blocks, size = self.Q.shape[:2]
+        series = f"{program.title} has no series of 3 terms: its 3 are 4"
         overlaps = inwards and (self.rescale is not None or shape.positions > 1)
         patches = "PEFT's OFT has no factors, and its convolutions with a kernel rotate overlapping patches twice"
-        return first_reason(
-            (name not in program.reads, f"{program.title} has no OFT that rotates the {self.side} side this way"),
-            (not inwards and self.terms is not None, f"{program.title} solves for the rotation, this one is a series"),
-            (overlaps, patches),
-        ) or first_reason(
-            (False, "") if inwards or self.rescale is not None else beyond_bound(self.Q),
-            (program.infers_sizes and size > blocks, f"{program.title} cannot reload blocks larger than their number"),
+        return (
+            program.refusal(name, shape)
+            or first_reason(
+                (name not in program.reads, f"{program.title} has no OFT that rotates the {self.side} side this way"),
+                (
+                    not inwards and self.terms is not None,
+                    f"{program.title} solves for the rotation, this one is a series",
+                ),
+                (overlaps, patches),
+                (inwards and self.terms == 3, series),
+            )
+            or first_reason(
+                (False, "") if inwards or self.rescale is not None else beyond_bound(self.Q),
+                (
+                    program.infers_sizes and size > blocks,
+                    f"{program.title} cannot reload blocks larger than their number",
+                ),
+            )
         )
 
     def tensors(self, program: Target, shape: Shape, alpha: float) -> dict[str, Tensor]:
         del program, alpha
         if self.side == "in":  # PEFT inverts an exact rotation, and not a series
             i, j = torch.triu_indices(self.Q.shape[1], self.Q.shape[1], 1)
-            upper = self.Q[:, i, j]
+            upper = self.Q[:, i, j] / (2 if self.terms == 2 else 1)  # its series of 2 terms is I + 2Q
             return {"oft_R.weight": -upper if self.terms is None else upper}
         # Blocks A with Q = Aᵀ − A, because kohya and LyCORIS apply Rᵀ
         tensors = {"oft_blocks": -self.Q.triu(1), "alpha": torch.tensor(UNBOUNDED)}
@@ -85,7 +100,9 @@ class RotationForm(Form):
         if len({(form.Q.shape[1], form.terms) for form, _ in written}) > 1:
             return None
         size, terms = written[0][0].Q.shape[1], written[0][0].terms
-        series = {"use_cayley_neumann": terms is not None, "num_cayley_neumann_terms": terms or 5}
+        series: dict[str, Any] = {"use_cayley_neumann": terms is not None, "num_cayley_neumann_terms": terms or 5}
+        if terms is not None:
+            series["peft_version"] = _SERIES_OF
         return "OFT", {"r": 0, "oft_block_size": size, "bias": "none", **series}
 
 
@@ -110,7 +127,7 @@ class OFT(Adapter):
         path: What strength λ means. "linear" (default) is W + λ(R − I)W; "geodesic" is Cayley(λQ)·W, orthogonal at
             every λ and its own inverse at −λ.
         terms: Make R of so many terms of the series I + 2Q + 2Q² + … + Qᵗ⁻¹, orthogonal only where Q is small, as PEFT
-            trains by default (5). None (default) solves for R.
+            trains by default (5); PEFT's 3 are 4 of these, and its 2 are 2 of Q/2. None (default) solves for R.
 
     Raises:
         OptionError: An option has a value that it cannot take, or the weight has no such blocks.
@@ -165,7 +182,7 @@ class OFT(Adapter):
                 "has no divisor between 2 and the block size; use a larger block, "
                 f"or side={'in' if side == 'out' else 'out'!r}"
             )
-        self.side, self.geodesic, self.size, self.terms = side, path == "geodesic", b, terms
+        self.side, self.linear, self.size, self.terms = side, path == "linear", b, terms
         self.bound = bound_on_norm("oft", constraint, size)
         new = factory(weight)
         self.skew = nn.Parameter(torch.zeros(size // b, b * (b - 1) // 2, **new))
@@ -181,7 +198,7 @@ class OFT(Adapter):
         return self._rotation(weight, self._memo(lambda: self._turn(bounded(self.skew, self.bound)), self.skew))
 
     def at(self, weight: Tensor, strength: float | Tensor) -> Delta:
-        if not self.geodesic:
+        if self.linear:
             return super().at(weight, strength)
         return self._rotation(weight, self._turn(strength * bounded(self.skew, self.bound)), strength)
 

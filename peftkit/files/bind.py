@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter, Stored
 from peftkit.adapters.base import placeholder_weight as placeholder_weight
-from peftkit.errors import FileError, OptionError, UnknownAdapterError, error_context
+from peftkit.errors import FileError, MergedFormWarning, OptionError, UnknownAdapterError, error_context
 from peftkit.files.formats.patch import Patch
 from peftkit.geometry import Shape
 from peftkit.wrapping.walk import dotted
@@ -71,6 +72,8 @@ def misfit(patch: Patch, shape: Shape, dtype: torch.dtype, *, portable: bool, wh
 def bind(patch: Patch, shape: Shape, weight: Tensor, where: str) -> Adapter:
     """The adapter a patch describes, on a weight it fits. weight: W (m, n)."""
     adapter = make(patch, shape, weight, where)
+    if patch.on_kernel and shape.positions > 1:
+        warnings.warn(patch.on_kernel, MergedFormWarning, stacklevel=2)
     with error_context(where):
         fill(adapter, weight, patch.tensors)
     return adapter.eval()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftkit.adapters.options import rank_scale
 from peftkit.errors import AmbiguousFileError, FileError, FullCheckpointError, MismatchError, require_file
-from peftkit.files.formats import kohya, peft
+from peftkit.files.formats import kohya, oft_parts, peft
 from peftkit.files.formats.alphas import AlphaOptions, AlphaScale, unsaid
 from peftkit.files.formats.kohya import Modules
 from peftkit.files.formats.patch import AdapterFile, OnDemand, Patch
@@ -27,6 +27,8 @@ def read_foreign(source: Source, dora_axis: str | None, alpha: AlphaOptions) -> 
     """Read every module of a file. alpha: what the user says of α."""
     modules, unknown = kohya.split(source.keys)
     refuse_unknown(source, unknown)
+    dotted = any("." in module for module in modules)
+    modules = oft_parts.apart(modules)
     alphas = {module: source.number(roles["alpha"]) for module, roles in modules.items() if "alpha" in roles}
     configs = _diffusers_configs(source, modules)
     if configs and alphas:
@@ -49,6 +51,8 @@ def read_foreign(source: Source, dora_axis: str | None, alpha: AlphaOptions) -> 
 
     def patch(module: str) -> Patch:
         if "oft_blocks" in modules[module]:
+            off = alphas.get(module) == 0 and oft_parts.are_in(modules, module)
+            require_file(not off, module, "its alpha is 0, which bounds a rotation to none in sd-scripts")
             bound = _constraint(source.path, module, alphas.get(module))
             return _require_patch(module, kohya.patch(module, tensors(module), bound, dora_axis))
         return _require_patch(module, kohya.patch(module, tensors(module), scale, dora_axis))
@@ -65,7 +69,6 @@ def read_foreign(source: Source, dora_axis: str | None, alpha: AlphaOptions) -> 
     lonely = [module for module in modules if module not in claimed]
     if lonely:
         raise FileError(f"{source.path}: {lonely[0]} has an alpha and nothing it is the alpha of")
-    dotted = any("." in module for module in modules)
     return AdapterFile(
         "diffusers" if dotted else "kohya",
         OnDemand(source.path, matrices, patch),

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from peftkit.errors import ExportError
 from peftkit.files.export import programs
 from peftkit.files.export.names import require_readable
+from peftkit.files.export.networks import network_of, styles_read
 from peftkit.files.export.programs import Target
 from peftkit.files.families.names import Family
 from peftkit.files.formats.patch import AdapterFile
@@ -43,7 +44,9 @@ def _reasons(target: Target, bundle: AdapterFile, structures: Collection[str], f
     if family is None and target.generic is None:
         yield f"{target.title} loads adapters of the models it knows"
     denoiser = "" if family is None else family.components[0]
-    if family is not None and not programs.styles_read(target, family.name, denoiser, denoiser):
+    if family is not None:
+        target = target.of(network_of(family.name, denoiser))
+    if family is not None and not styles_read(target, family.name, denoiser, denoiser):
         yield f"{target.title} does not load adapters of {family.title}"
     yield from (
         f"{target.title} does not look for {name!r}" for name in bundle.patches if not _named_for(target, name, family)
@@ -52,6 +55,7 @@ def _reasons(target: Target, bundle: AdapterFile, structures: Collection[str], f
         yield f"{target.title} leaves out changes of biases and norms, or fails on them"
     if family is not None:
         modules = [module for name in bundle.patches for module in family.find(name)]
+        yield from (f"{target.title} makes no adapter of {m.name}" for m in modules if not target.looks_for(m.name))
         try:
             require_readable(modules, target, named=bundle.format)
         except ExportError as error:
@@ -73,5 +77,5 @@ def _named_for(target: Target, name: str, family: Family | None) -> bool:
     return any(
         family.spelled(module.name, style) == name
         for module in family.find(name)
-        for style in programs.styles_read(target, family.name, denoiser, module.name.partition(".")[0])
+        for style in styles_read(target, family.name, denoiser, module.name.partition(".")[0])
     )

@@ -147,6 +147,8 @@ def _native(source: Source) -> AdapterFile:
     present = set(source.keys)
     extras = dict.fromkeys(name for name in header.extras if name in present)
     owned = native.sorted_by_weight([key for key in source.keys if key not in extras], header.records)
+    ignored = native.sorted_by_weight(source.names - present, header.records)
+    left = [name for name in header.records if name in owned or name not in ignored]
 
     def patch(name: str) -> Patch:
         own, embedding = header.shared.get(name, (name, None))
@@ -169,7 +171,7 @@ def _native(source: Source) -> AdapterFile:
 
     return AdapterFile(
         "native",
-        OnDemand(source.path, [*header.records, *header.shared], patch),
+        OnDemand(source.path, [*left, *(name for name, own in header.shared.items() if own[0] in left)], patch),
         header.name,
         base=header.base | {k: header.base[own] for k, (own, _) in header.shared.items() if own in header.base},
         portable=header.portable,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.support.cells import TARGETS, wrapped
+from tests.support.readers import kohya
 
 EACH_TARGET = pytest.mark.parametrize("target", TARGETS)
 
@@ -133,9 +134,20 @@ def readable(family: str, component: str, target: str) -> bool:
     return not (target == "diffusers" and t5)
 
 
+def looked_for(family: str, component: str, target: str) -> Layers:
+    """The layers of a part of which the program reads adapters: sd-scripts not of those outside its blocks."""
+    known = {"sd35-medium": "sd3"}.get(family, family)
+    layers = PARTS[family, component]
+    return {path: m for path, m in layers.items() if target != "kohya" or kohya.made(f"{component}.{path}", known)}
+
+
+def of_part(family: str, component: str, adapter: str, target: str) -> nn.Module:
+    return _of_part(family, component, adapter, target == "kohya")
+
+
 @cache
-def of_part(family: str, component: str, adapter: str) -> nn.Module:
-    return wrapped(adapter, PARTS[family, component])
+def _of_part(family: str, component: str, adapter: str, blocks: bool) -> nn.Module:
+    return wrapped(adapter, looked_for(family, component, "kohya" if blocks else ""))
 
 
 def outputs(unet: Any, text_encoder: Any) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,6 +67,14 @@ def encode(adapter: Adapter, target: Target, shape: Shape, base: Tensor | None, 
     Raises:
         ExportError: if the program can hold neither the adapter nor its ΔW, with the reason.
     """
+    spelled = _encode(adapter, target, shape, base, bake=bake)
+    if adapter.linear:
+        return spelled
+    path = f"path='geodesic' is this library's own: at a strength s {target.title} adds s·ΔW"
+    return replace(spelled, note="; ".join(filter(None, (spelled.note, path))))
+
+
+def _encode(adapter: Adapter, target: Target, shape: Shape, base: Tensor | None, *, bake: bool) -> Encoding:
     reason = f"{adapter.kind} is to be baked"
     if not (bake and adapter.reads_base):
         form = form_of(adapter, shape)
@@ -102,7 +110,7 @@ def _additive(delta: Delta, target: Target, shape: Shape, kind: str = "") -> Enc
     with torch.no_grad():
         low = as_low_rank_stack(delta) if shape.experts > 1 else as_low_rank(delta)
     refusal = registry.additive(low).refusal(target, shape)
-    if target.dense and (refusal or low.rank * sum(delta.shape) >= shape.rows * shape.columns):
+    if target.is_dense(shape) and (refusal or low.rank * sum(delta.shape) >= shape.rows * shape.columns):
         return _other(Dense(delta.dense()), target)
     if refusal:
         why = target.refusal(LowRank.structure, shape)

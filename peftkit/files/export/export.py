@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +21,17 @@ from torch import nn
 from peftkit._version import __version__
 from peftkit.adapters.options import require_dtype
 from peftkit.delta import LowRank
-from peftkit.errors import ExportError, FileError, LossyError, OptionError, error_context, require_file
+from peftkit.errors import FileError, LossyError, OptionError, error_context, require_file
 from peftkit.files.entries import AdapterEntry, items_of_file, items_of_model, opened
 from peftkit.files.export import metadata, programs
 from peftkit.files.export.beside import Beside, as_changes, in_peft_folder
+from peftkit.files.export.exportable import require_exportable
 from peftkit.files.export.gguf_file import write_gguf
 from peftkit.files.export.gguf_names import GgufModel
 from peftkit.files.export.job import Job, jobs
 from peftkit.files.export.model_facts import ModelFacts, facts_of
 from peftkit.files.export.names import Members, family_of, named_modules
+from peftkit.files.export.networks import network_of
 from peftkit.files.export.peft_folder import FAN_IN_FAN_OUT, peft_type, write_peft
 from peftkit.files.export.programs import Target
 from peftkit.files.export.proof import Exported, proven
@@ -40,6 +42,7 @@ from peftkit.files.extras import listed
 from peftkit.files.families.names import Family
 from peftkit.files.formats import container, disk, embeddings, peft
 from peftkit.files.read import Reading, read
+from peftkit.files.resolve import families_of
 from peftkit.wrapping.divided import by_first_process
 from peftkit.wrapping.listing import Row, listing
 from peftkit.wrapping.pipeline import of_models
@@ -102,6 +105,12 @@ class _Request:
     training: Mapping[str, Any]
     extras: bool
     facts: ModelFacts
+
+    def of(self, family: Family | None) -> _Request:
+        """The same request, of a program that reads a network of this family."""
+        if family is None:
+            return self
+        return replace(self, goal=self.goal.of(network_of(family.name, family.components[0])))
 
     def __post_init__(self) -> None:
         suffix, own = self.path.suffix, self.goal.suffix
@@ -193,8 +202,9 @@ def export(
             beside = Beside({})
         return _export(entries, request, beside)
     with error_context(source):
-        apart = goal.transformer_style != "kohya"  # the style that keeps the layers of the original network
         bundle = read(source, **reading)
+        guessed = request.of(next(iter(families_of(bundle)), None)).goal
+        apart = guessed.transformer_style != "kohya"  # the style that keeps the layers of the original network
         whole = opened(base) if base is not None else None
         items = list(items_of_file(source, bundle, base if whole is None else whole, other_base, apart=apart))
         request = replace(request, facts=facts(None, whole, bundle.model))
@@ -206,7 +216,7 @@ def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) ->
     tied = [item for item in items if item.again and item.adapter.replaces and request.goal.beside]
     items = [item for item in items if item not in tied]  # PEFT puts trained tokens on all layers of a shared weight
     vectors, items = [item for item in items if item.vector], [item for item in items if not item.vector]
-    _require_exportable(items, vectors, request.goal)
+    require_exportable(items, vectors, request.goal)
     if beside.values and request.extras and not request.goal.beside:
         raise LossyError(
             f"{request.path}: {listed(list(beside.values))} trained beside the adapters, and what is written for "
@@ -214,6 +224,7 @@ def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) ->
             "leave them out, or save() has them"
         )
     family = family_of(items, request.family, request.component)
+    request = request.of(family)
     if any(item.flipped for item in items):  # PEFT has its other kinds on no Conv1D
         held = request.goal.reads & {LowRank.structure}, request.goal.decomposes & {(LowRank.structure, "out")}
         request = replace(request, goal=replace(request.goal, reads=held[0], decomposes=held[1]))
@@ -231,50 +242,6 @@ def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) ->
         weights = _write_file(found, request, family, vectors)
     left_out = () if request.extras else tuple(beside.values)
     return ExportReport(request.goal.name, request.path, weights, left_out, tuple(kept.values), notes)
-
-
-def _require_exportable(items: Sequence[AdapterEntry], vectors: Sequence[AdapterEntry], goal: Target) -> None:
-    """Refuse adapters of layers that the program does not adapt."""
-    if vectors and (not items or not (goal.beside or goal.norms)):
-        without = "" if items else " without adapters of matrices"
-        raise ExportError(
-            f"{vectors[0].name}: it is a norm's weight or a bias, and no file for {goal.title} is written with one"
-            f"{without}; keep it in this library's own format, or merge it"
-        )
-    for item in items:
-        reason = next((reason for refused, reason in _refusals(item, goal) if refused), None)
-        if reason is not None:
-            raise ExportError(f"{item.name}: {reason}")
-
-
-def _refusals(item: AdapterEntry, goal: Target) -> Iterator[tuple[bool, str]]:
-    """Yield whether an adapter is refused for its layer, and the reason. Only PEFT's folders hold most of them."""
-    stack = item.shape.experts > 1
-    yield (
-        item.embedding and "embeddings" not in goal.special,
-        f"it is an embedding, and {goal.title} reads no adapter of one; export it for peft, merge it, or keep it in "
-        "this library's own format",
-    )
-    yield (
-        item.flipped and "conv1d" not in goal.special,
-        f"its layer keeps the weight as (in, out), as GPT-2's Conv1D does, and {goal.title} adapts no such layers; "
-        "export it for peft, or merge it",
-    )
-    yield (
-        stack and "experts" not in goal.special,
-        f"it is a stack of {item.shape.experts} experts in one parameter, and {goal.title} adapts no such weights; "
-        "export it for peft, or merge it",
-    )
-    yield (
-        stack and item.transposed and bool(item.file),
-        "its matrices are kept as (in, out), which PEFT asks the module of the model about: load "
-        f"{item.file} onto the model and export that",
-    )
-    yield (
-        item.transposed and not stack and not item.flipped,
-        "no other program reads an adapter of a transposed convolution, whose weight is kept as (in, out); keep it in "
-        "this library's own format",
-    )
 
 
 def _consistent(modules: dict[str, Members], goal: Target, family: Family | None, bake: bool) -> Sequence[Job]:

@@ -63,7 +63,7 @@ def job(module: str, members: Members, goal: Target, family: Family | None, bake
         (only, item), *others = members
         if family is not None and (others or (only is not None and _is_fused(only, item, goal, family))):
             return _fuse(module, members, goal, family, bake)
-        goal = goal.on(item.embedding)
+        goal = goal.on(embedding=item.embedding, swapped=only is not None and only.swapped)
         spelled, shape = encode(item.adapter, goal, item.shape, item.base, bake=bake), item.shape
         if item.turned:
             assert spelled.form.change is not None  # PEFT has nothing but LoRA of stacks
@@ -85,6 +85,7 @@ def _fuse(module: str, members: Members, goal: Target, family: Family, bake: boo
     """The parts of a fused layer as one low-rank ΔW, block by block: rank Σ r, and zero rows for parts without one."""
     by_name = {m.name: item for m, item in members if m is not None}
     columns = members[0][1].shape.columns
+    goal = replace(goal, reads=goal.reads & {LowRank.structure}, decomposes=frozenset())
     parts: list[Part] = []
     blocks: list[LowRank | None] = []
     hows: set[str] = set()
@@ -96,7 +97,7 @@ def _fuse(module: str, members: Members, goal: Target, family: Family, bake: boo
             continue
         parts.append(Part(item, item.shape.rows, spec.swapped and not family.swaps(item.name)))
         own = encode(item.adapter, goal, item.shape, item.base, bake=bake)
-        assert own.form.change is not None  # such programs read no adapter that changes with its base
+        assert own.form.change is not None
         blocks.append(as_low_rank(own.form.change))
         hows.add("low rank" if own.form.lora is None else own.how)
     layout = [(low, part.rows, part.swapped) for low, part in zip(blocks, parts, strict=True)]

@@ -98,6 +98,11 @@ def _name(item: AdapterEntry, goal: Target, family: Family, component: str | Non
     if not goal.t5 and ".encoder.block." in module.name:
         name = item.path or item.name
         raise ExportError(f"{name!r} is of T5, for which no pipeline of {goal.title} loads an adapter")
+    if not goal.looks_for(module.name):
+        raise ExportError(
+            f"{item.name}: {goal.title} makes no adapter of this layer, and would ignore it; leave it out (save the "
+            f"adapter, and export that file with ignore={item.name + '.*'!r}), or export for comfyui"
+        )
     return (_generic_name(item, module, goal) if goal.any_model else _family_name(module, goal, family)), module
 
 

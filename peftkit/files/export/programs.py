@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from types import MappingProxyType
+from typing import Any
 
 from peftkit.delta import Dense, LowRank
 from peftkit.errors import require_choice
@@ -83,6 +85,10 @@ class Target:
         roots: whether it adapts a layer that is the whole model.
         vectors: whether it applies changes of biases and norms.
         norms: whether such changes are written for it, by the paths of any model.
+        unread: patterns of modules that it never looks for, by their names in families.
+        unturned: the structures it computes in the row order of the original network, on layers whose halves change
+            places, though the file has them in the order of diffusers.
+        by_network: what is otherwise on some networks, as other values of these attributes.
     """
 
     name: str
@@ -116,17 +122,31 @@ class Target:
     roots: bool = False
     vectors: bool = False
     norms: bool = False
+    unread: tuple[str, ...] = ()
+    unturned: frozenset[str] = frozenset()
+    by_network: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    @property
-    def dense(self) -> bool:
-        """Whether it reads a whole ΔW."""
-        return Dense.structure in self.reads
+    def of(self, network: str) -> Target:
+        """Return what it is on a network. See `networks.network_of`."""
+        return replace(self, **self.by_network.get(network, {}))
 
-    def on(self, embedding: bool) -> Target:
-        """Return what it reads on an embedding, where it reads any, or on any other layer.
+    def looks_for(self, module: str) -> bool:
+        """Whether it reads an adapter of a module, by its name in its family."""
+        return not any(fnmatchcase(module, pattern) for pattern in self.unread)
 
-        Of embeddings that is LoRA, with magnitudes per column of W (V, d), and trained tokens.
+    def is_dense(self, shape: Shape) -> bool:
+        """Whether it reads a whole ΔW of a weight of this shape."""
+        return Dense.structure in self.reads and not self.refusal(Dense.structure, shape)
+
+    def on(self, *, embedding: bool = False, swapped: bool = False) -> Target:
+        """Return what it reads on some layers.
+
+        Args:
+            embedding: of embeddings, LoRA with magnitudes per column of W (V, d), and trained tokens.
+            swapped: of layers whose halves are in the other order in the original network, all but `unturned`.
         """
+        if swapped and self.unturned:
+            return replace(self, limits=(*self.limits, Limit(_UNTURNED, structures=self.unturned))).on()
         if not embedding:
             return replace(self, reads=self.reads - {_TOKENS}) if _TOKENS in self.reads else self
         lora = LowRank.structure
@@ -144,6 +164,7 @@ _IN = frozenset({("lora", "in"), ("loha", "in"), ("lokr", "in")})
 _OUT = frozenset({("lora", "out"), ("loha", "out"), ("lokr", "out")})
 _TUCKER = frozenset({"lora", "loha"})
 
+_UNTURNED = "{title} has the two halves of this layer in the other order, in which it computes {structure}"
 _GROUPED = "{title} gives the adapter of a grouped convolution another meaning"
 _PEFT_FAILS = "PEFT fails on {structure} of a {dims}-dimensional convolution"
 #: made from the weight's own shape, so that groups change nothing
@@ -175,9 +196,13 @@ _FORGE = Target(
     _IN,
     tucker=_TUCKER,
     transformer_style="transformer",
+    # it has diffusers' names of Flux alone
+    by_network={"sd3": {"transformer_style": "kohya"}},
+    # it adds a whole ΔW as it is, and GLoRA is of the weight
+    unturned=frozenset({"full", "glora"}),
     also={
         "unet": frozenset({"ldm", "lycoris"}),
-        "sd3": frozenset({"kohya", "ldm"}),
+        "sd3": frozenset({"ldm"}),
         "flux": frozenset({"kohya", "ldm", "lycoris", "diffusers"}),
     },
     vectors=True,
@@ -190,6 +215,7 @@ _COMFYUI = Target(
     nonlinear=frozenset({"oft", "boft"}),
     tucker=_TUCKER,
     transformer_style="transformer",
+    unturned=frozenset({"oft", "boft", "glora"}),
     also={
         "unet": frozenset({"ldm", "lycoris"}),
         "sd3": frozenset({"kohya", "ldm", "lycoris", "diffusers"}),
@@ -207,6 +233,12 @@ _KOHYA = Target(
         Limit("sd-scripts has no adapters of {dims}-dimensional convolutions", dims=frozenset({1, 3})),
         Limit(_GROUPED, grouped=True),
     ),
+    text_projection=False,
+    # it makes adapters inside the blocks, and for the first layers of Flux and all of SD 3
+    by_network={
+        "unet": {"unread": ("unet.conv_in", "unet.conv_out", "unet.time_embedding.*", "unet.add_embedding.*")},
+        "flux": {"unread": ("transformer.norm_out.linear", "transformer.proj_out")},
+    },
 )
 _LYCORIS = Target(
     "lycoris",
@@ -285,24 +317,6 @@ _LLAMA_CPP = Target(
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {program.name: program for program in (_A1111, _FORGE, _COMFYUI, _KOHYA, _LYCORIS, _DIFFUSERS, _PEFT, _LLAMA_CPP)}
 )
-
-
-def styles_read(target: Target, family: str, denoiser: str, component: str) -> frozenset[str]:
-    """Return the styles of module names that a program looks for.
-
-    Args:
-        target: the program.
-        family: of the model, such as "sdxl".
-        denoiser: the component of the family that denoises, "unet" or "transformer".
-        component: the one whose names are asked for.
-    """
-    own = target.style if denoiser == "unet" else target.transformer_style
-    if own is None:
-        return frozenset()
-    if component != denoiser:
-        return frozenset({own, target.encoder_style or own})
-    network = denoiser if denoiser == "unet" else "flux" if family.startswith("flux") else "sd3"
-    return frozenset({own}) | target.also.get(network, frozenset())
 
 
 def get(name: str) -> Target:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from peftkit.errors import FileError, require_file
+from peftkit.files.formats.oft_parts import OFT_PARTS
 from peftkit.files.formats.patch import Patch
 from peftkit.files.formats.structures import LOHA_PARTS, LOKR_PARTS, READERS, Scale, decompose
 
@@ -41,6 +42,7 @@ SUFFIXES: Mapping[str, str] = MappingProxyType(
         **{f".hada_{part}": f"hada_{part}" for part in LOHA_PARTS},
         **{f".lokr_{part}": f"lokr_{part}" for part in LOKR_PARTS},
         ".oft_blocks": "oft_blocks",
+        **{f".{part}": part for part in OFT_PARTS},
         ".rescale": "rescale",
         ".oft_R.weight": "oft_R",
         ".oft_R.default.weight": "oft_R",
@@ -60,7 +62,7 @@ PROPORTIONAL = frozenset(
     | {"up_bias", "diff_b", "w_norm", "b_norm"}
 )
 #: the tensors beside which no other one scales ΔW
-DISPROPORTIONATE = frozenset({"dora_scale", "magnitude", "oft_blocks", "oft_R", "ia3_l"})
+DISPROPORTIONATE = frozenset({"dora_scale", "magnitude", "oft_blocks", *OFT_PARTS, "oft_R", "ia3_l"})
 
 #: the tensors that are no part of a matrix: changes of a bias or a norm, and α
 VECTORS = frozenset({"diff_b", "up_bias", "w_norm", "b_norm"})

@@ -27,6 +27,7 @@ class Patch:
     is kept as (in, out): a transposed convolution's, or with a kernel of () a Conv1D's of GPT-2. read: whether it acts
     where other code reads the weight. embedding: whether the weight is an embedding's, a row for each token.
     quantised: whether it was trained on a quantised weight.
+    on_kernel: what is to be known where the weight has a kernel larger than 1, as a warning.
     same_as: the patch whose adapter this one is, on another layer of a shared weight.
     """
 
@@ -44,6 +45,7 @@ class Patch:
     per_channel: bool = False
     read: bool = False
     quantised: bool = False
+    on_kernel: str = ""
 
     @property
     def rank(self) -> int | None:

@@ -27,6 +27,11 @@ from peftkit.geometry import Shape
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
+#: of OFT on a convolution with a larger kernel, where PEFT's forward and its merge are not the same
+_MERGED = (
+    "PEFT rotates patches of the input that overlap, which no change of the weight does; the file is read as "
+    "merge_and_unload() of PEFT merges it, which is not the forward that PEFT trained"
+)
 #: layers that PEFT saves whole, unasked, where the vocabulary was resized
 _SAVED_EMBEDDINGS = ("embed_tokens", "lm_head")
 #: the entries of a configuration that are about the model
@@ -256,10 +261,18 @@ def _oft(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Pat
     series = "use_cayley_neumann" not in config or _flag(config, "use_cayley_neumann")
     options: dict[str, Any] = {"block_size": b, "side": "in"}
     if series:
-        options["terms"] = config.get("num_cayley_neumann_terms", 5)
+        vectors, options["terms"] = _series(vectors, config.get("num_cayley_neumann_terms", 5))
     words = f"1: {'Cayley–Neumann series' if series else 'Cayley transform, of the inverse rotation'}, on the input"
     skew = vectors if series else -vectors
-    return Patch("oft", options, Shape(0, vectors.shape[0] * b), {"skew": skew}, kernel_known=False, scale=words)
+    shape = Shape(0, vectors.shape[0] * b)
+    return Patch("oft", options, shape, {"skew": skew}, False, scale=words, on_kernel=_MERGED)
+
+
+def _series(vectors: Tensor, terms: Any) -> tuple[Tensor, int]:
+    """Return what has PEFT's rotation by so many terms: its 2 are I + 2Q, and its 3 are the same as its 4."""
+    fits = type(terms) is int and 2 <= terms <= 1000
+    require_file(fits, CONFIG, f"num_cayley_neumann_terms is {terms!r:.40}, an integer from 2 to 1000 was expected")
+    return (vectors * 2, 2) if terms == 2 else (vectors, max(terms, 4))
 
 
 def _only(module: str, t: Mapping[str, Tensor], role: str) -> Tensor:

@@ -101,9 +101,11 @@ def _oft(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
     """Blocks A of kohya and LyCORIS: Q = A − Aᵀ, W' = Rᵀ·W on output rows, so this library's Q is Aᵀ − A."""
     _require(module, t, {"oft_blocks"}, {"rescale"})
     A = t["oft_blocks"]
-    require_file(A.dim() in (3, 4) and A.shape[-1] == A.shape[-2] > 1, module, "oft_blocks are no square blocks")
+    require_file(A.dim() in (3, 4) and A.shape[-1] == A.shape[-2], module, "oft_blocks are no square blocks")
     size = A.shape[-3] * A.shape[-1]
     require_file("rescale" not in t or t["rescale"].numel() == size, module, f"rescale has not {size} factors")
+    if A.shape[-1] == 1:
+        return _of_one_row(t, size)
     if A.dim() == 4:
         return _boft(t, scale(module, None))
     n, b, _ = A.shape
@@ -115,6 +117,14 @@ def _oft(module: str, t: Mapping[str, Tensor], scale: Scale) -> Patch:
         options |= {"rescale": True}
         tensors["rescale"] = t["rescale"].flatten()
     return Patch("oft", options, Shape(n * b, 0), tensors, kernel_known=False, scale=words)
+
+
+def _of_one_row(t: Mapping[str, Tensor], size: int) -> Patch:
+    """Blocks of one row, as LyCORIS makes them of a prime number of rows: they rotate nothing, and rescale scales."""
+    gate = t["rescale"].flatten().float() - 1 if "rescale" in t else torch.zeros(size)
+    return Patch(
+        "ia3", {"side": "out"}, Shape(size, 0), {"gate": gate}, False, scale="1: blocks of one row do not rotate"
+    )
 
 
 def _boft(t: Mapping[str, Tensor], constraint: tuple[dict[str, Any], str]) -> Patch:

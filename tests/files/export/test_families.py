@@ -11,7 +11,18 @@ from torch import nn
 
 import peftkit as pk
 from peftkit.errors import ExportError
-from tests.support.architectures import EACH_TARGET, PARTS, Layers, clip, conv, linear, of_part, readable, tensors
+from tests.support.architectures import (
+    EACH_TARGET,
+    PARTS,
+    Layers,
+    clip,
+    conv,
+    linear,
+    looked_for,
+    of_part,
+    readable,
+    tensors,
+)
 from tests.support.cells import out, require_equal, require_read, require_same_forward, truths, weights, wrapped
 from tests.support.files import metadata
 from tests.support.readers import READERS
@@ -33,7 +44,7 @@ def test_a_module_of_every_kind_of_a_family_is_found(
     family: str, component: str, adapter: str, target: str, tmp_path: Path
 ) -> None:
     """LyCORIS and PEFT load onto any one model, by its own paths; the others by the names they know of the family."""
-    model = of_part(family, component, adapter)
+    model = of_part(family, component, adapter, target)
     path = out(tmp_path, target)
     if not readable(family, component, target):
         with pytest.raises(ExportError):
@@ -71,7 +82,8 @@ def test_the_parts_of_a_pipeline_go_into_one_file(
     family: str, components: tuple[str, ...], target: str, tmp_path: Path
 ) -> None:
     """But LyCORIS and PEFT, which load one model at a time."""
-    layers = {f"{part}.{path}": make for part in components for path, make in PARTS[family, part].items()}
+    parts = {part: looked_for(family, part, target) for part in components}
+    layers = {f"{part}.{path}": make for part in components for path, make in parts[part].items()}
     model = wrapped("lora", layers)
     path = out(tmp_path, target)
     if target in ("lycoris", "peft") or not readable(family, components[0], target):
@@ -127,10 +139,7 @@ def test_one_of_three_fused_projections_leaves_the_others_as_they_are(tmp_path: 
 
 
 def test_the_last_modulation_of_sd3s_text_is_in_the_order_of_the_original(tmp_path: Path) -> None:
-    """Nothing reads the text after it: diffusers has (scale, shift) there, the original (shift, scale) as elsewhere.
-
-    By hand, because the readers know the last block as any other.
-    """
+    """Nothing reads the text after it: diffusers has (scale, shift) there, the original (shift, scale) as elsewhere."""
     for block, swapped in ((22, False), (23, True)):
         name = f"transformer_blocks.{block}.norm1_context.linear"
         model = wrapped("lora", {name: linear(16, 8)})

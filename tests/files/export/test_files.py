@@ -139,7 +139,7 @@ def test_the_header_says_which_model_the_file_is_for(family: str, target: str, t
     if not readable(family, "transformer" if family == "flux" else "unet", target):
         return
     component = "transformer" if family == "flux" else "unet"
-    model = of_part(family, component, "lora")
+    model = of_part(family, component, "lora", target)
     path = tmp_path / "style.safetensors"
     pk.export(model, path, target, family=family, title="A style")
     entries = metadata(path)

@@ -51,14 +51,16 @@ def test_coverage_of_unet_names(family: str, tmp_path: Path) -> None:
     ldm = ["lora_unet_" + unet_names.to_ldm(path, family).replace(".", "_") for path in paths]
     lycoris = ["lycoris_" + path.replace(".", "_") for path in paths]
     every = set(paths)
-    for loader in ("comfyui", "forge", "kohya", "lycoris"):
+    outside = {path for path in every if path.startswith(("conv_", "time_embedding", "add_embedding"))}
+    for loader in ("comfyui", "forge", "lycoris"):
         assert found(loader, diffusers, family, tmp_path) == every
+    assert found("kohya", diffusers, family, tmp_path) == every - outside
     assert found("a1111", diffusers, family, tmp_path) == every - ABSENT_IN_A1111[family]
     linear = {path for path in every if "norm" not in path}
     assert found("diffusers", diffusers, family, tmp_path) & linear == linear - ABSENT_IN_DIFFUSERS[family]
     for loader in ("comfyui", "forge", "a1111", "lycoris"):
         assert found(loader, ldm, family, tmp_path) == every
-    assert found("kohya", ldm, family, tmp_path) == (every if family == "sdxl" else set())
+    assert found("kohya", ldm, family, tmp_path) == (every - outside if family == "sdxl" else set())
     in_diffusers = found("diffusers", ldm, family, tmp_path)
     if family == "sdxl":
         assert in_diffusers >= linear
@@ -138,9 +140,9 @@ def test_fused_attention(tmp_path: Path) -> None:
             for name, rows in zip(QKV, up.chunk(3), strict=True)
             for tensor, value in (("lora_up.weight", rows), ("lora_down.weight", down), ("alpha", t(2.0)))
         }
-        readers = {"comfyui": (fused, split), "forge": (fused, split), "kohya": (fused,), "lycoris": (fused,)}
+        readers = {"comfyui": (fused, split), "forge": (fused,), "kohya": (fused,), "lycoris": (fused,)}
         if family == "flux":
-            readers["diffusers"] = (fused,)
+            readers |= {"diffusers": (fused,), "forge": (fused, split)}
         for loader, files in readers.items():
             for file in files:
                 outcome = READERS[loader](write_adapter(tmp_path, file), QKV, family)
@@ -173,6 +175,22 @@ def test_swapped_halves(tmp_path: Path) -> None:
     swapped = torch.cat([up[2:], up[:2]]) @ down
     assert near(READERS["comfyui"](write_adapter(tmp_path, own), weights, "flux").deltas.popitem()[1], swapped)
     assert near(READERS["comfyui"](write_adapter(tmp_path, theirs), weights, "flux").deltas.popitem()[1], up @ down)
+
+
+def test_what_is_not_turned_with_swapped_halves(tmp_path: Path) -> None:
+    """ComfyUI turns ΔW of its own weight, whose rows OFT and GLoRA mix before; Forge adds a whole ΔW as it is."""
+    name = "transformer.norm_out.linear"
+    weight, change = torch.randn(4, 2), torch.randn(4, 2)
+    swap = [2, 3, 0, 1]
+    whole = write_adapter(tmp_path, keyed("lora_transformer_norm_out_linear", {"diff": change}))
+    assert near(READERS["comfyui"](whole, {name: weight}, "flux").deltas[name], change)
+    assert near(READERS["forge"](whole, {name: weight}, "flux").deltas[name], change[swap])
+    quarter = t([0.0, 0.5], [0.0, 0.0])  # R = ((.6, .8), (-.8, .6)), applied as Rᵀ to a block of two rows
+    blocks = torch.stack([quarter, torch.zeros(2, 2)])
+    file = write_adapter(tmp_path, keyed("lora_transformer_norm_out_linear", {"oft_blocks": blocks}))
+    turned = t([0.6, -0.8], [0.8, 0.6]) @ weight[2:] - weight[2:]  # rows 2 and 3 are the first two of ComfyUI's
+    expected = torch.cat([turned, torch.zeros(2, 2)])
+    assert near(READERS["comfyui"](file, {name: weight}, "flux").deltas[name], expected)
 
 
 def test_every_place_is_its_own() -> None:

@@ -22,6 +22,7 @@ from .model import (
     own_core,
     split_components,
     text_encoder,
+    turn,
 )
 from .result import Read, Refused, result
 from .unet_names import UNETS
@@ -35,7 +36,7 @@ class Unpatched(Exception):  # noqa: N818
 
 def read(path: Path, weights: Mapping[str, Tensor], family: str | None, strength: float = 1.0) -> Read:
     tensors = read_tensors(path)
-    patches, _ = load(tensors, names(weights, family), ADAPTERS, same_shape)
+    patches, _ = load(tensors, names(weights, family), ADAPTERS, Diff(same_shape, turns=True))
     deltas: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
     used: list[str] = []
@@ -117,12 +118,18 @@ def text_names(components: Mapping[str, Mapping[str, Tensor]], family: str) -> d
 
 
 def slices(weights: Mapping[str, Tensor], family: str) -> dict[str, Module]:
-    """Diffusers' modules; where the model fuses them each is a (key, offset) pair, which has no bias (lora.py:446)."""
+    """Diffusers' modules, as (key, offset, function) where the model fuses them or has their halves the other way.
+
+    Such a triple has no bias (lora.py:446). The weight is the model's, and the function turns what is added to it.
+    """
     components = split_components(weights, family)
     places = core_places(components, family)
     slices = own_core(components)
     for path, module in slices.items():
-        module.sliced = path in places and places[path].parts > 1
+        if path in places:
+            module.turned = places[path].swapped
+            module.sliced = places[path].parts > 1 or module.turned
+            module.parts = {i: (name, weight, module.turned) for i, (name, weight, _) in module.parts.items()}
     return slices
 
 
@@ -156,6 +163,11 @@ class Set:
     own: Tensors
     alpha: float | None
     dora_scale: Tensor | None
+    turned: bool = False
+
+    def function(self, change: Tensor) -> Tensor:
+        """What the key map does to a change before it is added: the two halves of the rows change places."""
+        return turn(change, self.turned)
 
     def take(self, name: str) -> Tensor:
         if name not in self.own:
@@ -169,11 +181,23 @@ class Set:
 Adapter = Callable[[Set], "Found | None"]
 
 
+@dataclass
+class Diff:
+    """How a whole ΔW is added. fit: brings it to the shape of the weight; turns: the function is applied to it."""
+
+    fit: Callable[[Tensor, Tensor], Tensor]
+    turns: bool
+
+    def added(self, change: Tensor, module: Module) -> Delta:
+        turned = self.turns and module.turned
+        return lambda weight, strength: turn(self.fit(change, weight), turned) * strength
+
+
 def load(
     tensors: Tensors,
     modules: Mapping[str, Module],
     adapters: list[Adapter],
-    fit_diff: Callable[[Tensor, Tensor], Tensor],
+    diff: Diff,
 ) -> tuple[list[Patch], set[str]]:
     """The patches, and the keys the loader counts as loaded (comfy/lora.py:53). The last adapter that matches wins."""
     sets = _sets(tensors)
@@ -186,7 +210,7 @@ def load(
         alpha = own.get("alpha")
         if alpha is not None and alpha.numel() != 1:
             raise Refused(f"alpha of {name} has {alpha.numel()} elements")
-        group = Set(own, None if alpha is None else alpha.item(), own.get("dora_scale"))
+        group = Set(own, None if alpha is None else alpha.item(), own.get("dora_scale"), module.turned)
         loaded |= {f"{name}.{key}" for key in ("alpha", "dora_scale") if key in own}
         won = None
         for adapter in adapters:
@@ -195,7 +219,7 @@ def load(
                 loaded |= {_key(name, key) for key in found.taken}
         for key in ("w_norm", "diff", "set_weight"):
             if key in own:
-                won = Found([key], _replaced(own[key]) if key == "set_weight" else _added(own[key], fit_diff))
+                won = Found([key], _replaced(own[key]) if key == "set_weight" else diff.added(own[key], module))
                 loaded.add(f"{name}.{key}")
         if won:
             patches.append(Patch(module, won.delta, [_key(name, key) for key in won.taken if key in own]))
@@ -240,10 +264,6 @@ def _sets(tensors: Tensors) -> dict[str, Tensors]:
             if key.endswith(suffix):
                 sets.setdefault(key.removesuffix(suffix), {})[suffix] = tensor
     return sets
-
-
-def _added(diff: Tensor, fit: Callable[[Tensor, Tensor], Tensor]) -> Delta:
-    return lambda weight, strength: fit(diff, weight) * strength
 
 
 def _scaled(bias: Tensor) -> Delta:
@@ -303,7 +323,7 @@ def lora(pairs: list[tuple[str, str]], reshapes: bool, fit: Callable[[Tensor, Te
                     raise Refused("lora_mid of a Conv1d or Conv3d: the generation fails")
                 factor = torch.einsum("mnkl,ni->mikl", mid, down.flatten(1))
             change = fit(algebra.product(up, factor), weight) * group.scale(down.shape[0])
-            return decomposed(weight, change, group.dora_scale, strength)
+            return decomposed(weight, group.function(change), group.dora_scale, strength)
 
         extras = ["alpha", "dora_scale", *(["lora_mid.weight"] if mid is not None else [])]
         return Found([*pair, *extras, *(["reshape_weight"] if target is not None else [])], delta)
@@ -331,7 +351,7 @@ def loha(group: Set) -> Found | None:
         else:
             change = algebra.tucker(core1, out1.mT, into1) * algebra.tucker(core2, out2.mT, into2)
         change = change.reshape(weight.shape) * group.scale(into1.shape[0])
-        return decomposed(weight, change, group.dora_scale, strength)
+        return decomposed(weight, group.function(change), group.dora_scale, strength)
 
     taken = ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "alpha", "dora_scale"]
     return Found(taken, delta)
@@ -360,7 +380,7 @@ def lokr(group: Set) -> Found | None:
             first = first[..., None, None]
         change = torch.kron(first, second.contiguous())  # of 2-D and 3-D or 5-D: not C ⊗ D, but of the right size
         change = change.reshape(weight.shape) * (1.0 if rank is None else group.scale(rank))
-        return decomposed(weight, change, group.dora_scale, strength)
+        return decomposed(weight, group.function(change), group.dora_scale, strength)
 
     factors = ["lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"]
     return Found([*factors, "alpha", "dora_scale"], delta)
@@ -382,7 +402,7 @@ def glora(group: Set) -> Found | None:
         else:
             change = torch.einsum("oi...,ir,rj->oj...", weight, fa1, fa2) + (fb1 @ fb2).reshape(weight.shape)
             rank = a2.shape[0]
-        return strength * group.scale(rank) * change.reshape(weight.shape)
+        return strength * group.scale(rank) * group.function(change.reshape(weight.shape))
 
     return Found(["a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"], delta)
 
@@ -422,8 +442,8 @@ def boft(group: Set) -> Found | None:
 def _multiplied(group: Set, weight: Tensor, change: Tensor, strength: float) -> Tensor:
     """A dora_scale beside OFT makes the constraint a factor of ΔW."""
     if group.dora_scale is None:
-        return strength * change
-    return decomposed(weight, (group.alpha or 0.0) * change, group.dora_scale, strength)
+        return strength * group.function(change)
+    return decomposed(weight, group.function((group.alpha or 0.0) * change), group.dora_scale, strength)
 
 
 ADAPTERS: list[Adapter] = [lora(PAIRS_COMFYUI, True, same_count), loha, lokr, glora, oft, boft]

@@ -119,12 +119,16 @@ _NORM = re.compile(r"\.norm_(added_)?[qk]$")
 _NUMBER = re.compile(r"(?<=blocks\.)\d+")
 
 
-def place(path: str, family: str) -> Place | None:
-    """Where the diffusers module `path` lies in the model's own layout; None for the norms inside attention."""
+def place(path: str, family: str, shape: tuple[int, ...] = ()) -> Place | None:
+    """Where the diffusers module `path` lies in the model's own layout; None for the norms inside attention.
+
+    The last block of SD3 modulates its text by a scale and a shift alone, and diffusers has these the other way.
+    """
     if _NORM.search(path):
         return None
     number = _NUMBER.search(path)
     found = TABLES[family].get(_NUMBER.sub("{}", path, count=1))
     if found is None:
         raise ValueError(f"{path} is no module of {family} in diffusers' names")
-    return Place(found.module.format(number[0] if number else ""), found.part, found.parts, found.swapped)
+    ends = path.endswith(".norm1_context.linear") and len(shape) == 2 and shape[0] == 2 * shape[1]
+    return Place(found.module.format(number[0] if number else ""), found.part, found.parts, found.swapped or ends)

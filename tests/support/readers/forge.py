@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import comfyui
-from .comfyui import Unpatched
+from .comfyui import Diff, Unpatched
 from .container import read_tensors
 from .model import Module, dotted, ldm_core, named, split_components
 from .result import Read, Refused, result
@@ -24,7 +24,7 @@ MAX_LEFTOVERS = 12
 
 def read(path: Path, weights: Mapping[str, Tensor], family: str | None, strength: float = 1.0) -> Read:
     tensors = read_tensors(path)
-    patches, loaded = comfyui.load(tensors, names(weights, family), ADAPTERS, padded_kernel)
+    patches, loaded = comfyui.load(tensors, names(weights, family), ADAPTERS, Diff(padded_kernel, turns=False))
     leftovers = sorted(set(tensors) - loaded)
     if len(leftovers) > MAX_LEFTOVERS:
         raise Refused(f"networks.py:25: {len(leftovers)} tensors fit nothing: {leftovers}")
@@ -44,7 +44,7 @@ def read(path: Path, weights: Mapping[str, Tensor], family: str | None, strength
 
 
 def names(weights: Mapping[str, Tensor], family: str | None) -> dict[str, Module]:
-    """ComfyUI's names but `text_encoders.` and, for SD3, those in diffusers' spelling; no generic models."""
+    """ComfyUI's names but `text_encoders.` and, for SD3, any in diffusers' spelling (:363); no generic models."""
     if family is None:
         return {}
     components = split_components(weights, family)
@@ -52,12 +52,11 @@ def names(weights: Mapping[str, Tensor], family: str | None) -> dict[str, Module
     found = {**named("lora_unet_", ldm), **named("diffusion_model.", ldm, dotted)}
     if family in UNETS:
         found.update(comfyui.unet_names(diffusers))
-    else:
+    if family == "flux":
         found.update(named("lora_transformer_", diffusers))
+        found.update(named("transformer.", diffusers, dotted))
     if family != "sd3":
         found.update(named("lycoris_", diffusers))
-    if family == "flux":
-        found.update(named("transformer.", diffusers, dotted))
     return {**found, **comfyui.text_names(components, family)}
 
 

@@ -5,6 +5,7 @@ SD1.5 and SD2 U-Nets have diffusers' names, SDXL, SD3 and Flux their own. A file
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,7 +33,12 @@ def names(weights: Mapping[str, Tensor], family: str | None, prefix: str) -> dic
         return {}
     components = split_components(weights, family)
     own, diffusers = ldm_core(components, family), own_core(components)
-    encoders = [text_encoder(components, name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
+    own = {path: module for path, module in own.items() if made(module.name, family)}
+    diffusers = {path: module for path, module in diffusers.items() if made(module.name, family)}
+    encoders = [
+        {path: module for path, module in text_encoder(components, name).items() if made(module.name, family)}
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3")
+    ]
     if family in ("sd15", "sd2"):
         return {**named(prefix, diffusers), **named("lora_te_", encoders[0])}
     found = named(prefix, own)
@@ -43,6 +49,21 @@ def names(weights: Mapping[str, Tensor], family: str | None, prefix: str) -> dic
     for number, encoder in enumerate(encoders, 1):
         found.update(named(f"lora_te{number}_", encoder))
     return found
+
+
+#: the classes inside which a module is made, by what diffusers calls their modules: lora.py:867, lora_flux.py:708,
+#: lora_sd3.py:231; then the layers outside the blocks that are added for a file that has them (in_dims, emb_dims)
+UNET = re.compile(r"unet\..*\.(attentions|resnets|downsamplers|upsamplers)\.\d+\..+")
+CLIP = re.compile(r"text_encoder(_\d)?\.(.*\.)?(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
+T5 = re.compile(r"text_encoder_\d\.encoder\.block\.\d+\.layer\.\d\.(SelfAttention\.[qkvo]|DenseReluDense\.w.*)")
+FLUX = re.compile(r"transformer\.((single_)?transformer_blocks\..+|x_embedder|context_embedder|time_text_embed\..+)")
+SD3 = re.compile(r"transformer\..+")
+
+
+def made(name: str, family: str) -> bool:
+    """Whether create_network_from_weights makes a module for a layer, by its canonical name."""
+    kinds = {"flux": (FLUX, CLIP, T5), "sd3": (SD3, CLIP, T5)}.get(family, (UNET, CLIP))
+    return any(kind.fullmatch(name) for kind in kinds)
 
 
 def _lora(tensors: Tensors, modules: Mapping[str, Module], strength: float) -> Read:

@@ -22,7 +22,8 @@ class Module:
 
     parts: dict[int, tuple[str, Tensor, bool]] = field(default_factory=dict)
     count: int = 1
-    sliced: bool = False  # a row slice of a fused weight
+    sliced: bool = False  # a row slice of a fused weight, or one with a function
+    turned: bool = False  # what is added to the weight gets its halves exchanged first
 
     @property
     def weight(self) -> Tensor:
@@ -30,7 +31,7 @@ class Module:
         if len(self.parts) != self.count:
             names = [name for name, _, _ in self.parts.values()]
             raise ValueError(f"the file names a fused weight of {self.count} parts; the base holds only {names}")
-        return torch.cat([_turn(weight.to(torch.float64), swap) for _, (_, weight, swap) in sorted(self.parts.items())])
+        return torch.cat([turn(weight.to(torch.float64), swap) for _, (_, weight, swap) in sorted(self.parts.items())])
 
     @property
     def name(self) -> str:
@@ -42,10 +43,11 @@ class Module:
         ordered = [part for _, part in sorted(self.parts.items())]
         rows = torch.split(delta, [weight.shape[0] for _, weight, _ in ordered])
         for (name, _, swap), piece in zip(ordered, rows, strict=True):
-            yield name, _turn(piece, swap)
+            yield name, turn(piece, swap)
 
 
-def _turn(rows: Tensor, swap: bool) -> Tensor:
+def turn(rows: Tensor, swap: bool) -> Tensor:
+    """The two halves of the rows, exchanged."""
     return torch.cat(rows.chunk(2)[::-1]) if swap else rows
 
 
@@ -87,7 +89,8 @@ def core_places(components: Mapping[str, Mapping[str, Tensor]], family: str | No
     paths = [path for core in CORES for path in components.get(core, {})]
     if family in unet_names.UNETS:
         return {path: Place(unet_names.to_ldm(path, family)) for path in paths}
-    return {path: place for path in paths if (place := dit_names.place(path, family))}
+    shapes = {path: tuple(weight.shape) for core in CORES for path, weight in components.get(core, {}).items()}
+    return {path: place for path in paths if (place := dit_names.place(path, family, shapes[path]))}
 
 
 def ldm_core(components: Mapping[str, Mapping[str, Tensor]], family: str | None) -> dict[str, Module]:
