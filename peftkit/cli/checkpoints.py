@@ -18,9 +18,10 @@ from peftkit.cli.options import (
     RankOptions,
     ReadingOptions,
     RebaseOptions,
+    Rename,
     among,
 )
-from peftkit.cli.strengths import strengths
+from peftkit.cli.strengths import rules, strengths
 from peftkit.cli.terminal import dtype_of, progress_bar, show, warn
 
 #: the share of ΔW above which what the dtype loses is worth a warning: by then most of the adapter is not there
@@ -76,6 +77,7 @@ def extract(
     kind: Annotated[str, among("--kind", "-k", words=EXTRACTED)] = "lora",
     factor: Factor = 8,
     targets: Annotated[list[str] | None, typer.Option(help="Patterns of weights; all by default.")] = None,
+    rename: Rename = None,
     dtype: Dtype = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .pt, .ckpt and .bin files, as data only.")
@@ -97,6 +99,7 @@ def extract(
                 kind,
                 factor=factor,
                 targets=targets or "*",
+                rename=rules(rename or []),
                 dtype=dtype_of(dtype),
                 allow_pickle=allow_pickle,
                 overwrite=output.force,

@@ -57,6 +57,10 @@ Force = Annotated[
     bool, typer.Option("--force", help="Write over what is there, also over an input; never what is read-only.")
 ]
 Dtype = Annotated[str | None, among("--dtype", words=tuple(DTYPES), help="Of the tensors.")]
+Rename = Annotated[
+    list[str] | None,
+    typer.Option(help="OLD=NEW: other names for the modules that the pattern OLD matches.", metavar="OLD=NEW"),
+]
 Factor = Annotated[int, typer.Option(help="The bound on LoKr's small factor.")]
 
 
@@ -70,10 +74,7 @@ class ReadingOptions:
         str | None, typer.Option(help="α where a file does not say it: a number, or rank for a scale of 1.")
     ] = None
     ignore: Annotated[list[str] | None, typer.Option(help="A pattern of keys in adapter files to leave out.")] = None
-    rename: Annotated[
-        list[str] | None,
-        typer.Option(help="OLD=NEW: other names for the modules that the pattern OLD matches.", metavar="OLD=NEW"),
-    ] = None
+    rename: Rename = None
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .pt, .ckpt and .bin files, as data only.")
     ] = False

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from peftkit.delta import Delta, Dense
 from peftkit.delta.distance import relative
 from peftkit.delta.truncation import Keep
-from peftkit.errors import MismatchError, OptionError, error_context
+from peftkit.errors import MismatchError, OptionError, error_context, require_option
 from peftkit.files.base import Base, open_base
 from peftkit.files.export.write import write_native
 from peftkit.files.families.layouts import Placement
@@ -26,6 +27,7 @@ from peftkit.files.formats.disk import require_output
 from peftkit.files.kinds import Kind, Recipe, cast, computing, keep_of, kind_of
 from peftkit.files.patterns import Selection
 from peftkit.files.place import FLOATS, paths_of
+from peftkit.files.rename import Renames, nearest_rule
 from peftkit.geometry import Shape
 from peftkit.wrapping.listing import Row, listing
 
@@ -93,6 +95,7 @@ def extract(
     threshold: float | None = None,
     factor: int = 8,
     targets: str | Sequence[str] = "*",
+    rename: Mapping[str, str] = MappingProxyType({}),
     dtype: torch.dtype | None = None,
     seed: int = 0,
     allow_pickle: bool = False,
@@ -113,6 +116,8 @@ def extract(
         threshold: for lora, keep the singular values of at least this share of the largest.
         factor: the bound on the small factor of lokr.
         targets: patterns of modules and weights.
+        rename: {pattern: replacement} over the names of the tuned checkpoint's modules and tensors, as in `read`, where
+            they are others than the base's.
         dtype: of the tensors, by default that of the factors.
         seed: of the random projections.
         allow_pickle: read checkpoints that are pickles, as data.
@@ -142,8 +147,8 @@ def extract(
     before, after = open_base(base, allow_pickle=allow_pickle), open_base(tuned, allow_pickle=allow_pickle)
     chosen, made = Selection(targets), _Extraction(goal, keep, factor, seed, dtype)
     with error_context(f"{tuned} and {base}", tuned, base):
-        _require_same_model(before, after)
-        made.take(before, after, chosen, progress or (lambda done, total: None))
+        theirs = _counterparts(before, after, rename)
+        made.take(before, after, theirs, chosen, progress or (lambda done, total: None))
     if chosen.unmatched:
         raise OptionError(f"targets: {chosen.unmatched[0]!r} matches no tensor of {base}")
     if not made.deltas:
@@ -169,14 +174,21 @@ class _Extraction:
         self.unchanged: list[str] = []
         self.left: dict[str, float] = {}  # changed tensors that are no layer's -> ‖X‖
 
-    def take(self, before: Base, after: Base, chosen: Selection, progress: Callable[[int, int], None]) -> None:
-        """Take the differences of the chosen tensors, one after another."""
+    def take(
+        self,
+        before: Base,
+        after: Base,
+        theirs: Mapping[str, str],
+        chosen: Selection,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        """Take the differences of the chosen tensors, one after another. theirs: what the tuned one calls each."""
         done = 0
         for key, parts in _parts_of(before):
             info = before.info(key)
             wanted = [(name, part) for name, part in parts if chosen.has(name, key)]
             if info.dtype in FLOATS and (wanted or (not parts and chosen.has(key))):
-                self._add(key, *_difference(before, after, key), wanted)
+                self._add(key, *_difference(before.tensor(key), after.tensor(theirs[key])), wanted)
             done += info.size
             progress(done, before.size)
 
@@ -224,21 +236,31 @@ def _parts_of(base: Base) -> Iterator[tuple[str, list[tuple[str, Placement]]]]:
     yield from ((key, parts[key]) for key in base.where)
 
 
-def _difference(before: Base, after: Base, key: str) -> tuple[Tensor, Tensor]:
+def _difference(W: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
     """W and tuned − W, the latter in at least fp32."""
-    W, tuned = before.tensor(key), after.tensor(key)
     wide = torch.float64 if torch.float64 in (W.dtype, tuned.dtype) else torch.float32
     return W, tuned.to(wide) - W.to(wide)
 
 
-def _require_same_model(before: Base, after: Base) -> None:
-    odd = sorted(set(before.where) ^ set(after.where))
-    if odd:
-        where = before.path if odd[0] in before.where else after.path
+def _counterparts(before: Base, after: Base, rename: Mapping[str, str]) -> dict[str, str]:
+    """Key of the base -> that of the tuned checkpoint. MismatchError unless both are of one model."""
+    renames = Renames(rename)
+    theirs: dict[str, str] = {}
+    for key in after.where:
+        own = renames.of_parameter(key)
+        require_option(own not in theirs, "rename", dict(rename), "different names", f" {key} would be {own} too")
+        theirs[own] = key
+    renames.require_matched((name for key in after.where for name in (key, key.rpartition(".")[0])), str(after.path))
+    lost, stray = (sorted(set(a) - set(b)) for a, b in ((before.where, theirs), (theirs, before.where)))
+    if lost or stray:
+        odd, where = (lost[0], before.path) if lost else (theirs[stray[0]], after.path)
+        advice = nearest_rule(theirs[stray[0]], stray[0], lost) if stray else ""
         raise MismatchError(
-            f"{before.path} and {after.path} are not one model: {odd[0]} is in {where} only ({len(odd)} such)"
+            f"{before.path} and {after.path} are not one model: {odd} is in {where} only ({len(lost + stray)} "
+            f"such).{advice}"
         )
     for key in before.where:
-        if before.info(key).shape != after.info(key).shape:
-            shapes = f"{before.info(key).shape} and {after.info(key).shape}"
+        if before.info(key).shape != after.info(theirs[key]).shape:
+            shapes = f"{before.info(key).shape} and {after.info(theirs[key]).shape}"
             raise MismatchError(f"{before.path} and {after.path} are not one model: {key} is {shapes}")
+    return theirs

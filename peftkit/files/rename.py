@@ -57,6 +57,11 @@ class Renames:
                 return found
         return name
 
+    def of_parameter(self, name: str) -> str:
+        """The name of a parameter by the first rule that matches it, else by the first that matches its module."""
+        own, (module, _, last) = self.of(name), name.rpartition(".")
+        return own if own != name else f"{self.of(module)}.{last}".lstrip(".")
+
     @property
     def unmatched(self) -> list[str]:
         """The patterns that have been first for no name so far."""
@@ -152,7 +157,7 @@ def suggested(name: str, meant: str) -> str:
 def nearest_rule(name: str, path: str, known: Iterable[str]) -> str:
     """Return advice to rename a name as the nearest of some to its path, for a message; "" if none is near."""
     close = difflib.get_close_matches(path, list(known), n=1, cutoff=0.5) if len(path) <= _LONGEST else []
-    return f" If it is {close[0]!r}, pass {suggested(name, close[0])}" if close else ""
+    return f" If {name!r} is {close[0]!r}, pass {suggested(name, close[0])}" if close else ""
 
 
 # -- files ----------------------------------------------------------------------------------------------------------
@@ -234,9 +239,6 @@ def renamed(bundle: AdapterFile, renames: Renames) -> AdapterFile:
     if not renames:
         return bundle
     names = {name: renames.of(name) for name in names_of(bundle)}
-    for name in bundle.extras:  # a rule for a module is one for its parameters
-        module, _, parameter = name.rpartition(".")
-        if names[name] == name and renames.of(module) != module:
-            names[name] = f"{renames.of(module)}.{parameter}".lstrip(".")
+    names |= {name: renames.of_parameter(name) for name in bundle.extras}
     changed = {old: new for old, new in names.items() if old != new}
     return replace(relabelled(bundle, names), renamed=changed) if changed else bundle

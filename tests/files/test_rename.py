@@ -253,3 +253,20 @@ def test_a_full_checkpoint_takes_no_rules(tmp_path: Path) -> None:
     path = write(tmp_path / "full.safetensors", wrapped.state_dict())
     with pytest.raises(OptionError, match="rename="):
         pk.load(wrapped, path, rename={"*": "*"})
+
+
+def test_the_difference_of_checkpoints_of_other_names(tmp_path: Path) -> None:
+    """As of a base under the names of its class, and of what it was tuned to, saved by another program."""
+    before, X = model().state_dict(), torch.ones(8, 8)
+    after = {f"net.{k}": t + X if k == f"{OURS[0]}.weight" else t for k, t in before.items()}
+    base, tuned = write(tmp_path / "base.safetensors", before), write(tmp_path / "tuned.safetensors", after)
+    with pytest.raises(MismatchError, match="are not one model") as refused:
+        pk.extract(tuned, base, tmp_path / "a.safetensors", rank=1)
+    (rule,) = re.findall(r"pass rename=\{'(.*?)': '(.*?)'\}", str(refused.value))
+    assert rule == ("net.*", "*")
+    report = pk.extract(tuned, base, tmp_path / "a.safetensors", rank=1, rename=dict([rule]))
+    assert [w.weight for w in report.weights] == [OURS[0]] and report.lost < 1e-6
+    for rename, said in ({"nets.*": "*"}, "matches no name"), ({"net.*.bias": "net.*.weight"}, "would be"):
+        with pytest.raises(OptionError, match=said):
+            pk.extract(tuned, base, tmp_path / "b.safetensors", rank=1, rename=rename)
+    assert not (tmp_path / "b.safetensors").exists()
