@@ -402,7 +402,7 @@ def support() -> dict[str, dict[str, Callable[[], str]]]:
     """As MEASURED, of what programs read: this exports and reads every cell, which takes half a minute."""
     parts: dict[str, dict[str, Callable[[], str]]] = {
         "README.md": {"support": support_table.short},
-        "docs/guides/programs.md": {"support": support_table.table},
+        "docs/guides/programs.md": {"support": support_table.table, "language": support_table.language},
     }
     for kind in pk.kinds():
         parts[f"docs/algorithms/{kind}.md"] = {"support": functools.partial(support_table.table_of, kind)}

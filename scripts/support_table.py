@@ -19,6 +19,7 @@ from tests.support.cells import ALL_LAYERS, LAYERS, TARGETS, Outcome, cell, exis
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from peftkit.files.export import programs
+from tests.support.language_cells import LANGUAGE, language_cell
 from tests.support.zoo import ADAPTERS
 
 #: title -> the cases of tests/support/zoo.py; those after the first by what sets them apart
@@ -36,6 +37,16 @@ ROWS: dict[str, dict[str, str]] = {
     "`ia3`": {"ia3": "", "ia3 in": '`side="in"`'},
     "`glora`": {"glora": ""},
     "`full`": {"full": ""},
+}
+#: rows of the table of language models: title -> the case of tests/support/language_cells.py
+OTHER_LAYERS = {
+    "LoRA of an embedding that is the output's weight too": ["tied embedding"],
+    "LoRA of another embedding": ["embedding"],
+    "LoRA of the output": ["output"],
+    "LoRA of GPT-2's `Conv1D`": ["conv1d"],
+    "LoRA of stacks of experts": ["experts"],
+    "`full` of a norm": ["norm"],
+    "a head that trained beside": ["head"],
 }
 #: how layers are called in a sentence
 PLACES = {"linear": "a Linear", "conv 1×1": "a 1×1 convolution", "conv 3×3": "a 3×3 convolution"}
@@ -71,6 +82,15 @@ def short() -> str:
     """The table without footnotes: a cell that depends on options or on the layer ends in an asterisk."""
     lines, _ = _table(ROWS)
     return "\n".join([*(_MARKS.sub("\\\\*", line) for line in lines), "", LEGEND])
+
+
+def language() -> str:
+    """What programs for language models read: every kind on the projections of a small Llama, and rare layers."""
+    titles = [programs.get(target).title for target in LANGUAGE]
+    lines = [f"| adapter | {' | '.join(titles)} |", "| --- |" + " --- |" * len(titles)]
+    for row, cases in [*((row, list(cases)[:1]) for row, cases in ROWS.items()), *OTHER_LAYERS.items()]:
+        lines.append(f"| {row} | {' | '.join(language_cell(cases[0], target) for target in LANGUAGE)} |")
+    return "\n".join(lines)
 
 
 def _table(chosen: Mapping[str, Mapping[str, str]]) -> tuple[list[str], list[str]]:

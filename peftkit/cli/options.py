@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 KINDS = ("lora", "loha", "lokr", "full")
 EXTRACTED = ("lora", "lokr", "full")
 METHODS = ("linear", "cat", "svd", "ties", "dare")
-TARGETS = ("a1111", "forge", "comfyui", "kohya", "lycoris", "diffusers", "peft", "llama.cpp")
+TARGETS = ("a1111", "forge", "comfyui", "kohya", "lycoris", "diffusers", "peft", "llama.cpp", "vllm", "sglang")
 
 
 def completion(words: tuple[str, ...]) -> Callable[[str], list[str]]:

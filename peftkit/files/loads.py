@@ -39,6 +39,8 @@ def _reasons(target: Target, bundle: AdapterFile, structures: Collection[str], f
     yield from (
         f"{target.title} has no {structure}" for structure in sorted(structures) if not _reads(target, structure)
     )
+    if target.served:
+        yield from _unserved(target, bundle)
     if target.folder:
         return
     if family is None and target.generic is None:
@@ -60,6 +62,22 @@ def _reasons(target: Target, bundle: AdapterFile, structures: Collection[str], f
             require_readable(modules, target, named=bundle.format)
         except ExportError as error:
             yield str(error)
+
+
+def _unserved(target: Target, bundle: AdapterFile) -> Iterator[str]:
+    """What keeps a server from a folder of PEFT that PEFT itself reads, by the folder's configuration."""
+    config = bundle.config
+    if config.get("modules_to_save") or bundle.extras or bundle.vectors:
+        yield f"{target.title} takes no parameters that trained beside the adapters"
+    if config.get("target_parameters"):
+        yield f"{target.title} adapts no stacks of experts"
+    if any(config.get(name) for name in ("rank_pattern", "alpha_pattern")):
+        yield f"{target.title} has one rank and one alpha for all modules: export it"
+    if isinstance(config.get("target_modules"), str):
+        yield f"{target.title} takes target_modules as a list: export it"
+    names = {name.rpartition(".")[2] for name in bundle.patches}
+    if target.modules is not None and not names <= target.modules:
+        yield f"{target.title} has no adapters of {', '.join(sorted(names - target.modules))}"
 
 
 def _reads(target: Target, structure: str) -> bool:

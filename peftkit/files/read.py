@@ -205,7 +205,7 @@ def _peft(source: Source, config: Mapping[str, Any]) -> AdapterFile:
     vectors = {f"{m}.bias": _shift(patches, m, source.factor(key)) for m, key in shifts.items()}
     values = OnDemand(source.path, extras, lambda name: source[extras[name]])
     prints = OnDemand(source.path, bases, lambda name: native.samples(source[bases[name]]))
-    facts = {"metadata": source.metadata, "size": source.size, "model": peft.of_model(config)}
+    facts = {"metadata": source.metadata, "size": source.size, "config": config}
     return AdapterFile("peft", patches, vectors=vectors, base=prints, extras=values, **facts)
 
 

@@ -35,6 +35,7 @@ from peftkit.files.export.networks import network_of
 from peftkit.files.export.peft_folder import FAN_IN_FAN_OUT, peft_type, write_peft
 from peftkit.files.export.programs import Target
 from peftkit.files.export.proof import Exported, proven
+from peftkit.files.export.servers import at_one_rank, require_served
 from peftkit.files.export.tensors import shared_alpha, tensors_of
 from peftkit.files.export.vectors import tensors_of as vectors_of
 from peftkit.files.export.vectors import values_of
@@ -150,8 +151,9 @@ def export(
 
     Args:
         source: a wrapped model, or an adapter file.
-        path: the file to write, *.safetensors; *.gguf for "llama.cpp"; a new folder for "peft".
-        target: "a1111", "forge", "comfyui", "kohya", "lycoris", "diffusers", "peft" or "llama.cpp".
+        path: the file to write, *.safetensors; *.gguf for "llama.cpp"; a new folder for "peft",
+            "vllm" and "sglang".
+        target: "a1111", "forge", "comfyui", "kohya", "lycoris", "diffusers", "peft", "llama.cpp", "vllm" or "sglang".
         name: which adapter of a model that has several.
         base: the model or the checkpoint that a file is for, where ΔW or names depend on it.
         family: the model's ("sd15", "sdxl", "flux", …), where names and shapes do not say it.
@@ -207,7 +209,7 @@ def export(
         apart = guessed.transformer_style != "kohya"  # the style that keeps the layers of the original network
         whole = opened(base) if base is not None else None
         items = list(items_of_file(source, bundle, base if whole is None else whole, other_base, apart=apart))
-        request = replace(request, facts=facts(None, whole, bundle.model))
+        request = replace(request, facts=facts(None, whole, peft.of_model(bundle.config)))
         return _export(items, request, Beside(bundle.extras, whole))
 
 
@@ -285,6 +287,9 @@ def _write_folder(
 
     tied: what PEFT puts where it belongs by itself, and has in files without a LoRA.
     """
+    if request.goal.served:
+        require_served(found, request.goal)
+        found = at_one_rank(found)
     kind = peft_type([job.piece for job in found])
     if kind is None:  # a folder holds one kind of adapter, and LoRA can be any ΔW
         lora = replace(request.goal, reads=frozenset({LowRank.structure}), decomposes=frozenset())
@@ -304,6 +309,7 @@ def _write_folder(
             request.dtype,
             extras,
             request.facts,
+            listed=request.goal.served,
         )
         require_file(
             set(beside.values) <= set(read(folder).extras),

@@ -55,6 +55,8 @@ def write_peft(
     dtype: torch.dtype | None,
     beside: Mapping[str, Tensor] = MappingProxyType({}),
     facts: ModelFacts = _UNKNOWN,
+    *,
+    listed: bool = False,
 ) -> bool:
     """Fill a folder.
 
@@ -66,6 +68,7 @@ def write_peft(
         dtype: of the factors, None for the one they have.
         beside: what else the file holds, by key.
         facts: what is known of the model.
+        listed: whether modules are named by a list even where it would have PEFT adapt others too.
 
     Returns:
         Whether the configuration selects the modules by a list of names, and not by a regular expression.
@@ -82,7 +85,9 @@ def write_peft(
     ranks = {p.module.removeprefix(peft.PREFIX): p.spelled.form.peft_rank(p.shape) for p in adapted}
     parameters = [module.removeprefix(peft.PREFIX) for module in stacks]
     alone = all(map(_of_tokens, pieces))  # of a list PEFT warns that tied tokens are in it, which it trains together
-    names = None if alone else selection([path for path in ranks if path not in parameters], facts.modules)
+    modules = [path for path in ranks if path not in parameters]
+    names = None if alone else selection(modules, facts.modules)
+    names = modules if names is None and listed else names
     model = facts.peft_entries(saved=options.get("modules_to_save", ()))
     entries = peft.config(kind, ranks, options, parameters, targets=names, model=model)
     (folder / peft.CONFIG).write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")

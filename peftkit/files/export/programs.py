@@ -1,8 +1,8 @@
 """The programs an adapter can be exported to, and what each of them reads right.
 
 Read from their sources: A1111 1.10.1, Forge of June 2025, ComfyUI 0.28, sd-scripts of February 2026, LyCORIS 4.1.3,
-diffusers 0.42, PEFT 0.21, llama.cpp of October 2026. `reads` has the structures a program rebuilds exactly; what it
-lacks is written as something it has, and what it reads wrongly it does not have here.
+diffusers 0.42, PEFT 0.21, llama.cpp, vLLM and SGLang of October 2026. `reads` has the structures a program rebuilds
+exactly; what it lacks is written as something it has, and what it reads wrongly it does not have here.
 """
 
 from __future__ import annotations
@@ -72,6 +72,10 @@ class Target:
         special: the layers it adapts beside Linears and convolutions: "embeddings", "experts" in one parameter, and
             "conv1d", which keeps its weight as (in, out).
         beside: whether its folder has a place for parameters that trained beside the adapters.
+        served: whether it serves models with adapters of one rank for all modules, which a list names.
+        modules: the last names of modules that it adapts, None for any.
+        companions: by the last name of a module, those beside it without whose adapters it does not read that one's.
+        most_ranks: the largest rank it has room for, None for any.
         peft_names: whether low-rank tensors have PEFT's names, without tensors of alpha.
         builds_lokr: whether D of a LoKr is expected whole from half its rank up, whatever the kernel.
         infers_sizes: whether it makes a module with sizes inferred from the tensors, and fails where its own differ.
@@ -110,6 +114,10 @@ class Target:
     configured: bool = False
     special: frozenset[str] = frozenset()
     beside: bool = False
+    served: bool = False
+    modules: frozenset[str] | None = None
+    companions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    most_ranks: int | None = None
     peft_names: bool = False
     builds_lokr: bool = False
     infers_sizes: bool = False
@@ -298,11 +306,12 @@ _PEFT = Target(
     peft_names=True,
     builds_lokr=True,
 )
+_NO_CONVOLUTIONS = (Limit("{title} adapts no convolutions", dims=_CONVOLUTIONS),)
 _LLAMA_CPP = Target(
     "llama.cpp",
     "llama.cpp",
     frozenset({"lora"}),
-    limits=(Limit("{title} adapts no convolutions", dims=_CONVOLUTIONS),),
+    limits=_NO_CONVOLUTIONS,
     style="peft",
     transformer_style="peft",
     generic="",
@@ -312,11 +321,41 @@ _LLAMA_CPP = Target(
     special=frozenset({"embeddings", "conv1d"}),
     peft_names=True,
 )
-
-#: what `export` takes, by name
-TARGETS: Mapping[str, Target] = MappingProxyType(
-    {program.name: program for program in (_A1111, _FORGE, _COMFYUI, _KOHYA, _LYCORIS, _DIFFUSERS, _PEFT, _LLAMA_CPP)}
+_VLLM = replace(
+    _PEFT,
+    name="vllm",
+    title="vLLM",
+    reads=frozenset({"lora"}),
+    decomposes=frozenset(),
+    nonlinear=frozenset(),
+    tucker=frozenset(),
+    limits=_NO_CONVOLUTIONS,
+    special=frozenset(),
+    beside=False,
+    served=True,
+    most_ranks=512,
 )
+_SGLANG = replace(
+    _VLLM,
+    name="sglang",
+    title="SGLang",
+    # it puts those together that its models have as one layer, beginning with queries
+    modules=frozenset(
+        {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"}
+    ),
+    companions={
+        "q_proj": ("v_proj",),
+        "k_proj": ("q_proj", "v_proj"),
+        "v_proj": ("q_proj",),
+        "up_proj": ("gate_proj",),
+    },
+    most_ranks=None,
+)
+
+_DIFFUSION = (_A1111, _FORGE, _COMFYUI, _KOHYA, _LYCORIS, _DIFFUSERS, _PEFT)
+_LANGUAGE = (_LLAMA_CPP, _VLLM, _SGLANG)
+#: what `export` takes, by name
+TARGETS: Mapping[str, Target] = MappingProxyType({program.name: program for program in (*_DIFFUSION, *_LANGUAGE)})
 
 
 def get(name: str) -> Target:

@@ -70,7 +70,7 @@ def write_deltas(
     pieces = [ModuleTensors(name, _encoded(delta), shape, name in embeddings) for name, shape, delta in named]
     flipped = [name for name, shape, _ in named if name in transposed and not shape.kernel and shape.experts == 1]
     if like.format == "peft" and len(flipped) == len(transposed):
-        return _write_peft(out, pieces, dtype, ModelFacts(said=like.model), flipped=bool(flipped))
+        return _write_peft(out, pieces, dtype, ModelFacts(said=peft.of_model(like.config)), flipped=bool(flipped))
     require_option(not embeddings, "out", str(out), "a file of this library's own", _EMBEDDINGS)
     require_option(not transposed, "out", str(out), "a file of this library's own", _AS_IN_OUT)
     return _write_file(like, out, pieces, dtype)

@@ -81,8 +81,8 @@ class AdapterFile:
     "module.bias" or "module.weight". base: fingerprints of the weights it was trained on. portable: whether derived
     tensors are in the file. unclaimed: tensors of a native file that its header does not mention. size: of all tensors,
     in bytes.
-    extras: values of parameters that trained beside the adapters, by their names in the model. model: what a folder of
-    PEFT says of the model, as PEFT calls it. renamed: name in the file -> name here, of those that are not the same.
+    extras: values of parameters that trained beside the adapters, by their names in the model. config: PEFT's, of a
+    folder. renamed: name in the file -> name here, of those that are not the same.
     """
 
     format: str
@@ -96,7 +96,7 @@ class AdapterFile:
     training: Mapping[str, Any] = field(default_factory=dict)
     size: int = 0
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    model: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
 
     def name_in_file(self, name: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +12,15 @@ import gguf
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 import peftkit as pk
 from peftkit.errors import ExportError, FileError, LossyError, OptionError
 from peftkit.files.export.gguf_names import ARCHITECTURES, GgufModel
 from peftkit.files.export.model_facts import ModelFacts
-from peftkit.wrapping.installed import installed_adapters
-from tests.support.language import MODELS, SIZES, causal_lm, converted, matrices
-from tests.support.readers import llamacpp
-from tests.support.zoo import ADAPTERS, train
-
-BOUND = 1e-6
-
-
-@torch.no_grad()
-def truths(model: nn.Module) -> dict[str, Tensor]:
-    """ΔW of every adapter in fp64, by the path of its module."""
-    return {
-        at.site: copy.deepcopy(at.adapter).double().eval()(at.base.double(), 1.0).dense()
-        for at in installed_adapters(model)
-    }
-
-
-def require_equal(path: Path, model: Any, expected: Mapping[str, Tensor], bound: float = BOUND) -> None:
-    """Hold the ΔW that llama.cpp makes of a file against a model's."""
-    weights = converted(model, matrices(model))
-    found = llamacpp.read(path, weights, MODELS[model.config.model_type][0])
-    expected = converted(model, expected)
-    assert found.ignored == []
-    assert found.deltas.keys() == expected.keys()
-    for name, delta in expected.items():
-        assert (found.deltas[name] - delta).norm() <= bound * (delta.norm() + weights[name].norm()), name
-        assert delta.norm() > 1e-2 * weights[name].norm()
+from tests.support.language import MODELS, SIZES, causal_lm
+from tests.support.language_cells import BOUND, HOW, language_cell, require_same, truths
+from tests.support.zoo import train
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -57,25 +32,12 @@ def test_llamacpp_adds_what_we_do(model_type: str, tmp_path: Path) -> None:
     report = pk.export(model, tmp_path / "a.gguf", "llama.cpp")
     assert report.exact and {w.how for w in report.weights} == {"exact"}
     assert max(w.error or 0.0 for w in report.weights) < BOUND
-    require_equal(tmp_path / "a.gguf", plain, truths(model))
-
-
-#: how each kind goes out for a program that has LoRA alone
-HOW = {"lora": "exact", "lora rslora": "exact", "loha": "low rank", "lokr": "low rank", "loldu": "low rank"}
-HOW |= {"full": "low rank", "dora": "baked", "oft": "baked", "boft": "baked", "ia3": "baked", "glora": "baked"}
+    require_same(tmp_path / "a.gguf", plain, "llama.cpp", truths(model))
 
 
 @pytest.mark.parametrize("case", HOW)
-def test_every_kind_goes_out_as_low_rank(case: str, tmp_path: Path) -> None:
-    model = causal_lm("llama")
-    plain = copy.deepcopy(model)
-    options = {"block_size": 8} if case == "boft" else ADAPTERS[case].options
-    pk.wrap(model, ADAPTERS[case].kind, targets=["*.0.*.q_proj", "*.0.*.up_proj"], **options)
-    train(model, size=0.3)
-    report = pk.export(model, tmp_path / "a.gguf", "llama.cpp")
-    assert {w.how for w in report.weights} == {HOW[case]}
-    assert max(w.error or 0.0 for w in report.weights) < BOUND
-    require_equal(tmp_path / "a.gguf", plain, truths(model))
+def test_every_kind_goes_out_as_low_rank(case: str) -> None:
+    assert language_cell(case, "llama.cpp") == HOW[case]
 
 
 def test_the_gguf_package_reads_the_file(tmp_path: Path) -> None:
@@ -106,7 +68,7 @@ def test_ranks_and_alphas_are_folded_under_one_alpha(tmp_path: Path) -> None:
     pk.wrap(model, rules=rules)
     train(model, size=0.3)
     pk.export(model, tmp_path / "a.gguf", "llama.cpp")
-    require_equal(tmp_path / "a.gguf", plain, truths(model))
+    require_same(tmp_path / "a.gguf", plain, "llama.cpp", truths(model))
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
@@ -116,7 +78,7 @@ def test_a_narrow_dtype_costs_its_rounding(dtype: torch.dtype, bound: float, tmp
     pk.wrap(model, "lora", rank=3, alpha=2)
     train(model, size=0.3)
     pk.export(model, tmp_path / "a.gguf", "llama.cpp", dtype=dtype)
-    require_equal(tmp_path / "a.gguf", plain, truths(model), bound)
+    require_same(tmp_path / "a.gguf", plain, "llama.cpp", truths(model), bound)
     assert {str(t.tensor_type.name) for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors} <= {"F16", "BF16"}
 
 
@@ -126,7 +88,7 @@ def test_an_adapter_in_fp64_is_written_in_fp32(tmp_path: Path) -> None:
     pk.wrap(model, "lora", rank=3)
     train(model, size=0.3)
     pk.export(model, tmp_path / "a.gguf", "llama.cpp")
-    require_equal(tmp_path / "a.gguf", plain, truths(model))
+    require_same(tmp_path / "a.gguf", plain, "llama.cpp", truths(model))
     with pytest.raises(OptionError, match="dtype"):
         pk.export(model, tmp_path / "b.gguf", "llama.cpp", dtype=torch.float64)
     assert not (tmp_path / "b.gguf").exists()
@@ -165,7 +127,7 @@ def test_a_file_is_exported_with_the_configuration_that_the_user_or_the_base_has
     for number, options in enumerate(given):
         path = tmp_path / f"{number}.gguf"
         pk.export(own, path, "llama.cpp", **options)
-        require_equal(path, plain, truths(model))
+        require_same(path, plain, "llama.cpp", truths(model))
 
 
 def test_a_folder_of_peft_brings_the_configuration_of_the_model_it_names(tmp_path: Path) -> None:
@@ -176,7 +138,7 @@ def test_a_folder_of_peft_brings_the_configuration_of_the_model_it_names(tmp_pat
     train(model, size=0.3)
     pk.export(model, tmp_path / "peft", "peft")
     pk.export(tmp_path / "peft", tmp_path / "a.gguf", "llama.cpp")
-    require_equal(tmp_path / "a.gguf", plain, truths(model))
+    require_same(tmp_path / "a.gguf", plain, "llama.cpp", truths(model))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +193,7 @@ def test_embedding_and_head_are_adapted_where_they_are_two_weights(tmp_path: Pat
     train(model, size=0.3)
     report = pk.export(model, tmp_path / "a.gguf", "llama.cpp")
     assert {w.written for w in report.weights} == {"token_embd.weight", "output.weight"}
-    require_equal(tmp_path / "a.gguf", plain, truths(model))
+    require_same(tmp_path / "a.gguf", plain, "llama.cpp", truths(model))
 
 
 @pytest.mark.parametrize("target", ["*.embed_tokens", "lm_head"])
