@@ -15,10 +15,12 @@ from peftkit.cli.options import (
     Dtype,
     Factor,
     OutputOptions,
+    PartOptions,
     RankOptions,
     ReadingOptions,
     RebaseOptions,
     Rename,
+    Variant,
     among,
 )
 from peftkit.cli.strengths import rules, strengths
@@ -33,6 +35,7 @@ def merge(
     adapters: Adapters,
     output: OutputOptions,
     rebase: RebaseOptions,
+    part: PartOptions,
     reading: ReadingOptions,
     dtype: Dtype = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read the result back before it takes its name.")] = False,
@@ -46,7 +49,7 @@ def merge(
         from peftkit.files.formats.disk import require_output
 
         require_output(output.out, [base, rebase.origin, *given], output.force)
-        reports.plan(base, adapters, rebase, reading, dtype, output.every, output.as_json)
+        reports.plan(base, adapters, rebase, part, reading, dtype, output.every, output.as_json)
         output.conclude()
         return
     from peftkit.files.merge import merge_checkpoint
@@ -61,6 +64,7 @@ def merge(
             overwrite=output.force,
             progress=progress,
             **rebase.given,
+            **part.given,
             **reading.given,
         )
     show(report, output.as_json, report.table() if output.every else None)
@@ -82,6 +86,7 @@ def extract(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .pt, .ckpt and .bin files, as data only.")
     ] = False,
+    variant: Variant = None,
 ) -> None:
     """Extract the difference of two checkpoints as an adapter, and say what of it is missing.
 
@@ -102,6 +107,7 @@ def extract(
                 rename=rules(rename or []),
                 dtype=dtype_of(dtype),
                 allow_pickle=allow_pickle,
+                variant=variant,
                 overwrite=output.force,
                 progress=progress,
                 **ranks.given,

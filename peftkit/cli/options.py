@@ -142,6 +142,26 @@ class RebaseOptions:
         return dataclasses.asdict(self)
 
 
+Variant = Annotated[
+    str | None, typer.Option("--variant", help="Of the files in a folder, such as fp16; the plain ones by default.")
+]
+
+
+@dataclass(frozen=True)
+class PartOptions:
+    """Which part and which files of a checkpoint's folder are meant."""
+
+    component: Annotated[
+        str | None, typer.Option("--component", help="The part of a pipeline that the adapters are for.")
+    ] = None
+    variant: Variant = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """As the library's functions take them."""
+        return dataclasses.asdict(self)
+
+
 @dataclass(frozen=True)
 class OutputOptions:
     """Where a result goes, and how it is reported."""

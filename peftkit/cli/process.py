@@ -19,10 +19,12 @@ _FLAGS = {"overwrite": "--force"} | {
     for name in (
         *("ignore", "dora_axis", "alpha_zero", "alpha", "allow_pickle", "base", "other_base", "origin", "rebase"),
         *("rank", "energy", "threshold", "factor", "exact", "dtype", "kind", "target", "targets", "family"),
-        *("component", "bake", "method", "density", "seed"),
+        *("component", "bake", "method", "density", "seed", "variant"),
     )
 }
-_OPTION = re.compile(rf"(?<![\w./=-])({'|'.join(_FLAGS)})=(?:True\b|('[^'\s]*'|\d[\d.]*\b))?")
+#: the dtypes, and what they are called here
+_DTYPES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
+_OPTION = re.compile(rf"(?<![\w./=-])({'|'.join(_FLAGS)})=(?:True\b|('[^'\s]*'|\d[\d.]*\b|{'|'.join(_DTYPES)}))?")
 _RENAME = re.compile(r"(?<![\w./=-])rename=\{'([^']*)': '([^']*)'\}")
 
 
@@ -81,4 +83,6 @@ def in_flags(message: str) -> str:
         "name another file, or pass --force; --dora-axis 'up' was given"
     """
     message = _RENAME.sub(r"--rename '\1=\2'", message)
-    return _OPTION.sub(lambda found: _FLAGS[found[1]] + (f" {found[2]}" if found[2] else ""), message)
+    return _OPTION.sub(
+        lambda found: _FLAGS[found[1]] + (f" {_DTYPES.get(found[2], found[2])}" if found[2] else ""), message
+    )

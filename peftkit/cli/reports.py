@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from peftkit.cli.options import Adapters, All, BaseOptions, Checkpoint, Dtype, File, Json, ReadingOptions, RebaseOptions
+from peftkit.cli.options import (
+    Adapters,
+    All,
+    BaseOptions,
+    Checkpoint,
+    Dtype,
+    File,
+    Json,
+    PartOptions,
+    ReadingOptions,
+    RebaseOptions,
+)
 from peftkit.cli.strengths import strengths
 from peftkit.cli.terminal import dtype_of, show
 
@@ -66,6 +77,7 @@ def plan(
     base: Checkpoint,
     adapters: Adapters,
     rebase: RebaseOptions,
+    part: PartOptions,
     reading: ReadingOptions,
     dtype: Dtype = None,
     every: All = False,
@@ -77,10 +89,11 @@ def plan(
     """
     from peftkit.files.merge_plan import plan_merge
 
-    planned = plan_merge(base, strengths(adapters), dtype=dtype_of(dtype), **rebase.given, **reading.given)
+    options = {**rebase.given, **part.given, **reading.given}
+    planned = plan_merge(base, strengths(adapters), dtype=dtype_of(dtype), **options)
     if as_json:
         steps = {"patches": planned.patches, "vectors": planned.vectors, "extras": planned.extras}
         steps["renamed"] = {file: bundle.renamed for file, bundle in planned.bundles.items()}
-        show({**steps, "touched": planned.touched}, as_json)
+        show({**steps, "touched": planned.touched, "left_out": planned.base.copies}, as_json)
     else:
         show(planned, as_json, planned.table(every=every))

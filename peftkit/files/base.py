@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import BinaryIO, Protocol
 
 from torch import Tensor, nn
 
-from peftkit.errors import FileError
+from peftkit.errors import FileError, require_choice
 from peftkit.files.formats import container, strict_json
 from peftkit.files.formats.container import Info
 from peftkit.files.formats.disk import Stamp
 from peftkit.files.formats.pickles import unpickle
+from peftkit.files.weight_files import ModelFile, chosen, copies, require_variant, variant_of_index
 from peftkit.wrapping.divided import gathered
 from peftkit.wrapping.walk import plain_name
 
@@ -63,7 +65,8 @@ class Base:
     """A checkpoint. shards: path within the folder (or the file's name) -> (file, what its keys are to begin with).
 
     where: key -> (shard, its name there). others: path within the folder of every other file -> the stamp that file had
-    before anything of the folder was read. model: the one in memory, None for a checkpoint on disk.
+    before anything of the folder was read. copies: the files among them of weights in another form, which are not read.
+    pipeline: whether it is a folder of components. model: the one in memory, None for a checkpoint on disk.
     """
 
     path: Path
@@ -71,6 +74,8 @@ class Base:
     where: Mapping[str, tuple[str, str]]
     others: Mapping[str, Stamp]
     model: nn.Module | None = None
+    copies: tuple[str, ...] = ()
+    pipeline: bool = False
 
     @property
     def folder(self) -> bool:
@@ -84,6 +89,20 @@ class Base:
     def size(self) -> int:
         """Of all tensors, in bytes."""
         return sum(self.info(key).size for key in self.where)
+
+    def part(self, component: str) -> Base:
+        """The part of a pipeline, under names of its own; a checkpoint of one model as it is.
+
+        Raises:
+            OptionError: a pipeline without such a part.
+        """
+        if not self.pipeline:
+            return self
+        prefix = f"{component}."
+        where = {key.removeprefix(prefix): at for key, at in self.where.items() if key.startswith(prefix)}
+        if not where:
+            require_choice("component", component, dict.fromkeys(key.partition(".")[0] for key in self.where))
+        return replace(self, where=where)
 
     def info(self, key: str) -> Info:
         shard, name = self.where[key]
@@ -110,66 +129,94 @@ def of_model(model: nn.Module) -> Base:
     return replace(_joined(Path("the model"), {"the model": (_loaded(tensors), "")}), model=model)
 
 
-def open_base(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Base:
+def open_base(path: str | os.PathLike[str], *, allow_pickle: bool = False, variant: str | None = None) -> Base:
     """The checkpoint at a path: a .safetensors file, an index.json, or a folder with either, or with components.
 
-    Only headers are read. Raises FileError for what is damaged, inconsistent, or would leave its folder; pickles are
-    refused unless allow_pickle, and then read as data that runs nothing.
+    Only headers are read. Of the variants that a folder has, the plain one is read by default, as diffusers does.
+
+    Args:
+        path: the file or the folder.
+        allow_pickle: read pickles, as data that runs nothing.
+        variant: such as "fp16", of the components that have it.
+
+    Raises:
+        FileError: what is damaged, inconsistent, would leave its folder, or is a pickle or another format.
     """
     path = Path(path)
-    if path.name.endswith(".index.json") and os.path.isfile(path):
-        path = path.parent
+    if path.name.endswith(".json") and os.path.isfile(path):
+        path, variant = path.parent, variant or variant_of_index(path.name)
     if not os.path.isdir(path):
         return _joined(path, {path.name: (_shard(path, allow_pickle), "")})
     try:
         files = dict(_stamped(path))
-        found = dict(_folder(path, allow_pickle))
+        pipeline = "model_index.json" in files
+        require_variant(path, variant, files)
+        models = dict(_models(path, files, pipeline, allow_pickle, variant))
+        found = {
+            _within(home, name): (shard, "" if home == "." else f"{home}.")
+            for home, model in models.items()
+            for name, shard in _shards(path / home, model, allow_pickle)
+        }
     except OSError as error:
         raise FileError(f"{path} could not be read: {error}") from error
     if not found:
-        raise FileError(f"{path} has no *.safetensors file in it")
-    return _joined(path, found, {name: stamp for name, stamp in files.items() if name not in found})
+        raise FileError(f"{path} has no *.safetensors file in it{_instead(files)}")
+    read = {*found, *(_within(home, model.name) for home, model in models.items() if model.is_index)}
+    beside = copies([name for name in files if name not in read], models, pipeline=pipeline)
+    others = {name: stamp for name, stamp in files.items() if name not in found and name not in beside}
+    return replace(_joined(path, found, others), copies=tuple(dict.fromkeys(beside.values())), pipeline=pipeline)
 
 
 def _stamped(folder: Path) -> Iterator[tuple[str, Stamp]]:
     """Every file of a folder, by its path within."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            yield str(path.relative_to(folder)), Stamp.of(path)
+            yield path.relative_to(folder).as_posix(), Stamp.of(path)
 
 
-def _folder(path: Path, allow_pickle: bool) -> Iterator[tuple[str, tuple[Shard, str]]]:
-    """The files of a folder, and what their keys are to begin with: its own, or those of a pipeline's components."""
-    if not os.path.isfile(path / "model_index.json"):
-        yield from ((name, (shard, "")) for name, shard in _shards(path, allow_pickle))
-        return
-    for component in sorted(path.iterdir()):
-        if os.path.isdir(component) and any(component.glob("*.safetensors")):
-            for name, shard in _shards(component, allow_pickle):
-                yield f"{component.name}/{name}", (shard, f"{component.name}.")
+def _within(home: str, name: str) -> str:
+    return name if home == "." else f"{home}/{name}"
 
 
-def _shards(folder: Path, allow_pickle: bool) -> Iterator[tuple[str, Shard]]:
+def _models(
+    folder: Path, files: Iterable[str], pipeline: bool, allow_pickle: bool, variant: str | None
+) -> Iterator[tuple[str, ModelFile]]:
+    """The folder's own model, as that of ".", or those of a pipeline's components, in a variant where they have it."""
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    for path in map(PurePosixPath, files):
+        names[str(path.parent)].append(path.name)
+    suffixes = (".safetensors", ".bin") if allow_pickle else (".safetensors",)
+    asked = [None] if variant is None else [variant, None]
+    for home in [each for each in names if "/" not in each and (each != ".") == pipeline]:
+        models = (chosen(folder / home, names[home], suffix, each) for suffix in suffixes for each in asked)
+        model = next(filter(None, models), None)
+        if model is not None:
+            yield home, model
+
+
+def _instead(files: Iterable[str]) -> str:
+    """What a folder has in place of weights that are read, for a message."""
+    name = next((name for name in files if name.endswith((".gguf", ".bin"))), None)
+    if name is None:
+        return ""
+    if name.endswith(".bin"):
+        return f", only a pickle ({name}), which allow_pickle=True reads as data"
+    return f", only {name} of llama.cpp: {container.GGUF_ADVICE}"
+
+
+def _shards(folder: Path, model: ModelFile, allow_pickle: bool) -> Iterator[tuple[str, Shard]]:
     """The files of one model: those its index names, or the only one there is."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indices) > 1:
-        raise FileError(
-            f"{folder} has {len(indices)} indices ({', '.join(i.name for i in indices)}): name one model's folder"
-        )
-    if not indices:
-        files = sorted(folder.glob("*.safetensors")) or (sorted(folder.glob("*.bin")) if allow_pickle else [])
-        if len(files) > 1:
-            raise FileError(f"{folder} has {len(files)} models and no index ({files[0].name}, …): name one file")
-        for file in files:
-            yield file.name, _shard(file, allow_pickle)
+    if not model.is_index:
+        yield model.name, _shard(folder / model.name, allow_pickle)
         return
-    listed = _weight_map(indices[0])
+    index = folder / model.name
+    listed = _weight_map(index)
     for name in sorted(set(listed.values())):
         shard = container.read(folder / name)
         own = {key for key, shard_name in listed.items() if shard_name == name}
         if own != set(shard.infos):
             odd = sorted(own ^ set(shard.infos))[0]
-            raise FileError(f"{indices[0]} and {name} disagree about {odd!r}: one of them is of another model")
+            raise FileError(f"{index} and {name} disagree about {odd!r}: one of them is of another model")
         yield name, shard
 
 

@@ -15,7 +15,7 @@ from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
 from peftkit.delta import Delta
 from peftkit.errors import ExportError, MismatchError, error_context
-from peftkit.files.base import Base, of_model, open_base
+from peftkit.files.base import Base, of_model
 from peftkit.files.bind import (
     bind,
     is_of_its_base,
@@ -31,6 +31,7 @@ from peftkit.files.fingerprint import require_same_base
 from peftkit.files.formats import native
 from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.place import nowhere, oriented, resolver_of, samples_of, shape_of, whole
+from peftkit.files.quantised import open_plain
 from peftkit.files.resolve import families_of, plain
 from peftkit.files.trees import at_home
 from peftkit.geometry import Shape
@@ -139,7 +140,7 @@ def opened(base: Base | nn.Module | str | os.PathLike[str]) -> Base:
     """The base at a path or in memory, which several files can then share."""
     if isinstance(base, Base):
         return base
-    return of_model(base) if isinstance(base, nn.Module) else open_base(base)
+    return of_model(base) if isinstance(base, nn.Module) else open_plain(base)
 
 
 def _without_base(path: object, bundle: AdapterFile, apart: bool) -> Iterator[AdapterEntry]:

@@ -19,7 +19,7 @@ from peftkit.delta import Delta, Dense
 from peftkit.delta.distance import relative
 from peftkit.delta.truncation import Keep
 from peftkit.errors import MismatchError, OptionError, error_context, require_option
-from peftkit.files.base import Base, open_base
+from peftkit.files.base import Base
 from peftkit.files.export.write import write_native
 from peftkit.files.families.layouts import Placement
 from peftkit.files.fingerprint import samples
@@ -27,6 +27,7 @@ from peftkit.files.formats.disk import require_output
 from peftkit.files.kinds import Kind, Recipe, cast, computing, keep_of, kind_of
 from peftkit.files.patterns import Selection
 from peftkit.files.place import FLOATS, paths_of
+from peftkit.files.quantised import open_plain
 from peftkit.files.rename import Renames, nearest_rule
 from peftkit.geometry import Shape
 from peftkit.wrapping.listing import Row, listing
@@ -99,12 +100,13 @@ def extract(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     allow_pickle: bool = False,
+    variant: str | None = None,
     overwrite: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExtractReport:
     """Write what a tuned checkpoint adds to its base as an adapter file of this library; `export` takes it further.
 
-    Two weights at a time are in memory.
+    Two weights at a time are in memory. Quantised weights are dequantised as they are read.
 
     Args:
         tuned: the checkpoint of which the difference is taken: a file, an index or a folder.
@@ -121,6 +123,7 @@ def extract(
         dtype: of the tensors, by default that of the factors.
         seed: of the random projections.
         allow_pickle: read checkpoints that are pickles, as data.
+        variant: of the files of both checkpoints' folders, such as "fp16"; by default the plain ones.
         overwrite: replace what is at `out`, as `require_output` says; by default a file that is not an input.
         progress: called with bytes read and bytes in all.
 
@@ -144,7 +147,7 @@ def extract(
     if (keep is not None) != goal.ranked:
         raise OptionError(f"{kind} takes {'one of' if goal.ranked else 'none of'} rank, energy and threshold")
     path = require_output(out, [tuned, base], overwrite)
-    before, after = open_base(base, allow_pickle=allow_pickle), open_base(tuned, allow_pickle=allow_pickle)
+    before, after = (open_plain(each, allow_pickle=allow_pickle, variant=variant) for each in (base, tuned))
     chosen, made = Selection(targets), _Extraction(goal, keep, factor, seed, dtype)
     with error_context(f"{tuned} and {base}", tuned, base):
         theirs = _counterparts(before, after, rename)

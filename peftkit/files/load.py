@@ -33,7 +33,7 @@ from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.load_report import LoadReport as LoadReport
 from peftkit.files.load_shared import everywhere, lone
 from peftkit.files.read import Reading, read
-from peftkit.files.resolve import HINTS, Resolver, common, component_of, families_of
+from peftkit.files.resolve import HINTS, TWINS, Resolver, common, families_of, names_of
 from peftkit.files.trees import at_home
 from peftkit.files.unfused import fused
 from peftkit.files.vectors import module_of, vector_parts, with_vectors
@@ -304,24 +304,26 @@ def _resolve(
         lost = [name for name in bundle.patches if name not in ours]
         return targets, {name: did_you_mean(name, ours) if i < HINTS else "" for i, name in enumerate(lost)}
     families = families_of(bundle, [name for name in bundle.patches if name not in bundle.vectors])
+    # Of a model that is a whole pipeline, the part that is asked for
+    prefix = f"{component}." if any(name.startswith(f"{component}.") for name in ours) else ""
+    known = {name.removeprefix(prefix): Placement(name) for name in ours if name.startswith(prefix)}
 
     def place(canonical: str) -> Placement | None:
         own, _, rest = canonical.partition(".")
-        if canonical in ours:
-            return Placement(canonical)
-        if rest not in ours:  # transformers 5 leaves out a level of its text encoders
+        if canonical in known:
+            return known[canonical]
+        if rest not in known:  # transformers 5 leaves out a level of its text encoders
             rest = rest.removeprefix("text_model.")
+        asked = own == component or (own in TWINS and component in TWINS)
         clear = component is None and any(own in [part.name for part in family.alone] for family in families)
-        return Placement(rest) if rest in ours and (own == component or clear) else None
+        return known.get(rest) if asked or clear else None
 
-    paths = {name: Placement(name) for name in ours}
-    if component is not None:
-        paths |= {f"{component}.{name}": Placement(name) for name in ours}
-    resolver = Resolver(paths, place)
+    resolver = Resolver(known | {f"{component}.{n}": p for n, p in known.items() if component is not None}, place)
+    modules = {name: module_of(bundle, name) for name in bundle.patches}
+    mine = set(modules.values()) if component is None else names_of(component, modules.values(), families) | {*known}
     targets, unresolved = {}, {}
-    for name in bundle.patches:
-        module = module_of(bundle, name)
-        if component is not None and (common(families, module) or component_of(module, component)) != component:
+    for name, module in modules.items():
+        if module not in mine:
             continue
         parts = vector_parts(bundle, name, resolver(module, families), ours)
         if parts:

@@ -36,6 +36,7 @@ from peftkit.files.merge_plan import Adapters, MergePlan, plan_merge
 from peftkit.files.merge_steps import Planned, PlannedExtra, PlannedVector
 from peftkit.files.place import FLOATS, Span, as_matrix, spans, stack_of, whole
 from peftkit.files.read import Reading
+from peftkit.files.weight_files import written_as
 from peftkit.geometry import Geometry
 from peftkit.kernels.blocks import accumulation_dtype
 from peftkit.wrapping.merge import MergeReport
@@ -61,6 +62,8 @@ def merge_checkpoint(
     other_base: bool = False,
     verify: bool = False,
     overwrite: bool | None = None,
+    component: str | None = None,
+    variant: str | None = None,
     progress: Progress | None = None,
     **reading: Unpack[Reading],
 ) -> MergeReport:
@@ -76,23 +79,30 @@ def merge_checkpoint(
         adapters: {file: strength}, or {file: {pattern: strength}} over the names of the file's modules and the base's
             tensors, of which the first pattern that matches counts.
         out: the file or the folder to write.
-        dtype: of the result's floating point tensors; by default each keeps its own.
+        dtype: of the result's floating point tensors; by default each keeps its own. Quantised weights are dequantised
+            to it: the result holds plain ones.
         rebase: what adapters that read their base do on this one: "reapply" what they learnt, or "transplant" the ΔW
             they have on `origin`.
         origin: the base that the adapters were trained on.
         other_base: accept a base that a file was not trained on.
         verify: read everything back before it takes its name.
         overwrite: replace what is at `out`, as `require_output` says; by default a file that is not an input.
+        component: which part of a pipeline the files are for ("unet", "transformer_2", …), where their names fit
+            several, or which one the base is; what they have for other parts is left alone.
+        variant: of the base's files that are read and written, such as "fp16"; by default the plain ones.
         progress: called with bytes written and bytes in all.
         **reading: as in `read`.
 
     Returns:
-        What happened to every weight that changed.
+        What happened to every weight that changed, and which files were not copied because they hold the base's weights
+        in another form or variant.
 
     Raises:
         MismatchError: a tensor of an adapter file without a place in the base, or that does not fit there.
         WrongBaseError: a base that a file was not trained on.
-        UnsupportedLayerError: a weight that ΔW cannot be added to, such as a quantised one.
+        AmbiguousFileError: names that fit two parts of a pipeline, without `component`.
+        QuantisedMergeError: a quantised weight, without `dtype`.
+        UnsupportedLayerError: a weight in a quantised format that is not read.
         MergeError: a ΔW that is not finite, or that rounding loses whole.
         FileError: a damaged file, one that is replaced or written to while it is read, or an `out` that may not be
             written over.
@@ -110,7 +120,8 @@ def merge_checkpoint(
         (('0.weight',), 2.0)
     """
     target = disk.require_output(out, [base, origin, *adapters], overwrite)
-    plan = plan_merge(base, adapters, dtype=dtype, rebase=rebase, origin=origin, other_base=other_base, **reading)
+    chosen = {"component": component, "variant": variant, "other_base": other_base}
+    plan = plan_merge(base, adapters, dtype=dtype, rebase=rebase, origin=origin, **chosen, **reading)
     with error_context(target, base, *adapters):
         return _merge(plan, target, verify, progress or (lambda done, total: None))
 
@@ -137,7 +148,7 @@ def _merge(plan: MergePlan, out: Path, verify: bool, progress: Progress) -> Merg
         )
     with disk.atomic_folder(out) as folder:
         for shard in plan.base.shards:
-            target = folder / Path(shard).with_suffix(".safetensors")
+            target = folder / written_as(shard)
             target.parent.mkdir(exist_ok=True)
             with target.open("xb") as file:
                 writer.shard(shard, file)
@@ -145,7 +156,7 @@ def _merge(plan: MergePlan, out: Path, verify: bool, progress: Progress) -> Merg
                 writer.verify(shard, target)
         refuse_inert(writer.weights)
         copy_rest(plan.base, folder, writer.sizes)
-    return MergeReport(tuple(writer.weights))
+    return MergeReport(tuple(writer.weights), plan.base.copies)
 
 
 class _Writer:

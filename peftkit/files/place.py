@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from peftkit.adapters import registry
-from peftkit.errors import MismatchError, UnsupportedLayerError
+from peftkit.errors import AmbiguousFileError, MismatchError, UnsupportedLayerError
 from peftkit.files.base import Base
 from peftkit.files.families import layouts, names
 from peftkit.files.families.layouts import Placement
 from peftkit.files.fingerprint import sample_index
 from peftkit.files.formats.patch import AdapterFile, Patch
-from peftkit.files.resolve import Resolver
+from peftkit.files.quantised import unread, unread_modules
+from peftkit.files.resolve import TWINS, Resolver
 from peftkit.geometry import Geometry, Shape
 from peftkit.wrapping.recurrence import WEIGHT
 from peftkit.wrapping.stacks import StackGeometry
@@ -26,16 +27,42 @@ from peftkit.wrapping.vectors import is_bias
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
-def resolver_of(base: Base) -> tuple[Resolver, tuple[names.Family, ...]]:
-    """What finds the weights of a base by the names in adapter files, and the base's family where it is known."""
-    layout = layouts.of_checkpoint(base.shapes)
+def resolver_of(base: Base, component: str | None = None) -> tuple[Resolver, tuple[names.Family, ...]]:
+    """What finds the weights of a base by the names in adapter files, and the base's family where it is known.
+
+    component: the only part of a pipeline in which they are looked for.
+    """
+    part = base if component is None else base.part(component)
+    layout = layouts.of_checkpoint(part.shapes)
+    prefix = "" if part is base else f"{component}."
+
+    def in_base(own: Placement) -> Placement:
+        return replace(own, weight=prefix + own.weight, bias=own.bias and prefix + own.bias)
 
     def place(canonical: str) -> Placement | None:
         found = None if layout is None else layout.locate(canonical)
-        return found if found is not None and found.weight in base.where else None
+        if found is None or found.weight not in part.where:
+            return None
+        _refuse_twin(base, in_base(found).weight, component)
+        return in_base(found)
 
-    stacks = {key: Placement(key) for key in base.where if _may_be_stack(key, base.info(key).shape)}
-    return Resolver({**dict(paths_of(base)), **stacks}, place), () if layout is None else (layout.family,)
+    paths = dict(paths_of(part)) | {
+        key: Placement(key) for key in part.where if _may_be_stack(key, part.info(key).shape)
+    }
+    paths |= {path: Placement(key) for path, key in unread_modules(part)}
+    paths = {path: in_base(own) for path, own in paths.items()}
+    if component is not None:
+        paths |= {f"{component}.{path}": own for path, own in paths.items()}
+    return Resolver(paths, place), () if layout is None else (layout.family,)
+
+
+def _refuse_twin(base: Base, weight: str, component: str | None) -> None:
+    """Raise AmbiguousFileError for a weight that both experts of a pipeline have, unless it was said which is meant."""
+    own, _, rest = weight.partition(".")
+    others = [twin for twin in TWINS if twin != own and f"{twin}.{rest}" in base.where] if own in TWINS else []
+    if others and component is None:
+        options = " or ".join(f"component={part!r}" for part in sorted({own, *others}))
+        raise AmbiguousFileError(f"{rest} is in {' and '.join(sorted({own, *others}))} of {base.path}: pass {options}")
 
 
 def _may_be_stack(key: str, sizes: Sequence[int]) -> bool:
@@ -95,21 +122,14 @@ def paths_of(base: Base) -> Iterator[tuple[str, Placement]]:
 
 def require_addable(base: Base, key: str, where: str) -> None:
     """Refuse weights whose numbers are not what the layer computes with."""
-    info = base.info(key)
+    info, foreign = base.info(key), unread(base, key)
+    if foreign:
+        raise UnsupportedLayerError(f"{where}: {foreign}")
     if info.dtype not in FLOATS:
         raise UnsupportedLayerError(
-            f"{where}: {key} of {base.path} is {info.dtype}, quantised, and its numbers are not the weight: merge into "
-            "the checkpoint that it was made of, or load both into a model and merge there with into="
+            f"{where}: {key} of {base.path} is {info.dtype}, quantised in a format that is not read: merge into the "
+            "16-bit checkpoint that it was made of, or load both into a model and merge there with into="
         )
-    if info.dtype.startswith("F8"):
-        path = key.removesuffix(".weight")
-        scales = [f"{path}.{end}" for end in ("scale_weight", "weight_scale", "weight_scale_inv", "scale")]
-        scale = next((s for s in (*scales, "scaled_fp8") if s in base.where), None)
-        if scale is not None:
-            raise UnsupportedLayerError(
-                f"{where}: {key} of {base.path} is {info.dtype} under the scale {scale}: its numbers are not the "
-                "weight; merge into the 16-bit checkpoint it was made from"
-            )
 
 
 def shape_of(base: Base, parts: Sequence[Placement], patch: Patch) -> Shape:

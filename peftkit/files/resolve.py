@@ -24,6 +24,7 @@ _FILE_PREFIXES = (
     "diffusion_model.",
     "model.diffusion_model.",
     "transformer.",
+    "transformer_2.",
     "unet.",
 )
 #: other ways to write these, by trainers that few use: Wan-Fun's, Stable Cascade's, the scripts of PixArt, and files
@@ -52,7 +53,18 @@ _HEADS, _EMBEDDINGS = ("lm_head", "output"), ("embed_tokens", "wte", "tok_embedd
 #: a level of CLIP's modules that transformers 5 leaves out
 _LEVEL = "text_model."
 #: what checkpoints put before it
-WEIGHT_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "net.", "model.model.")
+WEIGHT_PREFIXES = (
+    "",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "unet.",
+    "transformer.",
+    "transformer_2.",
+    "net.",
+    "model.model.",
+)
+#: the parts of a pipeline that can be another part's twin: the two experts of Wan 2.2
+TWINS = ("transformer", "transformer_2")
 
 
 class Resolver:
@@ -129,8 +141,12 @@ class Resolver:
 
 
 def _deciding(name: str, paths: Iterable[str]) -> str:
-    """The rules that say which of several paths a name means, for a message."""
-    return " or ".join(f"pass {said(name, path)}" for path in sorted(paths))
+    """The options that say which of several paths a name means, for a message."""
+    parts = sorted({path.partition(".")[0] for path in paths})
+    options = [f"component={part!r}" for part in parts if part in TWINS]
+    if len(options) < len(parts):
+        options = [said(name, path) for path in sorted(paths)]
+    return " or ".join(f"pass {option}" for option in options)
 
 
 def _of_text_encoder(path: str) -> Iterator[str]:
@@ -161,10 +177,30 @@ def usual(name: str) -> str:
 def component_of(name: str, default: str) -> str:
     """The part of a pipeline that a name's prefix says it is of; the default where it says nothing, or either."""
     name = usual(name)
-    denoiser = default if default in ("unet", "transformer") else "unet"
-    prefixes = {"unet.": "unet", "lora_unet_": denoiser, "lora_transformer_": "transformer"}
+    denoiser = default if default == "unet" or default in TWINS else "unet"
+    transformer = default if default in TWINS else "transformer"
+    prefixes = {"unet.": "unet", "lora_unet_": denoiser, "lora_transformer_": transformer, "transformer.": transformer}
+    prefixes |= {"diffusion_model.": denoiser, "model.diffusion_model.": denoiser, "transformer_2.": "transformer_2"}
     prefixes |= {p: c for c, ps in _TEXT_ENCODERS.items() for p in (f"{c}.", *ps)}
     return next((c for p, c in prefixes.items() if name.startswith(p)), default)
+
+
+def names_of(component: str, names: Iterable[str], families: Sequence[Family]) -> frozenset[str]:
+    """Return those of a file's names that may be of a part of a pipeline.
+
+    Files of either of two experts say "transformer.", which is the first of them only in a file of both.
+    """
+    names = list(names)
+    both = any(component_of(name, "") == "transformer_2" for name in names)
+
+    def is_of(name: str) -> bool:
+        said = component_of(name, component)
+        if both and component_of(name, "") == "transformer":
+            said = "transformer"
+        own = common(families, name) or said
+        return own == component or (own in TWINS and said == component in TWINS)
+
+    return frozenset(filter(is_of, names))
 
 
 def plain(name: str) -> str:

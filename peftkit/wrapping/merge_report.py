@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rich.table import Table
@@ -18,6 +19,7 @@ class MergeReport:
     Attributes:
         weights: for each weight its name, the adapters in it, ‖ΔW‖, how far it moved and the share that was lost; of a
             weight that was quantised again, the share of ΔW that survived too.
+        left_out: files of a checkpoint's folder that hold its weights without the adapters and were not copied.
 
     Example:
         >>> model = nn.Linear(8, 8)
@@ -30,6 +32,7 @@ class MergeReport:
     """
 
     weights: tuple[MergedWeight, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -60,10 +63,11 @@ class MergeReport:
         if self.survived is not None:
             kept = f"{100 * self.survived:.3g} % of it survived in the quantised weights"
             shares = [kept] if all(w.survived is not None for w in self.weights) else [*shares, kept]
-        return (
+        line = (
             f"merged into {len(self.weights)} weights, {len(self.changed)} changed; "
             f"‖ΔW‖ = {self.norm:.4g}, {', '.join(shares)}"
         )
+        return line + (f"\n{without_copies(self.left_out)}" if self.left_out else "")
 
     def table(self, *, every: bool = True) -> Table:
         """Every weight, for rich to print; every=False: one row for weights with the same adapters."""
@@ -77,3 +81,14 @@ class MergeReport:
             shares = (None if w.survived is None else 100 * w.survived for w in self.weights)
             rows = [replace(row, measures=(*row.measures, share)) for row, share in zip(rows, shares, strict=True)]
         return listing(["adapters"], measures, rows, every=every)
+
+
+def without_copies(files: Sequence[str]) -> str:
+    """Return a line that names the files of a folder that a merge leaves out.
+
+    Example:
+        >>> from peftkit.wrapping.merge_report import without_copies
+        >>> without_copies(["pytorch_model.bin"])
+        'left out, as they hold the weights without the adapters: pytorch_model.bin'
+    """
+    return f"left out, as they hold the weights without the adapters: {', '.join(files)}"

@@ -53,6 +53,17 @@ NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype
 
 #: how files of pickles begin: a zip archive, and the protocols 2 to 5
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+#: what to do with a base in llama.cpp's format
+GGUF_ADVICE = "merge into the safetensors checkpoint that it was made from, and convert the result to GGUF"
+#: how other files begin that come under the name of a safetensors file, and what they are
+_OTHERS: Mapping[bytes, str] = MappingProxyType(
+    {
+        b"GGUF": f"a GGUF file, llama.cpp's format: {GGUF_ADVICE}",
+        b"version https://git-lfs": "a pointer of Git LFS and not the file itself: fetch it by `git lfs pull`",
+        b"<!DOCTYPE html": "a web page, as a download without a login gives: download the file again",
+        b"<html": "a web page, as a download without a login gives: download the file again",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -185,7 +196,10 @@ def read(path: str | os.PathLike[str]) -> Container:
                 "unless as data only with allow_pickle=True"
             )
         if not sound:
-            raise FileError(f"{path} is not a safetensors file: {size} bytes cannot hold a header of {length}")
+            beginning = head + file.read(24)
+            also = next((what for start, what in _OTHERS.items() if beginning.startswith(start)), None)
+            what = f"{size} bytes cannot hold a header of {length}" if also is None else f"it is {also}"
+            raise FileError(f"{path} is not a safetensors file: {what}")
         header = _parse(file.read(length), path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

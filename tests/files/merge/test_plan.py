@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from peftkit.errors import (
     MergeError,
     MismatchError,
     OptionError,
+    QuantisedMergeError,
     UnsupportedLayerError,
     WrongBaseError,
 )
@@ -170,7 +173,7 @@ def bad_cases() -> dict[str, tuple[type[Exception], str, Callable[[State], State
         "int8": (UnsupportedLayerError, "quantised", cast(torch.int8), lambda: good),
         "uint8": (UnsupportedLayerError, "quantised", cast(torch.uint8), lambda: good),
         **{
-            f"fp8 under {scale}": (UnsupportedLayerError, scale, cast(fp8, **{scale: one}), lambda: good)
+            f"fp8 under {scale}": (QuantisedMergeError, scale, cast(fp8, **{scale: one}), lambda: good)
             for scale in ("lin.scale_weight", "lin.weight_scale", "lin.weight_scale_inv", "scaled_fp8")
         },
         "a bias that is not there": (
@@ -209,8 +212,11 @@ def test_what_cannot_be_merged_raises_before_anything_is_written(
 def test_a_name_that_can_mean_two_weights_is_refused(tmp_path: Path) -> None:
     base = write(tmp_path / "base.safetensors", {"a.b_c.weight": torch.ones(12, 8), "a_b.c.weight": torch.ones(12, 8)})
     file = write(tmp_path / "a.safetensors", lora(12, 8).keyed("lycoris_a_b_c"))
-    with pytest.raises(AmbiguousFileError, match=r"a\.b_c or a_b\.c"):
+    with pytest.raises(AmbiguousFileError, match=r"a\.b_c or a_b\.c") as caught:
         pk.plan_merge(base, {file: 1.0})
+    offered = [ast.literal_eval(said) for said in re.findall(r"rename=(\{.*?\})", str(caught.value))]
+    touched = [pk.plan_merge(base, {file: 1.0}, rename=names).touched for names in offered]
+    assert touched == [("a.b_c.weight",), ("a_b.c.weight",)]
     clear = write(tmp_path / "b.safetensors", lora(12, 8).keyed("a_b.c"))
     assert pk.plan_merge(base, {clear: 1.0}).touched == ("a_b.c.weight",)
 
