@@ -52,9 +52,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-_BY_PATTERN = (
-    "target_modules is a regular expression, as no list of names selects these modules alone; SGLang reads only lists"
-)
 #: what else can be done for a program that has a place for changes of parameters
 _CHANGES = " as they are: export the model, and give base= the model before training, for which they are changes"
 
@@ -301,7 +298,7 @@ def _write_folder(
     if kind[0] not in peft.ON_EMBEDDINGS:
         extras |= embeddings.of_tied({item.name: item.adapter.state_dict()["value"] for item in tied}, peft.PREFIX)
     with disk.atomic_folder(request.path) as folder:
-        listed_by_name = write_peft(
+        notes = write_peft(
             folder,
             [job.piece for job in found],
             kind[0],
@@ -316,4 +313,4 @@ def _write_folder(
             request.path,
             "what trained beside the adapters was read back other than it was written",
         )
-        return proven(folder, found, request.path), () if listed_by_name else (_BY_PATTERN,)
+        return proven(folder, found, request.path), notes

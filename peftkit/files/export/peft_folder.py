@@ -22,6 +22,13 @@ from peftkit.files.formats import container, embeddings, peft, peft_experts
 #: what a configuration says of layers that keep their weight as (out, in), and of those that keep it as (in, out)
 FAN_IN_FAN_OUT: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {"fan_in_fan_out": True})
 _UNKNOWN = ModelFacts()
+_BY_PATTERN = (
+    "target_modules is a regular expression, as no list of names selects these modules alone; SGLang reads only lists"
+)
+_RANKS = (
+    "the modules have several ranks, and SGLang and llama.cpp's converter read folders of one: export for vllm, sglang "
+    "or llama.cpp for these"
+)
 
 
 def peft_type(pieces: Sequence[ModuleTensors]) -> PeftConfig | None:
@@ -57,7 +64,7 @@ def write_peft(
     facts: ModelFacts = _UNKNOWN,
     *,
     listed: bool = False,
-) -> bool:
+) -> tuple[str, ...]:
     """Fill a folder.
 
     Args:
@@ -71,7 +78,7 @@ def write_peft(
         listed: whether modules are named by a list even where it would have PEFT adapt others too.
 
     Returns:
-        Whether the configuration selects the modules by a list of names, and not by a regular expression.
+        What a user should know of the folder.
     """
     stacks = stack_names(pieces)
     named = [replace(piece, module=stacks.get(piece.module, piece.module)) for piece in pieces]
@@ -93,4 +100,5 @@ def write_peft(
     (folder / peft.CONFIG).write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
     with (folder / peft.WEIGHTS).open("xb") as file:
         container.emit(file, tensors, {"format": "pt"})
-    return alone or names is not None
+    notes = (_BY_PATTERN, not alone and names is None), (_RANKS, bool(entries.get("rank_pattern")))
+    return tuple(note for note, holds in notes if holds and kind in peft.SERVED)

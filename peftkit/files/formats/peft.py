@@ -52,6 +52,8 @@ BIASED = ("LORA",)
 FLIPPED = ("LORA", "IA3")
 #: the types that go on embeddings
 ON_EMBEDDINGS = ("LORA",)
+#: the types that servers of language models read
+SERVED = ("LORA",)
 #: the tensors that PEFT writes, by role
 _ROLES = frozenset(
     {"up", "down", "magnitude", "oft_R", "ia3_l", *embeddings.ENDS.values()}

@@ -17,7 +17,7 @@ from peftkit.errors import ExportError, LossyError
 from tests.support.language import causal_lm, matrices
 from tests.support.language_cells import HOW, SERVERS, language_cell, require_same, truths
 from tests.support.readers import Refused
-from tests.support.readers.servers import read_sglang
+from tests.support.readers.servers import read_converter, read_sglang
 from tests.support.zoo import train
 
 #: PEFT asks a model of transformers for an attribute that is to be renamed
@@ -65,6 +65,26 @@ def test_ranks_and_alphas_become_one(target: str, tmp_path: Path) -> None:
     tokens = torch.arange(5)[None]
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, model.eval()(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_llamacpps_converter_reads_these_folders(tmp_path: Path) -> None:
+    """It has one alpha over the rank of each module, so that ranks must be the same."""
+    model = causal_lm("llama")
+    pk.wrap(model, rules=[pk.Rule("*.q_proj", "dora", rank=3), pk.Rule("*.v_proj", "lora", rank=2, alpha=5)])
+    train(model, size=0.3)
+    pk.export(model, tmp_path / "a", "vllm")
+    weights = matrices(causal_lm("llama"))
+    found, expected = read_converter(tmp_path / "a", weights).deltas, truths(model)
+    assert found.keys() == expected.keys()
+    for name, delta in expected.items():
+        assert (found[name] - delta).norm() <= 1e-6 * (delta.norm() + weights[name].norm()), name
+    pk.unwrap(model)
+    pk.wrap(model, rules=[pk.Rule("*.q_proj", "lora", rank=3), pk.Rule("*.v_proj", "lora", rank=2)])
+    train(model, size=0.3)
+    report = pk.export(model, tmp_path / "mixed", "peft")
+    assert "the modules have several ranks" in str(report)
+    found, expected = read_converter(tmp_path / "mixed", weights).deltas, truths(model)
+    assert any((found[name] - delta).norm() > 0.1 * delta.norm() for name, delta in expected.items())
 
 
 def test_a_folder_for_peft_is_read_by_both_where_ranks_are_the_same(tmp_path: Path) -> None:

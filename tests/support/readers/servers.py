@@ -1,4 +1,4 @@
-"""vLLM and SGLang of October 2026: how they load a folder of PEFT onto a language model.
+"""vLLM, SGLang and llama.cpp's converter of October 2026: how they read a folder of PEFT of a language model.
 
 `weights` are the matrices of the model's Linears by their paths in transformers. Both hold adapters in buffers that are
 made before a file is read, and multiply by one scale.
@@ -24,6 +24,31 @@ PREFIX = "base_model.model."
 
 def _folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads((path / "adapter_config.json").read_text()), read_tensors(path / "adapter_model.safetensors")
+
+
+# -- llama.cpp: convert_lora_to_gguf.py, and then llama_adapter_lora_weight::get_scale ---------------------------------
+
+
+def read_converter(path: Path, weights: Mapping[str, Tensor], family: None = None, strength: float = 1.0) -> Read:
+    """In the model's own names and rows, which the converter renames and reorders as those of the model."""
+    del family
+    config, tensors = _folder(path)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, end = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if end in ("lora_A", "lora_B"):
+            pairs.setdefault(name, {})[end] = tensor
+        elif ".base_layer.weight" not in key:
+            raise Refused(f"Unexpected name '{key}': Not a lora_A or lora_B tensor")
+    alpha = config["lora_alpha"]  # the file's, and no pattern is read
+    deltas = {
+        name: strength * alpha / pair["lora_B"].shape[1] * pair["lora_B"] @ pair["lora_A"]
+        for name, pair in pairs.items()
+    }
+    lost = set(deltas) - set(weights)
+    if lost:
+        raise Refused(f"{sorted(lost)} do not exist in base model")
+    return result(deltas, {}, tensors, tensors)
 
 
 # -- vLLM: lora/peft_helper.py, lora/lora_model.py, lora/utils.py ------------------------------------------------------
