@@ -220,7 +220,9 @@ def relabelled(bundle: AdapterFile, names: Mapping[str, str]) -> AdapterFile:
         if found.setdefault(new, old) != old:
             raise OptionError(f"rename: {found[new]!r} and {old!r} would both be {new!r}: give them different names")
     split = {key: key.rpartition(".") for key in bundle.vectors}
-    vectors = {f"{names[module]}.{what}": key for key, (module, _, what) in split.items() if module in names}
+    vectors = {
+        f"{names[module]}.{what}".lstrip("."): key for key, (module, _, what) in split.items() if module in names
+    }
 
     def chosen(entries: Iterable[str]) -> dict[str, str]:
         return {names[name]: name for name in entries if name in names}

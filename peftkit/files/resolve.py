@@ -35,6 +35,8 @@ _SPELLED = {
     "unet.base_model.model.": "base_model.model.",
     "transformer.base_model.model.": "base_model.model.",
     "diffusion_model.transformer.": "transformer.",
+    "transformer._orig_mod.": "transformer.",
+    "unet._orig_mod.": "unet.",
 }
 #: what torch.compile puts before the module that it compiles
 _COMPILED = "_orig_mod."
@@ -211,7 +213,7 @@ def plain(name: str) -> str:
 
 def prefix_of(name: str) -> str:
     """What a trainer put before a module's path."""
-    return max((p for p in _FILE_PREFIXES if name.startswith(p)), key=len)
+    return max((p for p in (*_FILE_PREFIXES, *_SPELLED) if name.startswith(p)), key=len)
 
 
 def families_of(bundle: AdapterFile, among: Iterable[str] | None = None) -> tuple[Family, ...]:

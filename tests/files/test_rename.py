@@ -247,6 +247,13 @@ def test_a_file_of_this_library_is_renamed_with_its_base_its_extras_and_what_is_
     assert set(by_module.extras) == {"layer_norm.weight", "layer_norm.bias"}
 
 
+def test_a_file_goes_on_a_model_that_is_one_layer(tmp_path: Path) -> None:
+    """Whose path is the empty name."""
+    path = write(tmp_path / "a.safetensors", factors(("lora_unet_lin",)))
+    layer = nn.Linear(8, 8)
+    assert pk.load(layer, path, rename={"lora_unet_lin": ""}, ignore="*.diff_b").loaded == ("",)
+
+
 def test_a_full_checkpoint_takes_no_rules(tmp_path: Path) -> None:
     wrapped = model()
     pk.wrap(wrapped, "lora", rank=2)
