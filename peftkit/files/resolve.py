@@ -27,6 +27,9 @@ _FILE_PREFIXES = (
     "transformer_2.",
     "unet.",
 )
+#: those that say nothing of the model. The second expert of Wan 2.2 is another model than the first, whose paths are
+#: the same: its names go on a model that is said to be it, and on no other
+_LEFT_OUT = tuple(prefix for prefix in _FILE_PREFIXES if prefix != "transformer_2.")
 #: other ways to write these, by trainers that few use: Wan-Fun's, Stable Cascade's, the scripts of PixArt, and files
 #: that went through a program which took the prefix for part of the path
 _SPELLED = {
@@ -133,7 +136,7 @@ class Resolver:
         for table in (self._dotted, self._underscored):
             if name in table.get(name, ()):  # its own path goes before one that is called so behind a prefix
                 return table[name][name]
-            for prefix in _FILE_PREFIXES:
+            for prefix in _LEFT_OUT:
                 found = table.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
                 if found is not None and len(set(found.values())) > 1:
                     raise AmbiguousFileError(f"{name} can be {' or '.join(sorted(found))}: {_deciding(name, found)}")

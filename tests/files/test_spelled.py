@@ -88,6 +88,21 @@ def test_a_path_of_two_modules_is_asked_about_and_the_rule_it_names_decides(tmp_
     require_bits(out, base | changes([PATHS[0]], "unet."))
 
 
+def test_names_of_the_second_expert_go_on_a_model_that_is_said_to_be_it(tmp_path: Path) -> None:
+    """Both transformers of Wan 2.2 have the same paths, and the base is one of them."""
+    base, name = {f"{PATHS[0]}.weight": torch.zeros(8, 8)}, f"transformer_2.{PATHS[0]}"
+    with pytest.raises(MismatchError, match="without a place") as refused:
+        merged(base, factors([name]), tmp_path)
+    assert "pass rename={'transformer_2.*': '*'}" in str(refused.value)
+    for said in ({"rename": {"transformer_2.*": "*"}}, {"component": "transformer_2"}):
+        require_bits(merged(base, factors([name]), tmp_path, **said), changes(PATHS[:1]))
+        model = tree({PATHS[0]: nn.Linear(8, 8)})
+        assert pk.load(model, tmp_path / "a.safetensors", **said).loaded == PATHS[:1]
+    model = tree({PATHS[0]: nn.Linear(8, 8)})
+    with pytest.raises(MismatchError, match=r"nothing in .* fits"):
+        pk.load(model, tmp_path / "a.safetensors")
+
+
 # -- levels of language models -----------------------------------------------------------------------------------------
 
 #: where each tree has a layer, sight and the head
