@@ -15,6 +15,7 @@ from peftkit.adapters.base import placeholder_weight as placeholder_weight
 from peftkit.errors import FileError, MergedFormWarning, OptionError, UnknownAdapterError, error_context
 from peftkit.files.formats.patch import Patch
 from peftkit.geometry import Shape
+from peftkit.kernels.blocks import all_finite
 from peftkit.wrapping.walk import dotted
 
 
@@ -65,7 +66,7 @@ def misfit(patch: Patch, shape: Shape, dtype: torch.dtype, *, portable: bool, wh
         missing=tuple(key for key in expected if key not in found and key not in sketch.from_base),
         unexpected=tuple(key for key in found if key not in expected),
         mismatched=tuple(f"{key}: {shown(t)} in the file, {shown(e)} expected" for key, t, e in unlike),
-        non_finite=tuple(key for key, t, e in both if not torch.isfinite(t.to(e.dtype)).all()),
+        non_finite=tuple(key for key, t, e in both if not all_finite(t.to(e.dtype))),
     )
 
 

@@ -25,6 +25,7 @@ from peftkit.files.families import names
 from peftkit.files.formats.patch import Patch
 from peftkit.files.loads import loads
 from peftkit.files.read import Reading, read, read_all
+from peftkit.kernels.blocks import all_finite
 from peftkit.wrapping.listing import Row, listing
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def inspect(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Inspect
     notes = [f"{key}: no adapter in the header has it" for key in bundle.unclaimed]
     title = "" if family is None else family.title
     beside = itertools.chain(bundle.vectors.items(), bundle.extras.items())
-    damage = [f"{key} is not finite" for key, v in beside if not torch.isfinite(v.float()).all()]
+    damage = [f"{key} is not finite" for key, v in beside if not all_finite(v)]
     return Inspection(
         Path(path),
         bundle.format,
@@ -310,7 +311,7 @@ def _inspected(name: str, patch: Patch, portable: bool) -> Inspected:
     def said(norm: float | None, problem: str = "") -> Inspected:
         return Inspected(name, patch.kind, described(patch), patch.rank, patch.scale, norm, parameters, problem, dtype)
 
-    broken = [key for key, tensor in patch.tensors.items() if not torch.isfinite(tensor.float()).all()]
+    broken = [key for key, tensor in patch.tensors.items() if not all_finite(tensor)]
     if broken:
         return said(None, f"{broken[0]} is not finite")
     # What a file does not say of its weight's size, its tensors do not depend on

@@ -38,7 +38,7 @@ from peftkit.files.quantised import refuse_quantised
 from peftkit.files.resolve import common, component_of, families_of, names_of
 from peftkit.files.stored import Stored
 from peftkit.geometry import Shape
-from peftkit.kernels.blocks import accumulation_dtype
+from peftkit.kernels.blocks import accumulation_dtype, all_finite
 
 
 class Planner:
@@ -62,6 +62,7 @@ class Planner:
         self.extras: list[PlannedExtra] = []
         self.unresolved: list[str] = []
         self.misfits: list[str] = []
+        self.strangers: list[str] = []  # files of which no module is in the base
         self.bound: set[str] = set()  # patches whose file needs the very base they were trained on
 
     def add(self, file: str, bundle: AdapterFile, strength: Strength) -> None:
@@ -74,6 +75,7 @@ class Planner:
             targets |= {name: oriented(self.resolver(name, families), bundle.patches[name]) for name in lost}
         with error_context(file):
             strengths = Strengths(strength)
+        self.strangers += [file] if len(targets) > 1 and not any(targets.values()) else []
         distances: dict[str, float] = {}
         self._find_overlaps(file, targets)
         for name, parts in targets.items():
@@ -180,7 +182,7 @@ class Planner:
         size = sum(place.size for place in places)
         if size != vector.numel() or any(len(self.base.info(str(target)).shape) != 1 for target in targets):
             self.misfits.append(f"{where}: {vector.numel()} entries in the file, {size} in the base")
-        elif not torch.isfinite(vector.float()).all():
+        elif not all_finite(vector):
             self.misfits.append(f"{where}: it is not finite")
         factor = _required(strengths, (module, key, *map(str, targets)), file)
         if factor:
@@ -197,7 +199,7 @@ class Planner:
         shape = self.base.info(key).shape
         if shape != tuple(value.shape) or not value.is_floating_point():
             self.misfits.append(f"{where}: {shown(value)} in the file, {shape} in the base")
-        elif not torch.isfinite(value.float()).all():
+        elif not all_finite(value):
             self.misfits.append(f"{where}: it is not finite")
         factor = _required(strengths, (name, name.rpartition(".")[0], key), file)
         if factor:
@@ -224,7 +226,9 @@ class Planner:
             if lines
         ]
         if said:
-            raise MismatchError(f"{self.base.path}: nothing was merged\n" + "\n".join(said))
+            of_none = ", ".join(self.strangers)
+            other = f"; it has no module of {of_none}: a file for another kind of model?" if of_none else ""
+            raise MismatchError(f"{self.base.path}: nothing was merged{other}\n" + "\n".join(said))
 
 
 def _required(strengths: Strengths, names: Sequence[str], file: str) -> float:

@@ -80,11 +80,13 @@ class Resolver:
 
     def __init__(self, paths: Mapping[str, Placement], places: Callable[[str], Placement | None]) -> None:
         self._dotted: defaultdict[str, dict[str, Placement]] = defaultdict(dict)
+        self._shown: dict[str, None] = {}  # the names that hints have
         for path, part in paths.items():
             whole = path.replace(_COMPILED, "")
             for prefix in WEIGHT_PREFIXES:
                 if whole.startswith(prefix):
                     self._dotted[whole.removeprefix(prefix)][path] = part
+                    self._shown[whole.removeprefix(prefix)] = None
             for spelled in _of_text_encoder(path):
                 self._dotted[spelled][path] = part
         self._underscored: defaultdict[str, dict[str, Placement]] = defaultdict(dict)
@@ -119,8 +121,8 @@ class Resolver:
         if self._hints < 0 or tied:
             return tied
         path = name.removeprefix(prefix_of(name))
-        rule = nearest_rule(own, path, self._dotted) if self._hints == HINTS - 1 else ""
-        return did_you_mean(path, self._dotted) + rule
+        rule = nearest_rule(own, path, self._shown) if self._hints == HINTS - 1 else ""
+        return did_you_mean(path, self._shown) + rule
 
     def _tied(self, name: str, own: str) -> str:
         """What helps where a model has no weight of its own for its output, which is that of its embedding."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -152,3 +153,24 @@ def test_a_pipeline_in_memory_asks_too(tmp_path: Path) -> None:
     for part in EXPERTS:
         assert pk.load(pipe, file, component=part).loaded == (f"{part}.head",)
         pk.unwrap(pipe)
+
+
+def test_a_file_of_another_kind_of_model_is_called_so(tmp_path: Path) -> None:
+    """Hints are names that the base has, not spellings of them that only some programs know."""
+    base = tmp_path / "base"
+    text = {f"text_model.encoder.layers.{i}.self_attn.q_proj.weight": torch.ones(8, 8) for i in range(2)}
+    write(base / "text_encoder" / "model.safetensors", text)
+    write(base / "unet" / "diffusion_pytorch_model.safetensors", {"mid.attn1.to_q.weight": torch.ones(8, 8)})
+    (base / "model_index.json").write_text("{}")
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    file = write(tmp_path / "a.safetensors", {k: t for name in names for k, t in full(8, 8).keyed(name).items()})
+    with pytest.raises(MismatchError, match=r"no module of .*: a file for another kind of model") as caught:
+        pk.plan_merge(base, {file: 1.0})
+    assert "lora_te" not in str(caught.value)
+    typo = "lora_te_text_model_encoder_layers_0_self_attn_q_prj"
+    file = write(tmp_path / "b.safetensors", full(8, 8).keyed(typo))
+    with pytest.raises(MismatchError) as caught:
+        pk.plan_merge(base, {file: 1.0})
+    (rule,) = (ast.literal_eval(said) for said in re.findall(r"rename=(\{.*?\})", str(caught.value)))
+    touched = pk.plan_merge(base, {file: 1.0}, rename=rule).touched
+    assert touched == ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.weight",)
