@@ -11,6 +11,7 @@ from torch import nn
 
 from peftkit.errors import OptionError, TargetError, did_you_mean, require_number, require_option
 from peftkit.kernels.torch_private import own_parameters
+from peftkit.wrapping.divided import settle
 from peftkit.wrapping.installed import installed_adapters, names_of
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.select import PRESETS, class_names, patterns, regular_expression
@@ -97,6 +98,7 @@ class _Trained(NamedTuple):
 
 def _trained(model: nn.Module, name: str | None) -> Iterator[_Trained]:
     """Every trainable parameter once: the adapters', weight by weight, then the others, module by module."""
+    settle(model)  # an optimiser of what a forward pass has left whole would change nothing
     seen: set[int] = set()
     for at in installed_adapters(model, names_of(model, name)):
         host = at.site.removesuffix(f".{at.slot_name}") if at.slot_name else at.site

@@ -1,17 +1,21 @@
-"""Backups of merged weights: a copy, or the compressed difference of the bits."""
+"""Backups of merged weights: a copy, or the compressed difference of the bits; of a divided weight, each process's."""
 
 from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from peftkit.errors import MergeStateError
+from peftkit.kernels.sharding import Division, local, sharded, whole
 from peftkit.wrapping.bases.matrix import QuantisedMatrix
+
+if TYPE_CHECKING:
+    from peftkit.wrapping.sites import Slot
 
 
 class Backup(Protocol):
@@ -35,7 +39,7 @@ class Copy:
         return cls(before.cpu())
 
     def original(self, merged: Tensor) -> Tensor:
-        return self.weight.to(merged.device)
+        return self.weight.to(merged.device, merged.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +116,29 @@ def checksum(weight: Tensor) -> int:
 
 
 @dataclass(frozen=True, eq=False)
+class Part:
+    """This process's part of the backup of a divided parameter, of all of it, whatever rows an adapter is on.
+
+    Attributes:
+        own: the backup of the part.
+        division: how the parameter is divided.
+        kept: all of the parameter in main memory, for adapters that read it in a forward pass; None without any.
+    """
+
+    own: Backup
+    division: Division
+    kept: Tensor | None
+
+    def original(self, merged: Tensor) -> Tensor:
+        """Return the parameter before the merge: divided where `merged` is; else whole, by all processes together."""
+        if sharded(merged):
+            return self.division.joined(self.own.original(local(merged.detach())))
+        if self.kept is not None:
+            return self.kept.to(merged.device, merged.dtype)
+        return whole(self.division.joined(self.own.original(self.division.part(merged.detach()))))
+
+
+@dataclass(frozen=True, eq=False)
 class Merged:
     """The adapters that are merged into a module's weights, and the backups of those weights."""
 
@@ -119,6 +146,11 @@ class Merged:
     backups: dict[str, Backup]
     checksums: dict[str, int]
 
-    def original(self, slot_name: str, merged: Tensor) -> Tensor:
-        """Return the slot's weight before the merge, given the slot's weight now."""
-        return self.backups[slot_name].original(merged) if slot_name in self.backups else merged
+    def original(self, slot_name: str, slot: Slot, parameter: Tensor) -> Tensor:
+        """Return the slot's weight before the merge, given the slot's parameter now."""
+        backup = self.backups.get(slot_name)
+        if backup is None:
+            return slot.of(parameter)
+        if isinstance(backup, Part):
+            return slot.of(backup.original(parameter))
+        return backup.original(slot.of(parameter))

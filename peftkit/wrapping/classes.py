@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from torch import nn
 
+from peftkit.errors import UnsupportedLayerError
 from peftkit.geometry import is_layer
+from peftkit.kernels.sharding import fully_sharded
 from peftkit.wrapping.experts import AdaptedExperts
 from peftkit.wrapping.hooks import follow_class
 from peftkit.wrapping.layer import Adapted, AdaptedLayer, AdaptedLookup, AdaptedParameters, base_class
@@ -45,8 +47,13 @@ def _bases(base: type[nn.Module], reads: tuple[str, ...]) -> tuple[type, ...]:
 
 
 def become_(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Make a module one of another class, with the forwards that hooks of accelerate keep on it."""
-    before = type(module)
+    """Make a module one of another class, with the forwards that hooks of accelerate keep on it.
+
+    What fully_shard made of the module's class it is made of the other one too.
+    """
+    before, divided = type(module), fully_sharded()
+    if divided is not None and issubclass(before, divided) and not issubclass(cls, divided):
+        cls = _divided_class(divided, cls)
     module.__class__ = cls
     follow_class(module, before)
 
@@ -55,6 +62,26 @@ def expected_class(module: Adapted) -> type[Adapted]:
     """The class that wrapping gave the module."""
     state = module.adapter_state
     return adapted_class(base_class(module), state.reads, isinstance(module, AdaptedExperts))
+
+
+def as_wrapped(module: Adapted) -> bool:
+    """Return whether a module's class is what wrapping made it, or what fully_shard made of that."""
+    own, divided = expected_class(module), fully_sharded()
+    return type(module) is own or (divided is not None and type(module).__bases__ == (divided, own))
+
+
+@functools.cache
+def _divided_class(divided: type, cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that fully_shard makes of another: it divides no class anew, and copies of it cannot be made."""
+    made = type(f"FSDP{cls.__name__}", (divided, cls), {"__module__": __name__, "__deepcopy__": _no_copy})
+    return cast("type[nn.Module]", made)
+
+
+def _no_copy(module: nn.Module, memo: dict[int, Any]) -> NoReturn:
+    raise UnsupportedLayerError(
+        f"{type(module).__name__} is divided among processes (fully_shard), and such a module cannot be copied: "
+        "use its state dict"
+    )
 
 
 def _reduce(module: Adapted, protocol: Any) -> Any:

@@ -1,15 +1,16 @@
-"""Models divided among processes (fully_shard): the first process writes, and the others lend it their parts.
+"""Models divided among processes (fully_shard): what one process does for all, and what all do together.
 
-The first process runs the same code as for a whole model. Wherever that code asks for a tensor by `gathered`, the
-others are told which one, and gather it too: one tensor at a time, in whatever order, also if the code raises.
+Of files the first process writes all, and the others lend it their parts. It runs the same code as for a whole model.
+Wherever that code asks for a tensor by `gathered`, the others are told which one, and gather it too: one tensor at a
+time, in whatever order, also if the code raises. In a merge every process runs the same code, and keeps its part.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -17,15 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
-from peftkit.errors import FileError, PeftkitError, UnsupportedLayerError
-from peftkit.kernels.sharding import sharded, whole
-from peftkit.wrapping.installed import InstalledAdapter, installed_adapters
+from peftkit.errors import FileError, MergeError, PeftkitError, UnsupportedLayerError
+from peftkit.kernels.sharding import Division, fully_sharded, sharded, whole
+from peftkit.wrapping.backup import Part
+from peftkit.wrapping.installed import InstalledAdapter, adapted_modules, installed_adapters
 
 P = ParamSpec("P")
 Source = TypeVar("Source")
 Result = TypeVar("Result")
 
-# On the first process, while it works: id of a tensor -> its number, the same on every process
+# On the first process, while it works: id of a tensor, or of a backup -> its number, the same on every process
 _NUMBERS: ContextVar[dict[int, int] | None] = ContextVar("_NUMBERS", default=None)
 
 
@@ -39,16 +41,6 @@ def settle(model: nn.Module) -> None:
     """Let a model that fully_shard divides hold its parts alone: a forward pass leaves some weights whole."""
     for unit in _units(model):
         unit.reshard()
-
-
-def require_whole(model: nn.Module, verb: str) -> None:
-    """Raise UnsupportedLayerError if the model's weights are divided among processes. verb: for the message."""
-    if divided(model):
-        raise UnsupportedLayerError(
-            f"{verb}: the model's weights are divided among processes (fully_shard), weights that are whole were "
-            "expected: pk.save the adapters from every process, and merge the file into the base's checkpoint with "
-            "pk.merge_checkpoint, or pk.load it onto a whole model and merge there; restore before fully_shard"
-        )
 
 
 def require_not_empty(model: nn.Module) -> None:
@@ -73,16 +65,16 @@ def by_first_process(
 
     @functools.wraps(function)
     def collective(source: Source, *args: P.args, **kwargs: P.kwargs) -> Result:
-        tensors = _parts(source) if isinstance(source, nn.Module) and divided(source) else []
-        if not tensors:
+        if not isinstance(source, nn.Module) or not among_all(source):
             return function(source, *args, **kwargs)
+        makers = _makers(source)
         if torch.distributed.get_rank() != 0:
-            return _follow(tensors)
-        token = _NUMBERS.set({id(tensor): number for number, tensor in enumerate(tensors)})
+            return _follow([*makers.values()])
+        token = _NUMBERS.set({key: number for number, key in enumerate(makers)})
         try:
             result = function(source, *args, **kwargs)
         except BaseException as error:
-            _exchange(_known(error))
+            _exchange(_known(error, FileError, "the first process stopped and wrote nothing"))
             raise
         finally:
             _NUMBERS.reset(token)
@@ -100,9 +92,7 @@ def gathered(tensor: Tensor) -> Tensor:
     """
     if not sharded(tensor):
         return tensor.detach()
-    numbers = _NUMBERS.get()
-    if numbers is not None:
-        _exchange(numbers[id(tensor)])
+    _ask(tensor)
     return whole(tensor.detach())
 
 
@@ -118,37 +108,98 @@ def gathered_base(at: InstalledAdapter) -> Tensor:
     parameter = at.host.parameter_of(at.slot)
     if not sharded(parameter):
         return at.base
-    weight, merged = at.slot.of(gathered(parameter)), at.host.adapter_state.merged
-    return at.slot.geometry.matrix(weight if merged is None else merged.original(at.slot_name, weight))
+    merged = at.host.adapter_state.merged
+    backup = None if merged is None else merged.backups.get(at.slot_name)
+    if isinstance(backup, Part):
+        _ask(backup)
+        return at.slot.geometry.matrix(at.slot.of(whole(backup.original(parameter.detach()))))
+    weight = at.slot.of(gathered(parameter))
+    return at.slot.geometry.matrix(weight if backup is None else backup.original(weight))
+
+
+@contextmanager
+def together(model_is_divided: bool) -> Iterator[None]:
+    """Make processes that run the same block raise together: where one of them raises, all do at its end.
+
+    Without it the others would wait for the one that is gone, at the next tensor that all gather.
+    """
+    if not model_is_divided:
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        _all_say(_known(error, MergeError, "another process stopped, and nothing was changed"))
+        raise
+    for error in _all_say(None):
+        if error is not None:
+            raise error
 
 
 def _units(model: nn.Module) -> list[Any]:
     """The modules that fully_shard was called on."""
-    # Not imported here, which takes long: without the import nothing is divided
-    module = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(module, "FSDPModule", None)  # it is elsewhere in torch 2.4 and 2.5
+    kind = fully_sharded()
     return [] if kind is None else [each for each in model.modules() if isinstance(each, kind)]
 
 
-def _parts(model: nn.Module) -> list[Tensor]:
-    """The divided tensors of a model, in the same order on every process."""
+def among_all(model: nn.Module) -> bool:
+    """Return whether a model is divided among all processes, and let every process hold its parts alone if it is.
+
+    Raises:
+        UnsupportedLayerError: it is divided among some of them.
+    """
+    if not divided(model):
+        return False
     settle(model)  # what is whole is in the dtype that it computes in
-    parts = [tensor for tensor in (*model.parameters(), *model.buffers()) if sharded(tensor)]
-    processes = torch.distributed.get_world_size() if parts else 1
+    parts = _parts(model)
     for part in parts:
-        if part.device_mesh.size() != processes:
+        if part.device_mesh.size() != torch.distributed.get_world_size():
             raise UnsupportedLayerError(
-                f"the model is divided among {part.device_mesh.size()} of {processes} processes, and all were expected "
-                "to have a part: gather it with torch.distributed.checkpoint.state_dict, and load that into a wrapped "
-                "model of one process"
+                f"the model is divided among {part.device_mesh.size()} of {torch.distributed.get_world_size()} "
+                "processes, and all were expected to have a part: gather it with "
+                "torch.distributed.checkpoint.state_dict, and load that into a wrapped model of one process"
             )
-    return [*parts]
+    return bool(parts)
 
 
-def _follow(tensors: Sequence[Tensor]) -> Any:
+def require_pieces(where: str, parameter: Tensor) -> None:
+    """Raise UnsupportedLayerError for a weight of which a process holds rows from several places."""
+    if sharded(parameter) and not Division.of(parameter).plain:
+        raise UnsupportedLayerError(
+            f"{where}: its weight is divided as {', '.join(map(str, parameter.placements))}, and one piece of it on "
+            "each process was expected (fully_shard over tensor parallelism scatters rows): pk.save the adapters from "
+            "every process, and merge the file into the base's checkpoint with pk.merge_checkpoint"
+        )
+
+
+def _parts(model: nn.Module) -> list[Any]:
+    """The divided tensors of a model, in the same order on every process."""
+    return [tensor for tensor in (*model.parameters(), *model.buffers()) if sharded(tensor)]
+
+
+def _makers(model: nn.Module) -> Mapping[int, Callable[[], Tensor]]:
+    """What the first process may ask for, in the same order on every process: id -> what makes this process's part."""
+    makers: dict[int, Callable[[], Tensor]] = {id(tensor): tensor.detach for tensor in _parts(model)}
+    for host in adapted_modules(model).values():
+        merged = host.adapter_state.merged
+        for slot_name, backup in () if merged is None else merged.backups.items():
+            if isinstance(backup, Part):
+                parameter = host.parameter_of(host.adapter_state.slots[slot_name])
+                makers[id(backup)] = functools.partial(backup.original, parameter.detach())
+    return makers
+
+
+def _ask(own: object) -> None:
+    """Let the other processes gather a tensor or a backup too, where they wait for the first one."""
+    numbers = _NUMBERS.get()
+    if numbers is not None:
+        _exchange(numbers[id(own)])
+
+
+def _follow(makers: list[Callable[[], Tensor]]) -> Any:
     """Gather what the first process asks for, and end as it does."""
     while isinstance(said := _exchange(None), int):
-        whole(tensors[said].detach())
+        whole(makers[said]())
     if isinstance(said, PeftkitError):
         raise said
     return said[0]
@@ -161,8 +212,15 @@ def _exchange(said: Any) -> Any:
     return box[0]
 
 
-def _known(error: BaseException) -> PeftkitError:
+def _all_say(error: PeftkitError | None) -> list[PeftkitError | None]:
+    """What each process says: its error, or None."""
+    said: list[PeftkitError | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(said, error)
+    return said
+
+
+def _known(error: BaseException, kind: type[PeftkitError], meaning: str) -> PeftkitError:
     """An error for the other processes, which may lack the class of this one's."""
     if isinstance(error, PeftkitError):
         return error
-    return FileError(f"the first process stopped and wrote nothing: {type(error).__name__}: {error}")
+    return kind(f"{meaning}: {type(error).__name__}: {error}")

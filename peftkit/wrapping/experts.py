@@ -62,6 +62,8 @@ class AdaptedExperts(AdaptedParameters):
         geometry, weight = cast(StackGeometry, slot.geometry), parameter[experts]
         strengths = state.now().strengths.items()
         own = [(adapter, s) for name, s in strengths if (adapter := self.adapter(name, parameter_name)) is not None]
-        base = weight if merged is None else merged.original(parameter_name, parameter)[experts]
+        base = weight
+        if merged is not None and any(adapter.reads_base for adapter, _ in own):
+            base = merged.original(parameter_name, slot, parameter)[experts]
         deltas = [cast(Stacked, adapter).some(experts)(geometry.bands(base), s) for adapter, s in own]
         return geometry.changed(weight, deltas)

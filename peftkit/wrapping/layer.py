@@ -58,8 +58,10 @@ class Adapted(nn.Module):
         slot, merged = self.adapter_state.slots[slot_name], self.adapter_state.merged
         if slot.base is not None and merged is None:
             return matrix_of(slot.base.of(self))
-        weight = self.weight_of(slot)
-        return slot.geometry.matrix(weight if merged is None else merged.original(slot_name, weight))
+        parameter = self.parameter_of(slot)
+        return slot.geometry.matrix(
+            slot.of(parameter) if merged is None else merged.original(slot_name, slot, parameter)
+        )
 
     def adapter(self, name: str, slot_name: str) -> Adapter | None:
         """The adapter called `name` on one of the module's weights, if there is one."""

@@ -6,34 +6,24 @@ The merged weight is W + Σ λᵢ·ΔWᵢ(W), summed in at least fp32 and rounde
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from peftkit.delta import Delta
 from peftkit.delta.addition import MergedWeight, add_, refuse_inert, refuse_overflow
-from peftkit.errors import (
-    MergeError,
-    MergeStateError,
-    TiedWeightsError,
-    require_choice,
-    require_option,
-)
-from peftkit.wrapping.backup import BACKUPS, Backup, Copy, Merged, checksum
-from peftkit.wrapping.divided import require_not_empty, require_whole
-from peftkit.wrapping.installed import adapted_modules, installed_adapters, names_of
+from peftkit.errors import MergeError, MergeStateError, require_choice
+from peftkit.kernels.sharding import Division, local
+from peftkit.wrapping.backup import BACKUPS, Backup, Copy, Merged, Part, checksum
+from peftkit.wrapping.divided import among_all, together
+from peftkit.wrapping.installed import adapted_modules
 from peftkit.wrapping.layer import Adapted
+from peftkit.wrapping.merge_job import Job, Target, by_target, jobs
 from peftkit.wrapping.merge_report import MergeReport as MergeReport
+from peftkit.wrapping.mergeable import Affected, mergeable
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.quantised_merge import Quantised, Replaced
-from peftkit.wrapping.roll import require_none_lost, roll_of, warn_never_ran
-from peftkit.wrapping.select import tied_with
-from peftkit.wrapping.share import acting_alike, weight_of
-from peftkit.wrapping.sites import Slot
-from peftkit.wrapping.vectors import every_site
-from peftkit.wrapping.walk import dotted
+from peftkit.wrapping.share import weight_of
 from peftkit.wrapping.wrap import unwrap
 
 
@@ -51,6 +41,9 @@ def merge(
 
     The sum is formed in at least float32 and rounded once. Merged adapters act through the weight; the others go on
     acting on top of it, on the base they were made for. If anything raises, the weights are what they were.
+
+    A model that fully_shard divides is merged by all processes together: each calls this, weights are gathered one
+    layer at a time, and each process writes and backs up its part. If one raises, all do.
 
     Args:
         model: a wrapped model.
@@ -75,7 +68,8 @@ def merge(
         OptionError: backup is none of these, or names is empty.
         UnknownAdapterError: there is no adapter of one of the names.
         MergeStateError: adapters are merged already, or one is disabled.
-        UnsupportedLayerError: the model is divided among processes.
+        UnsupportedLayerError: the model is divided among some of the processes only, a quantised weight is divided, or
+            a process holds rows of a weight from several places.
         QuantisedMergeError: a weight is quantised and into is None, or less than half of a ΔW would survive.
         WrongBaseError: a weight of origin is not what a quantised one was made of.
         MergeError: a ΔW is not finite, overflows or is lost whole to the dtype, or elements of a weight share memory.
@@ -91,17 +85,18 @@ def merge(
         ('',)
     """
     require_choice("backup", backup, (*BACKUPS, None))
-    require_whole(model, "merge")
-    quantised = Quantised(model, into, origin, dtype)
-    affected = _affected(model, names)
-    quantised.require(affected)
+    quantised, divided = Quantised(model, into, origin, dtype), among_all(model)
+    with together(divided):
+        affected = mergeable(model, names)
+        quantised.require(affected)
     if backup is None:
-        return _bake(model, affected, quantised)
+        return _bake(model, affected, quantised, divided)
     done: list[Adapted] = []
     weights: list[MergedWeight] = []
     try:
         for host_name, (host, own) in affected.items():
-            weights += _merge_host(host_name, host, own, backup, done, quantised)
+            with together(divided):
+                weights += _merge_host(host_name, host, own, backup, done, quantised)
         quantised.refuse_lost(weights)
         refuse_inert(weights)
     except BaseException:
@@ -114,6 +109,8 @@ def merge(
 def restore(model: nn.Module) -> tuple[str, ...]:
     """Give merged weights back, bit for bit, and let their adapters act again.
 
+    All processes of a model that fully_shard divides call this together.
+
     Args:
         model: a model with merged adapters.
 
@@ -121,7 +118,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
         The names of the modules whose weights were restored.
 
     Raises:
-        UnsupportedLayerError: the model is divided among processes.
+        UnsupportedLayerError: the model is divided among some of the processes only.
         MergeStateError: nothing is merged, or a weight was changed after the merge; all weights are then as they were.
 
     Example:
@@ -136,98 +133,21 @@ def restore(model: nn.Module) -> tuple[str, ...]:
         >>> torch.equal(model[0].weight, before)
         True
     """
-    require_whole(model, "restore")
+    divided = among_all(model)
     merged = {name: host for name, host in adapted_modules(model).items() if host.adapter_state.merged is not None}
     if not merged:
         raise MergeStateError("nothing is merged into this model: restore follows merge")
-    for name, host in merged.items():
-        state = host.adapter_state
-        assert state.merged is not None
-        for slot_name, was in state.merged.checksums.items():
-            if was != _mark(host, slot_name, state.merged.backups[slot_name]):
-                raise MergeStateError(
-                    f"the weight of {name or 'the model'} has changed since the merge (trained, cast or overwritten): "
-                    "restoring would not give the base back. unwrap(model, keep_merged=True) keeps it as it is"
-                )
+    with together(divided):
+        # all of them, before any is restored: what is divided may have changed on one process alone
+        changed = [name for name, host in merged.items() if _changed(host)]
+        if changed:
+            raise MergeStateError(
+                f"the weight of {changed[0] or 'the model'} has changed since the merge (trained, cast or "
+                "overwritten): restoring would not give the base back. unwrap(model, keep_merged=True) keeps it as it "
+                "is"
+            )
     _restore(list(merged.values()))
     return tuple(merged)
-
-
-#: module name -> the adapted module and those of its adapters that are merged
-_Affected = Mapping[str, "tuple[Adapted, tuple[str, ...]]"]
-
-
-def _affected(model: nn.Module, names: str | Sequence[str] | None) -> _Affected:
-    """The modules with adapters of these names, or of any; raises unless they can be merged now."""
-    wanted = [names] if isinstance(names, str) else list(names_of(model) if names is None else names)
-    require_option(bool(wanted), "names", names, "a name or several", " Leave it out to merge all adapters")
-    for name in wanted:
-        names_of(model, name)
-    own = {at: (host, tuple(n for n in host.adapters if n in wanted)) for at, host in adapted_modules(model).items()}
-    affected = {at: (host, names) for at, (host, names) in own.items() if names}
-    require_not_empty(model)
-    require_none_lost(model)
-    for at in installed_adapters(model, wanted):
-        at.require_values(written=True)
-    for host_name, (host, merging) in affected.items():
-        _check_state(host_name or "the model", host, merging)
-    _refuse_shared(model, affected)
-    roll = roll_of(model)
-    absent = set() if roll is None else set(roll.absent())
-    warn_never_ran([at for at in affected if (at or "the model") in absent], "are merged, and never ran")
-    return affected
-
-
-def _refuse_shared(model: nn.Module, affected: _Affected) -> None:
-    """Raise for a weight that came to be shared after it was adapted: a merge would change its other module too."""
-    own = [site for site in every_site(model).values() if site.module_name in affected]
-    shared = tied_with(model, [s for s in own if affected[s.module_name][0].adapts(s.slot.parameter)])
-    for places in acting_alike(affected):  # one adapter on all layers of the weight, which gets its ΔW once
-        shared = {s: o for s, o in shared.items() if s not in places or o.count(", ") + 2 > len(places)}
-    if shared:
-        site, other = next(iter(shared.items()))
-        raise TiedWeightsError(
-            f"{site} shares its weight with {other} since it was adapted (tie_weights ties them again): a merge would "
-            "change both. Give the layer a weight of its own, or merge before the weights are tied"
-        )
-
-
-def _check_state(where: str, host: Adapted, own: tuple[str, ...]) -> None:
-    """Raise unless these adapters can be merged into the module's weights now."""
-    state = host.adapter_state
-    if state.merged is not None:
-        raise MergeStateError(f"{', '.join(state.merged.names)} is merged into {where} already: restore(model) first")
-    hidden = [name for name in own if state.hides(name)]
-    if hidden:
-        raise MergeStateError(f"{hidden[0]} is disabled on {where}: merge outside the `disabled` or `enabled` block")
-    for slot in state.slots.values():
-        weight = host.weight_of(slot)
-        if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
-            raise MergeError(
-                f"{where}: several elements of its weight share memory (it was expanded), so none can change"
-            )
-
-
-class _Job(NamedTuple):
-    """One weight and the changes to add to it."""
-
-    host_name: str
-    host: Adapted
-    slot_name: str
-    slot: Slot
-    site: str
-    names: tuple[str, ...]
-    deltas: list[Delta]
-    weight: Tensor
-
-
-def _jobs(host_name: str, host: Adapted, own: Sequence[str]) -> Iterator[_Job]:
-    """The module's weights that adapters of these names are on."""
-    for slot_name, slot in host.adapter_state.slots.items():
-        names, deltas = _deltas(host, slot_name, own)
-        if names:
-            site = dotted(host_name, slot_name) or "the model"
-            yield _Job(host_name, host, slot_name, slot, site, names, deltas, host.weight_of(slot).detach())
 
 
 @torch.no_grad()
@@ -241,49 +161,82 @@ def _merge_host(
         done.append(host)
         host.adapter_state.refresh()
         return []
-    jobs = list(_jobs(host_name, host, own))
-    backups: dict[str, Backup] = {}
-    merged = host.adapter_state.merged = Merged(own, backups, {})
+    found = jobs(host_name, host, own)  # while nothing is merged: some read the base
+    merged = host.adapter_state.merged = Merged(own, {}, {})
     done.append(host)
-    results = []
-    for _, _, slot_name, slot, site, names, deltas, weight in jobs:
-        if slot.base is not None:
-            made = quantised.replacement(host_name, host, names, deltas)
-            backups[slot_name] = made.put(host)
-            merged.checksums[slot_name] = _mark(host, slot_name, backups[slot_name])
-            results.append(made.result)
-            continue
-        before = weight.clone()
-        backups[slot_name] = Copy(before)  # until the merge of this weight is complete
-        norm, change, lost = add_(deltas, weight, slot.geometry)
-        if not math.isfinite(norm):
-            raise MergeError(f"{site}: the ΔW of {', '.join(names)} is not finite; nothing was merged")
-        if not math.isfinite(change):
-            raise MergeError(f"{site}: W + ΔW overflows {weight.dtype}, or was not finite before; nothing was merged")
-        backups[slot_name] = BACKUPS[mode].of(before, weight)
-        merged.checksums[slot_name] = checksum(weight)
-        results.append(MergedWeight(site, names, norm, change, lost))
+    results: list[MergedWeight] = []
+    for target, group in by_target(found):
+        if target.division is None:
+            results += [_merge_weight(job, mode, merged, quantised) for job in group]
+        else:
+            results += _merge_part(target, target.division, group, mode, merged)
     host.adapter_state.refresh()
     return results
 
 
+def _merge_weight(job: Job, mode: str, merged: Merged, quantised: Quantised) -> MergedWeight:
+    """Merge into one weight."""
+    if job.slot.base is not None:
+        made = quantised.replacement(job.host_name, job.host, job.names, job.deltas)
+        merged.backups[job.slot_name] = made.put(job.host)
+        merged.checksums[job.slot_name] = _mark(job.host, job.slot_name, merged.backups[job.slot_name])
+        return made.result
+    before = job.weight.clone()
+    merged.backups[job.slot_name] = Copy(before)  # until the merge of this weight is complete
+    result = _added(job)
+    merged.backups[job.slot_name] = BACKUPS[mode].of(before, job.weight)
+    merged.checksums[job.slot_name] = checksum(job.weight)
+    return result
+
+
+def _merge_part(
+    target: Target, division: Division, group: Sequence[Job], mode: str, merged: Merged
+) -> list[MergedWeight]:
+    """Merge into a parameter that is divided among processes, which back up their parts."""
+    kept = target.whole.to("cpu", copy=True) if any(job.read_by_others for job in group) else None
+    results = [_added(job) for job in group]
+    before, names = target.part.clone(), [job.slot_name for job in group]
+    merged.backups.update(dict.fromkeys(names, Part(Copy(before), division, kept)))  # until all of it is written
+    target.put_()
+    merged.backups.update(dict.fromkeys(names, Part(BACKUPS[mode].of(before, target.part), division, kept)))
+    merged.checksums.update(dict.fromkeys(names, checksum(target.part)))
+    return results
+
+
+def _added(job: Job) -> MergedWeight:
+    """Add the changes to one weight."""
+    norm, change, lost = add_(job.deltas, job.weight, job.slot.geometry)
+    if not math.isfinite(norm):
+        raise MergeError(f"{job.site}: the ΔW of {', '.join(job.names)} is not finite; nothing was merged")
+    if not math.isfinite(change):
+        raise MergeError(
+            f"{job.site}: W + ΔW overflows {job.weight.dtype}, or was not finite before; nothing was merged"
+        )
+    return MergedWeight(job.site, job.names, norm, change, lost)
+
+
 @torch.no_grad()
-def _bake(model: nn.Module, affected: _Affected, quantised: Quantised) -> MergeReport:
+def _bake(model: nn.Module, affected: Affected, quantised: Quantised, divided: bool) -> MergeReport:
     """Merge for good. Nothing can be restored, so every check comes before the first weight is written."""
     once: dict[int, str] = {}
     for host_name, (host, _) in affected.items():
         once.setdefault(weight_of(host), host_name)
-    jobs = [job for at in once.values() for job in _jobs(at, *affected[at])]
-    expected = [_expected(job, quantised) for job in jobs]
+    expected: list[MergedWeight] = []
+    for at in once.values():
+        with together(divided):
+            expected += [_expected(job, quantised) for job in jobs(at, *affected[at])]
     quantised.refuse_lost(expected)
     refuse_inert(expected)
-    weights = [_written(job, quantised) for job in jobs]
+    weights: list[MergedWeight] = []
+    for at in once.values():
+        with together(divided):
+            weights += _write_host(at, *affected[at], quantised)
     for name in dict.fromkeys(name for _, own in affected.values() for name in own):
         unwrap(model, name)
     return MergeReport(tuple(weights))
 
 
-def _expected(job: _Job, quantised: Quantised) -> MergedWeight:
+def _expected(job: Job, quantised: Quantised) -> MergedWeight:
     """What a merge for good would do to one weight."""
     if job.slot.base is not None:
         return quantised.replacement(job.host_name, job.host, job.names, job.deltas).result
@@ -291,7 +244,16 @@ def _expected(job: _Job, quantised: Quantised) -> MergedWeight:
     return MergedWeight(job.site, job.names, *add_(job.deltas, job.weight, job.slot.geometry, dry=True))
 
 
-def _written(job: _Job, quantised: Quantised) -> MergedWeight:
+def _write_host(host_name: str, host: Adapted, own: tuple[str, ...], quantised: Quantised) -> list[MergedWeight]:
+    """Merge for good into the weights of one module."""
+    results: list[MergedWeight] = []
+    for target, group in by_target(jobs(host_name, host, own)):
+        results += [_written(job, quantised) for job in group]
+        target.put_()
+    return results
+
+
+def _written(job: Job, quantised: Quantised) -> MergedWeight:
     """What a merge for good does to one weight."""
     if job.slot.base is None:
         return MergedWeight(job.site, job.names, *add_(job.deltas, job.weight, job.slot.geometry, safe=True))
@@ -300,26 +262,23 @@ def _written(job: _Job, quantised: Quantised) -> MergedWeight:
     return made.result
 
 
+def _changed(host: Adapted) -> bool:
+    """Whether a weight of a module is not what a merge has left there."""
+    merged = host.adapter_state.merged
+    assert merged is not None
+    marks = [(was, _mark(host, name, merged.backups[name])) for name, was in merged.checksums.items()]
+    return any(was != now for was, now in marks)
+
+
 def _mark(host: Adapted, slot_name: str, backup: Backup) -> int:
     """What is the same at `restore` as after the merge, unless the weight was changed in between."""
     slot = host.adapter_state.slots[slot_name]
     if slot.base is not None:  # evaluation may write the same numbers in another layout: the parameter is what counts
         return int(isinstance(backup, Replaced) and backup.is_in(host))
-    return checksum(host.weight_of(slot))
-
-
-def _deltas(host: Adapted, slot_name: str, own: Sequence[str]) -> tuple[tuple[str, ...], list[Delta]]:
-    """The adapters among `own` on one weight, and λ·ΔW of those with a strength, as in eval mode."""
-    present = {name: a for name in own if (a := host.adapter(name, slot_name)) is not None}
-    W, strengths = host.base_of(slot_name).detach(), host.adapter_state.strengths
-    training = [a for a in present.values() if a.training]
-    try:
-        for adapter in training:
-            adapter.eval()
-        return tuple(present), [a(W, strengths[name]) for name, a in present.items() if strengths[name] != 0]
-    finally:
-        for adapter in training:
-            adapter.train()
+    parameter = host.parameter_of(slot)
+    if isinstance(backup, Part):
+        return checksum(local(parameter.detach()))
+    return checksum(slot.of(Target(parameter).whole))
 
 
 @torch.no_grad()
@@ -328,12 +287,20 @@ def _restore(hosts: Sequence[Adapted]) -> None:
     for host in once.values():
         state = host.adapter_state
         assert state.merged is not None
-        for slot_name, snapshot in state.merged.backups.items():
-            if isinstance(snapshot, Replaced):
-                snapshot.give_back(host)
+        backups = {id(backup): (slot_name, backup) for slot_name, backup in state.merged.backups.items()}
+        for slot_name, backup in backups.values():
+            if isinstance(backup, Replaced):
+                backup.give_back(host)
                 continue
-            weight = host.weight_of(state.slots[slot_name])
-            weight.copy_(snapshot.original(weight))
+            slot = state.slots[slot_name]
+            if isinstance(backup, Part):
+                part = local(host.parameter_of(slot).detach())
+                part.copy_(backup.own.original(part))
+                continue
+            target = Target(host.parameter_of(slot))
+            weight = slot.of(target.whole)
+            weight.copy_(backup.original(weight))
+            target.put_()
     for host in hosts:
         host.adapter_state.merged = None
         host.adapter_state.refresh()

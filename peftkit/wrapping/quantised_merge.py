@@ -22,6 +22,7 @@ from peftkit.errors import (
     require_option,
 )
 from peftkit.kernels.blocks import row_blocks
+from peftkit.kernels.sharding import whole
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.bases.base import Base
 from peftkit.wrapping.bases.formats import format_of, matrix_of
@@ -191,7 +192,7 @@ class Quantised:
             raise OptionError(
                 f"origin: the weight {name!r} of {tuple(W.shape)} before quantisation was expected, and it has {what}"
             )
-        original = found.detach().to(W.device, torch.float32)
+        original = whole(found.detach()).to(W.device, torch.float32)
         gap = float(torch.linalg.vector_norm(original - W) / torch.linalg.vector_norm(W))
         if not gap <= _SAME_ORIGIN:
             raise WrongBaseError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.layer import AdaptedParameters
@@ -29,6 +30,18 @@ class AdaptedRecurrent(AdaptedParameters):
         del value  # what the parameters are read as; the list is kept for when the adapters are gone
         own = own_parameters(self)
         self.__dict__["_flat_weights"] = [own.get(name) for name in self._flat_weights_names]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a parameter in place of another without a look at the weights.
+
+        RNNBase would put it into a list of the weights too, for which all are read: fully_shard, which gathers one
+        after another, has only some of them then.
+        """
+        own = own_parameters(self)
+        if isinstance(value, nn.Parameter) and name in own:
+            own[name] = value
+        else:
+            nn.Module.__setattr__(self, name, value)
 
     def _weights_have_changed(self) -> bool:
         return False

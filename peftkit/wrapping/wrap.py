@@ -12,8 +12,8 @@ from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
 from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError
 from peftkit.kernels.torch_private import own_parameters
-from peftkit.wrapping.classes import become_, expected_class
-from peftkit.wrapping.divided import require_not_empty
+from peftkit.wrapping.classes import as_wrapped, become_
+from peftkit.wrapping.divided import require_not_empty, settle
 from peftkit.wrapping.extras import give_back_, require_returnable
 from peftkit.wrapping.install import TRAINABLE, check_install, install
 from peftkit.wrapping.installed import adapted_modules, installed_adapters, names_of, one_name
@@ -46,6 +46,7 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Par
         >>> sorted(tuple(p.shape) for p in pk.adapter_parameters(model))
         [(2, 8), (8, 2)]
     """
+    settle(model)  # an optimiser of what a forward pass has left whole would change nothing
     installed = installed_adapters(model, names_of(model, name))
     return list(dict.fromkeys(p for at in installed for p in at.adapter.parameters() if p.requires_grad))
 
@@ -207,6 +208,7 @@ def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
         <class 'torch.nn.modules.linear.Linear'>
     """
     names = names_of(model, name)
+    settle(model)
     affected = {n: host for n, host in adapted_modules(model).items() if set(names) & set(host.adapters)}
     for host_name, host in affected.items():
         _check_removal(host_name or "the model", host, names, keep_merged)
@@ -233,9 +235,9 @@ def unwrap(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
 
 
 def _check_removal(where: str, host: Adapted, names: Sequence[str], keep_merged: bool) -> None:
-    if type(host) is not expected_class(host):
+    if not as_wrapped(host):
         raise UnsupportedLayerError(
-            f"{where} was made a {type(host).__name__} after it was wrapped (by FSDP, parametrize or the like): "
+            f"{where} was made a {type(host).__name__} after it was wrapped (by parametrize or the like): "
             "undo that before unwrapping it"
         )
     merged = host.adapter_state.merged

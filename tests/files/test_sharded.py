@@ -9,10 +9,11 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import peftkit as pk
 from peftkit.errors import FileError, LossyError, UnknownAdapterError
+from tests.support.divided import TARGETS, Model, batch, plain, shard
 from tests.support.files import header, listing, load
 from tests.support.processes import distributed
 
@@ -28,43 +29,10 @@ LOSS = 1e-5
 STEPS = 2
 
 
-class Model(nn.Module):
-    """Rows that two processes cannot share evenly, a convolution, a weight that is read, and a head that trains."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv1d(3, 9, 3, padding=1)
-        self.attention = nn.MultiheadAttention(9, 3, batch_first=True)
-        self.body = nn.Linear(9, 15)
-        self.head = nn.Linear(15, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.stem(x)).mT
-        return self.head(torch.tanh(self.body(self.attention(h, h, h)[0])))
-
-
-def plain() -> Model:
-    torch.manual_seed(0)
-    return Model()
-
-
-def wrapped(kind: str, targets: Sequence[str] = ("stem", "attention", "body")) -> Model:
+def wrapped(kind: str, targets: Sequence[str] = TARGETS) -> Model:
     model = plain()
     pk.wrap(model, kind, targets=targets, **KINDS[kind])
     model.head.requires_grad_(True)
-    return model
-
-
-def batch() -> Tensor:
-    return torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(1))
-
-
-def shard(model: Model) -> Model:
-    from torch.distributed.fsdp import fully_shard
-
-    for module in (model.stem, model.body):
-        fully_shard(module)
-    fully_shard(model)
     return model
 
 
@@ -129,7 +97,7 @@ def _wrap_and_load_after(folder: Path) -> dict[str, Any]:
             with torch.no_grad():
                 model(batch())
         torch.manual_seed(torch.distributed.get_rank())  # the first process's numbers become everyone's
-        pk.wrap(model, kind, targets=("stem", "attention", "body"), **KINDS[kind])
+        pk.wrap(model, kind, targets=TARGETS, **KINDS[kind])
         started = pk.save(model, folder / f"{kind}-start.safetensors", allow_zero=True)
         model(batch()).sum().backward()
         frozen = [n for n, p in model.named_parameters() if p.grad is not None and not p.requires_grad]
@@ -159,7 +127,7 @@ def test_adapters_wrapped_or_loaded_after_the_model_is_divided_train_as_those_be
 def _body_alone(kind: str, dtype: torch.dtype = torch.float32) -> Model:
     """An adapted model of which nothing else trains: fully_shard takes trained parameters of one dtype."""
     model = plain().to(dtype)
-    pk.wrap(model, kind, targets=("stem", "attention", "body"), **KINDS[kind])
+    pk.wrap(model, kind, targets=TARGETS, **KINDS[kind])
     return model
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit.errors import UnsupportedLayerError
-from tests.support.files import load, write
 from tests.support.processes import distributed
 
 
@@ -36,43 +35,33 @@ def shard(model: nn.Module) -> None:
     fully_shard(model)
 
 
-def _merge(folder: Path) -> list[int | Tensor]:
-    """Refusals of a divided model, also while a forward pass has left it whole; and what it gives then."""
-    model = wrapped()
-    shard(model)
+def _train_after_forward(folder: Path) -> list[list[Tensor]]:
+    """What optimisers make of adapters, and of what parameter_groups gives, where a forward has left weights whole."""
+    del folder
     x = torch.linspace(-1, 1, 12).view(2, 6)
-    found: list[int | Tensor] = []
-    for verb in (pk.merge, pk.restore):
-        try:
-            verb(model)
-        except UnsupportedLayerError as error:
-            found.append(int("pk.merge_checkpoint" in str(error)))
-    with torch.no_grad():
-        out = model(x)
-    try:
-        pk.merge(model, backup=None)
-    except UnsupportedLayerError as error:
-        found.append(int("pk.save the adapters from every process" in str(error)))
-    pk.save(model, folder / "adapter.safetensors")
-    return [*found, out]
+    found = []
+    for parameters in (pk.adapter_parameters, lambda model: pk.parameter_groups(model, lr=0.1)):
+        model = wrapped()
+        shard(model)
+        with torch.no_grad():
+            model(x)
+        optimizer = torch.optim.SGD(parameters(model), lr=0.1)
+        model(x).square().sum().backward()
+        optimizer.step()
+        found.append([parameter.full_tensor() for parameter in pk.adapter_parameters(model)])  # type: ignore[operator]
+    return found
 
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="fully_shard is public from torch 2.6 on")
 @pytest.mark.processes
-def test_a_divided_model_is_not_merged_and_what_the_error_advises_works(tmp_path: Path) -> None:
+def test_an_optimiser_that_is_made_after_a_forward_trains_the_adapters(tmp_path: Path) -> None:
     x = torch.linspace(-1, 1, 12).view(2, 6)
-    for *refused, out in distributed(_merge, tmp_path, folder=tmp_path):
-        assert refused == [1, 1, 1]
-        torch.testing.assert_close(out, wrapped()(x).detach(), rtol=1e-5, atol=1e-6)
-    loaded = plain()
-    pk.load(loaded, tmp_path / "adapter.safetensors")
-    pk.merge(loaded)
-    base = write(tmp_path / "base.safetensors", plain().state_dict())
-    pk.merge_checkpoint(base, {tmp_path / "adapter.safetensors": 1.0}, tmp_path / "merged.safetensors")
-    merged = plain()
-    merged.load_state_dict(load(tmp_path / "merged.safetensors"))
-    for model in (loaded, merged):
-        torch.testing.assert_close(model(x), wrapped()(x), rtol=1e-5, atol=1e-5)
+    model = wrapped()
+    model(x).square().sum().backward()
+    torch.optim.SGD(pk.adapter_parameters(model), lr=0.1).step()
+    for found in distributed(_train_after_forward, tmp_path, folder=tmp_path):
+        for trained in found:
+            torch.testing.assert_close(trained, [*map(Tensor.detach, pk.adapter_parameters(model))])
 
 
 def _save_merged(folder: Path) -> int:
