@@ -45,7 +45,8 @@ def skew_blocks(skew: Tensor, upper: Tensor, size: int) -> Tensor:
     """
     flat = skew.flatten(0, -2)
     half = flat.new_zeros(len(flat), size * size).index_copy(1, upper, flat).unflatten(1, (size, size))
-    return (half - half.mT).reshape(*skew.shape[:-1], size, size)
+    # Not mT, here and wherever forward transposes: torch's older ONNX exporter does not know it
+    return (half - half.transpose(-1, -2)).reshape(*skew.shape[:-1], size, size)
 
 
 def cayley(skew: Tensor, upper: Tensor, size: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from peftkit.delta.base import Delta, WeightCache
@@ -70,13 +69,14 @@ class Butterfly(Delta):
 
     def _added(self, W: Tensor) -> Tensor:
         """λ·(s∘R·W − W), W (m, z)."""
-        b = self.K.shape[-1]
+        m, z = W.shape
         D: Tensor | None = None
         for i, K in enumerate(self.K):
+            # (c, 2, w, z) -> (c, w, 2, z) and back; by reshape, which leaves z open where a tracer follows it
             w = self._apart(i)
-            pairs = rearrange(W if D is None else W + D, "(c two w) z -> (c w two) z", two=2, w=w)
-            mixed = torch.bmm(K, pairs.unflatten(0, (-1, b))).flatten(0, 1)
-            mixed = rearrange(mixed, "(c w two) z -> (c two w) z", two=2, w=w)
+            pairs = (W if D is None else W + D).reshape(m // (2 * w), 2, w, z).transpose(1, 2)
+            mixed = torch.bmm(K, pairs.reshape(*K.shape[:2], z)).reshape(m // (2 * w), w, 2, z)
+            mixed = mixed.transpose(1, 2).reshape(m, z)
             D = mixed if D is None else D + mixed
         assert D is not None
         if self.rescale is not None:

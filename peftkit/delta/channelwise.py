@@ -96,7 +96,7 @@ class ChannelScale(Delta):
         return self.e * self._dots(M), self.e.square() * self._dots(self.W)
 
     def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
-        return ChannelScale(self.e, self.W.mT, not self.columns).moments(M.mT)
+        return ChannelScale(self.e, self.W.t(), not self.columns).moments(M.t())
 
     def _dots(self, M: Tensor) -> Tensor:
         """<W_i, M_i> per row (or column), accumulated in the dtype of e."""

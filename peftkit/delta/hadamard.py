@@ -143,7 +143,7 @@ class Hadamard(Delta):
         return inner.sum(), square.sum()
 
     def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
-        return Hadamard(self.A1.mT, self.B1.mT, self.A2.mT, self.B2.mT).moments(M.mT)
+        return Hadamard(self.A1.t(), self.B1.t(), self.A2.t(), self.B2.t()).moments(M.t())
 
     def added_to(self, M: Tensor, strength: float = 1.0) -> Tensor:
         if self._plain():

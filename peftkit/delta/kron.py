@@ -192,9 +192,9 @@ class Kron(Delta):
         return torch.cat(dots), torch.outer(self.C.square().sum(1), D.square().sum(1)).flatten()
 
     def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
-        left = None if self.left is None else self.right.mT
-        right = self.right.mT if self.left is None else self.left.mT
-        return Kron(self.C.mT, right, left).moments(M.mT)
+        left = None if self.left is None else self.right.t()
+        right = self.right.t() if self.left is None else self.left.t()
+        return Kron(self.C.t(), right, left).moments(M.t())
 
     def apply_flops(self, outputs: int) -> int:
         (a, c), (b, d) = self.C.shape, self.block

@@ -111,10 +111,10 @@ class LowRank(Delta):
         return LowRank(self.B.to(wide), self.A.to(wide)).sqnorm()
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
-        return (self._projected(M) * self.B).sum(1), ((self.B @ (self.A @ self.A.mT)) * self.B).sum(1)
+        return (self._projected(M) * self.B).sum(1), ((self.B @ (self.A @ self.A.t())) * self.B).sum(1)
 
     def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
-        return LowRank(self.A.mT, self.B.mT).moments(M.mT)
+        return LowRank(self.A.t(), self.B.t()).moments(M.t())
 
     def inner_and_sqnorm(self, W: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
         del cache
@@ -123,10 +123,10 @@ class LowRank(Delta):
     def _projected(self, M: Tensor) -> Tensor:
         """M·Aᵀ (m, r), without a copy of M in another dtype. M (m, n)."""
         if M.dtype == self.dtype:
-            return M @ self.A.mT
+            return M @ self.A.t()
         if type(M) not in (Tensor, torch.nn.Parameter):  # a quantised W is cast where it is read
-            return M.to(self.dtype) @ self.A.mT
-        return torch.cat([M[rows].to(self.dtype) @ self.A.mT for rows in row_blocks(*M.shape)])
+            return M.to(self.dtype) @ self.A.t()
+        return torch.cat([M[rows].to(self.dtype) @ self.A.t() for rows in row_blocks(*M.shape)])
 
     def apply_flops(self, outputs: int) -> int:
         return 2 * outputs * self.rank * sum(self.shape)

@@ -91,7 +91,7 @@ class Rotation(Delta):
             return g.mix(wx, self.K)
         if g.shape.positions > 1:  # the blocks span kernel positions, which the input does not have
             return super().apply(x, wx, g)
-        return g.run(g.mix(x, self.K.mT.repeat(g.groups, 1, 1)), self.W)
+        return g.run(g.mix(x, self.K.transpose(-1, -2).repeat(g.groups, 1, 1)), self.W)
 
     def lookup(self, index: Tensor) -> Tensor:
         if self.side == "out":  # a row of ΔW is made of all rows of its block

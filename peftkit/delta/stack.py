@@ -245,7 +245,7 @@ class LowRankStack(StackedDelta):
     @property
     def turned(self) -> LowRankStack:
         """The ΔW of the transposed matrices, (E·n, m)."""
-        return LowRankStack(self.A.mT, self.B.mT)
+        return LowRankStack(self.A.transpose(-1, -2), self.B.transpose(-1, -2))
 
     def as_parameters(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {"rank": self.rank}, {"up": self.B, "down": self.A}
@@ -274,14 +274,14 @@ class LowRankStack(StackedDelta):
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         products = (self._projected(M) * self.B).sum(2)
-        return products.flatten(), ((self.B @ (self.A @ self.A.mT)) * self.B).sum(2).flatten()
+        return products.flatten(), ((self.B @ (self.A @ self.A.transpose(-1, -2))) * self.B).sum(2).flatten()
 
     def _projected(self, M: Tensor) -> Tensor:
         """M_e·A_eᵀ (E, m, r), without a copy of M in another dtype. M (E·m, n)."""
         own = M.unflatten(0, (self.count, -1))
         if M.dtype == self.dtype:
-            return own @ self.A.mT
-        return torch.stack([W.to(self.dtype) @ A.mT for W, A in zip(own, self.A, strict=True)])
+            return own @ self.A.transpose(-1, -2)
+        return torch.stack([W.to(self.dtype) @ A.t() for W, A in zip(own, self.A, strict=True)])
 
     def dense_flops(self) -> int:
         return 2 * self.rank * self.shape[0] * self.shape[1]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peftkit.errors import UnsupportedLayerError
 from peftkit.geometry.shape import Shape
-from peftkit.kernels.torch_private import output_padding, own_parameters, padding_by_side
+from peftkit.kernels.torch_private import output_padding, own_parameters, padding_by_side, tracing
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -97,7 +97,7 @@ class Geometry:
     def weight(self, matrix: Tensor) -> Tensor:
         """Return a matrix (m, n) in the shape of the layer's weight; the inverse of `matrix`."""
         if not self.spatial:
-            return matrix.mT if self.transposed else matrix
+            return matrix.t() if self.transposed else matrix
         return self._kernel(matrix, self.groups)
 
     def _kernel(self, matrix: Tensor, groups: int) -> Tensor:
@@ -181,7 +181,10 @@ class Geometry:
         A = A if A.dtype == x.dtype else A.to(x.dtype)
         if not self.spatial:
             runs = x.shape[-1] // A.shape[1]
-            return F.linear(x, A) if runs == 1 else F.linear(x.unflatten(-1, (runs, -1)), A).flatten(-2)
+            if runs == 1:
+                return F.linear(x, A)
+            h = F.linear(x.unflatten(-1, (runs, -1)), A)
+            return h.reshape(*x.shape[:-1], runs * len(A))  # flatten would be of a fixed batch in older ONNX programs
         channels = A.shape[1] // self.shape.positions
         h = self._convolve(self._folded(x, channels), self._kernel(A, 1), None, 1)
         runs = x.shape[-self.spatial - 1] // channels
@@ -223,7 +226,8 @@ class Geometry:
         """Return B (v, r) on every run of r channels: h (…, a·r, *s) -> (…, a·v, *s)."""
         B = B.to(h.dtype)
         if not self.spatial:
-            return F.linear(h.unflatten(-1, (-1, B.shape[1])), B).flatten(-2)
+            runs = h.shape[-1] // B.shape[1]
+            return F.linear(h.unflatten(-1, (runs, -1)), B).reshape(*h.shape[:-1], runs * len(B))
         size = h.shape[-self.spatial :]
         mixed = _CONVOLVE[self.spatial](
             h.reshape(h.numel() // (B.shape[1] * size.numel() or 1), B.shape[1], *size),
@@ -238,7 +242,7 @@ class Geometry:
         K (k, i, j); y (…, k·j·width, *s) -> (…, k·i·width, *s).
         """
         K = K if K.dtype == y.dtype else K.to(y.dtype)
-        if y.numel() == K.shape[0] * K.shape[2] * width:  # one position: a token that is generated
+        if y.numel() == K.shape[0] * K.shape[2] * width and not tracing():  # one position: a token that is generated
             mixed = torch.bmm(K, y.reshape(K.shape[0], K.shape[2], width))
             return mixed.view(*y.shape[: y.dim() - self.spatial - 1], -1, *(1,) * self.spatial)
         lead, size = y.shape[: y.dim() - self.spatial - 1], y.shape[y.dim() - self.spatial :]

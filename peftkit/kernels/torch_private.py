@@ -37,8 +37,8 @@ def exporting() -> bool:
 
 
 def exporting_onnx() -> bool:
-    """Return whether the code is read for a program of ONNX, by its exporter on torch.export."""
-    return exporting() and torch.onnx.is_in_onnx_export()
+    """Return whether the code is read for a program of ONNX, by its exporter on torch.export or the older one."""
+    return (exporting() or tracing()) and torch.onnx.is_in_onnx_export()
 
 
 def eager() -> bool:
@@ -47,9 +47,12 @@ def eager() -> bool:
     Not so under torch.compile, torch.jit.trace, a transform of torch.func, a TorchDispatchMode or forward-mode AD:
     these follow plain operations only, and what is remembered between calls must stay unknown to them.
     """
-    return not (
-        _compiling() or _transforming() or _dispatch_modes() or forward_ad._current_level >= 0 or _tracing() is not None
-    )
+    return not (_compiling() or _transforming() or _dispatch_modes() or forward_ad._current_level >= 0 or tracing())
+
+
+def tracing() -> bool:
+    """Return whether torch.jit.trace follows the operations, for calls with inputs of other sizes."""
+    return _tracing() is not None
 
 
 def once_while_compiling(function: _F) -> _F:
@@ -61,12 +64,12 @@ def once_while_compiling(function: _F) -> _F:
     return function
 
 
-def known_true(condition: bool) -> bool:
-    """Return whether a condition on sizes is true for every size that is possible, in code that torch.compile reads.
+def known_true(condition: bool | Tensor) -> bool:
+    """Return whether a condition on sizes is true for every size that is possible, in code that is not run as written.
 
-    Always False before torch 2.7, whose compiler cannot ask.
+    Always False before torch 2.7, whose compiler cannot ask, and of a tensor, which torch.jit.trace makes of sizes.
     """
-    if not _can_ask:
+    if not _can_ask or isinstance(condition, Tensor):
         return False
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes half as long as torch to import
 

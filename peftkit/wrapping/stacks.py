@@ -40,7 +40,7 @@ class StackGeometry(Geometry):
         self.shape = Shape(self.experts * rows, columns, groups=self.experts)
 
     def bands(self, weight: Tensor) -> Tensor:
-        return weight.mT if self.transposed else weight
+        return weight.transpose(-1, -2) if self.transposed else weight
 
     def matrix(self, weight: Tensor) -> Tensor:
         return self.bands(weight).reshape(self.shape.rows, self.shape.columns)

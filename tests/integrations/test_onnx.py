@@ -1,4 +1,4 @@
-"""Programs of ONNX, by torch's exporter: adapted and merged models of every kind, for any batch size."""
+"""Programs of ONNX, by torch's exporters: adapted and merged models of every kind, for any batch size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import peftkit as pk
 from tests.support.zoo import SMALL, train
 
 # what the exporter itself does with torch and with Python's copyreg
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
+)
 
 
 class Net(nn.Module):
@@ -46,6 +48,14 @@ def program(net: nn.Module) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(buffer.getvalue())
 
 
+def older_program(net: nn.Module, x: Tensor) -> onnxruntime.InferenceSession:
+    """The model as ONNX by torch's older exporter, which traces it, of any batch size."""
+    buffer = io.BytesIO()
+    axes = {"x": {0: "batch"}}
+    torch.onnx.export(net, (x,), buffer, dynamo=False, input_names=["x"], dynamic_axes=axes)  # type: ignore[arg-type]
+    return onnxruntime.InferenceSession(buffer.getvalue())
+
+
 def require_same(session: onnxruntime.InferenceSession, net: nn.Module) -> None:
     for batch in (1, 3, 17):
         x = torch.randn(batch, 4, 5, 5)
@@ -71,3 +81,39 @@ def test_merged(kind: str) -> None:
     require_same(session, net)
     names = [each.name for each in session.get_inputs()]
     assert names == ["x"]
+
+
+class Tokens(nn.Module):
+    """A convolution with a kernel, an attention, and a Linear on tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.Linear(8, 4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.relu(self.conv(x)).flatten(2).transpose(1, 2)
+        return self.head(self.attention(tokens, tokens, tokens)[0])
+
+
+@pytest.mark.parametrize("route", ["factored", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", SMALL)
+def test_adapted_by_the_older_exporter(kind: str, route: str) -> None:
+    torch.manual_seed(0)
+    net = Tokens()
+    pk.wrap(net, kind, route=route, **SMALL[kind])
+    train(net)
+    require_same(older_program(net.eval(), torch.randn(1, 4, 5, 5)), net)  # no step is that of one item alone
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_embeddings_by_the_older_exporter(kind: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 4))
+    pk.wrap(net, kind, targets=["full", "0"], **SMALL[kind])
+    train(net)
+    session = older_program(net.eval(), torch.tensor([[1, 2, 3]]))
+    x = torch.arange(12).view(4, 3)
+    with torch.no_grad():
+        expected = net(x)
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), expected)

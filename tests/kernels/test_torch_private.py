@@ -62,6 +62,23 @@ def test_not_eager_under_jit_trace() -> None:
     assert answers == [False, False]
 
 
+def test_tracing() -> None:
+    """Under torch.jit.trace alone, where a condition on a size is a tensor: true of this call, maybe not the next."""
+    answers: list[bool] = []
+
+    def function(x: Tensor) -> Tensor:
+        answers.append(torch_private.tracing())
+        if torch_private.tracing():
+            assert isinstance(x.numel(), Tensor)
+            assert not torch_private.known_true(x.numel() > 1)
+        return x * 2
+
+    function(torch.ones(2))
+    make_fx(function)(torch.ones(2))
+    torch.jit.trace(function, (torch.ones(2),), check_trace=False)
+    assert answers == [False, False, True]
+
+
 def test_not_eager_under_forward_mode() -> None:
     answers: list[bool] = []
     with forward_ad.dual_level():
@@ -110,6 +127,8 @@ def test_exporting_onnx_is_not_exporting(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not any(answers)
     torch.export.export(Exported(), (torch.ones(2),), strict=False)
     assert answers[-1] is (torch.__version__ >= "2.7")
+    torch.jit.trace(Exported(), (torch.ones(2),), check_trace=False)
+    assert answers[-1]
 
 
 def test_once_while_compiling() -> None:
@@ -331,6 +350,7 @@ def test_every_function_has_a_test() -> None:
         "padding_by_side",
         "set_training",
         "tensor_without_memory",
+        "tracing",
         "transformed",
         "version",
         "wrapped",
