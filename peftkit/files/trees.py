@@ -14,12 +14,12 @@ from itertools import product
 from peftkit.errors import AmbiguousFileError
 from peftkit.files.formats.patch import AdapterFile
 from peftkit.files.formats.peft import PREFIX
-from peftkit.files.rename import names_of, relabelled
+from peftkit.files.rename import names_of, relabelled, suggested
 
 #: what follows the level of the language model
 _LAYERS = ("layers", "embed_tokens", "norm")
 #: the parts of a model that sees, beside its language model
-_SIGHT = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "connector")
+_SIGHT = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "connector", "aligner")
 #: what stands before these two and before the head in each tree
 _TREES = (
     ("model.language_model.", "model.", ""),  # transformers from 4.52 on, and its checkpoints since
@@ -57,9 +57,10 @@ def at_home(bundle: AdapterFile, paths: Iterable[str], file: object) -> AdapterF
     if not ways:
         return bundle
     if len(ways) > 1:
-        first = names[0]
-        found = " or ".join(repr(way[first]) for way in ways)
-        raise AmbiguousFileError(f"{file}: {first} can be {found}: rename= with a rule for each level says which")
+        first = next(name for name in names if len({way[name] for way in ways}) > 1)
+        meant = sorted({way[first] for way in ways})
+        rules = " or ".join(f"pass {suggested(bundle.name_in_file(first), name)}" for name in meant)
+        raise AmbiguousFileError(f"{file}: {first} can be {' or '.join(map(repr, meant))}: {rules}")
     back = {new: old for old, new in bundle.renamed.items()}
     moved = {back.get(old, old): new for old, new in ways[0].items()}
     return replace(relabelled(bundle, ways[0]), renamed={old: new for old, new in moved.items() if old != new})

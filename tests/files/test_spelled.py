@@ -146,6 +146,20 @@ def test_a_folder_of_peft_and_its_trained_head_move_too(tmp_path: Path) -> None:
     }
 
 
+def test_the_levels_are_those_of_transformers(tmp_path: Path) -> None:
+    """A file from before 4.52 onto the class of today, of which sight is a part."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 2, "vocab_size": 32, "bos_token_id": None, "eos_token_id": None}
+    rope = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 2, "mlp_ratio": 1}
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config={**text, **rope}, vision_config=vision))
+    theirs = ("model.layers.0.self_attn.q_proj", "visual.blocks.0.attn.proj")
+    report = pk.load(model, write(tmp_path / "a.safetensors", factors(theirs, 16)))
+    assert set(report.loaded) == {f"model.language_{theirs[0]}", f"model.{theirs[1]}"}
+
+
 def test_a_part_that_fits_nowhere_keeps_the_whole_where_it_is(tmp_path: Path) -> None:
     base = {"model.language_model.layers.0.q.weight": torch.zeros(8, 8)}
     with pytest.raises(MismatchError, match="2 without a place") as refused:
@@ -154,6 +168,17 @@ def test_a_part_that_fits_nowhere_keeps_the_whole_where_it_is(tmp_path: Path) ->
     rename = {"model.*": "model.language_model.*"}
     out = merged(base, factors(["model.layers.0.q", "model.layers.1.q"]), tmp_path, rename=rename, ignore="*.1.*")
     require_bits(out, dict(zip(base, changes(["model.layers.0.q"]).values(), strict=True)))
+
+
+def test_a_file_that_fits_at_two_levels_asks_and_the_rules_that_it_names_decide(tmp_path: Path) -> None:
+    ours = ("model.layers.0.q", "language_model.model.layers.0.q")
+    base = {f"{name}.weight": torch.zeros(8, 8) for name in ours}
+    tensors = factors(["model.language_model.layers.0.q"])
+    with pytest.raises(AmbiguousFileError) as asked:
+        merged(base, tensors, tmp_path)
+    rules = re.findall(r"pass rename=\{'(.*?)': '(.*?)'\}", str(asked.value))
+    touched = [merged(base, tensors, tmp_path, rename=dict([rule])) for rule in rules]
+    assert sorted(key for out in touched for key in out if bool(out[key].any())) == sorted(base)
 
 
 # -- a head without a weight of its own --------------------------------------------------------------------------------
