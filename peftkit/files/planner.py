@@ -193,7 +193,9 @@ class Planner:
         key = name if self.component is None else f"{self.component}.{name}"
         key = key if key in self.base.where else key_in(self.base, name)
         if key is None:
-            self.unresolved.append(f"{where}: the base has no such tensor")
+            module, own_name = (n.rpartition(".")[0] for n in (name, bundle.name_in_file(name)))
+            hint = self.resolver.tied(module, own_name) or self.resolver.hint(module, own_name)
+            self.unresolved.append(f"{where}: the base has no such tensor.{hint}")
             return
         self._require_addable(key, where)
         shape = self.base.info(key).shape

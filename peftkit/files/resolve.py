@@ -117,22 +117,23 @@ class Resolver:
         own: what the file itself calls the module.
         """
         self._hints -= 1
-        tied = self._tied(name, own)
-        if self._hints < 0 or tied:
-            return tied
+        if tied := self.tied(name, own):
+            return (
+                f"{tied}. To change the output alone, load the file onto the model with tied='untie', merge there and "
+                "save the model"
+            )
+        if self._hints < 0:
+            return ""
         path = name.removeprefix(prefix_of(name))
         rule = nearest_rule(own, path, self._shown) if self._hints == HINTS - 1 else ""
         return did_you_mean(path, self._shown) + rule
 
-    def _tied(self, name: str, own: str) -> str:
-        """What helps where a model has no weight of its own for its output, which is that of its embedding."""
+    def tied(self, name: str, own: str) -> str:
+        """Return what helps where a model has no weight of its own for its output, which is that of its embedding."""
         shared = next((path for path in self._dotted if path.rpartition(".")[2] in _EMBEDDINGS), "")
         if name.rpartition(".")[2] not in _HEADS or not shared:
             return ""
-        return (
-            f" Its output layer has the weight of {shared}: {said(own, shared)} changes both. To change the output "
-            "alone, load the file onto the model with tied='untie', merge there and save the model"
-        )
+        return f" Its output layer has the weight of {shared}: {said(own, shared)} changes both"
 
     def _by_path(self, name: str) -> Placement | None:
         for table in (self._dotted, self._underscored):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -201,6 +202,23 @@ def test_a_head_that_has_the_weight_of_the_embedding_says_so_and_both_ways_on_wo
     pk.unwrap(model, keep_merged=True)
     torch.testing.assert_close(model.lm_head.weight, embedding + up @ down)
     assert torch.equal(model.model.embed_tokens.weight, embedding)
+
+
+def test_a_trained_head_goes_over_the_embedding_by_the_rule_that_is_named(tmp_path: Path) -> None:
+    """What PEFT trains beside the adapters, modules_to_save, on a checkpoint that has one tensor for both."""
+    model = language_model(tied=True)
+    head = torch.ones_like(model.lm_head.weight)
+    tensors = factors(["model.layers.0.self_attn.q_proj"], 16) | {"base_model.model.lm_head.weight": head}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "modules_to_save": ["lm_head"]}
+    write(tmp_path / "folder" / "adapter_model.safetensors", tensors)
+    (tmp_path / "folder" / "adapter_config.json").write_text(json.dumps(config))
+    weights = {key: tensor for key, tensor in model.state_dict().items() if key != "lm_head.weight"}
+    base = write(tmp_path / "base.safetensors", weights)
+    with pytest.raises(MismatchError, match="no such tensor") as refused:
+        pk.plan_merge(base, {tmp_path / "folder": 1.0})
+    (rule,) = re.findall(r"rename=\{'(.*?)': '(.*?)'\} changes both", str(refused.value))
+    pk.merge_checkpoint(base, {tmp_path / "folder": 1.0}, tmp_path / "merged.safetensors", rename=dict([rule]))
+    assert torch.equal(load(tmp_path / "merged.safetensors")["model.embed_tokens.weight"], head)
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------
