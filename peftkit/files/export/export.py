@@ -188,12 +188,12 @@ def export(
     goal = programs.get(target)
     require_dtype(dtype)
     path = disk.require_output(path, [source, base], overwrite)
-    facts = functools.partial(facts_of, config=config, name=model_name)
+    facts, asks = functools.partial(facts_of, config=config, name=model_name), goal.folder or goal.configured
     request = _Request(
         path, goal, family, component, dtype, bake, title or path.stem, training or {}, extras, ModelFacts()
     )
     if isinstance(source, nn.Module):
-        request = replace(request, facts=facts(source, None, {}))
+        request = replace(request, facts=facts(source, None, {}) if asks else ModelFacts())
         entries = list(items_of_model(source, name))
         beside = Beside.of_model(source, vectors=any(entry.vector for entry in entries))
         if base is not None and extras and goal.norms:
@@ -206,7 +206,8 @@ def export(
         apart = guessed.transformer_style != "kohya"  # the style that keeps the layers of the original network
         whole = opened(base) if base is not None else None
         items = list(items_of_file(source, bundle, base if whole is None else whole, other_base, apart=apart))
-        request = replace(request, facts=facts(None, whole, peft.of_model(bundle.config)))
+        said = peft.of_model(bundle.config)
+        request = replace(request, facts=facts(None, whole, said) if asks else ModelFacts())
         return _export(items, request, Beside(bundle.extras, whole))
 
 
@@ -284,9 +285,10 @@ def _write_folder(
 
     tied: what PEFT puts where it belongs by itself, and has in files without a LoRA.
     """
+    filled: tuple[str, ...] = ()
     if request.goal.served:
         require_served(found, request.goal)
-        found = at_one_rank(found)
+        found, filled = at_one_rank(found, request.goal)
     kind = peft_type([job.piece for job in found])
     if kind is None:  # a folder holds one kind of adapter, and LoRA can be any ΔW
         lora = replace(request.goal, reads=frozenset({LowRank.structure}), decomposes=frozenset())
@@ -313,4 +315,4 @@ def _write_folder(
             request.path,
             "what trained beside the adapters was read back other than it was written",
         )
-        return proven(folder, found, request.path), notes
+        return proven(folder, found, request.path), (*notes, *filled)

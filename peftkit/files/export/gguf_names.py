@@ -68,6 +68,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 #: what a model that also sees puts before the path of a module of its language model, and what remains of it
 _LANGUAGE = (("model.language_model.", "model."), ("language_model.", ""))
 _INPUT, _OUTPUT = "token_embd", "output"
+#: no model has more layers; the names of all of them are made
+_MOST_BLOCKS = 2000
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class GgufModel:
             OptionError: the gguf package is not installed.
         """
         gguf = require_gguf()
-        config = {**facts.config, **(facts.config.get("text_config") or {})}
+        text = facts.config.get("text_config")
+        config = {**facts.config, **(text if isinstance(text, Mapping) else {})}
         said = facts.config.get("model_type")
         if not isinstance(said, str):
             raise ExportError(
@@ -111,10 +114,12 @@ class GgufModel:
         blocks = _number(config, "num_hidden_layers", "n_layer")
         queries = _number(config, "num_attention_heads", "n_head")
         keys = config.get("num_key_value_heads")
+        if blocks > _MOST_BLOCKS:
+            raise ExportError(f"the model's configuration has {blocks} layers, {_MOST_BLOCKS} at most were expected")
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
         return cls(
             architecture,
-            {"q_proj": queries, "k_proj": keys if isinstance(keys, int) else queries},
+            {"q_proj": queries, "k_proj": keys if type(keys) is int else queries},
             bool(config.get("tie_word_embeddings", architecture.tied)),
             gguf.get_tensor_name_map(arch, blocks),
         )

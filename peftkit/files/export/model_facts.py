@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from peftkit.errors import require_file
+from peftkit.errors import OptionError, require_file
 from peftkit.files.base import Base
 from peftkit.files.formats import strict_json
 from peftkit.wrapping.walk import named_modules, unwrapped
@@ -99,7 +99,13 @@ def facts_of(
 
     Raises:
         FileError: there is no such configuration, or it is damaged.
+        OptionError: `config` is neither a path nor entries.
     """
+    if not isinstance(config, (Mapping, str, os.PathLike, type(None))):
+        raise OptionError(
+            f"config={config!r:.100} was given, and a path or a dictionary was expected: pass its to_dict(), or the "
+            "folder of the model"
+        )
     model = source if source is not None else None if base is None else base.model
     folder = None if model is not None or base is None else _folder_of(base.path)
     own, library = ({}, "") if model is None else _of_model(model)

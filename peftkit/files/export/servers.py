@@ -43,10 +43,11 @@ def require_served(found: Sequence[Job], goal: Target) -> None:
         )
 
 
-def at_one_rank(found: Sequence[Job]) -> Sequence[Job]:
-    """Return the same modules with factors of the largest rank, filled up with zeros."""
-    most = max(job.piece.spelled.rank or 0 for job in found)
-    return [_padded(job, most) for job in found]
+def at_one_rank(found: Sequence[Job], goal: Target) -> tuple[Sequence[Job], tuple[str, ...]]:
+    """Return the same modules with factors of the largest rank, filled up with zeros, and what to say of that."""
+    ranks = {job.piece.spelled.rank or 0 for job in found}
+    note = f"smaller ranks are filled up to {max(ranks)} with zeros, as {goal.title} has one for all modules"
+    return [_padded(job, max(ranks)) for job in found], (note,) if len(ranks) > 1 else ()
 
 
 def _padded(job: Job, rank: int) -> Job:

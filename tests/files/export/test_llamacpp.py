@@ -146,6 +146,9 @@ def test_a_folder_of_peft_brings_the_configuration_of_the_model_it_names(tmp_pat
     [
         ({"model_type": "mamba"}, "of type 'mamba', and adapters are written for llama.cpp of apertus"),
         ({"num_hidden_layers": None}, "has no num_hidden_layers"),
+        ({"num_hidden_layers": 10**9}, "has 1000000000 layers, 2000 at most"),
+        ({"model_type": ["llama"], "text_config": 5}, "pass config="),
+        ({"num_key_value_heads": 0, "num_attention_heads": 0}, "by the configuration 0 heads"),
         ({"num_attention_heads": 5}, "16 rows, and by the configuration 5 heads"),
         ({"num_hidden_layers": 1}, r"layers\.1\.self_attn\.q_proj: llama.cpp has no weight of its own"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import transformers
 from torch import nn
 
 import peftkit as pk
-from peftkit.errors import FileError
+from peftkit.errors import FileError, OptionError
 from peftkit.files.export.peft_targets import selection
 from tests.support.models import language_model
 from tests.support.zoo import train
@@ -219,3 +220,42 @@ def test_a_configuration_that_is_none_is_refused_and_nothing_is_written(
     with pytest.raises(FileError, match=words):
         pk.export(adapted, tmp_path / "a", "peft", config=given)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_damaged_configuration_of_the_base_is_no_matter_to_programs_that_do_not_ask(
+    llama: Path, adapted: nn.Module, tmp_path: Path
+) -> None:
+    own = pk.save(adapted, tmp_path / "own.safetensors")
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    (base / "config.json").write_text("{")
+    pk.export(own, tmp_path / "a.safetensors", "comfyui", base=base)
+    with pytest.raises(FileError, match="not sound JSON"):
+        pk.export(own, tmp_path / "a", "peft", base=base)
+    pk.export(own, tmp_path / "a", "peft", base=base, config=llama)
+    assert config(tmp_path / "a")["task_type"] == "CAUSAL_LM"
+
+
+def test_a_configuration_of_transformers_is_given_as_a_dictionary(adapted: Any, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"pass its to_dict\(\)"):
+        pk.export(adapted, tmp_path / "a", "peft", config=adapted.config)
+    pk.export(adapted, tmp_path / "a", "peft", config=adapted.config.to_dict())
+    assert config(tmp_path / "a")["peft_type"] == "LORA"
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"architectures": "LlamaForCausalLM", "_name_or_path": 5},
+        {"architectures": [], "is_encoder_decoder": "yes"},
+        {"architectures": [["LlamaForCausalLM"]]},
+        {"model_type": None},
+    ],
+)
+def test_entries_of_another_type_say_nothing_of_the_task(
+    entries: dict[str, Any], llama: Path, adapted: nn.Module, tmp_path: Path
+) -> None:
+    own = pk.save(adapted, tmp_path / "own.safetensors")
+    pk.export(own, tmp_path / "a", "peft", config=entries)
+    assert config(tmp_path / "a")["task_type"] is None
+    assert config(tmp_path / "a")["base_model_name_or_path"] is None

@@ -57,7 +57,8 @@ def test_ranks_and_alphas_become_one(target: str, tmp_path: Path) -> None:
     ]
     pk.wrap(model, rules=rules)
     train(model, size=0.3)
-    pk.export(model, tmp_path / "a", target)
+    report = pk.export(model, tmp_path / "a", target)
+    assert f"smaller ranks are filled up to {config(tmp_path / 'a')['r']} with zeros" in str(report)
     said = config(tmp_path / "a")
     assert said["r"] == said["lora_alpha"] and said["rank_pattern"] == said["alpha_pattern"] == {}
     require_same(tmp_path / "a", plain, target, truths(model))
