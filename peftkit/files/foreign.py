@@ -75,6 +75,8 @@ def read_foreign(source: Source, dora_axis: str | None, alpha: AlphaOptions) -> 
         vectors=vectors,
         metadata=source.metadata,
         size=source.size,
+        roles={module: frozenset(roles) for module, roles in modules.items()},
+        alphas=alphas,
     )
 
 

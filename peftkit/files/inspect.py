@@ -15,7 +15,6 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from peftkit.adapters import registry
 from peftkit.delta.distance import norm, ratio, relative
 from peftkit.errors import PeftkitError
 from peftkit.files.bind import bind, described, misfit, needs_base, placeholder_weight
@@ -23,7 +22,7 @@ from peftkit.files.entries import canonical_items, delta_of
 from peftkit.files.extras import listed
 from peftkit.files.families import names
 from peftkit.files.formats.patch import Patch
-from peftkit.files.loads import loads
+from peftkit.files.loads import ProgramLoad, by_outcome, loads
 from peftkit.files.read import Reading, read, read_all
 from peftkit.kernels.blocks import all_finite
 from peftkit.wrapping.listing import Row, listing
@@ -49,7 +48,11 @@ class Inspected:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that a file says. loads: program -> "" if it reads the file as it is, else the reason it does not."""
+    """All that a file says.
+
+    loads: program -> "" if it reads the file as it is, else the reason it does not. programs: program -> what it loads
+    and skips, why, and at which scale.
+    """
 
     path: Path
     format: str
@@ -63,6 +66,7 @@ class Inspection:
     damage: tuple[str, ...] = ()  # what is wrong with the changes of biases and norms, and with the extras
     extras: tuple[str, ...] = ()  # parameters that trained beside the adapters
     renamed: Mapping[str, str] = field(default_factory=dict)  # name in the file -> name here, where that is another
+    programs: Mapping[str, ProgramLoad] = field(default_factory=dict)
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -89,7 +93,7 @@ class Inspection:
             lines.append(f"{len(self.vectors)} changes of biases and norms")
         lines += [f"{listed(self.extras)} that trained beside the adapters"] if self.extras else []
         lines += [f"problem: {problem}" for problem in self.problems[:8]]
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *self.notes, *by_outcome(self.programs)])
 
     def table(self, *, every: bool = True) -> Table:
         """Every module, for rich to print; every=False: one row for modules that are alike."""
@@ -114,7 +118,7 @@ def inspect(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Inspect
         **reading: as in `read`.
 
     Returns:
-        All that the file says, and which programs read it as it is.
+        All that the file says, and what every program would load and skip of it as it is, why, and at which scale.
 
     Raises:
         FileError: a file that is no adapter file, or is damaged as a whole.
@@ -132,15 +136,15 @@ def inspect(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Inspect
     bundle = read(path, **reading)
     modules: list[Inspected] = []
     shapes: dict[str, tuple[int, int] | None] = {}
-    structures: set[str] = set()
+    kinds: dict[str, Patch] = {}
     for name in bundle.patches:
         patch = bundle.patches[name]
         modules.append(_inspected(name, patch, bundle.portable))
         sizes = (patch.shape.rows, patch.shape.columns)
         shapes[name] = sizes if all(sizes) else None
-        if bundle.format != "native":  # its kinds and options are checked when they are bound
-            structures.add(registry.get(patch.kind).structure(patch.options))
+        kinds[name] = replace(patch, tensors={})
     family = next(iter(names.guess(shapes)), None)
+    received = loads(bundle, kinds, family)
     notes = [f"{key}: no adapter in the header has it" for key in bundle.unclaimed]
     title = "" if family is None else family.title
     beside = itertools.chain(bundle.vectors.items(), bundle.extras.items())
@@ -153,24 +157,29 @@ def inspect(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Inspect
         tuple(modules),
         tuple(bundle.vectors),
         dict(bundle.metadata),
-        loads(bundle, structures, family),
+        {program: load.why for program, load in received.items()},
         tuple(notes),
         tuple(damage),
         tuple(bundle.extras),
         bundle.renamed,
+        received,
     )
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Whether a file can be used. code: 0 it can, 1 in part (dead modules, stray tensors), 2 it cannot."""
+    """Whether a file can be used. code: 0 it can, 1 in part (dead modules, stray tensors), 2 it cannot.
+
+    programs: of a file of another program, what each program loads and skips, why, and at which scale.
+    """
 
     code: int
     findings: tuple[str, ...]
+    programs: Mapping[str, ProgramLoad] = field(default_factory=dict)
 
     def __str__(self) -> str:
         verdict = ("sound", "usable in part", "not usable")[self.code]
-        return "\n".join([verdict, *self.findings])
+        return "\n".join([verdict, *self.findings, *(by_outcome(self.programs) if self.programs else ())])
 
 
 def doctor(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Diagnosis:
@@ -201,9 +210,9 @@ def doctor(path: str | os.PathLike[str], **reading: Unpack[Reading]) -> Diagnosi
     dead = [m.name for m in found.modules if m.problem == _DEAD]
     silent = [f"{len(dead)} of {len(found.modules)} modules do nothing: {dead[0]}, …"] if dead else []
     findings = [*broken, *silent, *found.notes]
-    if broken or (dead and len(dead) == len(found.modules) and not found.vectors and not found.extras):
-        return Diagnosis(2, tuple(findings))
-    return Diagnosis(1 if findings else 0, tuple(findings))
+    unusable = broken or (dead and len(dead) == len(found.modules) and not found.vectors and not found.extras)
+    programs = {} if found.format == "native" else found.programs
+    return Diagnosis(2 if unusable else 1 if findings else 0, tuple(findings), programs)
 
 
 @dataclass(frozen=True)

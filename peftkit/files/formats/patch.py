@@ -81,6 +81,8 @@ class AdapterFile:
     "module.bias" or "module.weight". base: fingerprints of the weights it was trained on. portable: whether derived
     tensors are in the file. unclaimed: tensors of a native file that its header does not mention. size: of all tensors,
     in bytes.
+    roles: what the tensors of every module are, by the names in the file; of other programs' files. alphas: those among
+    them that are α.
     extras: values of parameters that trained beside the adapters, by their names in the model. config: PEFT's, of a
     folder. renamed: name in the file -> name here, of those that are not the same.
     """
@@ -102,3 +104,6 @@ class AdapterFile:
     def name_in_file(self, name: str) -> str:
         """Return what the file itself calls a module."""
         return next((old for old, new in self.renamed.items() if new == name), name)
+
+    roles: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
