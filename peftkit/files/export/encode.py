@@ -114,7 +114,8 @@ def _additive(delta: Delta, target: Target, shape: Shape, kind: str = "") -> Enc
         return _other(Dense(delta.dense()), target)
     if refusal:
         why = target.refusal(LowRank.structure, shape)
-        raise ExportError(why or f"{target.title} has no structure for {delta.structure or repr(delta)}")
+        why = why or f"{target.title} has no structure for {delta.structure or repr(delta)}"
+        raise ExportError(f"{why}; export for lycoris, or merge it")
     return _other(low, target)
 
 

@@ -97,7 +97,10 @@ def _name(item: AdapterEntry, goal: Target, family: Family, component: str | Non
     (module,) = matches
     if not goal.t5 and ".encoder.block." in module.name:
         name = item.path or item.name
-        raise ExportError(f"{name!r} is of T5, for which no pipeline of {goal.title} loads an adapter")
+        raise ExportError(
+            f"{name!r} is of T5, for which no pipeline of {goal.title} loads an adapter; leave it out, or export for "
+            "comfyui"
+        )
     if not goal.looks_for(module.name):
         raise ExportError(
             f"{item.name}: {goal.title} makes no adapter of this layer, and would ignore it; leave it out (save the "
@@ -119,7 +122,10 @@ def _family_name(module: ModuleSpec, goal: Target, family: Family) -> str:
     """The name of a module of a known family."""
     style = _style(goal, family)
     if style is None:
-        raise ExportError(f"{goal.title} does not load adapters of {family.title} under any name this library writes")
+        raise ExportError(
+            f"{goal.title} does not load adapters of {family.title} under any name this library writes; export "
+            "for comfyui or diffusers"
+        )
     return family.spell(module.name, style)
 
 
@@ -135,10 +141,14 @@ def _generic_name(item: AdapterEntry, module: ModuleSpec | None, goal: Target) -
     path = item.path or _bare(item.name, goal)
     if item.sliced:
         raise ExportError(
-            f"{path!r} is rows of a parameter and no module of its own, so {goal.title} has no name for it"
+            f"{path!r} is rows of a parameter and no module of its own, so {goal.title} has no name for it; keep it in "
+            "this library's own format, or merge it"
         )
     if not path and not goal.roots:
-        raise ExportError(f"{goal.title} adapts modules inside a model, and this one is the whole of it")
+        raise ExportError(
+            f"{goal.title} adapts modules inside a model, and this one is the whole of it; export for lycoris, or "
+            "merge it"
+        )
     if goal.generic is None:
         raise ExportError(
             f"{goal.title} loads adapters of the models it knows, and {path!r} is of none known here; pass "
@@ -184,7 +194,8 @@ def require_readable(modules: Sequence[ModuleSpec], goal: Target, named: str = "
     for component, paths in encoders.items():
         if not any(mark in path for path in paths):
             raise ExportError(
-                f"{component}: {goal.title} does not recognise a text encoder's adapter without attention layers"
+                f"{component}: {goal.title} does not recognise a text encoder's adapter without attention layers; give "
+                "one of them an adapter, or export for comfyui"
             )
     if goal.whole_attentions:
         _require_whole_attentions(modules, goal)
@@ -194,7 +205,10 @@ def _refuse_projections(encoders: dict[str, list[str]], goal: Target) -> None:
     for component, paths in encoders.items():
         if "text_projection" in paths:
             name = f"{component}.text_projection"
-            raise ExportError(f"{name}: {goal.title} does not read an adapter of the text projection")
+            raise ExportError(
+                f"{name}: {goal.title} does not read an adapter of the text projection; leave it out, or export for "
+                "comfyui"
+            )
 
 
 def _require_whole_attentions(modules: Iterable[ModuleSpec], goal: Target) -> None:
