@@ -88,3 +88,26 @@ def test_activation_checkpointing(folder: Path) -> None:
         found.append([p.grad for p in pk.adapter_parameters(model)])
     for got, expected in zip(*found, strict=True):
         assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, "torchao"])
+def test_a_folder_of_a_quantised_model_is_merged_into(config: str, folder: Path, tmp_path: Path) -> None:
+    """What transformers writes is read, and the merged folder is loaded by it as that of a plain model."""
+    if config == "torchao":
+        quantization = pytest.importorskip("torchao.quantization")
+        options: Any = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    else:
+        options = transformers.BitsAndBytesConfig(**CONFIGS[config])
+    load, how = transformers.LlamaForCausalLM.from_pretrained, {"dtype": torch.bfloat16, "device_map": "cpu"}
+    model = load(folder, quantization_config=options, **how)
+    model.save_pretrained(tmp_path / "base")
+    pk.wrap(model, "lora", rank=2)
+    train(model, size=0.05)
+    file = pk.save(model, tmp_path / "a.safetensors")
+    report = pk.merge_checkpoint(tmp_path / "base", {file: 1.0}, tmp_path / "out", dtype=torch.bfloat16)
+    in_memory = pk.merge(model.eval(), into="dequantised", dtype=torch.bfloat16, backup=None)
+    assert report.norm == pytest.approx(in_memory.norm) and report.lost == pytest.approx(in_memory.lost, rel=1e-3)
+    merged, ids = load(tmp_path / "out").eval(), torch.arange(14).view(2, 7)
+    assert not hasattr(merged.config, "quantization_config")
+    with torch.no_grad():
+        assert torch.equal(merged(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -74,6 +74,18 @@ def test_a_name_that_says_its_transformer_is_taken_at_its_word(tmp_path: Path) -
     assert pk.plan_merge(base, {one: 1.0}, component="transformer_2").touched == (f"transformer_2.{PATH}.weight",)
 
 
+def test_one_expert_s_checkpoint_takes_its_own_of_a_file_of_both(tmp_path: Path) -> None:
+    base = experts(tmp_path / "base") / "transformer_2"
+    hands = {part: full(12, 8, seed=i + 1) for i, part in enumerate(EXPERTS)}
+    tensors = {k: t for part, hand in hands.items() for k, t in hand.keyed(f"{part}.{PATH}").items()}
+    both = write(tmp_path / "both.safetensors", tensors)
+    before = load_folder(base)[f"{PATH}.weight"]
+    for part in EXPERTS:
+        pk.merge_checkpoint(base, {both: 1.0}, tmp_path / part, component=part)
+        after = load_folder(tmp_path / part)[f"{PATH}.weight"]
+        assert torch.equal(after, before + hands[part].tensors["diff"])
+
+
 def test_a_native_file_of_one_model_goes_to_the_part_that_is_named(tmp_path: Path) -> None:
     base = experts(tmp_path / "base")
     model = nn.Module()
