@@ -113,6 +113,12 @@ class Adapted(nn.Module):
                 del found[key]
         return found
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise UnsupportedLayerError(
+            "nn.DataParallel copies the model to several devices at every call, and an adapted layer has no parameters "
+            "in such a copy: use DistributedDataParallel, or one device (device_ids=[0])"
+        )
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         merged = self.adapter_state.merged
         if merged is not None:

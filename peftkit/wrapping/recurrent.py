@@ -37,7 +37,7 @@ class AdaptedRecurrent(AdaptedParameters):
         RNNBase would put it into a list of the weights too, for which all are read: fully_shard, which gathers one
         after another, has only some of them then.
         """
-        own = own_parameters(self)
+        own = self.__dict__.get("_parameters", {})  # a module that is being made has none yet
         if isinstance(value, nn.Parameter) and name in own:
             own[name] = value
         else:

@@ -137,3 +137,23 @@ def test_compiled_code_follows_the_adapters() -> None:
         torch.testing.assert_close(compiled(x), model(x))
         with pk.disabled(model):
             torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "allow_rnn"), reason="an option of later versions of torch")
+@pytest.mark.parametrize("layer", ["LSTM", "GRU", "LSTM cell"])
+def test_a_full_graph_is_compiled_where_that_of_the_plain_layer_is(layer: str) -> None:
+    model, x = net(layer)
+    pk.wrap(model, "lora", targets="rnn", rank=2)
+    train(model)
+    with torch.no_grad():
+        if "cell" not in layer:
+            for own in (model, net(layer)[0]):
+                torch._dynamo.reset()
+                with pytest.raises(torch._dynamo.exc.Unsupported, match="RNN, GRU"):
+                    torch.compile(own, backend="eager", fullgraph=True)(x)
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(allow_rnn=True):
+            compiled = torch.compile(model, backend="eager", fullgraph=True)
+            torch.testing.assert_close(compiled(x), model(x))
+            with pk.disabled(model):
+                torch.testing.assert_close(compiled(x), model(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from torch.distributed.fsdp._common_utils import TrainingState
 from torch.optim.swa_utils import AveragedModel
 
 import peftkit as pk
+from peftkit.errors import UnsupportedLayerError
 from peftkit.files.base import of_model
 from peftkit.wrapping import walk
 from peftkit.wrapping.installed import adapted_modules, installed_adapters
@@ -250,3 +252,22 @@ new = [name for name in set(sys.modules) - loaded if name.startswith(heavy)]
 assert not new, new
 """
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ, timeout=300)
+
+
+def test_copies_of_data_parallel_for_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copies that nn.DataParallel makes for GPUs, here of the CPU; for one device or none it makes none."""
+    replication = importlib.import_module("torch.nn.parallel.replicate")
+
+    def copied(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [[tensor.clone() for tensor in tensors] for _ in devices]
+
+    monkeypatch.setattr(replication, "_broadcast_coalesced_reshape", copied)
+    model = plain()
+    assert len(nn.parallel.replicate(model, [0, 1])) == 2
+    pk.wrap(model, "lora", rank=2)
+    with pytest.raises(UnsupportedLayerError, match="use DistributedDataParallel"):
+        nn.parallel.replicate(model, [0, 1])
+    recurrent = nn.LSTM(4, 4)
+    pk.wrap(recurrent, "lora", targets="LSTM", rank=2)
+    with pytest.raises(UnsupportedLayerError, match="use DistributedDataParallel"):
+        nn.parallel.replicate(recurrent, [0, 1])
