@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import peftkit as pk
 from peftkit.errors import ExportError
+from peftkit.files.export import programs
+from peftkit.files.export.networks import network_of
+from peftkit.files.families.names import FAMILIES
 from tests.support.architectures import PARTS, linear, looked_for
 from tests.support.cells import require_read, wrapped
+from tests.support.readers import a1111, comfyui, forge, kohya
 from tests.support.zoo import train
 
 UNREAD = [
@@ -51,6 +58,12 @@ def test_a_layer_sd_scripts_ignores_is_refused_and_what_the_message_says_works(
     pk.export(model, tmp_path / "comfyui.safetensors", "comfyui", family=family, component=component)
 
 
+NAMES: dict[str, Callable[[dict[str, torch.Tensor], str], Mapping[str, Any]]] = {
+    "a1111": a1111.names,
+    "forge": forge.names,
+    "comfyui": comfyui.names,
+    "kohya": lambda weights, family: kohya.names(weights, family, "lora_unet_"),
+}
 SWAPPED = {"norm_out.linear": linear(16, 8), "transformer_blocks.23.norm1_context.linear": linear(16, 8)}
 ADAPTERS = (
     "lora",
@@ -110,3 +123,22 @@ def test_the_report_says_that_a_geodesic_strength_is_no_other_programs(path: str
     train(model)
     report = pk.export(model, tmp_path / "adapter.safetensors", "lycoris", bake=bake)
     assert ("LyCORIS adds s·ΔW" in str(report)) == (path == "geodesic")
+
+
+@pytest.mark.parametrize("target", ["a1111", "forge", "comfyui", "kohya"])
+@pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl", "sd3", "flux"])
+def test_every_matrix_of_a_family_has_a_name_that_the_program_looks_for(family: str, target: str) -> None:
+    """But those of embeddings, which are refused, and what is known to be ignored, which is too."""
+    known = FAMILIES[family]
+    goal = programs.get(target).of(network_of(family, known.components[0]))
+    style = goal.style if known.components[0] == "unet" else goal.transformer_style
+    if style is None:
+        assert (family, target) in {("sd3", "a1111"), ("flux", "a1111")}
+        return
+    matrices = [m for m in known.modules.values() if len(m.shape) > 1 and "embed" not in m.path.rpartition(".")[2]]
+    matrices = [m for m in matrices if not m.path.endswith(("shared", "relative_attention_bias"))]
+    weights = {m.name: torch.zeros(1 + m.swapped, *(1,) * (len(m.shape) - 1)) for m in matrices}
+    names = NAMES[target](weights, family)
+    written = [m for m in matrices if goal.looks_for(m.name) and (goal.text_projection or m.path != "text_projection")]
+    assert len(written) > 340
+    assert [m.name for m in written if known.spelled(m.name, style) not in names] == []
