@@ -129,7 +129,7 @@ def together(model_is_divided: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _all_say(_known(error, MergeError, "another process stopped, and nothing was changed"))
+        _all_say(_known(error, MergeError, "another process stopped, and this one with it"))
         raise
     for error in _all_say(None):
         if error is not None:

@@ -343,7 +343,7 @@ def _fail_and_measure(folder: Path) -> list[Any]:
 def test_where_one_process_fails_all_raise_and_one_layer_is_whole_at_a_time(tmp_path: Path) -> None:
     (first, whole), (second, other) = distributed(_fail_and_measure, tmp_path, folder=tmp_path)
     assert first[0] == second[0] == "MergeStateError: nothing is merged into this model: restore follows merge"
-    assert first[1:3] == ["MergeError: another process stopped, and nothing was changed: MemoryError: no room"] * 2
+    assert first[1:3] == ["MergeError: another process stopped, and this one with it: MemoryError: no room"] * 2
     assert second[1:3] == ["MemoryError: no room"] * 2
     assert "is merged into stem already" in first[3]
     assert "the weight of body has changed since the merge" in first[4]
