@@ -245,10 +245,10 @@ def _joined(name: str, members: Sequence[_Sum]) -> _Sum:
             raise MismatchError(f"{both} would both be called {name!r} in the file: export them to one format first")
         return replace(first, name=name)
     by_name = {one.name: one for one in members}
-    scale = first.item.shape.rows / family.modules[first.name].shape[0]
+    scale = first.item.shape.rows / family.modules[first.name].share
     columns = first.item.shape.columns
     turns = family.swaps(name)
-    blocks = [(by_name.get(m.name), round(scale * m.shape[0]), turns and m.swapped) for m in family.find(name)]
+    blocks = [(by_name.get(m.name), round(scale * m.share), turns and m.swapped) for m in family.find(name)]
 
     def under(part: Callable[[_Sum], Delta]) -> Delta:
         deltas = [(None if one is None else part(one), rows, turned) for one, rows, turned in blocks]

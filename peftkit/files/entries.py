@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from peftkit.files.bind import (
 )
 from peftkit.files.extras import under_adapters
 from peftkit.files.families import names
-from peftkit.files.families.names import Family
+from peftkit.files.families.family import Family
 from peftkit.files.fingerprint import require_same_base
 from peftkit.files.formats import native
 from peftkit.files.formats.patch import AdapterFile, Patch
@@ -112,18 +112,22 @@ def _adapter_and_base(at: InstalledAdapter) -> tuple[Adapter, Tensor]:
     return whole_adapter.cpu().eval(), base.cpu()
 
 
+def _never(families: Sequence[Family]) -> bool:
+    del families
+    return False
+
+
 def items_of_file(
     path: str | os.PathLike[str],
     bundle: AdapterFile,
     base: Base | nn.Module | str | os.PathLike[str] | None,
     other_base: bool = False,
-    *,
-    apart: bool = False,
+    apart: Callable[[Sequence[Family]], bool] = _never,
 ) -> Iterator[AdapterEntry]:
     """The adapters of a file. With a base, under its modules' names where these are whole modules.
 
-    apart: where the file has one adapter for layers that the original network has fused, or their rows in its order,
-    one for each module of diffusers, under its name and in its order.
+    apart: whether a file of these families, where it has one adapter for layers that the original network has fused, or
+    their rows in its order, gives one for each module of diffusers, under its name and in its order.
     """
     if bundle.vectors:
         raise ExportError(
@@ -143,9 +147,11 @@ def opened(base: Base | nn.Module | str | os.PathLike[str]) -> Base:
     return of_model(base) if isinstance(base, nn.Module) else open_plain(base)
 
 
-def _without_base(path: object, bundle: AdapterFile, apart: bool) -> Iterator[AdapterEntry]:
+def _without_base(
+    path: object, bundle: AdapterFile, apart: Callable[[Sequence[Family]], bool]
+) -> Iterator[AdapterEntry]:
     families = families_of(bundle)
-    for name, patch in _patches(path, bundle, families if apart else ()):
+    for name, patch in _patches(path, bundle, families if families and apart(families) else ()):
         where = f"{path}: {name}"
         if not patch.shape.rows or not patch.shape.columns:
             raise ExportError(f"{where}: the file does not say how large its weight is; give the base")
@@ -171,9 +177,9 @@ def _unflattened(name: str, patch: Patch, families: Sequence[Family]) -> Shape:
     matches = families[0].find(name) if families else ()
     if patch.kernel_known or len(matches) != 1:
         return shape
-    _, *inputs = matches[0].shape
+    inputs = matches[0].shape[1:]
     fits = inputs and math.prod(inputs) == shape.columns
-    return Shape(shape.rows, inputs[0], tuple(inputs[1:])) if fits else shape
+    return Shape(shape.rows, inputs[0], inputs[1:]) if fits else shape
 
 
 def _patches(file: object, bundle: AdapterFile, families: Sequence[Family]) -> Iterator[tuple[str, Patch]]:
@@ -184,9 +190,9 @@ def _patches(file: object, bundle: AdapterFile, families: Sequence[Family]) -> I
         if len(modules) < 2 and not swaps:
             yield name, patch
             continue
-        total, start = sum(module.shape[0] for module in modules), 0
+        total, start = sum(module.share for module in modules), 0
         for module in modules:
-            size, odd = divmod(patch.shape.rows * module.shape[0], total)
+            size, odd = divmod(patch.shape.rows * module.share, total)
             if odd:
                 raise MismatchError(f"{file}: {name} has {patch.shape.rows} rows, {total} were expected")
             rows = torch.arange(start, start + size)
@@ -195,7 +201,9 @@ def _patches(file: object, bundle: AdapterFile, families: Sequence[Family]) -> I
             yield module.name, take_rows(patch, rows, f"{file}: {name}")
 
 
-def _on_base(file: object, bundle: AdapterFile, base: Base, other_base: bool, apart: bool) -> Iterator[AdapterEntry]:
+def _on_base(
+    file: object, bundle: AdapterFile, base: Base, other_base: bool, apart: Callable[[Sequence[Family]], bool]
+) -> Iterator[AdapterEntry]:
     resolver, families = resolver_of(base)
     bundle = at_home(bundle, base.where, file)
     families = families or families_of(bundle)
@@ -203,7 +211,7 @@ def _on_base(file: object, bundle: AdapterFile, base: Base, other_base: bool, ap
     distances: dict[str, float] = {}
     bound: list[str] = []
     items: list[AdapterEntry] = []
-    for name, patch in _patches(file, bundle, families if apart else ()):
+    for name, patch in _patches(file, bundle, families if families and apart(families) else ()):
         where = f"{file}: {name}"
         parts = oriented(resolver(name, families), patch)
         if not parts:
@@ -215,7 +223,7 @@ def _on_base(file: object, bundle: AdapterFile, base: Base, other_base: bool, ap
         if found:
             raise ExportError(f"{where}: {found.first}")
         first, *others = parts
-        path = "" if others or first.start is not None else first.weight.removesuffix(".weight")
+        path = "" if others or first.start is not None else base.where[first.weight][1].removesuffix(".weight")
         if name in bundle.base and not others and needs_base(patch, shape, bundle.portable):
             distances[name] = native.distance(samples_of(base, first, patch), bundle.base[name])
             bound += [name] if is_of_its_base(patch, shape) and not bundle.portable else []
@@ -264,7 +272,7 @@ def canonical_items(
     found = [_canonical(list(items_of_file(path, bundle, shared, other_base))) for path, bundle in files]
     if _alike(found):
         return found
-    return [_canonical(list(items_of_file(path, bundle, shared, other_base, apart=True))) for path, bundle in files]
+    return [_canonical(list(items_of_file(path, bundle, shared, other_base, lambda _: True))) for path, bundle in files]
 
 
 def _alike(files: Sequence[dict[str, AdapterEntry]]) -> bool:

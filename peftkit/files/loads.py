@@ -13,9 +13,8 @@ from peftkit.delta import LowRank
 from peftkit.errors import ExportError
 from peftkit.files.export import programs
 from peftkit.files.export.names import require_readable
-from peftkit.files.export.networks import network_of, styles_read
 from peftkit.files.export.programs import Target
-from peftkit.files.families.names import Family
+from peftkit.files.families.family import Family
 from peftkit.files.formats.patch import AdapterFile, Patch
 
 
@@ -135,8 +134,6 @@ class _Tally:
 def _of_program(
     target: Target, bundle: AdapterFile, patches: Mapping[str, Patch], family: Family | None
 ) -> ProgramLoad:
-    if family is not None:
-        target = target.of(network_of(family.name, family.components[0]))
     habits, tally = _HABITS.get(target.name, _Habits()), _Tally()
     refused = next(_refusals(target, bundle, family), "") or _tallied(tally, target, habits, bundle, patches, family)
     if bundle.vectors and not target.vectors:
@@ -189,8 +186,7 @@ def _refusals(target: Target, bundle: AdapterFile, family: Family | None) -> Ite
     if family is None and target.generic is None:
         yield f"{target.title} loads adapters of the models it knows"
     if family is not None:
-        denoiser = family.components[0]
-        if not styles_read(target, family.name, denoiser, denoiser):
+        if family.style(target.name) is None:
             yield f"{target.title} does not load adapters of {family.title}"
         modules = [module for name in bundle.patches for module in family.find(name)]
         try:
@@ -224,7 +220,7 @@ def _reason(target: Target, name: str, patch: Patch, roles: frozenset[str], fami
     if not target.folder:
         if not _named_for(target, name, family):
             return "it does not look for such names", False
-        if any(not target.looks_for(module.name) for module in (family.find(name) if family is not None else ())):
+        if family is not None and not all(family.looked_for(m.name, target.name) for m in family.find(name)):
             return "it makes no adapter of such layers", False
     structure = registry.get(patch.kind).structure(patch.options)
     if not _reads(target, structure):
@@ -246,11 +242,10 @@ def _reads(target: Target, structure: str) -> bool:
 def _named_for(target: Target, name: str, family: Family | None) -> bool:
     if family is None:
         return target.generic is not None and name.startswith(target.generic)
-    denoiser = family.components[0]
     return any(
         family.spelled(module.name, style) == name
         for module in family.find(name)
-        for style in styles_read(target, family.name, denoiser, module.name.partition(".")[0])
+        for style in programs.styles_read(target, family, module.name.partition(".")[0])
     )
 
 

@@ -65,6 +65,14 @@ def _refuse_twin(base: Base, weight: str, component: str | None) -> None:
         raise AmbiguousFileError(f"{rest} is in {' and '.join(sorted({own, *others}))} of {base.path}: pass {options}")
 
 
+def known_families(base: Base) -> tuple[names.Family, ...]:
+    """Return the family of a base whose denoiser is in it, () where that is none known here."""
+    layout = layouts.of_checkpoint(base.shapes)
+    if layout is None or not any(layout.locate(m.name) for m in layout.family.parts[0].modules.values()):
+        return ()
+    return (layout.family,)
+
+
 def _may_be_stack(key: str, sizes: Sequence[int]) -> bool:
     """Whether a tensor may hold a matrix for each of several experts: of three dimensions, and no convolution's."""
     return len(sizes) == 3 and 0 not in sizes and key.rpartition(".")[2] != "weight"

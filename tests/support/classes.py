@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import transformers as hf
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from peftkit.errors import OptionError
 from peftkit.files.families import layouts
-from peftkit.files.families.denoisers import Component, ModuleSpec
+from peftkit.files.families.module import Component, ModuleSpec
 from peftkit.files.families.names import FAMILIES, Family
 
 STYLES = ("kohya", "diffusers", "ldm", "transformer", "lycoris", "peft")
@@ -50,6 +51,43 @@ _SD3: dict[str, dict[str, Any]] = {
 }
 
 
+#: The transformers of the other families, in the published configuration that has the most modules
+_TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "auraflow": ("AuraFlowTransformer2DModel", {}),
+    "chroma": ("ChromaTransformer2DModel", {}),
+    "cosmos": ("CosmosTransformer3DModel", {"num_layers": 36}),
+    "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+    "flux2": ("Flux2Transformer2DModel", {}),
+    "hidream": (
+        "HiDreamImageTransformer2DModel",
+        {
+            "patch_size": 2,
+            "num_layers": 16,
+            "num_single_layers": 32,
+            "attention_head_dim": 128,
+            "num_attention_heads": 20,
+            "caption_channels": [4096, 4096],
+            "text_emb_dim": 2048,
+            "num_routed_experts": 4,
+            "num_activated_experts": 2,
+            "axes_dims_rope": (64, 32, 32),
+            "max_resolution": (128, 128),
+            "llama_layers": list(range(48)),
+        },
+    ),
+    "hunyuan-video": ("HunyuanVideoTransformer3DModel", {}),
+    "ltx": ("LTXVideoTransformer3DModel", {"num_layers": 48}),
+    "ltx2": ("LTX2VideoTransformer3DModel", {}),
+    "lumina2": ("Lumina2Transformer2DModel", {}),
+    "pixart": ("PixArtTransformer2DModel", {"caption_channels": 4096}),
+    "qwen-image": ("QwenImageTransformer2DModel", {"use_additional_t_cond": True}),
+    "wan": ("WanTransformer3DModel", {"image_dim": 1280, "added_kv_proj_dim": 5120, "in_channels": 36}),
+    "z-image": ("ZImageTransformer2DModel", {}),
+}
+#: How many rows one of the equal parts of a fused layer has, where diffusers' converter has that number written in it
+_UNIT = {"hunyuan-video": 3072, "lumina2": 768}
+
+
 def _clip(kind: Callable[[Any], nn.Module], width: int, layers: int) -> nn.Module:
     sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
     return kind(hf.CLIPTextConfig(**sizes, num_hidden_layers=layers, num_attention_heads=width // 64))
@@ -69,15 +107,17 @@ def _sd3(num_layers: int, **options: Any) -> nn.Module:
 @cache
 def real(family: str, component: str) -> nn.Module:
     """The class that diffusers' pipeline of the family has, in its published configuration."""
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers' Chroma uses what diffusers calls deprecated
         match family, component:
             case _, "unet":
                 return UNet2DConditionModel(**_UNETS[family])
-            case "flux", "transformer":
-                return FluxTransformer2DModel(guidance_embeds=True)
+            case _, "transformer" if family in _TRANSFORMERS:
+                name, sizes = _TRANSFORMERS[family]
+                return getattr(diffusers, name)(**sizes)
             case _, "transformer":
                 return _sd3(**_SD3[family])
-            case ("flux", "text_encoder_2") | (_, "text_encoder_3"):
+            case ("flux", "text_encoder_2") | ("chroma", "text_encoder") | (_, "text_encoder_3"):
                 return hf.T5EncoderModel(t5(hf.T5Config, 32128))
             case _, "text_encoder_2":
                 return _clip(hf.CLIPTextModelWithProjection, 1280, 32)
@@ -98,8 +138,10 @@ def published(path: str) -> str:
 def originals(part: Component) -> Mapping[str, Tensor]:
     """A checkpoint of a component in its original layout, in which every row is another number."""
     shapes: dict[str, tuple[int, ...]] = {}
+    unit = next((_UNIT.get(family.name, 2) for family in FAMILIES.values() if part in family.parts), 2)
     for module in part.modules.values():
-        rows = max(module.stop or module.shape[0], *shapes.get(module.original, (0,)))
+        own = module.stop * (unit if module.of else 1) if module.stop else rows_of(module, unit)
+        rows = max(own, *shapes.get(module.original, (0,)))
         shape = (rows,) if len(module.shape) == 1 else (rows, 1)
         shapes[module.original] = module.shape[::-1] if module.transposed else shape
         if module.original_bias:
@@ -109,10 +151,18 @@ def originals(part: Component) -> Mapping[str, Tensor]:
     return {key: n.view(shapes[key]) for key, n in zip(sizes, numbers, strict=True)}
 
 
+def rows_of(module: ModuleSpec, unit: int = 2) -> int:
+    """How many rows a module has, in a model of any size where its family has several."""
+    return module.shape[0] if module.shape else module.share * unit
+
+
 def taken(tensors: Mapping[str, Tensor], place: ModuleSpec | layouts.Placement, key: str | None) -> Tensor:
     """What ModuleSpec and Placement say of a tensor, done."""
     assert key is not None
-    tensor = tensors[key][place.start : place.stop]
+    start, stop = place.start, place.stop
+    if isinstance(place, ModuleSpec):
+        start, stop = place.rows_of(tensors[key].shape[0])
+    tensor = tensors[key][start:stop]
     if place.swapped:
         tensor = torch.cat(tensor.chunk(2)[::-1])
     return tensor.T if place.transposed and tensor.ndim == 2 else tensor
@@ -124,6 +174,8 @@ def spellings(family: Family, style: str) -> Iterator[tuple[ModuleSpec, str]]:
             yield module, family.spell(module.name, style)
 
 
-def shape(family: Family, foreign: str) -> tuple[int, int]:
+def shape(family: Family, foreign: str) -> tuple[int, int] | None:
     modules = family.find(foreign)
+    if not modules[0].shape:
+        return None
     return sum(m.shape[0] for m in modules), torch.Size(modules[0].shape[1:]).numel()

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from peftkit.files.families import names
-from peftkit.files.families.denoisers import Component, ModuleSpec, flux, sd3, unet
 from peftkit.files.families.encoders import clip, open_clip
+from peftkit.files.families.models.flux import flux
+from peftkit.files.families.models.stable_diffusion import unet
+from peftkit.files.families.models.stable_diffusion_3 import sd3
+from peftkit.files.families.module import Component, ModuleSpec
 from peftkit.files.families.names import FAMILIES, Family
 from tests.support.files import State
 
@@ -32,16 +35,13 @@ def _small_clip(build: Callable[..., Iterable[ModuleSpec]], width: int, projecte
 def _small_flux() -> list[ModuleSpec]:
     modules = []
     for module in flux():
-        block, _, rest = module.name.partition("transformer_blocks.")
-        if block in ("", "single_") and rest and int(rest.partition(".")[0]) > 0:
-            continue
         shape = module.shape if len(module.shape) < 2 else (module.shape[0], FLUX_COLUMNS)
         modules.append(replace(module, shape=shape))
     return modules
 
 
 def _built(part: Component, build: Callable[[], Iterable[ModuleSpec]]) -> Component:
-    return replace(part, build=lambda: iter(build()))
+    return replace(part, build=lambda: iter(build()), depths=dict.fromkeys(part.depths, 1))
 
 
 def _family(name: str, *builds: Callable[[], Iterable[ModuleSpec]]) -> Family:

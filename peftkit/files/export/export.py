@@ -22,6 +22,7 @@ from peftkit._version import __version__
 from peftkit.adapters.options import require_dtype
 from peftkit.delta import LowRank
 from peftkit.errors import FileError, LossyError, OptionError, error_context, require_file
+from peftkit.files.base import of_model
 from peftkit.files.entries import AdapterEntry, items_of_file, items_of_model, opened
 from peftkit.files.export import metadata, programs
 from peftkit.files.export.beside import Beside, as_changes, in_peft_folder
@@ -30,8 +31,7 @@ from peftkit.files.export.gguf_file import write_gguf
 from peftkit.files.export.gguf_names import GgufModel
 from peftkit.files.export.job import Job, jobs
 from peftkit.files.export.model_facts import ModelFacts, facts_of
-from peftkit.files.export.names import Members, family_of, named_modules
-from peftkit.files.export.networks import network_of
+from peftkit.files.export.names import OWN, Members, family_of, named_modules, taken_apart
 from peftkit.files.export.peft_folder import FAN_IN_FAN_OUT, peft_type, write_peft
 from peftkit.files.export.programs import Target
 from peftkit.files.export.proof import Exported, proven
@@ -40,10 +40,10 @@ from peftkit.files.export.tensors import shared_alpha, tensors_of
 from peftkit.files.export.vectors import tensors_of as vectors_of
 from peftkit.files.export.vectors import values_of
 from peftkit.files.extras import listed
-from peftkit.files.families.names import Family
+from peftkit.files.families.family import Family
 from peftkit.files.formats import container, disk, embeddings, peft
+from peftkit.files.place import known_families
 from peftkit.files.read import Reading, read
-from peftkit.files.resolve import families_of
 from peftkit.wrapping.divided import by_first_process
 from peftkit.wrapping.listing import Row, listing
 from peftkit.wrapping.pipeline import of_models
@@ -103,12 +103,6 @@ class _Request:
     training: Mapping[str, Any]
     extras: bool
     facts: ModelFacts
-
-    def of(self, family: Family | None) -> _Request:
-        """The same request, of a program that reads a network of this family."""
-        if family is None:
-            return self
-        return replace(self, goal=self.goal.of(network_of(family.name, family.components[0])))
 
     def __post_init__(self) -> None:
         suffix, own = self.path.suffix, self.goal.suffix
@@ -199,20 +193,20 @@ def export(
         if base is not None and extras and goal.norms:
             entries += as_changes(beside.values, source, opened(base))
             beside = Beside({})
-        return _export(entries, request, beside)
+        return _export(entries, request, beside, known_families(of_model(source)))
     with error_context(source):
         bundle = read(source, **reading)
-        guessed = request.of(next(iter(families_of(bundle)), None)).goal
-        apart = guessed.transformer_style != "kohya"  # the style that keeps the layers of the original network
         whole = opened(base) if base is not None else None
-        items = list(items_of_file(source, bundle, base if whole is None else whole, other_base, apart=apart))
+        known = () if whole is None else known_families(whole)
+        apart = functools.partial(taken_apart, family, list(bundle.patches), goal)
+        items = list(items_of_file(source, bundle, base if whole is None else whole, other_base, apart))
         said = peft.of_model(bundle.config)
         request = replace(request, facts=facts(None, whole, said) if asks else ModelFacts())
-        return _export(items, request, Beside(bundle.extras, whole))
+        return _export(items, request, Beside(bundle.extras, whole), known)
 
 
-def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) -> ExportReport:
-    """Name and encode every adapter, and write them and what trained beside them."""
+def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside, known: Sequence[Family]) -> ExportReport:
+    """Name and encode every adapter, and write them and what trained beside them. known: the base's family."""
     tied = [item for item in items if item.again and item.adapter.replaces and request.goal.beside]
     items = [item for item in items if item not in tied]  # PEFT puts trained tokens on all layers of a shared weight
     vectors, items = [item for item in items if item.vector], [item for item in items if not item.vector]
@@ -223,12 +217,11 @@ def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside) ->
             f"{request.goal.title} has no place for them{_CHANGES if request.goal.norms else ''}; pass extras=False to "
             "leave them out, or save() has them"
         )
-    family = family_of(items, request.family, request.component)
-    request = request.of(family)
+    family = family_of(items, known, request.family, request.component, request.goal)
     if any(item.flipped for item in items):  # PEFT has its other kinds on no Conv1D
         held = request.goal.reads & {LowRank.structure}, request.goal.decomposes & {(LowRank.structure, "out")}
         request = replace(request, goal=replace(request.goal, reads=held[0], decomposes=held[1]))
-    modules = named_modules(items, request.goal, family, request.component)
+    modules = named_modules(items, request.goal, family, request.component, own=request.family == OWN)
     found = _consistent(modules, request.goal, family, request.bake)
     kept = beside if request.extras else Beside({})
     if request.goal.beside:

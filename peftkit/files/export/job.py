@@ -14,7 +14,8 @@ from peftkit.files.export.encode import Encoding, encode
 from peftkit.files.export.names import Members
 from peftkit.files.export.programs import Target
 from peftkit.files.export.tensors import ModuleTensors
-from peftkit.files.families.names import Family, ModuleSpec
+from peftkit.files.families.family import Family
+from peftkit.files.families.module import ModuleSpec
 from peftkit.geometry import Shape
 
 
@@ -76,7 +77,7 @@ def job(module: str, members: Members, goal: Target, family: Family | None, bake
 
 def _is_fused(module: ModuleSpec, item: AdapterEntry, goal: Target, family: Family) -> bool:
     """Whether the file's name means the original network's layer, whose rows are others or in another order."""
-    if not module.name.startswith("transformer.") or goal.transformer_style != "kohya":
+    if not module.name.startswith("transformer.") or not family.keeps_original(family.style(goal.name)):
         return False
     return module.start is not None or (module.swapped and not family.swaps(item.name))
 
@@ -84,6 +85,7 @@ def _is_fused(module: ModuleSpec, item: AdapterEntry, goal: Target, family: Fami
 def _fuse(module: str, members: Members, goal: Target, family: Family, bake: bool) -> Job:
     """The parts of a fused layer as one low-rank ΔW, block by block: rank Σ r, and zero rows for parts without one."""
     by_name = {m.name: item for m, item in members if m is not None}
+    unit = next(item.shape.rows // m.share for m, item in members if m is not None)
     columns = members[0][1].shape.columns
     goal = replace(goal, reads=goal.reads & {LowRank.structure}, decomposes=frozenset())
     parts: list[Part] = []
@@ -92,7 +94,7 @@ def _fuse(module: str, members: Members, goal: Target, family: Family, bake: boo
     for spec in family.find(module):
         item = by_name.get(spec.name)
         if item is None:
-            parts.append(Part(None, spec.shape[0], spec.swapped))
+            parts.append(Part(None, spec.share * unit, spec.swapped))
             blocks.append(None)
             continue
         parts.append(Part(item, item.shape.rows, spec.swapped and not family.swaps(item.name)))

@@ -14,7 +14,7 @@ from torch import Tensor
 from peftkit._version import __version__
 from peftkit.errors import OptionError
 from peftkit.files.export.programs import Target
-from peftkit.files.families.names import Family
+from peftkit.files.families.family import Family
 from peftkit.files.formats import container
 
 #: our own entry: how each weight was written
@@ -44,7 +44,7 @@ def build(
     training: the user's, which may add to or replace any entry but the hashes; values that are not text become JSON.
     """
     entries = {KEY: _text(KEY, {"version": __version__, "target": target.name, **own})}
-    if target.style == "kohya":
+    if target.kohya_metadata:
         entries |= _kohya(tensors, title, rank, alpha)
     if family is not None:
         entries |= {

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any
 
 from peftkit.delta import Dense, LowRank
 from peftkit.errors import require_choice
+from peftkit.files.families.family import Family
 from peftkit.geometry import Shape
 
 _ALL = frozenset({0, 1, 2, 3})
@@ -59,10 +58,8 @@ class Target:
         nonlinear: the structures whose law of strength is not W + λ·ΔW there.
         tucker: the structures it reads with Tucker cores.
         limits: weights on which it does not read what it reads elsewhere.
-        style: how modules of U-Nets are named (see `families.names`).
-        transformer_style: how modules of transformers are named, None where no file of theirs is read.
-        also: the styles of a denoiser that are read beside the one that is written, by "unet", "sd3" and "flux".
-        encoder_style: another style that is read of text encoders, None where there is none.
+        encoder_style: another style than the denoiser's that is read of text encoders, None where there is none.
+        kohya_metadata: whether a file says what it is in the entries of sd-scripts.
         generic: what comes before the path of a module of any other model, None where only known models load.
         any_model: whether it loads on any one model by its own paths, which it then does for known models too.
         flat: whether those paths have underscores for dots.
@@ -89,10 +86,8 @@ class Target:
         roots: whether it adapts a layer that is the whole model.
         vectors: whether it applies changes of biases and norms.
         norms: whether such changes are written for it, by the paths of any model.
-        unread: patterns of modules that it never looks for, by their names in families.
         unturned: the structures it computes in the row order of the original network, on layers whose halves change
             places, though the file has them in the order of diffusers.
-        by_network: what is otherwise on some networks, as other values of these attributes.
     """
 
     name: str
@@ -102,10 +97,8 @@ class Target:
     nonlinear: frozenset[str] = frozenset()
     tucker: frozenset[str] = frozenset()
     limits: tuple[Limit, ...] = ()
-    style: str = "kohya"
-    transformer_style: str | None = "kohya"
-    also: Mapping[str, frozenset[str]] = field(default_factory=dict)
     encoder_style: str | None = None
+    kohya_metadata: bool = True
     generic: str | None = None
     any_model: bool = False
     flat: bool = False
@@ -130,17 +123,7 @@ class Target:
     roots: bool = False
     vectors: bool = False
     norms: bool = False
-    unread: tuple[str, ...] = ()
     unturned: frozenset[str] = frozenset()
-    by_network: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    def of(self, network: str) -> Target:
-        """Return what it is on a network. See `networks.network_of`."""
-        return replace(self, **self.by_network.get(network, {}))
-
-    def looks_for(self, module: str) -> bool:
-        """Whether it reads an adapter of a module, by its name in its family."""
-        return not any(fnmatchcase(module, pattern) for pattern in self.unread)
 
     def is_dense(self, shape: Shape) -> bool:
         """Whether it reads a whole ΔW of a weight of this shape."""
@@ -193,7 +176,6 @@ _A1111 = Target(
         Limit("A1111 fails on (IA)³ of a convolution's outputs", structures=frozenset({"ia3"}), dims=_CONVOLUTIONS),
         Limit("A1111 fails on GLoRA of a convolution", structures=frozenset({"glora"}), dims=_CONVOLUTIONS),
     ),
-    transformer_style=None,
     text_projection=False,
     whole_attentions=True,
 )
@@ -203,16 +185,8 @@ _FORGE = Target(
     _WEBUI | {"glora"},
     _IN,
     tucker=_TUCKER,
-    transformer_style="transformer",
-    # it has diffusers' names of Flux alone
-    by_network={"sd3": {"transformer_style": "kohya"}},
     # it adds a whole ΔW as it is, and GLoRA is of the weight
     unturned=frozenset({"full", "glora"}),
-    also={
-        "unet": frozenset({"ldm", "lycoris"}),
-        "sd3": frozenset({"ldm"}),
-        "flux": frozenset({"kohya", "ldm", "lycoris", "diffusers"}),
-    },
     vectors=True,
 )
 _COMFYUI = Target(
@@ -222,13 +196,7 @@ _COMFYUI = Target(
     _IN,
     nonlinear=frozenset({"oft", "boft"}),
     tucker=_TUCKER,
-    transformer_style="transformer",
     unturned=frozenset({"oft", "boft", "glora"}),
-    also={
-        "unet": frozenset({"ldm", "lycoris"}),
-        "sd3": frozenset({"kohya", "ldm", "lycoris", "diffusers"}),
-        "flux": frozenset({"kohya", "ldm", "lycoris", "diffusers"}),
-    },
     encoder_style="ldm",
     generic="diffusion_model.",
     vectors=True,
@@ -242,11 +210,6 @@ _KOHYA = Target(
         Limit(_GROUPED, grouped=True),
     ),
     text_projection=False,
-    # it makes adapters inside the blocks, and for the first layers of Flux and all of SD 3
-    by_network={
-        "unet": {"unread": ("unet.conv_in", "unet.conv_out", "unet.time_embedding.*", "unet.add_embedding.*")},
-        "flux": {"unread": ("transformer.norm_out.linear", "transformer.proj_out")},
-    },
 )
 _LYCORIS = Target(
     "lycoris",
@@ -255,8 +218,7 @@ _LYCORIS = Target(
     _OUT,
     nonlinear=frozenset({"oft rescaled", "boft", "dora"}),
     tucker=_TUCKER,
-    style="lycoris",
-    transformer_style="lycoris",
+    kohya_metadata=False,
     generic="lycoris_",
     any_model=True,
     flat=True,
@@ -272,9 +234,7 @@ _DIFFUSERS = Target(
     frozenset({("lora", "out")}),
     nonlinear=frozenset({"dora"}),
     limits=(Limit(_GROUPED, grouped=True),),
-    style="diffusers",
-    transformer_style="diffusers",
-    also={"unet": frozenset({"kohya"}), "flux": frozenset({"kohya", "ldm"})},
+    kohya_metadata=False,
     encoder_style="kohya",
     peft_names=True,
     all_decomposed=True,
@@ -296,8 +256,7 @@ _PEFT = Target(
         Limit(_PEFT_FAILS, structures=frozenset({"lokr"}), dims=frozenset({1})),
         Limit(_GROUPED, exempt=_PEFT_BY_SHAPE, grouped=True),
     ),
-    style="peft",
-    transformer_style="peft",
+    kohya_metadata=False,
     generic="base_model.model.",
     any_model=True,
     folder=True,
@@ -312,8 +271,7 @@ _LLAMA_CPP = Target(
     "llama.cpp",
     frozenset({"lora"}),
     limits=_NO_CONVOLUTIONS,
-    style="peft",
-    transformer_style="peft",
+    kohya_metadata=False,
     generic="",
     any_model=True,
     suffix=".gguf",
@@ -356,6 +314,20 @@ _DIFFUSION = (_A1111, _FORGE, _COMFYUI, _KOHYA, _LYCORIS, _DIFFUSERS, _PEFT)
 _LANGUAGE = (_LLAMA_CPP, _VLLM, _SGLANG)
 #: what `export` takes, by name
 TARGETS: Mapping[str, Target] = MappingProxyType({program.name: program for program in (*_DIFFUSION, *_LANGUAGE)})
+
+
+def styles_read(target: Target, family: Family, component: str) -> frozenset[str]:
+    """Return the styles of module names that a program looks for.
+
+    Args:
+        target: the program.
+        family: of the model.
+        component: the one whose names are asked for.
+    """
+    styles = family.reads.get(target.name, ())
+    if not styles or component == family.components[0]:
+        return frozenset(styles)
+    return frozenset({styles[0], target.encoder_style or styles[0]})
 
 
 def get(name: str) -> Target:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from peftkit.files.families.denoisers import Component, ModuleSpec, entry
+from peftkit.files.families.module import Component, ModuleSpec, entry
 
 
 def clip(width: int, layers: int, projected: bool = False) -> Iterator[ModuleSpec]:

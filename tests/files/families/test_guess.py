@@ -13,7 +13,7 @@ from tests.support.classes import FAMILY, STYLES, shape, spellings
 @FAMILY
 @pytest.mark.parametrize("style", STYLES)
 def test_a_whole_adapter_is_of_its_family(family: Family, style: str) -> None:
-    spelled = [name for module, name in spellings(family, style) if len(module.shape) > 1]
+    spelled = [name for module, name in spellings(family, style) if len(module.shape) != 1]
     if spelled:
         assert guess({name: shape(family, name) for name in spelled})[0] is family
 

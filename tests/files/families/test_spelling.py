@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from peftkit.errors import OptionError
-from peftkit.files.families.denoisers import ModuleSpec
+from peftkit.files.families.module import ModuleSpec
 from peftkit.files.families.names import FAMILIES, Family
 from tests.support.classes import FAMILY, STYLES, originals, spellings, taken
 
@@ -50,8 +50,8 @@ def test_no_two_names_with_a_prefix_collide(family: Family) -> None:
         for path, match in table.items():
             assert meant.setdefault(prefix + path, match.modules) == match.modules
     for part in family.parts:
-        for path, module in part.modules.items():
-            assert meant[f"{part.name}_{path}".replace(".", "_")] == (module,)
+        for module in part.specs:
+            assert meant[f"{part.name}_{module.path}".replace(".", "_")] == (module,)
             assert module in meant[f"{part.name}_{part.ldm(module)}".replace(".", "_")]
 
 
@@ -161,7 +161,8 @@ def test_swaps_where_the_original_has_the_halves_in_the_other_order() -> None:
     assert not family.swaps("transformer.norm_out.linear")
     assert not family.swaps("no such module")
     swapped = Counter(family.name for family in FAMILIES.values() for m in family.modules.values() if m.swapped)
-    assert swapped == {"sd3": 2, "sd35-medium": 2, "sd35-large": 2, "flux": 1}
+    once = dict.fromkeys(("flux", "auraflow", "flux2", "hunyuan-video"), 1)
+    assert swapped == {"sd3": 2, "sd35-medium": 2, "sd35-large": 2, **once}
 
 
 @pytest.mark.parametrize(
