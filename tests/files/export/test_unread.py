@@ -25,7 +25,7 @@ UNREAD = [
     (family, component, path)
     for family, component in PARTS
     if family in ("sd15", "sdxl", "flux")
-    for path in PARTS[family, component].keys() - looked_for(family, component, "kohya").keys()
+    for path in sorted(PARTS[family, component].keys() - looked_for(family, component, "kohya").keys())
 ]
 BLOCK = {"unet": "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "transformer": "x_embedder"}
 
