@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import family_table
 import support_table
 from torch import nn
 
@@ -379,6 +380,7 @@ MEASURED: dict[str, dict[str, Callable[[], str]]] = {
         "headlines": lambda: headlines(compared("unet"), compared("merge"), compared("step")),
     },
     "docs/algorithms/index.md": {"adapters": lambda: adapters_table()},
+    "docs/guides/families.md": {"families": family_table.table},
     "docs/benchmarks/training.md": {
         "step": lambda: step_table(compared("step")),
         "unet": lambda: unet_table(compared("unet")),

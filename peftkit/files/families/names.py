@@ -46,6 +46,8 @@ def guess(foreign: Mapping[str, tuple[int, int] | None]) -> tuple[Family, ...]:
         return rows == shape[0] and columns == {shape[1]}
 
     fitting = [f for f in FAMILIES.values() if foreign and all(fits(f, *item) for item in foreign.items())]
+    if len(fitting) < 2:
+        return tuple(fitting)
     return tuple(sorted(fitting, key=lambda family: _likelihood(family, foreign), reverse=True))
 
 

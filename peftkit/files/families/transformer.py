@@ -50,14 +50,15 @@ TRANSFORMER = partial(
     complete=True,
 )
 
-#: The programs that read transformers by the names of the checkpoint they load: ComfyUI's own paths, musubi-tuner's
-#: flat ones, diffusers' loaders; LyCORIS and PEFT read by the paths of the class
+#: The programs that read most transformers: ComfyUI by the paths of the checkpoint it loads, diffusers, and LyCORIS and
+#: PEFT by the paths of the class
 READS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "comfyui": ("ldm", "kohya"),
-        "kohya": ("kohya",),
         "lycoris": ("lycoris",),
         "diffusers": ("diffusers",),
         "peft": ("peft",),
     }
 )
+#: and those that sd-scripts or musubi-tuner train
+TRAINED_BY_KOHYA: Mapping[str, tuple[str, ...]] = MappingProxyType({**READS, "kohya": ("kohya",)})

@@ -166,7 +166,7 @@ GENERIC: Layers = {
 @pytest.mark.parametrize("target", ["lycoris", "peft", "comfyui"])
 def test_any_model_goes_to_programs_that_load_any(adapter: str, target: str, tmp_path: Path) -> None:
     model = wrapped(adapter, GENERIC)
-    report = pk.export(model, out(tmp_path, target), target)
+    report = pk.export(model, out(tmp_path, target), target, family="own" if target == "comfyui" else None)
     require_read(out(tmp_path, target), target, report, model, None, "")
 
 

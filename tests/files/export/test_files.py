@@ -114,7 +114,7 @@ def test_two_modules_of_one_name_in_the_file_are_refused(target: str, tmp_path: 
             pk.export(model, out(tmp_path, target), target)
         assert list(tmp_path.iterdir()) == []
     else:
-        report = pk.export(model, out(tmp_path, target), target)
+        report = pk.export(model, out(tmp_path, target), target, family="own" if target == "comfyui" else None)
         require_read(out(tmp_path, target), target, report, model, None, "")
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import transformers as hf
@@ -116,7 +117,44 @@ STRANGERS: dict[str, Callable[[], nn.Module]] = {
     "BART": lambda: hf.BartModel(hf.BartConfig(d_model=768, encoder_ffn_dim=3072)),
     "UMT5": lambda: hf.UMT5EncoderModel(t5(hf.UMT5Config, 256384)),
     "a ControlNet": lambda: ControlNetModel(**SDXL),
+    # they keep the names of Flux.1 or of SD 2, and have other modules beside them
+    "LongCat": diffusers.LongCatImageTransformer2DModel,
+    "Bria": diffusers.BriaTransformer2DModel,
+    "Bria Fibo": diffusers.BriaFiboTransformer2DModel,
+    "Motif": diffusers.MotifVideoTransformer3DModel,
+    "HunyuanImage": diffusers.HunyuanImageTransformer2DModel,
+    "I2VGenXL": diffusers.I2VGenXLUNet,
+    "UNet3D": diffusers.UNet3DConditionModel,
 }
+#: the same class in other sizes, and classes with the same modules
+RELATIVES: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "text to video": ("wan", diffusers.WanTransformer3DModel),
+    "SkyReels": ("wan", diffusers.SkyReelsV2Transformer3DModel),
+    "klein": (
+        "flux2",
+        lambda: diffusers.Flux2Transformer2DModel(
+            guidance_embeds=False, num_layers=5, num_single_layers=20, num_attention_heads=24
+        ),
+    ),
+    "LTX 2B": ("ltx", diffusers.LTXVideoTransformer3DModel),
+    "Cosmos 2B": ("cosmos", lambda: diffusers.CosmosTransformer3DModel(num_attention_heads=16)),
+    "PixArt-Sigma": (
+        "pixart",
+        lambda: diffusers.PixArtTransformer2DModel(caption_channels=4096, use_additional_conditions=False),
+    ),
+    "Framepack": ("hunyuan-video", diffusers.HunyuanVideoFramepackTransformer3DModel),
+    "Flux.1 of 8 blocks": ("flux", lambda: diffusers.FluxTransformer2DModel(num_layers=8, guidance_embeds=True)),
+}
+
+
+@pytest.mark.parametrize("relative", RELATIVES)
+def test_every_size_of_a_family_is_recognised(relative: str) -> None:
+    name, make = RELATIVES[relative]
+    with torch.device("meta"):
+        shapes = state_shapes(make())
+    layout = of_checkpoint(shapes)
+    assert layout and layout.family.name == name
+    assert {place.weight for place in layout.places.values()} <= shapes.keys()
 
 
 @pytest.mark.parametrize("stranger", STRANGERS)

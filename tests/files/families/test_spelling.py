@@ -125,6 +125,103 @@ EXAMPLES = {
             lora_te2_encoder_block_0_layer_0_SelfAttention_k
             lora_te3_encoder_block_0_layer_0_SelfAttention_k""",
     },
+    "chroma": {
+        "transformer.distilled_guidance_layer.layers.3.linear_2": """
+            lora_unet_distilled_guidance_layer_layers_3_out_layer
+            diffusion_model.distilled_guidance_layer.layers.3.out_layer
+            transformer.distilled_guidance_layer.layers.3.linear_2""",
+    },
+    "wan": {
+        "transformer.blocks.39.attn2.to_out.0": """
+            diffusion_model.blocks.39.cross_attn.o
+            lora_unet_blocks_39_cross_attn_o
+            blocks.39.cross_attn.o
+            transformer.blocks.39.attn2.to_out.0
+            lycoris_blocks_39_attn2_to_out_0""",
+        "transformer.blocks.0.attn2.add_k_proj": "diffusion_model.blocks.0.cross_attn.k_img",
+        "transformer.blocks.0.ffn.net.2": "lora_unet_blocks_0_ffn_2 transformer.blocks.0.ffn.net.2",
+        "transformer.condition_embedder.time_proj": "diffusion_model.time_projection.1",
+        "transformer.proj_out": "diffusion_model.head.head",
+    },
+    "qwen-image": {
+        "transformer.transformer_blocks.59.img_mlp.net.0.proj": """
+            transformer_blocks.59.img_mlp.net.0.proj
+            diffusion_model.transformer_blocks.59.img_mlp.net.0.proj
+            transformer.transformer_blocks.59.img_mlp.net.0.proj
+            lora_unet_transformer_blocks_59_img_mlp_net_0_proj
+            lora_transformer_transformer_blocks_59_img_mlp_net_0_proj
+            lycoris_transformer_blocks_59_img_mlp_net_0_proj""",
+    },
+    "z-image": {
+        "transformer.layers.29.attention.to_out.0": """
+            diffusion_model.layers.29.attention.to_out.0
+            diffusion_model.layers.29.attention.out
+            lora_unet_layers_29_attention_to_out_0
+            lora_unet_layers_29_attention_out
+            transformer.layers.29.attention.to_out.0""",
+        "transformer.all_final_layer.2-1.linear": "diffusion_model.final_layer.linear",
+    },
+    "flux2": {
+        "transformer.single_transformer_blocks.47.attn.to_qkv_mlp_proj": """
+            diffusion_model.single_blocks.47.linear1
+            lora_unet_single_blocks_47_linear1
+            base_model.model.single_blocks.47.linear1
+            transformer.single_transformer_blocks.47.attn.to_qkv_mlp_proj
+            lora_transformer_single_transformer_blocks_47_attn_to_qkv_mlp_proj""",
+        "transformer.transformer_blocks.0.ff_context.linear_in": "diffusion_model.double_blocks.0.txt_mlp.0",
+        "transformer.double_stream_modulation_img.linear": "lora_unet_double_stream_modulation_img_lin",
+    },
+    "hunyuan-video": {
+        "transformer.transformer_blocks.19.ff.net.0.proj": """
+            lora_unet_double_blocks_19_img_mlp_fc1
+            transformer.double_blocks.19.img_mlp.fc1
+            diffusion_model.double_blocks.19.img_mlp.fc1
+            diffusion_model.double_blocks.19.img_mlp.0
+            transformer.transformer_blocks.19.ff.net.0.proj""",
+        "transformer.single_transformer_blocks.39.norm.linear": """
+            diffusion_model.single_blocks.39.modulation.linear diffusion_model.single_blocks.39.modulation.lin""",
+        "transformer.context_embedder.token_refiner.refiner_blocks.1.attn.to_out.0": """
+            diffusion_model.txt_in.individual_token_refiner.blocks.1.self_attn_proj
+            diffusion_model.txt_in.individual_token_refiner.blocks.1.self_attn.proj""",
+    },
+    "ltx": {
+        "transformer.transformer_blocks.27.attn1.to_q": """
+            diffusion_model.transformer_blocks.27.attn1.to_q transformer_blocks.27.attn1.to_q""",
+        "transformer.proj_in": "diffusion_model.patchify_proj",
+        "transformer.time_embed.linear": "diffusion_model.adaln_single.linear",
+    },
+    "ltx2": {
+        "transformer.av_cross_attn_audio_v2a_gate.linear": "diffusion_model.av_ca_v2a_gate_adaln_single.linear",
+        "transformer.transformer_blocks.0.audio_ff.net.2": "diffusion_model.transformer_blocks.0.audio_ff.net.2",
+    },
+    "cosmos": {
+        "transformer.transformer_blocks.27.attn1.to_q": """
+            lora_unet_blocks_27_self_attn_q_proj
+            diffusion_model.blocks.27.self_attn.q_proj
+            net.blocks.27.self_attn.q_proj""",
+        "transformer.transformer_blocks.0.norm3.linear_2": "diffusion_model.blocks.0.adaln_modulation_mlp.2",
+    },
+    "lumina2": {
+        "transformer.layers.25.feed_forward.linear_1": "lora_unet_layers_25_feed_forward_w1",
+        "transformer.noise_refiner.0.norm1.linear": "diffusion_model.noise_refiner.0.adaLN_modulation.1",
+    },
+    "pixart": {
+        "transformer.transformer_blocks.27.attn2.to_q": """
+            diffusion_model.blocks.27.cross_attn.q_linear
+            lora_transformer_transformer_blocks_27_attn2_to_q
+            base_model.model.transformer_blocks.27.attn2.to_q
+            transformer.transformer_blocks.27.attn2.to_q""",
+    },
+    "auraflow": {
+        "transformer.joint_transformer_blocks.3.attn.add_q_proj": "diffusion_model.double_layers.3.attn.w1q",
+        "transformer.single_transformer_blocks.31.attn.to_q": "diffusion_model.single_layers.31.attn.w1q",
+    },
+    "hidream": {
+        "transformer.double_stream_blocks.15.block.ff_i.experts.3.w1": """
+            diffusion_model.double_stream_blocks.15.block.ff_i.experts.3.w1
+            lycoris_double_stream_blocks_15_block_ff_i_experts_3_w1
+            lora_unet_double_stream_blocks_15_block_ff_i_experts_3_w1""",
+    },
 }
 
 
@@ -141,6 +238,12 @@ def test_names_of_several_modules() -> None:
     qkv = [f"{block}.attn.to_{part}" for part in "qkv"]
     assert [m.name for m in family.find("lora_unet_single_blocks_37_linear1")] == [*qkv, f"{block}.proj_mlp"]
     assert [m.name for m in family.find("diffusion_model.single_blocks.37.processor.qkv_lora")] == qkv
+    wide = FAMILIES["lumina2"].find("lora_unet_layers_3_attention_qkv")
+    assert [(m.path, m.rows_of(3840)) for m in wide] == [
+        ("layers.3.attn.to_q", (0, 2304)),
+        ("layers.3.attn.to_k", (2304, 3072)),
+        ("layers.3.attn.to_v", (3072, 3840)),
+    ]
     added = [f"transformer.transformer_blocks.0.attn.add_{part}_proj" for part in "qkv"]
     assert [m.name for m in family.find("double_blocks.0.processor.qkv_lora2")] == added
 
@@ -150,6 +253,8 @@ def test_names_of_nothing() -> None:
     assert xl.find("base_model.model.text_model.encoder.layers.0.mlp.fc1") == ()  # of which text encoder?
     assert xl.find("lora_unet_input_blocks_11_0_in_layers_2") == ()
     assert FAMILIES["sd15"].find("transformer.conv_in") == FAMILIES["flux"].find("unet.x_embedder") == ()
+    assert FAMILIES["wan"].find("diffusion_model.blocks.40.self_attn.q") == ()  # there are 40
+    assert FAMILIES["wan"].find("diffusion_model.blocks.self_attn.q") == ()
     assert FAMILIES["sd15"].find("") == FAMILIES["sd15"].find("lora_unet_") == ()
 
 

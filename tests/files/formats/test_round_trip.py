@@ -127,7 +127,7 @@ FOREIGN = {
         1536,
         1536,
     ),
-    "diffusion_model.img_in": ("flux", "transformer.x_embedder", 3072, 64),
+    "diffusion_model.vector_in.in_layer": ("flux", "transformer.time_text_embed.text_embedder.linear_1", 3072, 768),
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from peftkit.files.families.family import Family
 from peftkit.files.families.module import ModuleSpec, renamed
-from peftkit.files.families.transformer import READS, TRANSFORMER
+from peftkit.files.families.transformer import TRAINED_BY_KOHYA, TRANSFORMER
 
 _ATTENTION = {
     "to_q": "q_proj",
@@ -54,7 +54,7 @@ _COSMOS = Family(
             prefixes=("net.",),
         ),
     ),
-    reads=READS,
+    reads=TRAINED_BY_KOHYA,
     published="2025-06",
     base_model_version="cosmos_predict2",
     architecture="cosmos-predict2",

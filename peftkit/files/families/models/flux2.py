@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from peftkit.files.families.family import Family
 from peftkit.files.families.module import ModuleSpec, entry, fused, renamed
-from peftkit.files.families.transformer import IMAGE, READS, TEXT, TRANSFORMER
+from peftkit.files.families.transformer import IMAGE, TEXT, TRAINED_BY_KOHYA, TRANSFORMER
 
 
 def flux2() -> Iterator[ModuleSpec]:
@@ -46,7 +46,7 @@ _FLUX2 = Family(
     name="flux2",
     title="Flux.2",
     parts=(TRANSFORMER(build=flux2, depths={"transformer_blocks": 8, "single_transformer_blocks": 48}),),
-    reads=READS,
+    reads=TRAINED_BY_KOHYA,
     published="2025-11",
     base_model_version="flux2",
     architecture="flux-2-dev",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from peftkit.files.families.family import Family
 from peftkit.files.families.module import ModuleSpec, entry, fused, renamed
-from peftkit.files.families.transformer import IMAGE, READS, TEXT, TRANSFORMER
+from peftkit.files.families.transformer import IMAGE, TEXT, TRAINED_BY_KOHYA, TRANSFORMER
 
 #: the official names -> those of the model in ComfyUI
 _COMFY = {
@@ -104,7 +104,7 @@ _HUNYUAN_VIDEO = Family(
             respelled=_COMFY,
         ),
     ),
-    reads={**READS, "comfyui": ("ldm",)},
+    reads={**TRAINED_BY_KOHYA, "comfyui": ("ldm",)},
     published="2024-12",
     base_model_version="hunyuan_video",
     architecture="hunyuan-video",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from peftkit.files.families.family import Family
 from peftkit.files.families.module import ModuleSpec, entry, fused, renamed
-from peftkit.files.families.transformer import READS, TRANSFORMER
+from peftkit.files.families.transformer import TRAINED_BY_KOHYA, TRANSFORMER
 
 _LISTS = {"noise_refiner": 2, "context_refiner": 2, "layers": 26}
 
@@ -45,7 +45,7 @@ _LUMINA2 = Family(
     name="lumina2",
     title="Lumina-Image 2.0",
     parts=(TRANSFORMER(anchor="layers.{}.attn.to_q", build=lumina2, depths=_LISTS),),
-    reads=READS,
+    reads=TRAINED_BY_KOHYA,
     published="2025-01",
     base_model_version="lumina2",
     architecture="lumina-2",

@@ -43,7 +43,6 @@ _PIXART = Family(
     parts=(TRANSFORMER(anchor="transformer_blocks.{}.attn1.to_q", build=pixart, depths={"transformer_blocks": 28}),),
     reads={
         "comfyui": ("ldm", "kohya", "diffusers"),
-        "kohya": ("kohya",),
         "lycoris": ("lycoris",),
         "peft": ("peft",),
     },

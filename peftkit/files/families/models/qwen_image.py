@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from peftkit.files.families.family import Family
 from peftkit.files.families.module import ModuleSpec, same
-from peftkit.files.families.transformer import READS, TRANSFORMER
+from peftkit.files.families.transformer import TRAINED_BY_KOHYA, TRANSFORMER
 
 
 def qwen_image() -> Iterator[ModuleSpec]:
@@ -31,7 +31,7 @@ _QWEN_IMAGE = Family(
     name="qwen-image",
     title="Qwen-Image",
     parts=(TRANSFORMER(build=qwen_image, depths={"transformer_blocks": 60}),),
-    reads={**READS, "comfyui": ("ldm", "kohya", "diffusers", "lycoris")},
+    reads={**TRAINED_BY_KOHYA, "comfyui": ("ldm", "kohya", "diffusers", "lycoris")},
     published="2025-08",
     base_model_version="qwen_image",
     architecture="qwen-image",

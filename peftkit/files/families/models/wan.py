@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from peftkit.files.families.family import Family
 from peftkit.files.families.module import ModuleSpec, renamed, same
-from peftkit.files.families.transformer import READS, TRANSFORMER
+from peftkit.files.families.transformer import TRAINED_BY_KOHYA, TRANSFORMER
 
 
 def wan() -> Iterator[ModuleSpec]:
@@ -43,7 +43,7 @@ _WAN = Family(
     name="wan",
     title="Wan 2.1 or 2.2",
     parts=(TRANSFORMER(anchor="blocks.{}.attn1.to_q", build=wan, depths={"blocks": 40}),),
-    reads=READS,
+    reads=TRAINED_BY_KOHYA,
     published="2025-02",
     base_model_version="wan",
     architecture="wan",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from peftkit.files.families.family import Family
 from peftkit.files.families.module import ModuleSpec, fused, renamed, same
-from peftkit.files.families.transformer import READS, TRANSFORMER
+from peftkit.files.families.transformer import TRAINED_BY_KOHYA, TRANSFORMER
 
 _LISTS = {"noise_refiner": 2, "context_refiner": 2, "layers": 30}
 
@@ -36,8 +36,8 @@ def z_image() -> Iterator[ModuleSpec]:
 _Z_IMAGE = Family(
     name="z-image",
     title="Z-Image",
-    parts=(TRANSFORMER(anchor="layers.{}.attention.to_q", build=z_image, depths=_LISTS),),
-    reads={**READS, "comfyui": ("ldm", "kohya", "diffusers", "lycoris")},
+    parts=(TRANSFORMER(anchor="layers.{}.attention.to_q", build=z_image, webui_ldm=False, depths=_LISTS),),
+    reads={**TRAINED_BY_KOHYA, "comfyui": ("ldm", "diffusers", "lycoris")},
     published="2025-11",
     base_model_version="zimage",
     architecture="z-image",
