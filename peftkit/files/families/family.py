@@ -11,7 +11,7 @@ cannot be parsed (`a.b_c` and `a_b.c` are one), so every spelling is looked up i
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -146,13 +146,13 @@ class Family:
         return match is not None and match.ldm and any(module.swapped for module in match.modules)
 
     def whole(self, foreign: Iterable[str]) -> bool:
-        """Whether foreign names reach the last block of every list of blocks that any of them is in."""
-        reached: dict[str, tuple[int, int]] = {}
+        """Whether foreign names are of every block of the lists of blocks that any of them is in."""
+        reached: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
         for match in filter(None, map(self._match, foreign)):
-            blocks = match.modules[0].name.partition(f".{match.number}.")[0]
             if match.depth:
-                reached[blocks] = max(reached.get(blocks, (0, 0)), (match.number + 1, match.depth))
-        return all(number == depth for number, depth in reached.values())
+                blocks = match.modules[0].name.partition(f".{match.number}.")[0]
+                reached[blocks, match.depth].add(match.number)
+        return all(len(numbers) == depth for (_, depth), numbers in reached.items())
 
     def style(self, program: str) -> str | None:
         """Return the style in which the denoiser's names are written for a program, None where it reads none."""

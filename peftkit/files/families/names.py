@@ -57,5 +57,5 @@ def as_likely(family: Family, other: Family, foreign: Collection[str]) -> bool:
 
 
 def _likelihood(family: Family, foreign: Collection[str]) -> tuple[int, bool]:
-    """How many of the names the family spells so, and whether they reach its last blocks."""
+    """How many of the names the family spells so, and whether they are of all its blocks."""
     return sum(map(family.own, foreign)), family.whole(foreign)
