@@ -14,7 +14,6 @@ from torch import nn
 import peftkit as pk
 from peftkit.errors import ExportError
 from peftkit.files.export import programs
-from peftkit.files.export.networks import network_of
 from peftkit.files.families.names import FAMILIES
 from tests.support.architectures import PARTS, linear, looked_for
 from tests.support.cells import require_read, wrapped
@@ -129,9 +128,8 @@ def test_the_report_says_that_a_geodesic_strength_is_no_other_programs(path: str
 @pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl", "sd3", "flux"])
 def test_every_matrix_of_a_family_has_a_name_that_the_program_looks_for(family: str, target: str) -> None:
     """But those of embeddings, which are refused, and what is known to be ignored, which is too."""
-    known = FAMILIES[family]
-    goal = programs.get(target).of(network_of(family, known.components[0]))
-    style = goal.style if known.components[0] == "unet" else goal.transformer_style
+    known, goal = FAMILIES[family], programs.get(target)
+    style = known.style(target)
     if style is None:
         assert (family, target) in {("sd3", "a1111"), ("flux", "a1111")}
         return
@@ -139,6 +137,10 @@ def test_every_matrix_of_a_family_has_a_name_that_the_program_looks_for(family: 
     matrices = [m for m in matrices if not m.path.endswith(("shared", "relative_attention_bias"))]
     weights = {m.name: torch.zeros(1 + m.swapped, *(1,) * (len(m.shape) - 1)) for m in matrices}
     names = NAMES[target](weights, family)
-    written = [m for m in matrices if goal.looks_for(m.name) and (goal.text_projection or m.path != "text_projection")]
+    written = [
+        m
+        for m in matrices
+        if known.looked_for(m.name, target) and (goal.text_projection or m.path != "text_projection")
+    ]
     assert len(written) > 340
     assert [m.name for m in written if known.spelled(m.name, style) not in names] == []
