@@ -81,7 +81,7 @@ def test_plan_and_merge_with_strengths_by_number_and_by_rules(folder: Path) -> N
 
 @pytest.mark.processes
 def test_export_and_convert(folder: Path) -> None:
-    exported = entry_point("export", folder / ODD, "-t", "comfyui", "-o", folder / "c.safetensors")
+    exported = entry_point("export", folder / ODD, "-t", "comfyui", "--family", "own", "-o", folder / "c.safetensors")
     assert exported.code == 0 and "for comfyui: 3 weights" in exported.out
     converted = entry_point("convert", folder / ODD, "-k", "lora", "--exact", "-o", folder / "l.safetensors", "--json")
     assert {m["after"].split()[0] for m in converted.json["modules"]} == {"lora"}
@@ -374,7 +374,7 @@ def test_options_reach_the_functions(folder: Path, peftkit: Callable[..., Ran]) 
         load(folder / "1.safetensors")["lycoris_lin.diff"].ne(load(folder / "2.safetensors")["lycoris_lin.diff"]).any()
     )
     assert "lycoris_lin" not in peftkit("inspect", file, "--no-modules").out
-    exported = peftkit("export", file, "-t", "comfyui", "-o", out, "--title", "Ein Titel", "--force")
+    exported = peftkit("export", file, "-t", "comfyui", "--family", "own", "-o", out, "--title", "Ein Titel", "--force")
     assert exported.code == 0 and any("Ein Titel" in value for value in metadata(out).values())
     some = peftkit(
         "extract", folder / "tuned.safetensors", base, "--rank", 1, "--targets", "lin*", "-o", out, "--json", "--force"

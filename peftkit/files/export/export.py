@@ -103,6 +103,7 @@ class _Request:
     training: Mapping[str, Any]
     extras: bool
     facts: ModelFacts
+    own: bool  # whether the paths of the model are those of the program
 
     def __post_init__(self) -> None:
         suffix, own = self.path.suffix, self.goal.suffix
@@ -147,7 +148,8 @@ def export(
         target: "a1111", "forge", "comfyui", "kohya", "lycoris", "diffusers", "peft", "llama.cpp", "vllm" or "sglang".
         name: which adapter of a model that has several.
         base: the model or the checkpoint that a file is for, where ΔW or names depend on it.
-        family: the model's ("sd15", "sdxl", "flux", …), where names and shapes do not say it.
+        family: the model's ("sd15", "sdxl", "flux", …), where names and shapes do not say it; "own" for a model of no
+            family known here whose own paths ComfyUI has too.
         component: which part of a pipeline the source is, where its names do not say it ("text_encoder_2").
         dtype: of the tensors, None for the one they have.
         bake: write ΔW itself for adapters that depend on their base.
@@ -183,8 +185,10 @@ def export(
     require_dtype(dtype)
     path = disk.require_output(path, [source, base], overwrite)
     facts, asks = functools.partial(facts_of, config=config, name=model_name), goal.folder or goal.configured
+    # a checkpoint in one file is one that ComfyUI loads, under the paths it has in there
+    own = family == OWN or (isinstance(base, (str, os.PathLike)) and os.path.isfile(base))
     request = _Request(
-        path, goal, family, component, dtype, bake, title or path.stem, training or {}, extras, ModelFacts()
+        path, goal, family, component, dtype, bake, title or path.stem, training or {}, extras, ModelFacts(), own
     )
     if isinstance(source, nn.Module):
         request = replace(request, facts=facts(source, None, {}) if asks else ModelFacts())
@@ -221,7 +225,7 @@ def _export(items: Sequence[AdapterEntry], request: _Request, beside: Beside, kn
     if any(item.flipped for item in items):  # PEFT has its other kinds on no Conv1D
         held = request.goal.reads & {LowRank.structure}, request.goal.decomposes & {(LowRank.structure, "out")}
         request = replace(request, goal=replace(request.goal, reads=held[0], decomposes=held[1]))
-    modules = named_modules(items, request.goal, family, request.component, own=request.family == OWN)
+    modules = named_modules(items, request.goal, family, request.component, own=request.own)
     found = _consistent(modules, request.goal, family, request.bake)
     kept = beside if request.extras else Beside({})
     if request.goal.beside:

@@ -216,8 +216,8 @@ def _generic_name(item: AdapterEntry, module: ModuleSpec | None, goal: Target, o
     if not goal.any_model and not theirs:
         raise ExportError(
             f"{goal.title} knows a module by its path in the checkpoint that {goal.title} loads, and {path!r} is of no "
-            "family known here: pass family= if it is of one, base= that checkpoint, or family='own' if the path is so "
-            "in it too"
+            "family known here: pass family= if it is of one, base= that checkpoint (one file), or family='own' if the "
+            "path is so in it too"
         )
     return goal.generic + (path.replace(".", "_") if goal.flat else path)
 

@@ -100,7 +100,7 @@ def lora(*names: str) -> dict[str, Tensor]:
     return own | {f"{name}.lora_B.weight": torch.randn(8, 2) for name in names}
 
 
-@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "net.", "diffusion_model."])
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "net.", "diffusion_model.", ""])
 def test_the_prefix_of_a_base_stays_there(prefix: str, tmp_path: Path) -> None:
     """A checkpoint of a family that is not known: its own paths are those of ComfyUI, without what it puts before."""
     base, source = tmp_path / "base.safetensors", tmp_path / "source.safetensors"

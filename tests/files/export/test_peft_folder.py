@@ -229,7 +229,7 @@ def test_a_damaged_configuration_of_the_base_is_no_matter_to_programs_that_do_no
     base = tmp_path / "base"
     shutil.copytree(llama, base)
     (base / "config.json").write_text("{")
-    pk.export(own, tmp_path / "a.safetensors", "comfyui", base=base)
+    pk.export(own, tmp_path / "a.safetensors", "lycoris", base=base)
     with pytest.raises(FileError, match="not sound JSON"):
         pk.export(own, tmp_path / "a", "peft", base=base)
     pk.export(own, tmp_path / "a", "peft", base=base, config=llama)
