@@ -10,49 +10,15 @@ from peftkit.errors import AmbiguousFileError, did_you_mean
 from peftkit.files.families import names
 from peftkit.files.families.layouts import Placement
 from peftkit.files.families.names import Family
+from peftkit.files.families.prefixes import COMPILED, FILE_PREFIXES, SPELLED, TEXT_ENCODERS, usual
 from peftkit.files.formats.patch import AdapterFile
 from peftkit.files.rename import nearest_rule, said
 
-#: what trainers put before a module's path, where the path itself tells the components apart
-_FILE_PREFIXES = (
-    "",
-    "lycoris_",
-    "lora_unet_",
-    "lora_transformer_",
-    "oft_unet_",
-    "base_model.model.",
-    "diffusion_model.",
-    "model.diffusion_model.",
-    "transformer.",
-    "transformer_2.",
-    "unet.",
-)
 #: those that say nothing of the model. The second expert of Wan 2.2 is another model than the first, whose paths are
 #: the same: its names go on a model that is said to be it, and on no other
-_LEFT_OUT = tuple(prefix for prefix in _FILE_PREFIXES if prefix != "transformer_2.")
-#: other ways to write these, by trainers that few use: Wan-Fun's, Stable Cascade's, the scripts of PixArt, and files
-#: that went through a program which took the prefix for part of the path
-_SPELLED = {
-    "lora_unet__": "lora_unet_",
-    "lora_prior_unet_": "lora_unet_",
-    "unet.base_model.model.": "base_model.model.",
-    "transformer.base_model.model.": "base_model.model.",
-    "diffusion_model.transformer.": "transformer.",
-    "transformer._orig_mod.": "transformer.",
-    "unet._orig_mod.": "unet.",
-}
-#: what torch.compile puts before the module that it compiles
-_COMPILED = "_orig_mod."
+_LEFT_OUT = tuple(prefix for prefix in FILE_PREFIXES if prefix != "transformer_2.")
 #: how many names are compared with all there are, which takes long
 HINTS = 8
-#: the text encoders of a pipeline by the prefixes of their modules in files
-_TEXT_ENCODERS = {
-    "text_encoder": ("lora_te_", "lora_te1_"),
-    "text_encoder_2": ("lora_te2_",),
-    "text_encoder_3": ("lora_te3_",),
-}
-#: the prefixes of names without dots
-_FLAT = tuple(prefix for prefix in (*_FILE_PREFIXES, *sum(_TEXT_ENCODERS.values(), ())) if prefix.endswith("_"))
 #: what models call the layer whose weight is their embedding's, and that one
 _HEADS, _EMBEDDINGS = ("lm_head", "output"), ("embed_tokens", "wte", "tok_embeddings")
 #: a level of CLIP's modules that transformers 5 leaves out
@@ -82,7 +48,7 @@ class Resolver:
         self._dotted: defaultdict[str, dict[str, Placement]] = defaultdict(dict)
         self._shown: dict[str, None] = {}  # the names that hints have
         for path, part in paths.items():
-            whole = path.replace(_COMPILED, "")
+            whole = path.replace(COMPILED, "")
             for prefix in WEIGHT_PREFIXES:
                 if whole.startswith(prefix):
                     self._dotted[whole.removeprefix(prefix)][path] = part
@@ -161,25 +127,9 @@ def _of_text_encoder(path: str) -> Iterator[str]:
     """How files may call a module of a pipeline's text encoder, by its path from the pipeline."""
     component, _, rest = path.partition(".")
     rest = rest.removeprefix(_LEVEL)
-    for prefix in (f"{component}.", *_TEXT_ENCODERS.get(component, ())) if component in _TEXT_ENCODERS else ():
+    for prefix in (f"{component}.", *TEXT_ENCODERS.get(component, ())) if component in TEXT_ENCODERS else ():
         yield prefix + rest
         yield prefix + _LEVEL + rest
-
-
-def usual(name: str) -> str:
-    """Return a name as most programs spell it: with a prefix that many know, and without what torch.compile adds.
-
-    Example:
-        >>> from peftkit.files.resolve import usual
-        >>> usual("lora_unet__blocks_0_q"), usual("lora_unet_blocks_0.attn.q"), usual("transformer._orig_mod.blocks.0")
-        ('lora_unet_blocks_0_q', 'lora_unet_blocks_0_attn_q', 'transformer.blocks.0')
-    """
-    name = name.replace(_COMPILED, "")
-    for spelled, prefix in _SPELLED.items():
-        if name.startswith(spelled):
-            return prefix + name.removeprefix(spelled)
-    # a path that trainers flatten, of which one kept the dots below the first level
-    return name.replace(".", "_") if name.startswith(_FLAT) else name
 
 
 def component_of(name: str, default: str) -> str:
@@ -189,7 +139,7 @@ def component_of(name: str, default: str) -> str:
     transformer = default if default in TWINS else "transformer"
     prefixes = {"unet.": "unet", "lora_unet_": denoiser, "lora_transformer_": transformer, "transformer.": transformer}
     prefixes |= {"diffusion_model.": denoiser, "model.diffusion_model.": denoiser, "transformer_2.": "transformer_2"}
-    prefixes |= {p: c for c, ps in _TEXT_ENCODERS.items() for p in (f"{c}.", *ps)}
+    prefixes |= {p: c for c, ps in TEXT_ENCODERS.items() for p in (f"{c}.", *ps)}
     return next((c for p, c in prefixes.items() if name.startswith(p)), default)
 
 
@@ -219,7 +169,7 @@ def plain(name: str) -> str:
 
 def prefix_of(name: str) -> str:
     """What a trainer put before a module's path."""
-    return max((p for p in (*_FILE_PREFIXES, *_SPELLED) if name.startswith(p)), key=len)
+    return max((p for p in (*FILE_PREFIXES, *SPELLED) if name.startswith(p)), key=len)
 
 
 def families_of(bundle: AdapterFile, among: Iterable[str] | None = None) -> tuple[Family, ...]:

@@ -22,16 +22,18 @@ from typing import NamedTuple
 
 from peftkit.errors import OptionError, did_you_mean, require_choice
 from peftkit.files.families.module import NUMBER, Component, ModuleSpec
+from peftkit.files.families.prefixes import usual
 
-#: XLabs' trainer for Flux named attention processors: ending of the original path -> ending there, modules covered
-_XLABS: Mapping[str, tuple[str, int]] = MappingProxyType(
+#: What else names a part of a layer of Flux: ending of the original path -> endings there, and modules covered. XLabs'
+#: trainer named attention processors; ComfyUI knows the attention's rows of a single block's first layer by themselves
+_PARTLY: Mapping[str, tuple[tuple[str, int], ...]] = MappingProxyType(
     {
-        ".img_attn.qkv": (".qkv_lora1", 3),
-        ".img_attn.proj": (".proj_lora1", 1),
-        ".txt_attn.qkv": (".qkv_lora2", 3),
-        ".txt_attn.proj": (".proj_lora2", 1),
-        ".linear1": (".qkv", 3),
-        ".linear2": (".proj", 1),
+        ".img_attn.qkv": ((".qkv_lora1", 3),),
+        ".img_attn.proj": ((".proj_lora1", 1),),
+        ".txt_attn.qkv": ((".qkv_lora2", 3),),
+        ".txt_attn.proj": ((".proj_lora2", 1),),
+        ".linear1": ((".qkv", 3), (".linear1_qkv", 3)),
+        ".linear2": ((".proj", 1),),
     }
 )
 _FIRST_NUMBER = re.compile(r"(?<=_)\d+(?=_|$)")
@@ -73,7 +75,7 @@ def _matches(component: Component) -> Mapping[str, _Match]:
         depth = component.depth(modules[0])
         for spelled in (path, component.comfy_path(path)):
             found.setdefault(_flat(spelled), _Match(modules, ldm=True, depth=depth))
-        for ending, (name, count) in _XLABS.items():
+        for ending, name, count in ((end, *own) for end, parts in _PARTLY.items() for own in parts):
             if path.endswith(ending):
                 found.setdefault(_flat(path.replace(ending, name)), _Match(modules[:count], ldm=True, depth=depth))
     return MappingProxyType(found)
@@ -203,7 +205,7 @@ class Family:
         return next(part for part in self.parts if module.name.startswith(f"{part.name}."))
 
     def _match(self, foreign: str) -> _Match | None:
-        flat = _flat(foreign)
+        flat = _flat(usual(foreign))
         for wrapper in _WRAPPERS:
             flat = flat.removeprefix(wrapper)
         found = (_lookup(table, flat[len(prefix) :]) for prefix, table in self._tables if flat.startswith(prefix))
