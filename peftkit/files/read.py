@@ -17,6 +17,7 @@ from peftkit.errors import (
     require_choice,
     require_file,
 )
+from peftkit.files import hub
 from peftkit.files.foreign import read_foreign, refuse_unknown, scaled_bias
 from peftkit.files.formats import disk, embeddings, native, peft, peft_experts
 from peftkit.files.formats.alphas import AlphaOptions
@@ -56,7 +57,7 @@ def read(
     Every tensor is accounted for, and what a file does not say is not guessed. Tensors are read when asked for.
 
     Args:
-        path: the file or the folder.
+        path: the file or the folder; or, on the Hugging Face hub, "owner/name" or "hf://owner/name/file@revision".
         dora_axis: "out" or "in", where magnitudes do not say which axis they are of.
         alpha_zero: "off" or "rank", what α = 0 means.
         alpha: α of the modules for which the file does not say it: a number, or "rank" for a scale of 1.
@@ -95,7 +96,7 @@ def read_all(paths: Sequence[str | os.PathLike[str]], **reading: Unpack[Reading]
     require_choice("dora_axis", reading.get("dora_axis"), (None, "out", "in"))
     ignored, renames = Selection(reading.get("ignore", ())), Renames(reading.get("rename", {}))
     alpha = AlphaOptions(reading.get("alpha_zero"), reading.get("alpha"))
-    read_as = [_read(Path(path), reading, ignored, alpha) for path in paths]
+    read_as = [_read(Path(hub.local(path)), reading, ignored, alpha) for path in paths]
     listed = ", ".join(map(str, paths))
     if ignored.unmatched:
         raise OptionError(f"ignore={ignored.unmatched[0]!r} matches no tensor of {listed}")

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from peftkit._version import __version__
 from peftkit.adapters.options import require_dtype
 from peftkit.errors import FileError, LeftOutWarning, OptionError, require_file
+from peftkit.files import hub
 from peftkit.files.bind import fill, stored_keys
 from peftkit.files.extras import listed
 from peftkit.files.fingerprint import samples
@@ -44,6 +46,8 @@ def save(
     allow_zero: bool = False,
     overwrite: bool | None = None,
     extras: bool = True,
+    push: str | None = None,
+    card: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Write one adapter to a safetensors file that `load` needs nothing else to read.
 
@@ -69,13 +73,17 @@ def save(
         allow_zero: write an adapter of which every ΔW is zero.
         overwrite: False refuses a file that is there, which is replaced by default.
         extras: False leaves out the parameters that train beside the adapters, with a LeftOutWarning that names them.
+        push: "owner/name" of a repository on the Hugging Face hub, to which the file is uploaded as well with a card
+            that lists what is adapted; it is created where there is none.
+        card: entries of the card's metadata, such as license, base_model, tags and language.
 
     Returns:
         The path.
 
     Raises:
-        FileError: a path that cannot be written, a tensor that is not finite in the dtype, or every ΔW zero there.
-        OptionError: a dtype that adapters are not kept in, or facts that JSON does not hold.
+        FileError: a path that cannot be written, a tensor that is not finite in the dtype, every ΔW zero there, or a
+            hub that does not take the file.
+        OptionError: a dtype that adapters are not kept in, facts that JSON does not hold, or no name of a repository.
         UnknownAdapterError: no adapter of that name, or several and no name.
         MergeStateError: an adapter is merged into a weight that trains beside it.
 
@@ -91,6 +99,10 @@ def save(
     container.require_name(path, "a native file")
     disk.require_output(path, overwrite=overwrite)
     require_dtype(dtype)
+    if push is not None:
+        hub.require_repository(push)
+    if card and push is None:
+        raise OptionError("card= was given, which goes with push= to a repository of the hub: give both")
     name = one_name(model, name)
     require_not_empty(model)
     require_none_lost(model)
@@ -106,7 +118,34 @@ def save(
         container.emit(file, tensors, metadata)
         file.flush()
         _prove_alive(Path(file.name), path, tensors, own, allow_zero, portable)
+    if push is not None:
+        hub.push(path, push, _card(push, own, beside, {"base_model": _base_name(model), **card}))
     return path
+
+
+def _base_name(model: nn.Module) -> str | None:
+    """The name that a model of transformers or diffusers was loaded by, None where it has none."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+def _card(
+    repository: str,
+    own: Mapping[str, InstalledAdapter],
+    beside: Mapping[str, BaseParameter],
+    facts: Mapping[str, Any],
+) -> str:
+    """The README.md of a repository: what is adapted, on which base, and how to load it."""
+    kinds = sorted({at.adapter.kind for at in own.values()})
+    rows = ["| weight | adapter | options | shape |", "| --- | --- | --- | --- |"]
+    for site, at in own.items():
+        options = ", ".join(f"{key}={value}" for key, value in at.adapter.options.items())
+        rows.append(f"| `{site}` | {at.adapter.kind} | {options} | {at.slot.geometry.shape} |")
+    rows += [f"| `{name}` | trained beside | | {tuple(extra.tensor.shape)} |" for name, extra in beside.items()]
+    code = ["```python", "import peftkit as pk", "", f'pk.load(model, "{repository}")', "```"]
+    tags = ["peftkit", *kinds]
+    lines = [*code, "", f"{len(own)} weights are adapted:", "", *rows]
+    return hub.model_card(repository.partition("/")[2], {"library_name": "peftkit", "tags": tags, **facts}, lines)
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
