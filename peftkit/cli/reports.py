@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -56,8 +55,8 @@ def doctor(file: File, reading: ReadingOptions, as_json: Json = False) -> None:
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(help="An adapter file.")],
-    second: Annotated[Path, typer.Argument(help="Another.")],
+    first: Annotated[str, typer.Argument(help="An adapter file.")],
+    second: Annotated[str, typer.Argument(help="Another.")],
     base: BaseOptions,
     reading: ReadingOptions,
     as_json: Json = False,

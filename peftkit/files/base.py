@@ -18,7 +18,7 @@ from peftkit.files.formats import container, strict_json
 from peftkit.files.formats.container import Info
 from peftkit.files.formats.disk import Stamp
 from peftkit.files.formats.pickles import unpickle
-from peftkit.files.weight_files import ModelFile, chosen, copies, require_variant, variant_of_index
+from peftkit.files.weight_files import ModelFile, chosen, copies, models_in, require_variant, variant_of_index
 from peftkit.wrapping.divided import gathered
 from peftkit.wrapping.walk import plain_name
 
@@ -146,6 +146,10 @@ def open_base(path: str | os.PathLike[str], *, allow_pickle: bool = False, varia
     if path.name.endswith(".json") and os.path.isfile(path):
         path, variant = path.parent, variant or variant_of_index(path.name)
     if not os.path.isdir(path):
+        if variant is not None and variant not in {model.variant for model in models_in([path.name], path.suffix)}:
+            raise FileError(
+                f"{path} is one file, not of the variant {variant!r}: name its folder, or leave variant= out"
+            )
         return _joined(path, {path.name: (_shard(path, allow_pickle), "")})
     try:
         files = dict(_stamped(path))

@@ -185,3 +185,13 @@ def test_what_cannot_be_pushed_is_said_before_anything_is_written(
         pk.save(trained(), tmp_path / "style.safetensors", push="me/style")
     assert (tmp_path / "style.safetensors").exists()  # the message says so
     assert "me/style" not in hub.repositories
+
+
+def test_the_command_takes_a_name(tmp_path: Path) -> None:
+    with served() as hub:
+        hub.repositories["me/style"] = {"style.safetensors": content(trained(), tmp_path)}
+        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
+        command = [sys.executable, "-m", "peftkit", "inspect", "me/style"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "lora" in done.stdout

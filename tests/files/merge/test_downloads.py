@@ -319,3 +319,12 @@ def test_two_models_in_a_folder_ask_for_one(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"2 models and no index .*name one file"):
         merged(base, tmp_path / "out")
     merged(base / "two.safetensors", tmp_path / "out.safetensors")
+
+
+def test_a_variant_of_a_single_file_is_that_of_its_name(tmp_path: Path) -> None:
+    lone, half = tmp_path / "model.safetensors", tmp_path / "diffusion_pytorch_model.fp16.safetensors"
+    for path in (lone, half):
+        save_file({"0.weight": torch.zeros(2, 2)}, path)
+    assert open_base(half, variant="fp16").where == open_base(half).where
+    with pytest.raises(FileError, match="name its folder, or leave variant out"):
+        open_base(lone, variant="fp16")
