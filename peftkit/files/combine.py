@@ -92,6 +92,7 @@ def combine(
         2.0
     """
     way = _way(method, keep_of(rank, energy, None), density, seed)
+    require_option(isinstance(sources, Mapping), "sources", sources, "{file: weight}")
     if len(sources) < 2:
         raise OptionError(f"{len(sources)} file was given to combine, at least two were expected")
     for weight in sources.values():

@@ -141,8 +141,7 @@ def plan_merge(
     """
     require_choice("rebase", rebase, ("reapply", "transplant"))
     require_option(dtype is None or container.NAMES.get(dtype) in FLOATS, "dtype", dtype, "a floating point dtype")
-    if not adapters:
-        raise OptionError("adapters is empty: give at least one file and its strength")
+    require_option(isinstance(adapters, Mapping) and bool(adapters), "adapters", adapters, "{file: strength}")
     pickles = reading.get("allow_pickle", False)
     raw = open_base(base, allow_pickle=pickles, variant=variant)
     quantised = stored_weights(raw)

@@ -327,5 +327,5 @@ def test_a_variant_of_a_single_file_is_that_of_its_name(tmp_path: Path) -> None:
     for path in (lone, half):
         save_file({"0.weight": torch.zeros(2, 2)}, path)
     assert open_base(half, variant="fp16").where == open_base(half).where
-    with pytest.raises(FileError, match="name its folder, or leave variant out"):
+    with pytest.raises(FileError, match="name its folder, or leave variant= out"):
         open_base(lone, variant="fp16")

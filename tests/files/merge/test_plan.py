@@ -100,7 +100,8 @@ def test_one_adapter_by_two_paths_is_refused(way: str, tmp_path: Path) -> None:
 def test_adapters_given_twice_or_not_at_all_raise(tmp_path: Path) -> None:
     base = write(tmp_path / "base.safetensors", state(net()))
     file = write(tmp_path / "a.safetensors", lycoris_tensors({"lin": full(12, 8)}))
-    for adapters in ({}, {file: 1.0, str(file): 1.0}):
+    anything: Any = file, str(file), [file]
+    for adapters in ({}, {file: 1.0, str(file): 1.0}, *anything):
         with pytest.raises(OptionError):
             pk.merge_checkpoint(base, adapters, tmp_path / "out.safetensors")
     for options in ({"rebase": "x"}, {"dtype": torch.int8}, {"dtype": "fp16"}):
