@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.table import Table
 
-from peftkit.errors import OptionError, error_context, require_choice, require_option
+from peftkit.errors import error_context, require_choice, require_option
 from peftkit.files.base import Base, open_base
 from peftkit.files.extras import listed
 from peftkit.files.formats import container
