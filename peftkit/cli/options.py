@@ -42,7 +42,7 @@ def among(*names: str, words: tuple[str, ...], help: str = "") -> Any:
     return typer.Option(*names, help=text, autocompletion=completion(words))
 
 
-File = Annotated[str, typer.Argument(help="An adapter file, a folder of PEFT, or its name on the hub.", metavar="FILE")]
+File = Annotated[str, typer.Argument(help="An adapter file, a folder of PEFT, or its name on the hub.")]
 Checkpoint = Annotated[Path, typer.Argument(help="The checkpoint: a file, a folder of shards, or of a pipeline.")]
 Adapters = Annotated[
     list[str],

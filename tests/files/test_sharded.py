@@ -162,7 +162,7 @@ def test_a_divided_model_of_mixed_dtypes_trains_as_a_whole_one_does(tmp_path: Pa
 def _write(model: nn.Module, folder: Path, kind: str) -> None:
     pk.save(model, folder / f"{kind}.safetensors")
     pk.save(model, folder / f"{kind}-portable.safetensors", dtype=torch.bfloat16, portable=True)
-    pk.export(model, folder / f"{kind}-comfyui.safetensors", "comfyui", bake=True, extras=False)
+    pk.export(model, folder / f"{kind}-comfyui.safetensors", "comfyui", family="own", bake=True, extras=False)
     pk.export(model, folder / f"{kind}-peft", "peft", bake=True)
 
 

@@ -117,7 +117,7 @@ def seen(model: nn.Module, folder: Path) -> dict[str, Any]:
     twin, x = plain().eval(), torch.randn(2, 3, 4)
     report = pk.load(twin, pk.save(model, folder / "own.safetensors"))
     exported = {}
-    for target in ("comfyui", "peft"):
+    for target in ("lycoris", "peft"):
         path = folder / target
         pk.export(model, path if target == "peft" else path.with_suffix(".safetensors"), target=target)
         exported[target] = keys(

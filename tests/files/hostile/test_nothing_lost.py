@@ -36,7 +36,7 @@ def _no_room(size: int) -> Iterator[None]:
 
 WRITERS: dict[str, Callable[[Place], Any]] = {
     "save": lambda at: pk.save(_wrapped(), at.out),
-    "export": lambda at: pk.export(at.good, at.out, "comfyui"),
+    "export": lambda at: pk.export(at.good, at.out, "comfyui", family="own"),
     "export to a folder": lambda at: pk.export(at.good, at.out_folder, "peft"),
     "convert": lambda at: pk.convert(at.good, at.out, "full"),
     "resize": lambda at: pk.resize(at.good, at.out, rank=1),
