@@ -16,7 +16,7 @@ from peftkit.delta.addition import refuse_inert
 from peftkit.errors import FileError, error_context
 from peftkit.files.folder import copy_rest
 from peftkit.files.formats import container, disk
-from peftkit.files.merge_plan import Adapters, MergePlan, plan_merge
+from peftkit.files.merge_plan import Adapters, MergePlan, plan_merge, require_adapters
 from peftkit.files.merge_writer import Progress, Writer
 from peftkit.files.read import Reading
 from peftkit.files.weight_files import written_as
@@ -94,6 +94,7 @@ def merge_checkpoint(
         >>> report.changed, report.norm
         (('0.weight',), 2.0)
     """
+    require_adapters(adapters)
     target = disk.require_output(out, [base, origin, *adapters], overwrite)
     chosen = {"component": component, "variant": variant, "other_base": other_base}
     plan = plan_merge(base, adapters, dtype=dtype, rebase=rebase, origin=origin, **chosen, **reading)

@@ -89,6 +89,11 @@ class MergePlan:
         return listing(["file", "kind", "weight", "strength", "law"], {}, rows, every=every)
 
 
+def require_adapters(adapters: Adapters) -> None:
+    """Raise OptionError for adapters that are no files with their strengths, or none."""
+    require_option(isinstance(adapters, Mapping) and bool(adapters), "adapters", adapters, "{file: strength}")
+
+
 def plan_merge(
     base: str | os.PathLike[str],
     adapters: Adapters,
@@ -141,7 +146,7 @@ def plan_merge(
     """
     require_choice("rebase", rebase, ("reapply", "transplant"))
     require_option(dtype is None or container.NAMES.get(dtype) in FLOATS, "dtype", dtype, "a floating point dtype")
-    require_option(isinstance(adapters, Mapping) and bool(adapters), "adapters", adapters, "{file: strength}")
+    require_adapters(adapters)
     pickles = reading.get("allow_pickle", False)
     raw = open_base(base, allow_pickle=pickles, variant=variant)
     quantised = stored_weights(raw)

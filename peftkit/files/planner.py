@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from peftkit.files.base import Base
 from peftkit.files.bind import bind, is_of_its_base, misfit, shown
 from peftkit.files.component import of_component
 from peftkit.files.extras import key_in
+from peftkit.files.families.family import Family
 from peftkit.files.families.layouts import Placement
 from peftkit.files.fingerprint import require_same_base
 from peftkit.files.formats import container, native
@@ -78,9 +79,11 @@ class Planner:
         self.strangers += [file] if len(targets) > 1 and not any(targets.values()) else []
         distances: dict[str, float] = {}
         self._find_overlaps(file, targets)
+        families = () if all(targets.values()) else self.families or families_of(bundle)
+        theirs = {common(families, n) or component_of(n, "") for n, parts in targets.items() if parts} - {""}
         for name, parts in targets.items():
             if not parts:
-                self.unresolved.append(f"{file}: {name}.{self._hint(name, bundle, targets)}")
+                self.unresolved.append(f"{file}: {name}.{self._hint(name, bundle, families, theirs)}")
                 continue
             factor = _required(strengths, (name, *(part.weight for part in parts)), file)
             if factor:
@@ -96,14 +99,12 @@ class Planner:
             self.unresolved.append(f"{file}: there is no adapter{whose} in it")
         self._check_base(file, bundle, distances)
 
-    def _hint(self, name: str, bundle: AdapterFile, targets: Mapping[str, Sequence[Placement]]) -> str:
-        """What may help where a name has no place in the base."""
-        families = self.families or families_of(bundle)
+    def _hint(self, name: str, bundle: AdapterFile, families: Sequence[Family], theirs: Set[str]) -> str:
+        """What may help where a name has no place in the base. theirs: the components that other names are of."""
         own = common(families, name) or component_of(name, "")
-        theirs = {common(families, n) or component_of(n, "") for n, parts in targets.items() if parts} - {""}
         if self.base.pipeline or not own or len(theirs) != 1 or own in theirs:
             return nowhere(self.resolver, name, bundle, bundle.patches[name])
-        return f" It is of the {own}: component={theirs.pop()!r} leaves it alone"
+        return f" It is of the {own}: component={next(iter(theirs))!r} leaves it alone"
 
     def _require_addable(self, key: str, where: str) -> None:
         refuse_quantised(self.base, key, where, self.refused)
