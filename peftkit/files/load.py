@@ -79,9 +79,8 @@ def load(
 
     Args:
         model: any model that has the weights.
-        path: a file of `save`, of kohya, LyCORIS, diffusers or a WebUI, or a folder of PEFT, here or on the hub (see
-            `read`); or, for a model that is wrapped already with the adapter in it, a full checkpoint, the state dict
-            of such a model.
+        path: as in `read`; or, for a model that is wrapped already with the adapter in it, a full checkpoint, the state
+            dict of such a model.
         name: to give the adapter; by default the one it was saved under. Of a full checkpoint: which adapter.
         strength: λ of the adapter.
         strict: raise unless every key of the file goes to the model and every parameter comes from the file. With

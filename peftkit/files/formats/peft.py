@@ -46,21 +46,15 @@ _TYPES = ("LORA", "LOHA", "LOKR", "OFT", "IA3", "TRAINABLE_TOKENS")
 _KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 #: the types whose modules are scaled by α/r -> the option that has α
 _ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
-#: the types whose adapted layers can have their own bias trained, bias="lora_only"
-BIASED = ("LORA",)
+#: the types that train biases of adapted layers (bias="lora_only"), go on embeddings, and are read by servers
+BIASED = ON_EMBEDDINGS = SERVED = ("LORA",)
 #: the types that go on layers whose weight is kept as (in, out), GPT-2's Conv1D, by fan_in_fan_out
 FLIPPED = ("LORA", "IA3")
-#: the types that go on embeddings
-ON_EMBEDDINGS = ("LORA",)
-#: the types that servers of language models read
-SERVED = ("LORA",)
 #: the tensors that PEFT writes, by role
 _ROLES = frozenset(
     {"up", "down", "magnitude", "oft_R", "ia3_l", *embeddings.ENDS.values()}
     | {role for role in kohya.SUFFIXES.values() if role.startswith(("hada_", "lokr_"))}
 )
-
-
 #: what ΔW's scale depends on, which a misspelt key would change in silence; what PEFT calls almost so; how near that is
 _SCALES = ("lora_alpha", "alpha", "alpha_pattern", "rank_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
 _ALIKE = ("use_qalora", "use_bdlora", "use_lora")
