@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.delta.addition import MergedWeight
-from peftkit.errors import AmbiguousFileError, LossyError, MergeError, did_you_mean
+from peftkit.errors import AmbiguousFileError, LossyError, MergeError, TiedWeightsError, did_you_mean
 from peftkit.files.base import Base
 from peftkit.files.bind import Misfit, alike, shown
 from peftkit.files.formats.patch import AdapterFile
@@ -61,7 +61,25 @@ def placed(bundle: AdapterFile, model: nn.Module) -> PlacedExtras:
             values[known[name]] = tensor.to(own.device, own.dtype)
         elif not torch.equal(value, tensor):
             mismatched.append(f"{name}: it is one parameter with {other} in the model, and another one in the file")
+    _require_own(bundle, known, values)
     return PlacedExtras(values, Misfit((), tuple(unexpected), tuple(mismatched), tuple(non_finite)))
+
+
+def _require_own(
+    bundle: AdapterFile, known: Mapping[str, BaseParameter], values: Mapping[BaseParameter, Tensor]
+) -> None:
+    """Refuse values of copies, which modules_to_save of PEFT makes, for parameters that several layers share."""
+    copied = bundle.config.get("modules_to_save") or ()
+    for own in values:
+        module = own.name.rpartition(".")[0]
+        if module.rpartition(".")[2] not in copied and module not in copied:
+            continue
+        other = next((n for n, p in known.items() if p.tensor is own.tensor and n not in bundle.extras), None)
+        if other is not None:
+            raise TiedWeightsError(
+                f"{own.name}: PEFT trained a copy of it (modules_to_save), and the model has one parameter for it and "
+                f"{other}. Give it its own first: model.{module} = copy.deepcopy(model.{module}); or pass extras=False"
+            )
 
 
 def under_adapters(bundle: AdapterFile) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import peftkit as pk
-from peftkit.errors import ExportError, FileError, LossyError, MismatchError
+from peftkit.errors import ExportError, FileError, LossyError, MismatchError, TiedWeightsError
 
 
 class Block(nn.Module):
@@ -233,3 +234,35 @@ def test_a_shared_parameter_has_no_place_in_peft(tmp_path: Path) -> None:
     model["embed"].weight.requires_grad_(True)
     with pytest.raises(LossyError, match=r"embed\.weight\) trained beside"):
         pk.export(model, tmp_path / "adapter", "peft")
+
+
+class Tied(nn.Module):
+    """An embedding and a head with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body, self.lm_head = nn.Embedding(6, 8), nn.Linear(8, 8), nn.Linear(8, 6, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.lm_head(self.body(self.embed(tokens)))
+
+
+def test_a_copy_that_peft_trained_of_a_shared_weight_is_not_written_over_both(tmp_path: Path) -> None:
+    """And what the message says gives PEFT's model."""
+    torch.manual_seed(0)
+    model, tokens = Tied(), torch.arange(6)
+    config = peft.LoraConfig(r=2, target_modules=["body"], modules_to_save=["lm_head"])
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)  # pyright: ignore[reportArgumentType]
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.5)
+    theirs.save_pretrained(str(tmp_path))
+    before = model(tokens).detach()
+    with pytest.raises(TiedWeightsError, match=r"lm_head\.weight: PEFT trained a copy .*embed\.weight") as raised:
+        pk.load(model, tmp_path)
+    assert torch.equal(model(tokens), before)
+    assert "model.lm_head = copy.deepcopy(model.lm_head)" in str(raised.value)
+    model.lm_head = copy.deepcopy(model.lm_head)
+    pk.load(model, tmp_path)
+    assert torch.allclose(model(tokens), theirs(tokens), atol=1e-6)
