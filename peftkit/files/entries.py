@@ -54,7 +54,8 @@ class AdapterEntry:
     it is from. embedding: of an embedding, whose weight has a row for each token. again: it is the
     adapter of an entry before it, at another place of a shared weight. turned: of a stack of experts that
     PEFT takes for the transposed matrices. vector: of a norm's weight or a bias, as a matrix of one column.
-    rare_norm: of a norm of another class than LayerNorm and GroupNorm.
+    rare_norm: of a norm of another class than LayerNorm and GroupNorm. in_checkpoint: whether its path is that of a
+    checkpoint, which may begin with what the program that saved it puts before every path.
     """
 
     name: str
@@ -70,6 +71,7 @@ class AdapterEntry:
     turned: bool = False
     vector: bool = False
     rare_norm: bool = False
+    in_checkpoint: bool = False
 
     @property
     def flipped(self) -> bool:
@@ -229,7 +231,7 @@ def _on_base(
             bound += [name] if is_of_its_base(patch, shape) and not bundle.portable else []
         adapter = bind(patch, shape, W, where)
         vector = len(base.info(first.weight).shape) == 1
-        marks = {"file": str(file), "embedding": patch.embedding, "vector": vector}
+        marks = {"file": str(file), "embedding": patch.embedding, "vector": vector, "in_checkpoint": base.model is None}
         items.append(AdapterEntry(name, adapter, shape, W, path, patch.transposed, **marks))
     kinds = {item.name: item.adapter.kind for item in items}
     quantised = [name for name in distances if bundle.patches[name].quantised]

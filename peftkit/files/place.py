@@ -68,7 +68,7 @@ def _refuse_twin(base: Base, weight: str, component: str | None) -> None:
 def known_families(base: Base) -> tuple[names.Family, ...]:
     """Return the family of a base whose denoiser is in it, () where that is none known here."""
     layout = layouts.of_checkpoint(base.shapes)
-    if layout is None or not any(layout.locate(m.name) for m in layout.family.parts[0].modules.values()):
+    if layout is None or not any(name.startswith(f"{layout.family.components[0]}.") for name in layout.places):
         return ()
     return (layout.family,)
 

@@ -192,7 +192,7 @@ def _family_name(module: ModuleSpec, goal: Target, family: Family) -> str:
 
 def _generic_name(item: AdapterEntry, module: ModuleSpec | None, goal: Target, own: bool) -> str:
     """The name of a module by its path, for programs that load adapters of any model."""
-    in_checkpoint, path = _relative(item.path)
+    in_checkpoint, path = _relative(item, goal)
     if module is not None:
         path = path.removeprefix(f"{_component(module)}.") or module.path
         return (goal.generic or "") + (path.replace(".", "_") if goal.flat else path)
@@ -222,10 +222,15 @@ def _generic_name(item: AdapterEntry, module: ModuleSpec | None, goal: Target, o
     return goal.generic + (path.replace(".", "_") if goal.flat else path)
 
 
-def _relative(path: str) -> tuple[bool, str]:
-    """Whether a path is of the checkpoint that ComfyUI loads, and the path without what the checkpoint puts before."""
-    prefix = next((own for own in _CHECKPOINT_PREFIXES if path.startswith(own)), "")
-    return bool(prefix), path.removeprefix(prefix)
+def _relative(item: AdapterEntry, goal: Target) -> tuple[bool, str]:
+    """Whether a path is of the checkpoint that ComfyUI loads, and the path without what the checkpoint puts before.
+
+    The modules of a model in memory keep all of their own path, which a program that loads on any model looks for.
+    """
+    if not item.in_checkpoint:
+        return False, item.path if goal.any_model else item.path.removeprefix(goal.generic or "")
+    prefix = next((own for own in _CHECKPOINT_PREFIXES if item.path.startswith(own)), "")
+    return bool(prefix), item.path.removeprefix(prefix)
 
 
 def _bare(name: str, goal: Target) -> str:

@@ -117,6 +117,31 @@ def test_the_prefix_of_a_base_stays_there(prefix: str, tmp_path: Path) -> None:
         assert named(out) == {name}
 
 
+class Named(nn.Module):
+    """A model whose own path begins as the keys of some checkpoints do."""
+
+    def __init__(self, attribute: str) -> None:
+        super().__init__()
+        self.add_module(attribute, nn.Sequential(nn.Linear(8, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return next(self.children())(x)
+
+
+@pytest.mark.parametrize("attribute", ["net", "diffusion_model", "transformer", "unet"])
+def test_a_model_in_memory_keeps_all_of_its_own_paths(attribute: str, tmp_path: Path) -> None:
+    """From the model, from its file, and from its file with the model as the base."""
+    model = Named(attribute)
+    pk.wrap(model, "lora", targets=f"{attribute}.0", rank=2)
+    train(model)
+    own = pk.save(model, tmp_path / "own.safetensors")
+    pk.export(model, tmp_path / "model", "peft")
+    pk.export(own, tmp_path / "file", "peft")
+    pk.unwrap(model)
+    pk.export(own, tmp_path / "base", "peft", base=model)
+    assert [named(tmp_path / each) for each in ("model", "file", "base")] == [{f"base_model.model.{attribute}.0"}] * 3
+
+
 def test_the_prefix_of_a_file_stays_there(tmp_path: Path) -> None:
     source = tmp_path / "source.safetensors"
     save_file(lora("transformer.stages.0.mixer.q"), source)
