@@ -246,6 +246,7 @@ def _named_for(target: Target, name: str, family: Family | None) -> bool:
         family.spelled(module.name, style) == name
         for module in family.find(name)
         for style in programs.styles_read(target, family, module.name.partition(".")[0])
+        if family.looked_for(module.name, target.name, style)
     )
 
 

@@ -44,6 +44,12 @@ _UNETS: dict[str, dict[str, Any]] = {
     "sd2": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
     "sdxl": {**SDXL, "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]},
 }
+_UNETS["kolors"] = {
+    **_UNETS["sdxl"],
+    "projection_class_embeddings_input_dim": 5632,
+    "encoder_hid_dim": 4096,
+    "encoder_hid_dim_type": "text_proj",
+}
 _SD3: dict[str, dict[str, Any]] = {
     "sd3": {"num_layers": 24},
     "sd35-medium": {"num_layers": 24, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
@@ -84,6 +90,30 @@ _TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "wan": ("WanTransformer3DModel", {"image_dim": 1280, "added_kv_proj_dim": 5120, "in_channels": 36}),
     "z-image": ("ZImageTransformer2DModel", {}),
 }
+CASCADE: dict[str, Any] = {"clip_text_in_channels": 1280, "clip_image_in_channels": 768, "switch_level": [False]}
+#: The language models that are text encoders, by the family: configuration, class, layers
+_LANGUAGE: dict[str, tuple[type[Any], type[Any], int]] = {
+    "cosmos": (hf.Qwen3Config, hf.Qwen3Model, 28),  # of Anima
+    "flux2": (hf.MistralConfig, hf.MistralModel, 40),
+    "hunyuan-video": (hf.LlamaConfig, hf.LlamaModel, 32),
+    "hidream": (hf.LlamaConfig, hf.LlamaModel, 32),
+    "ltx2": (hf.Gemma3TextConfig, hf.Gemma3TextModel, 48),
+    "lumina2": (hf.Gemma2Config, hf.Gemma2Model, 26),
+    "qwen-image": (hf.Qwen2Config, hf.Qwen2Model, 28),  # the layers of Qwen2.5-VL
+    "z-image": (hf.Qwen3Config, hf.Qwen3Model, 36),
+}
+#: Models of a family that have modules beside those of its class
+VARIANTS: dict[tuple[str, str], tuple[Callable[[], nn.Module], ...]] = {
+    ("wan", "transformer"): (
+        lambda: diffusers.WanVACETransformer3DModel(image_dim=1280, added_kv_proj_dim=5120),
+        diffusers.WanAnimateTransformer3DModel,
+    ),
+    ("ltx2", "transformer"): (
+        lambda: diffusers.LTX2VideoTransformer3DModel(
+            gated_attn=True, audio_gated_attn=True, cross_attn_mod=True, audio_cross_attn_mod=True
+        ),
+    ),
+}
 #: How many rows one of the equal parts of a fused layer has, where diffusers' converter has that number written in it
 _UNIT = {"hunyuan-video": 3072, "lumina2": 768}
 
@@ -96,6 +126,12 @@ def _clip(kind: Callable[[Any], nn.Module], width: int, layers: int) -> nn.Modul
 def t5(config: type[Any], vocab_size: int) -> Any:
     sizes = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_kv": 64}
     return config(**sizes, vocab_size=vocab_size, feed_forward_proj="gated-gelu")
+
+
+def _language(family: str) -> nn.Module:
+    config, kind, layers = _LANGUAGE[family]
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
+    return kind(config(**sizes, num_hidden_layers=layers, num_key_value_heads=2, vocab_size=99, pad_token_id=0))
 
 
 def _sd3(num_layers: int, **options: Any) -> nn.Module:
@@ -117,8 +153,22 @@ def real(family: str, component: str) -> nn.Module:
                 return getattr(diffusers, name)(**sizes)
             case _, "transformer":
                 return _sd3(**_SD3[family])
-            case ("flux", "text_encoder_2") | ("chroma", "text_encoder") | (_, "text_encoder_3"):
+            case _, "prior":
+                return diffusers.StableCascadeUNet(**CASCADE)
+            case _, "text_conditioner":
+                return diffusers.AnimaTextConditioner()
+            case (_, "text_encoder_4") | ("cosmos" | "flux2" | "hunyuan-video" | "ltx2" | "lumina2", "text_encoder"):
+                return _language(family)
+            case "qwen-image" | "z-image", "text_encoder":
+                return _language(family)
+            case ("flux", "text_encoder_2") | ("chroma" | "ltx" | "pixart", "text_encoder") | (_, "text_encoder_3"):
                 return hf.T5EncoderModel(t5(hf.T5Config, 32128))
+            case "wan" | "auraflow", "text_encoder":
+                return hf.UMT5EncoderModel(t5(hf.UMT5Config, 256384))
+            case ("hunyuan-video", "text_encoder_2"):
+                return _clip(hf.CLIPTextModel, 768, 12)
+            case "stable-cascade", "text_encoder":
+                return _clip(hf.CLIPTextModelWithProjection, 1280, 32)
             case _, "text_encoder_2":
                 return _clip(hf.CLIPTextModelWithProjection, 1280, 32)
             case "sd2", _:
@@ -127,6 +177,13 @@ def real(family: str, component: str) -> nn.Module:
                 return _clip(hf.CLIPTextModel, 768, 12)
             case _:
                 return _clip(hf.CLIPTextModelWithProjection, 768, 12)
+
+
+@cache
+def variants(family: str, component: str) -> tuple[nn.Module, ...]:
+    """The models of a component: its class, and those that have modules beside it."""
+    with torch.device("meta"):
+        return (real(family, component), *(make() for make in VARIANTS.get((family, component), ())))
 
 
 def published(path: str) -> str:

@@ -80,7 +80,9 @@ def _narrowed(families: Sequence[Family], foreign: Collection[str], goal: Target
 
     def common(style: str) -> bool:
         return all(
-            style in other.reads[goal.name] and other.spelled(name, style) == family.spelled(name, style)
+            style in other.reads[goal.name]
+            and other.spelled(name, style) == family.spelled(name, style)
+            and family.looked_for(name, goal.name, style)
             for other, name in product(others, modules)
         )
 
@@ -181,7 +183,7 @@ def _fused_name(members: Sequence[str], goal: Target, family: Family) -> str:
 
 def _family_name(module: ModuleSpec, goal: Target, family: Family) -> str:
     """The name of a module of a known family."""
-    style = family.style(goal.name)
+    style = family.style(goal.name, module.name)
     if style is None:
         raise ExportError(
             f"{goal.title} does not load adapters of {family.title} under any name this library writes; export "

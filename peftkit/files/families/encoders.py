@@ -1,4 +1,4 @@
-"""The weights of the text encoders that pipelines have: CLIP in two layouts, and T5. See `families`."""
+"""The weights of the text encoders that pipelines have: CLIP in two layouts, T5, and language models."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from peftkit.files.families.module import Component, ModuleSpec, entry
+from peftkit.files.families.module import NUMBER, Component, ModuleSpec, entry, same
 
 
-def clip(width: int, layers: int, projected: bool = False) -> Iterator[ModuleSpec]:
+def clip(width: int, layers: int, projected: bool = False, positions: int | None = 77) -> Iterator[ModuleSpec]:
     """CLIPTextModel, or CLIPTextModelWithProjection; originals in these names are the same.
 
     The level "text_model" is in every published file, and in the class before transformers 5.6.
+    positions: None for any number.
     """
     layer = {
         **{f"self_attn.{part}_proj": (width, width) for part in ("q", "k", "v", "out")},
@@ -23,7 +24,7 @@ def clip(width: int, layers: int, projected: bool = False) -> Iterator[ModuleSpe
     }
     paths = {
         "embeddings.token_embedding": (49408, width),
-        "embeddings.position_embedding": (77, width),
+        "embeddings.position_embedding": () if positions is None else (positions, width),
         **{f"encoder.layers.{i}.{path}": shape for i in range(layers) for path, shape in layer.items()},
         "final_layer_norm": (width,),
     }
@@ -67,22 +68,42 @@ def open_clip(width: int, layers: int, projected: bool = False) -> Iterator[Modu
             yield replace(module, original=original(module.original), original_bias=bias, transposed=transposed)
 
 
-def t5(width: int = 4096, hidden: int = 10240, layers: int = 24) -> Iterator[ModuleSpec]:
-    """Yield the modules of T5EncoderModel, XXL.
+def t5(
+    width: int | None = 4096, hidden: int = 10240, gated: bool = True, own_biases: bool = False
+) -> Iterator[ModuleSpec]:
+    """Yield the modules of T5EncoderModel, or of UMT5EncoderModel.
 
     Its two token embeddings are one tied weight, of which a file may hold either or both.
+
+    width, hidden: of T5 v1.1 XXL; None for any size. gated: whether a second layer gates the first (T5 v1.1).
+    own_biases: whether every block has a table of relative positions (UMT5), which the first has in any case.
     """
-    paths = {"shared": (32128, width), "encoder.embed_tokens": (32128, width)}
-    for i in range(layers):
-        block = f"encoder.block.{i}.layer"
-        paths |= {f"{block}.0.SelfAttention.{part}": (width, width) for part in "qkvo"}
-        if i == 0:
-            paths[f"{block}.0.SelfAttention.relative_attention_bias"] = (32, 64)
-        paths |= {f"{block}.{j}.layer_norm": (width,) for j in (0, 1)}
-        paths |= {f"{block}.1.DenseReluDense.wi_{j}": (hidden, width) for j in (0, 1)}
-        paths[f"{block}.1.DenseReluDense.wo"] = (width, hidden)
-    for path, shape in {**paths, "encoder.final_layer_norm": (width,)}.items():
-        yield entry(path, path, *shape, bias=False)
+    block, sizes = "encoder.block.{}.layer", {"shared": (32128, width), "encoder.embed_tokens": (32128, width)}
+    sizes |= {f"{block}.0.SelfAttention.{part}": (width, width) for part in "qkvo"}
+    first = block if own_biases else block.replace(NUMBER, "0")
+    sizes[f"{first}.0.SelfAttention.relative_attention_bias"] = (32, 64)
+    sizes |= {f"{block}.{i}.layer_norm": (width,) for i in (0, 1)}
+    sizes |= {f"{block}.1.DenseReluDense.{into}": (hidden, width) for into in (("wi_0", "wi_1") if gated else ("wi",))}
+    sizes |= {f"{block}.1.DenseReluDense.wo": (width, hidden), "encoder.final_layer_norm": (width,)}
+    for path, shape in sizes.items():
+        yield entry(path, path, *(() if width is None else shape), bias=False)
+
+
+def language(biased: bool = False, normed: bool = False, sandwiched: bool = False) -> Iterator[ModuleSpec]:
+    """Yield the modules of a language model of Llama's kind, without its head.
+
+    biased: whether query, key and value have biases (Qwen2). normed: whether query and key are normalised (Qwen3,
+    Gemma 3). sandwiched: whether the feed-forward layers are between two norms (Gemma).
+    """
+    yield from same("embed_tokens", "norm", bias=False)
+    block = "layers.{}."
+    yield from same("q_proj", "k_proj", "v_proj", name=f"{block}self_attn.", bias=biased)
+    yield from same("self_attn.o_proj", name=block, bias=False)
+    yield from same(*(("q_norm", "k_norm") if normed else ()), name=f"{block}self_attn.", bias=False)
+    yield from same("gate_proj", "up_proj", "down_proj", name=f"{block}mlp.", bias=False)
+    yield from same("input_layernorm", "post_attention_layernorm", name=block, bias=False)
+    around = ("pre_feedforward_layernorm", "post_feedforward_layernorm") if sandwiched else ()
+    yield from same(*around, name=block, bias=False)
 
 
 _POSITIONS = "text_model.embeddings.position_embedding"  # other encoders have the same layers, and other positions
@@ -127,4 +148,34 @@ T5 = partial(
     comfy="text_encoders.t5xxl.transformer",
     anchor="shared",  # UMT5 has another vocabulary
     build=t5,
+    depths={"encoder.block": 24},
 )
+
+#: A T5 of a pipeline that has no other text encoder
+ONLY_T5 = partial(T5, name="text_encoder", webui=("lora_te1", "lora_te"), general=True)
+
+
+def language_encoder(
+    comfy: str,
+    layers: int,
+    name: str = "text_encoder",
+    webui: tuple[str, ...] = ("lora_te", "lora_te1"),
+    **options: bool,
+) -> Component:
+    """Return a pipeline's text encoder that is a language model.
+
+    comfy: its name in ComfyUI. layers: how many it has at most. name, webui: see `Component`. options: see `language`.
+    """
+    # what transformers' classes have above the layers: with a head, and with an image encoder
+    levels = ("model.", "model.language_model.", "language_model.model.")
+    return Component(
+        name=name,
+        original=f"text_encoders.{comfy}.transformer.model.",
+        comfy=f"text_encoders.{comfy}.transformer.model",
+        webui=webui,
+        anchor="layers.{}.self_attn.q_proj",
+        build=partial(language, **options),
+        depths={"layers": layers},
+        prefixes=tuple(f"{name}.{level}" for level in levels),
+        general=True,
+    )

@@ -103,7 +103,8 @@ class Family:
         title: for messages.
         parts: its networks, the denoiser first.
         reads: program -> the styles in which it looks for the denoiser's names, the one to write first.
-        unread: program -> patterns of modules that it never looks for.
+        unread: program -> patterns of modules that it never looks for; "program style" -> of those that it does not
+            look for under their names in that style.
         published: the month of the first model, "2024-08": where a file can be of several families, the oldest is
             taken.
         base_model_version: metadata "ss_base_model_version", as sd-scripts and musubi-tuner write it.
@@ -156,13 +157,18 @@ class Family:
                 reached[blocks, match.depth].add(match.number)
         return all(len(numbers) == depth for (_, depth), numbers in reached.items())
 
-    def style(self, program: str) -> str | None:
-        """Return the style in which the denoiser's names are written for a program, None where it reads none."""
-        return next(iter(self.reads.get(program, ())), None)
+    def style(self, program: str, name: str = "") -> str | None:
+        """Return the style in which the denoiser's names are written for a program, None where it reads none.
 
-    def looked_for(self, name: str, program: str) -> bool:
-        """Whether a program reads an adapter of a module."""
-        return not any(fnmatchcase(name, pattern) for pattern in self.unread.get(program, ()))
+        name: of the module to write; by default of one that the program finds in every style it knows.
+        """
+        styles = self.reads.get(program, ())
+        return next((style for style in styles if not name or self.looked_for(name, program, style)), None)
+
+    def looked_for(self, name: str, program: str, style: str = "") -> bool:
+        """Whether a program reads an adapter of a module, or reads it in one style."""
+        patterns = (*self.unread.get(program, ()), *(self.unread.get(f"{program} {style}", ()) if style else ()))
+        return not any(fnmatchcase(name, pattern) for pattern in patterns)
 
     def keeps_original(self, style: str | None) -> bool:
         """Whether the names of a style are of the original network's layers, which may hold several of diffusers'."""
@@ -197,9 +203,10 @@ class Family:
 
     @cached_property
     def alone(self) -> tuple[Component, ...]:
-        """The components that share no path with another: there, a path without a component is clear."""
+        """The components that share no path with another, nor with other models: there, a path alone is clear."""
         shared = Counter(spec.path for part in self.parts for spec in part.specs)
-        return tuple(part for part in self.parts if max(shared[spec.path] for spec in part.specs) == 1)
+        own = (part for part in self.parts if not part.general)
+        return tuple(part for part in own if max(shared[spec.path] for spec in part.specs) == 1)
 
     def _part(self, module: ModuleSpec) -> Component:
         return next(part for part in self.parts if module.name.startswith(f"{part.name}."))

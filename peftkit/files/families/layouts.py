@@ -102,8 +102,8 @@ def _held(part: Component, kind: str, keys: _Keys) -> tuple[int, Mapping[str, Pl
     """How many weights of a component are there in the right shape, and all its places; (0, {}) if it is not there."""
     if kind == "comfy" and not part.respelled:
         return 0, {}
-    own = (part.original, f"{part.comfy}.", *part.prefixes)
-    for prefix, level in product((f"{part.name}.", "") if kind == "diffusers" else (*own, ""), ("", "text_model.")):
+    own = (f"{part.name}.",) if kind == "diffusers" else (part.original, f"{part.comfy}.", *part.prefixes)
+    for prefix, level in product((*own, *(() if part.general else ("",))), ("", "text_model.")):
         anchor = next(spec for spec in part.specs if spec.path == part.anchor)
         if not any(fits for _, _, fits in _places(part, kind, keys, prefix, level, anchor)):
             continue

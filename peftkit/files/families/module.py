@@ -38,6 +38,7 @@ class ModuleSpec:
     swapped: bool = False  # diffusers has (scale, shift) where the original has (shift, scale)
     transposed: bool = False  # a bare parameter that is multiplied from the right
     optional: bool = False  # a model of the family may lack it
+    spelled: str = ""  # its path in adapter files, where these name parts of an original layer by themselves
 
     @property
     def path(self) -> str:
@@ -68,6 +69,7 @@ class ModuleSpec:
             name=self.name.replace(NUMBER, number),
             original=self.original.replace(NUMBER, number),
             original_bias=self.original_bias and self.original_bias.replace(NUMBER, number),
+            spelled=self.spelled.replace(NUMBER, number),
         )
 
 
@@ -88,6 +90,7 @@ class Component:
         respelled: parts of original names -> what ComfyUI has in their place, in its files and in its paths.
         complete: whether a checkpoint without all of its modules is of another family.
         unlike: a module that only models of another family have beside all of these.
+        general: whether people use it by itself too: no path is of this family without one of the prefixes.
     """
 
     name: str
@@ -102,6 +105,7 @@ class Component:
     respelled: Mapping[str, str] = field(default_factory=dict)
     complete: bool = False
     unlike: str = ""
+    general: bool = False
 
     @property
     def denoiser(self) -> bool:
@@ -142,7 +146,9 @@ class Component:
 
     def ldm(self, module: ModuleSpec) -> str:
         """Return the path in the original naming, as adapter files spell it; transformers' for text encoders."""
-        return module.original.removeprefix(self.original).rpartition(".")[0] if self.denoiser else module.path
+        if not self.denoiser:
+            return module.path
+        return module.spelled or module.original.removeprefix(self.original).rpartition(".")[0]
 
 
 def entry(name: str, original: str, *shape: int, bias: bool = True, weight: str = "weight", **rows: Any) -> ModuleSpec:

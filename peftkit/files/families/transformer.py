@@ -62,3 +62,7 @@ READS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 #: and those that sd-scripts or musubi-tuner train
 TRAINED_BY_KOHYA: Mapping[str, tuple[str, ...]] = MappingProxyType({**READS, "kohya": ("kohya",)})
+#: None of these programs adapts the text encoders of the families that they read so
+ENCODERS_UNREAD: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"diffusers": ("text_encoder*",), "kohya": ("text_encoder*",)}
+)

@@ -26,9 +26,9 @@ def test_shapes_decide_between_families_that_share_names() -> None:
     key = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     assert _names({key: (640, 768)}) == ["sd15"]
     assert _names({key: (640, 1024)}) == ["sd2"]
-    assert _names({key: (640, 2048)}) == ["sdxl"]
+    assert _names({key: (640, 2048)}) == ["sdxl", "kolors"]  # which differ in one layer
     assert _names({key: (640, 512)}) == []
-    assert _names({key: None}) == ["sd15", "sd2", "sdxl"]
+    assert _names({key: None}) == ["sd15", "sd2", "sdxl", "kolors"]
     assert _names({key: (640, 768), "lora_unet_no_such": None}) == _names({}) == []
 
 

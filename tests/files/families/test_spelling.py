@@ -142,8 +142,30 @@ EXAMPLES = {
         "transformer.blocks.0.ffn.net.2": "lora_unet_blocks_0_ffn_2 transformer.blocks.0.ffn.net.2",
         "transformer.condition_embedder.time_proj": "diffusion_model.time_projection.1",
         "transformer.proj_out": "diffusion_model.head.head",
+        "transformer.vace_blocks.0.proj_in": "diffusion_model.vace_blocks.0.before_proj",
+        "transformer.vace_blocks.7.attn2.to_q": "lora_unet_vace_blocks_7_cross_attn_q",
+        "transformer.face_adapter.7.to_q": "diffusion_model.face_adapter.fuser_blocks.7.linear1_q",
+        "text_encoder.encoder.block.3.layer.0.SelfAttention.q": """
+            text_encoders.umt5xxl.transformer.encoder.block.3.layer.0.SelfAttention.q""",
+    },
+    "kolors": {
+        "unet.encoder_hid_proj": "lora_unet_encoder_hid_proj unet.encoder_hid_proj",
+        "unet.conv_in": "lora_unet_input_blocks_0_0",
+    },
+    "stable-cascade": {
+        "prior.down_blocks.1.71.attention.to_q": """
+            lora_prior_unet_down_blocks_1_71_attention_attn_to_q
+            lora_unet_down_blocks_1_71_attention_attn_to_q
+            diffusion_model.down_blocks.1.71.attention.attn.to_q
+            lycoris_down_blocks_1_71_attention_to_q
+            base_model.model.down_blocks.1.71.attention.to_q""",
+        "prior.up_blocks.0.2.attention.to_out.0": "lora_prior_unet_up_blocks_0_2_attention_attn_out_proj",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1": "lora_prior_te_text_model_encoder_layers_0_mlp_fc1",
     },
     "qwen-image": {
+        "text_encoder.layers.27.mlp.up_proj": """
+            text_encoders.qwen25_7b.transformer.model.layers.27.mlp.up_proj
+            text_encoder.model.language_model.layers.27.mlp.up_proj""",
         "transformer.transformer_blocks.59.img_mlp.net.0.proj": """
             transformer_blocks.59.img_mlp.net.0.proj
             diffusion_model.transformer_blocks.59.img_mlp.net.0.proj
@@ -199,6 +221,12 @@ EXAMPLES = {
             lora_unet_blocks_27_self_attn_q_proj
             diffusion_model.blocks.27.self_attn.q_proj
             net.blocks.27.self_attn.q_proj""",
+        "text_conditioner.blocks.5.cross_attn.o_proj": """
+            diffusion_model.llm_adapter.blocks.5.cross_attn.o_proj
+            lora_unet_llm_adapter_blocks_5_cross_attn_o_proj
+            text_conditioner.blocks.5.cross_attn.o_proj""",
+        "text_encoder.layers.27.self_attn.q_proj": """
+            lora_te_layers_27_self_attn_q_proj text_encoders.qwen3_06b.transformer.model.layers.27.self_attn.q_proj""",
         "transformer.transformer_blocks.0.norm3.linear_2": "diffusion_model.blocks.0.adaln_modulation_mlp.2",
     },
     "lumina2": {

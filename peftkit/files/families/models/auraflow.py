@@ -6,10 +6,12 @@ Source: the class and the single-file loader of diffusers.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
+from peftkit.files.families.encoders import ONLY_T5, t5
 from peftkit.files.families.family import Family
 from peftkit.files.families.module import ModuleSpec, entry, renamed
-from peftkit.files.families.transformer import READS, TRANSFORMER
+from peftkit.files.families.transformer import ENCODERS_UNREAD, READS, TRANSFORMER
 
 _FEED = {"linear_1": "c_fc1", "linear_2": "c_fc2", "out_projection": "c_proj"}
 
@@ -47,6 +49,12 @@ _AURAFLOW = Family(
             build=auraflow,
             depths={"joint_transformer_blocks": 4, "single_transformer_blocks": 32},
         ),
+        ONLY_T5(
+            original="text_encoders.pile_t5xl.transformer.",
+            comfy="text_encoders.pile_t5xl.transformer",
+            webui=("lora_te", "lora_te1"),
+            build=partial(t5, None, own_biases=True),
+        ),
     ),
     reads={**READS, "comfyui": ("ldm", "kohya", "diffusers")},
     published="2024-07",
@@ -54,6 +62,7 @@ _AURAFLOW = Family(
     architecture="auraflow",
     implementation="https://github.com/cloneofsimo/minRF",
     resolution="1024x1024",
+    unread=ENCODERS_UNREAD,
 )
 
 FAMILIES = (_AURAFLOW,)

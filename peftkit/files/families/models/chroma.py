@@ -42,6 +42,8 @@ _CHROMA = Family(
     architecture="chroma",
     implementation="https://github.com/lodestone-rock/flow",
     resolution="1024x1024",
+    # which Flux.1 does not have, by whose list of diffusers' names ComfyUI reads these
+    unread={f"comfyui {style}": (f"transformer.{_GUIDANCE}.*",) for style in ("transformer", "lycoris", "diffusers")},
 )
 
 FAMILIES = (_CHROMA,)

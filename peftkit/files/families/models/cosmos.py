@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from peftkit.files.families.encoders import language_encoder
 from peftkit.files.families.family import Family
-from peftkit.files.families.module import ModuleSpec, renamed
-from peftkit.files.families.transformer import TRAINED_BY_KOHYA, TRANSFORMER
+from peftkit.files.families.module import Component, ModuleSpec, renamed, same
+from peftkit.files.families.transformer import ENCODERS_UNREAD, TRAINED_BY_KOHYA, TRANSFORMER
 
 _ATTENTION = {
     "to_q": "q_proj",
@@ -43,6 +44,16 @@ def cosmos() -> Iterator[ModuleSpec]:
     yield from renamed(feed, "transformer_blocks.{}.", "blocks.{}.", bias=False)
 
 
+def conditioner() -> Iterator[ModuleSpec]:
+    """Yield the modules of AnimaTextConditioner, through which Anima reads its text."""
+    yield from same("embed", "norm", bias=False)
+    yield from same("out_proj", "blocks.{}.mlp.0", "blocks.{}.mlp.2")
+    for attention in ("self_attn", "cross_attn"):
+        layers = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+        yield from same(*layers, name=f"blocks.{{}}.{attention}.", bias=False)
+    yield from same("norm_self_attn", "norm_cross_attn", "norm_mlp", name="blocks.{}.", bias=False)
+
+
 _COSMOS = Family(
     name="cosmos",
     title="Cosmos-Predict2 or Anima",
@@ -53,6 +64,18 @@ _COSMOS = Family(
             depths={"transformer_blocks": 36},
             prefixes=("net.",),
         ),
+        Component(
+            name="text_conditioner",
+            original="net.llm_adapter.",
+            comfy="diffusion_model.llm_adapter",
+            webui=("lora_unet_llm_adapter",),
+            anchor="blocks.{}.cross_attn.q_proj",
+            build=conditioner,
+            depths={"blocks": 6},
+            prefixes=("model.diffusion_model.llm_adapter.", "llm_adapter."),
+            general=True,
+        ),
+        language_encoder("qwen3_06b", 28, normed=True),
     ),
     reads=TRAINED_BY_KOHYA,
     published="2025-06",
@@ -60,6 +83,7 @@ _COSMOS = Family(
     architecture="cosmos-predict2",
     implementation="https://github.com/nvidia-cosmos/cosmos-predict2",
     resolution="1024x1024",
+    unread=ENCODERS_UNREAD,
 )
 
 FAMILIES = (_COSMOS,)

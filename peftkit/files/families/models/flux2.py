@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from peftkit.files.families.encoders import language_encoder
 from peftkit.files.families.family import Family
 from peftkit.files.families.module import ModuleSpec, entry, fused, renamed
-from peftkit.files.families.transformer import IMAGE, TEXT, TRAINED_BY_KOHYA, TRANSFORMER
+from peftkit.files.families.transformer import ENCODERS_UNREAD, IMAGE, TEXT, TRAINED_BY_KOHYA, TRANSFORMER
 
 
 def flux2() -> Iterator[ModuleSpec]:
@@ -45,13 +46,17 @@ def flux2() -> Iterator[ModuleSpec]:
 _FLUX2 = Family(
     name="flux2",
     title="Flux.2",
-    parts=(TRANSFORMER(build=flux2, depths={"transformer_blocks": 8, "single_transformer_blocks": 48}),),
+    parts=(
+        TRANSFORMER(build=flux2, depths={"transformer_blocks": 8, "single_transformer_blocks": 48}),
+        language_encoder("mistral3_24b", 40),
+    ),
     reads=TRAINED_BY_KOHYA,
     published="2025-11",
     base_model_version="flux2",
     architecture="flux-2-dev",
     implementation="https://github.com/black-forest-labs/flux2",
     resolution="1024x1024",
+    unread=ENCODERS_UNREAD,
 )
 
 FAMILIES = (_FLUX2,)

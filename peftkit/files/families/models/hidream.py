@@ -6,11 +6,15 @@ Source: the class of diffusers.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
+from peftkit.files.families.encoders import CLIP_G, CLIP_L, T5, clip, language_encoder
 from peftkit.files.families.family import Family
 from peftkit.files.families.module import ModuleSpec, same
-from peftkit.files.families.transformer import READS, TRANSFORMER
+from peftkit.files.families.transformer import ENCODERS_UNREAD, READS, TRANSFORMER
 
+#: its CLIPs have more positions than the others
+_TOKENS = "text_model.embeddings.token_embedding"
 _EXPERTS = ("shared_experts", *(f"experts.{i}" for i in range(4)))
 
 
@@ -43,6 +47,10 @@ _HIDREAM = Family(
             build=hidream,
             depths={"caption_projection": 49, "double_stream_blocks": 16, "single_stream_blocks": 32},
         ),
+        CLIP_L(anchor=_TOKENS, build=partial(clip, 768, 12, projected=True, positions=None), general=True),
+        CLIP_G(anchor=_TOKENS, build=partial(clip, 1280, 32, projected=True, positions=None), general=True),
+        T5(name="text_encoder_3", webui=("lora_te3",), general=True),
+        language_encoder("llama", 32, "text_encoder_4", ("lora_te4",)),
     ),
     reads={**READS, "comfyui": ("ldm", "kohya", "diffusers", "lycoris")},
     published="2025-04",
@@ -50,6 +58,7 @@ _HIDREAM = Family(
     architecture="hidream-i1",
     implementation="https://github.com/HiDream-ai/HiDream-I1",
     resolution="1024x1024",
+    unread=ENCODERS_UNREAD,
 )
 
 FAMILIES = (_HIDREAM,)

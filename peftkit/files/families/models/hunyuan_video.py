@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from peftkit.files.families.encoders import CLIP_L, language_encoder
 from peftkit.files.families.family import Family
 from peftkit.files.families.module import ModuleSpec, entry, fused, renamed
-from peftkit.files.families.transformer import IMAGE, TEXT, TRAINED_BY_KOHYA, TRANSFORMER
+from peftkit.files.families.transformer import ENCODERS_UNREAD, IMAGE, TEXT, TRAINED_BY_KOHYA, TRANSFORMER
 
 #: the official names -> those of the model in ComfyUI
 _COMFY = {
@@ -103,6 +104,8 @@ _HUNYUAN_VIDEO = Family(
             prefixes=("model.model.",),
             respelled=_COMFY,
         ),
+        language_encoder("llama", 32),
+        CLIP_L(name="text_encoder_2", webui=("lora_te2", "lora_te1", "lora_te"), general=True),
     ),
     reads={**TRAINED_BY_KOHYA, "comfyui": ("ldm",)},
     published="2024-12",
@@ -110,6 +113,7 @@ _HUNYUAN_VIDEO = Family(
     architecture="hunyuan-video",
     implementation="https://github.com/Tencent/HunyuanVideo",
     resolution="1280x720",
+    unread=ENCODERS_UNREAD,
 )
 
 FAMILIES = (_HUNYUAN_VIDEO,)

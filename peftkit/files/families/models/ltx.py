@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from peftkit.files.families.encoders import ONLY_T5, language_encoder
 from peftkit.files.families.family import Family
 from peftkit.files.families.module import ModuleSpec, renamed, same
-from peftkit.files.families.transformer import READS, TRANSFORMER
+from peftkit.files.families.transformer import ENCODERS_UNREAD, READS, TRANSFORMER
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _NORMS = {"norm_q": "q_norm", "norm_k": "k_norm"}
 _BLOCK = "transformer_blocks.{}."
 
 
-def _modulation(ours: str, theirs: str) -> Iterator[ModuleSpec]:
+def _modulation(ours: str, theirs: str, *, optional: bool = False) -> Iterator[ModuleSpec]:
     """An AdaLayerNormSingle."""
     layers = ("emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2", "linear")
-    yield from renamed({path: path for path in layers}, f"{ours}.", f"{theirs}.")
+    yield from renamed({path: path for path in layers}, f"{ours}.", f"{theirs}.", optional=optional)
 
 
 def _stream(sound: str, attentions: tuple[str, ...]) -> Iterator[ModuleSpec]:
@@ -40,9 +41,12 @@ def ltx() -> Iterator[ModuleSpec]:
 
 
 def ltx2() -> Iterator[ModuleSpec]:
-    """Yield the modules of LTX2VideoTransformer3DModel."""
-    yield from _stream("", ("attn1", "attn2", "audio_to_video_attn"))
-    yield from _stream("audio_", ("audio_attn1", "audio_attn2", "video_to_audio_attn"))
+    """Yield the modules of LTX2VideoTransformer3DModel; LTX-2.3 gates its attentions, and modulates the text."""
+    for sound, last in (("", "audio_to_video_attn"), ("audio_", "video_to_audio_attn")):
+        attentions = (f"{sound}attn1", f"{sound}attn2", last)
+        yield from _stream(sound, attentions)
+        yield from same(*(f"{attention}.to_gate_logits" for attention in attentions), name=_BLOCK, optional=True)
+        yield from _modulation(f"{sound}prompt_adaln", f"{sound}prompt_adaln_single", optional=True)
     for ours, theirs in (
         ("video_scale_shift", "video_scale_shift"),
         ("audio_scale_shift", "audio_scale_shift"),
@@ -55,24 +59,32 @@ def ltx2() -> Iterator[ModuleSpec]:
 _LTX = Family(
     name="ltx",
     title="LTX-Video",
-    parts=(TRANSFORMER(anchor=f"{_BLOCK}attn1.to_q", build=ltx, depths={"transformer_blocks": 48}),),
+    parts=(
+        TRANSFORMER(anchor=f"{_BLOCK}attn1.to_q", build=ltx, depths={"transformer_blocks": 48}),
+        ONLY_T5(),
+    ),
     reads=READS,
     published="2024-11",
     base_model_version="ltx_video",
     architecture="ltx-video",
     implementation="https://github.com/Lightricks/LTX-Video",
     resolution="704x480",
+    unread=ENCODERS_UNREAD,
 )
 _LTX2 = Family(
     name="ltx2",
     title="LTX-2",
-    parts=(TRANSFORMER(anchor=f"{_BLOCK}audio_attn1.to_q", build=ltx2, depths={"transformer_blocks": 48}),),
+    parts=(
+        TRANSFORMER(anchor=f"{_BLOCK}audio_attn1.to_q", build=ltx2, depths={"transformer_blocks": 48}),
+        language_encoder("gemma3_12b", 48, normed=True, sandwiched=True),
+    ),
     reads=READS,
     published="2026-01",
     base_model_version="ltx2",
     architecture="ltx-2",
     implementation="https://github.com/Lightricks/LTX-2",
     resolution="768x512",
+    unread=ENCODERS_UNREAD,
 )
 
 FAMILIES = (_LTX, _LTX2)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from peftkit.files.families.encoders import language_encoder
 from peftkit.files.families.family import Family
 from peftkit.files.families.module import ModuleSpec, entry, fused, renamed
-from peftkit.files.families.transformer import TRAINED_BY_KOHYA, TRANSFORMER
+from peftkit.files.families.transformer import ENCODERS_UNREAD, TRAINED_BY_KOHYA, TRANSFORMER
 
 _LISTS = {"noise_refiner": 2, "context_refiner": 2, "layers": 26}
 
@@ -44,13 +45,17 @@ def lumina2() -> Iterator[ModuleSpec]:
 _LUMINA2 = Family(
     name="lumina2",
     title="Lumina-Image 2.0",
-    parts=(TRANSFORMER(anchor="layers.{}.attn.to_q", build=lumina2, depths=_LISTS),),
+    parts=(
+        TRANSFORMER(anchor="layers.{}.attn.to_q", build=lumina2, depths=_LISTS),
+        language_encoder("gemma2_2b", 26, sandwiched=True),
+    ),
     reads=TRAINED_BY_KOHYA,
     published="2025-01",
     base_model_version="lumina2",
     architecture="lumina-2",
     implementation="https://github.com/Alpha-VLLM/Lumina-Image-2.0",
     resolution="1024x1024",
+    unread=ENCODERS_UNREAD,
 )
 
 FAMILIES = (_LUMINA2,)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from peftkit.files.families.encoders import ONLY_T5
 from peftkit.files.families.family import Family
 from peftkit.files.families.module import ModuleSpec, fused, renamed
 from peftkit.files.families.transformer import TRANSFORMER
@@ -40,7 +41,10 @@ def pixart() -> Iterator[ModuleSpec]:
 _PIXART = Family(
     name="pixart",
     title="PixArt",
-    parts=(TRANSFORMER(anchor="transformer_blocks.{}.attn1.to_q", build=pixart, depths={"transformer_blocks": 28}),),
+    parts=(
+        TRANSFORMER(anchor="transformer_blocks.{}.attn1.to_q", build=pixart, depths={"transformer_blocks": 28}),
+        ONLY_T5(),
+    ),
     reads={
         "comfyui": ("ldm", "kohya", "diffusers"),
         "lycoris": ("lycoris",),

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from peftkit.files.families.encoders import language_encoder
 from peftkit.files.families.family import Family
 from peftkit.files.families.module import ModuleSpec, same
-from peftkit.files.families.transformer import TRAINED_BY_KOHYA, TRANSFORMER
+from peftkit.files.families.transformer import ENCODERS_UNREAD, TRAINED_BY_KOHYA, TRANSFORMER
 
 
 def qwen_image() -> Iterator[ModuleSpec]:
@@ -30,13 +31,17 @@ def qwen_image() -> Iterator[ModuleSpec]:
 _QWEN_IMAGE = Family(
     name="qwen-image",
     title="Qwen-Image",
-    parts=(TRANSFORMER(build=qwen_image, depths={"transformer_blocks": 60}),),
+    parts=(
+        TRANSFORMER(build=qwen_image, depths={"transformer_blocks": 60}),
+        language_encoder("qwen25_7b", 28, biased=True),
+    ),
     reads={**TRAINED_BY_KOHYA, "comfyui": ("ldm", "kohya", "diffusers", "lycoris")},
     published="2025-08",
     base_model_version="qwen_image",
     architecture="qwen-image",
     implementation="https://github.com/QwenLM/Qwen-Image",
     resolution="1328x1328",
+    unread=ENCODERS_UNREAD,
 )
 
 FAMILIES = (_QWEN_IMAGE,)

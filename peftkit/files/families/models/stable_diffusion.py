@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5, 2.1 and XL (Kolors too): UNet2DConditionModel; ldm and sgm.
+"""Stable Diffusion 1.5, 2.1 and XL, and Kolors: UNet2DConditionModel; ldm and sgm.
 
 Sources: the classes and the single-file loader of diffusers, the ldm and sgm repositories.
 """
@@ -174,4 +174,24 @@ _SDXL = Family(
     unread=_UNREAD,
 )
 
-FAMILIES = (_SD15, _SD2, _SDXL)
+
+def _kolors() -> Iterator[ModuleSpec]:
+    """SDXL's U-Net, which ChatGLM's states enter through a layer."""
+    yield from unet((320, 640, 1280), (0, 2, 10), middle=10, context=2048, linear=True, added=5632)
+    yield entry("encoder_hid_proj", "encoder_hid_proj", 2048, 4096)
+
+
+_KOLORS = Family(
+    name="kolors",
+    title="Kolors",
+    parts=(UNET(build=_kolors, webui_ldm=True),),
+    reads={program: _READS[program] for program in ("kohya", "lycoris", "diffusers", "peft")},
+    published="2024-07",
+    base_model_version="kolors",
+    architecture="kolors",
+    implementation="https://github.com/Kwai-Kolors/Kolors",
+    resolution="1024x1024",
+    unread=_UNREAD,
+)
+
+FAMILIES = (_SD15, _SD2, _SDXL, _KOLORS)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from peftkit.files.families.encoders import language_encoder
 from peftkit.files.families.family import Family
 from peftkit.files.families.module import ModuleSpec, fused, renamed, same
-from peftkit.files.families.transformer import TRAINED_BY_KOHYA, TRANSFORMER
+from peftkit.files.families.transformer import ENCODERS_UNREAD, TRAINED_BY_KOHYA, TRANSFORMER
 
 _LISTS = {"noise_refiner": 2, "context_refiner": 2, "layers": 30}
 
@@ -36,13 +37,17 @@ def z_image() -> Iterator[ModuleSpec]:
 _Z_IMAGE = Family(
     name="z-image",
     title="Z-Image",
-    parts=(TRANSFORMER(anchor="layers.{}.attention.to_q", build=z_image, webui_ldm=False, depths=_LISTS),),
+    parts=(
+        TRANSFORMER(anchor="layers.{}.attention.to_q", build=z_image, webui_ldm=False, depths=_LISTS),
+        language_encoder("qwen3_4b", 36, normed=True),
+    ),
     reads={**TRAINED_BY_KOHYA, "comfyui": ("ldm", "diffusers", "lycoris")},
     published="2025-11",
     base_model_version="zimage",
     architecture="z-image",
     implementation="https://github.com/Tongyi-MAI/Z-Image",
     resolution="1024x1024",
+    unread=ENCODERS_UNREAD,
 )
 
 FAMILIES = (_Z_IMAGE,)
