@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import TensorWeakRef
 
 import peftkit as pk
 from peftkit.adapters import cayley
@@ -244,7 +244,7 @@ def test_no_output_outlives_its_backward(frozen: str) -> None:
     for name, parameter in layer.adapters.named_parameters():
         parameter.requires_grad_(frozen != "everything" and not name.endswith(frozen))
     out = layer(torch.randn(8, 64, requires_grad=True))
-    alive, loss = weakref.ref(out), out.sum()
+    alive, loss = TensorWeakRef(out), out.sum()
     del out
     loss.backward()
     assert alive() is None

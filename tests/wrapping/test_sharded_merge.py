@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 import peftkit as pk
 from peftkit.errors import MergeError, MergeStateError, QuantisedMergeError
@@ -319,11 +319,11 @@ def _fail(folder: Path) -> list[str]:
 def _whole_at_once(folder: Path) -> list[int]:
     """The most weights that were whole at a time in a merge, in a restore, and in a merge for good."""
     del folder
-    real, live, found = merge_job.gathered, list[weakref.ref[Tensor]](), []
+    real, live, found = merge_job.gathered, list[TensorWeakRef](), []
 
     def gathered(parameter: Tensor) -> Tensor:
         value = real(parameter)
-        live.append(weakref.ref(value))
+        live.append(TensorWeakRef(value))
         found[-1] = max(found[-1], sum(each() is not None for each in live))
         return value
 

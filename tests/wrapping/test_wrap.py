@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 import peftkit as pk
 from peftkit.adapters import registry
@@ -253,7 +254,7 @@ def test_unwrap_leaves_no_trace(net: Transformer, case: str) -> None:
 def test_adapters_are_freed(net: Transformer) -> None:
     pk.wrap(net, "dora", rank=2)
     net(TOKENS).sum().backward()
-    watched = [weakref.ref(p) for p in pk.adapter_parameters(net)]
+    watched: list[Callable[[], object]] = [TensorWeakRef(p) for p in pk.adapter_parameters(net)]
     watched += [weakref.ref(host.adapter_state) for host in adapted_modules(net).values()]
     pk.unwrap(net)
     gc.collect()
