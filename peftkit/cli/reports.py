@@ -27,9 +27,14 @@ Modules = Annotated[
         "--modules/--no-modules", "--all", help="List every module, or none; by default one line for those alike."
     ),
 ]
+Norms = Annotated[
+    bool, typer.Option("--norms/--no-norms", help="Read all numbers for ‖ΔW‖, or the header and the scales alone.")
+]
 
 
-def inspect(file: File, reading: ReadingOptions, modules: Modules = None, as_json: Json = False) -> None:
+def inspect(
+    file: File, reading: ReadingOptions, modules: Modules = None, norms: Norms = True, as_json: Json = False
+) -> None:
     """Look into a file: kinds, ranks, scales, norms, dead modules, and which programs load it.
 
     Modules of one kind, rank, scale and shape are one line.
@@ -38,7 +43,7 @@ def inspect(file: File, reading: ReadingOptions, modules: Modules = None, as_jso
     """
     from peftkit.files.inspect import inspect
 
-    found = inspect(file, **reading.given)
+    found = inspect(file, norms=norms, **reading.given)
     show(found, as_json, None if modules is False else found.table(every=bool(modules)))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import peftkit as pk
 from peftkit.errors import ExportError
@@ -210,3 +212,15 @@ def test_the_same_adapter_in_two_formats_is_equal(kind: str, tmp_path: Path) -> 
     assert pk.diff(file, own).equal and pk.diff(own, file).equal
     assert set(pk.diff(own, file).distances) == set(LYCORIS) or pk.diff(own, file).only == ((), ())
     assert not pk.diff(own, source(tmp_path, "lora")).equal
+
+
+def test_without_norms_the_numbers_are_not_read(tmp_path: Path) -> None:
+    """All else is as with them: kinds, ranks, scales, and what programs load."""
+    up, down = torch.randn(8, 2), torch.full((2, 4), torch.nan)
+    tensors = {"lora_unet_a.lora_up.weight": up, "lora_unet_a.lora_down.weight": down}
+    save_file({**tensors, "lora_unet_a.alpha": torch.tensor(1.0)}, tmp_path / "a.safetensors")
+    read, header = (pk.inspect(tmp_path / "a.safetensors", norms=norms) for norms in (True, False))
+    assert read.problems and not header.problems
+    assert header.modules[0].norm is None and "‖ΔW‖ was not asked for" in str(header)
+    assert header.modules == tuple(replace(module, problem="") for module in read.modules)
+    assert (header.programs, header.loads) == (read.programs, read.loads)

@@ -6,6 +6,7 @@ import copy
 import gc
 import re
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
