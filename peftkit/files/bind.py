@@ -52,8 +52,13 @@ class Misfit:
         return bool(self.missing or self.unexpected or self.mismatched or self.non_finite)
 
 
-def misfit(patch: Patch, shape: Shape, dtype: torch.dtype, *, portable: bool, where: str) -> Misfit:
-    """What is wrong with putting this patch on a weight of that shape and dtype. where: file and weight, for errors."""
+def misfit(
+    patch: Patch, shape: Shape, dtype: torch.dtype, *, portable: bool, where: str, numbers: bool = True
+) -> Misfit:
+    """What is wrong with putting this patch on a weight of that shape and dtype.
+
+    where: file and weight, for errors. numbers: whether to read them, for those that are not finite.
+    """
     if not fits(patch, shape):
         return Misfit(mismatched=(f"{where}: the file adapts a {described(patch)} weight, the model's is {shape}",))
     # Built without memory first: a file is free to ask for any rank
@@ -66,7 +71,7 @@ def misfit(patch: Patch, shape: Shape, dtype: torch.dtype, *, portable: bool, wh
         missing=tuple(key for key in expected if key not in found and key not in sketch.from_base),
         unexpected=tuple(key for key in found if key not in expected),
         mismatched=tuple(f"{key}: {shown(t)} in the file, {shown(e)} expected" for key, t, e in unlike),
-        non_finite=tuple(key for key, t, e in both if not all_finite(t.to(e.dtype))),
+        non_finite=tuple(key for key, t, e in both if numbers and not all_finite(t.to(e.dtype))),
     )
 
 

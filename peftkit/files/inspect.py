@@ -329,7 +329,7 @@ def _inspected(name: str, patch: Patch, portable: bool, *, norms: bool) -> Inspe
     # What a file does not say of its weight's size, its tensors do not depend on
     shape = replace(patch.shape, rows=patch.shape.rows or 1, channels=patch.shape.channels or 1)
     try:
-        found = misfit(patch, shape, torch.float32, portable=portable, where=name)
+        found = misfit(patch, shape, torch.float32, portable=portable, where=name, numbers=norms)
         if found:
             return said(None, found.first)
         if not norms or shape != patch.shape or needs_base(patch, shape, portable):
