@@ -87,6 +87,7 @@ _TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lumina2": ("Lumina2Transformer2DModel", {}),
     "pixart": ("PixArtTransformer2DModel", {"caption_channels": 4096}),
     "qwen-image": ("QwenImageTransformer2DModel", {"use_additional_t_cond": True}),
+    "qwen-image-2.1": ("QwenImage21Transformer2DModel", {}),
     "wan": ("WanTransformer3DModel", {"image_dim": 1280, "added_kv_proj_dim": 5120, "in_channels": 36}),
     "z-image": ("ZImageTransformer2DModel", {}),
 }
@@ -100,6 +101,7 @@ _LANGUAGE: dict[str, tuple[type[Any], type[Any], int]] = {
     "ltx2": (hf.Gemma3TextConfig, hf.Gemma3TextModel, 48),
     "lumina2": (hf.Gemma2Config, hf.Gemma2Model, 26),
     "qwen-image": (hf.Qwen2Config, hf.Qwen2Model, 28),  # the layers of Qwen2.5-VL
+    "qwen-image-2.1": (hf.Qwen3Config, hf.Qwen3Model, 36),  # the layers of Qwen3-VL
     "z-image": (hf.Qwen3Config, hf.Qwen3Model, 36),
 }
 #: Models of a family that have modules beside those of its class
@@ -159,7 +161,7 @@ def real(family: str, component: str) -> nn.Module:
                 return diffusers.AnimaTextConditioner()
             case (_, "text_encoder_4") | ("cosmos" | "flux2" | "hunyuan-video" | "ltx2" | "lumina2", "text_encoder"):
                 return _language(family)
-            case "qwen-image" | "z-image", "text_encoder":
+            case "qwen-image" | "qwen-image-2.1" | "z-image", "text_encoder":
                 return _language(family)
             case ("flux", "text_encoder_2") | ("chroma" | "ltx" | "pixart", "text_encoder") | (_, "text_encoder_3"):
                 return hf.T5EncoderModel(t5(hf.T5Config, 32128))

@@ -49,7 +49,7 @@ def test_every_layer_has_a_name(family: Family) -> None:
     assert paths - named <= {"diffusion_model.norm_final"}  # of ComfyUI's Lumina, which has no use for it
 
 
-@pytest.mark.parametrize("name", ["hidream", "qwen-image"])
+@pytest.mark.parametrize("name", ["hidream", "qwen-image", "qwen-image-2.1"])
 @pytest.mark.parametrize("style", ["diffusers", "lycoris"])
 def test_simple_tuners_names_are_found(name: str, style: str) -> None:
     found = comfyui_networks.names(name)

@@ -68,6 +68,7 @@ def test_counts() -> None:
         "lumina2": [425, 288],
         "pixart": [291, 220],
         "qwen-image": [1088, 254],
+        "qwen-image-2.1": [297, 398],
         "wan": [938, 243],
         "z-image": [481, 398],
     }
@@ -102,6 +103,7 @@ CONVERTERS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     },
     "lumina2": single_file.convert_lumina2_to_diffusers,
     "qwen-image": lambda tensors: tensors,
+    "qwen-image-2.1": single_file.convert_qwen_image21_transformer_checkpoint_to_diffusers,
     "stable-cascade": single_file.convert_stable_cascade_unet_single_file_to_diffusers,
     "wan": single_file.convert_wan_transformer_to_diffusers,
     "z-image": single_file.convert_z_image_transformer_checkpoint_to_diffusers,

@@ -174,6 +174,12 @@ EXAMPLES = {
             lora_transformer_transformer_blocks_59_img_mlp_net_0_proj
             lycoris_transformer_blocks_59_img_mlp_net_0_proj""",
     },
+    "qwen-image-2.1": {
+        "transformer.transformer_blocks.3.img_mlp.gate_layer": """
+            diffusion_model.transformer_blocks.3.img_mlp.gate_layer
+            transformer.transformer_blocks.3.img_mlp.gate_layer
+            lora_unet_transformer_blocks_3_img_mlp_gate_layer""",
+    },
     "z-image": {
         "transformer.layers.29.attention.to_out.0": """
             diffusion_model.layers.29.attention.to_out.0

@@ -124,6 +124,11 @@ NETWORKS: dict[str, str] = {
             attention_norm1 attention_norm2 feed_forward.w1 feed_forward.w2 feed_forward.w3 ffn_norm1 ffn_norm2
         noise_refiner[0:2] adaLN_modulation.0 attention.k_norm attention.out attention.q_norm attention.qkv
             attention_norm1 attention_norm2 feed_forward.w1 feed_forward.w2 feed_forward.w3 ffn_norm1 ffn_norm2""",
+    "qwen-image-2.1": """
+        img_in modulation.1 norm_out.linear proj_out time_text_embed.timestep_embedder.linear_1
+            time_text_embed.timestep_embedder.linear_2 txt_in.in_layer txt_in.out_layer txt_in.text_norm
+        transformer_blocks[0:32] attn.norm_k attn.norm_q attn.to_k attn.to_out.0 attn.to_q attn.to_v img_mlp.out
+            img_mlp.gate_layer img_mlp.proj""",
     "flux2": """
         double_stream_modulation_img.lin double_stream_modulation_txt.lin final_layer.adaLN_modulation.1
             final_layer.linear guidance_in.in_layer guidance_in.out_layer img_in single_stream_modulation.lin
@@ -134,7 +139,7 @@ NETWORKS: dict[str, str] = {
 }
 _BLOCKS = re.compile(r"(.+)\[(\d+):(\d+):?(\d*)\]")
 #: Families whose model also answers to the names of SimpleTuner's files (lora.py, `model_lora_keys_unet`)
-_SIMPLE_TUNER = ("hidream", "qwen-image")
+_SIMPLE_TUNER = ("hidream", "qwen-image", "qwen-image-2.1")
 
 
 def modules(network: str) -> Iterator[str]:

@@ -1,16 +1,17 @@
-"""Qwen-Image and Qwen-Image-Edit: QwenImageTransformer2DModel, whose names the original has too.
+"""Qwen-Image and Qwen-Image-Edit, and Qwen-Image-2.1: classes of diffusers whose names the original has too.
 
-Source: the class of diffusers.
+Sources: the classes and the single-file loader of diffusers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from peftkit.files.families.encoders import language_encoder
 from peftkit.files.families.family import Family
-from peftkit.files.families.module import ModuleSpec, same
-from peftkit.files.families.transformer import ENCODERS_UNREAD, TRAINED_BY_KOHYA, TRANSFORMER
+from peftkit.files.families.module import ModuleSpec, fused, same
+from peftkit.files.families.transformer import ENCODERS_UNREAD, READS, TRAINED_BY_KOHYA, TRANSFORMER
 
 
 def qwen_image() -> Iterator[ModuleSpec]:
@@ -44,4 +45,33 @@ _QWEN_IMAGE = Family(
     unread=ENCODERS_UNREAD,
 )
 
-FAMILIES = (_QWEN_IMAGE,)
+
+def qwen_image_21() -> Iterator[ModuleSpec]:
+    """Yield the modules of QwenImage21Transformer2DModel; ComfyUI's checkpoint has two layers of a block in one."""
+    yield from same("linear_1", "linear_2", name="time_text_embed.timestep_embedder.", bias=False)
+    yield from same("text_norm", "in_layer", "out_layer", name="txt_in.", bias=False)
+    yield from same("img_in", "modulation.1", "norm_out.linear", "proj_out", bias=False)
+    block = "transformer_blocks.{}."
+    yield from same("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k", name=f"{block}attn.", bias=False)
+    layer = f"{block}img_mlp."
+    for module in fused({f"{layer}gate_layer": 1, f"{layer}proj": 1}, f"{layer}gate_up", bias=False):
+        yield replace(module, spelled=module.name)
+    yield from same("out", name=layer, bias=False)
+
+
+_QWEN_IMAGE_21 = replace(
+    _QWEN_IMAGE,
+    name="qwen-image-2.1",
+    title="Qwen-Image-2.1",
+    parts=(
+        TRANSFORMER(build=qwen_image_21, depths={"transformer_blocks": 32}),
+        language_encoder("qwen3vl_8b", 36, normed=True),
+    ),
+    reads={**READS, "comfyui": ("ldm", "kohya", "diffusers", "lycoris")},
+    published="2026-09",
+    base_model_version="qwen_image_2_1",
+    architecture="qwen-image-2.1",
+    resolution="2048x2048",
+)
+
+FAMILIES = (_QWEN_IMAGE, _QWEN_IMAGE_21)
