@@ -9,10 +9,9 @@ proportion is expected to be below: a call costs some microseconds whatever it d
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from peftkit.bench.rows import Row, read
 from peftkit.bench.script import Script
 from peftkit.bench.timing import contest
 from peftkit.monitor.style import GREY, MARKERS, PALETTE, WIDTH, legend_below, save, styled, ticks_at
+from peftkit.wrapping.installed import installed_adapters
 
 PICTURE = Path(__file__).parents[1] / "docs" / "curves.png"
 
@@ -63,14 +63,13 @@ SLACK = 0.25
 
 
 def cost(kind: str, operation: str, axis: str, size: int) -> float:
-    """Milliseconds of ΔW·x beside the frozen layers, or of merging for good."""
+    """Milliseconds of ΔW·x of every layer, without the frozen layers' products, or of merging for good."""
     sizes = {"m": 1024, "n": 1024, "tokens": 512, "layers": 1, axis: size}
     options = dict(KINDS[kind][0])
     if axis == "rank":
         options[RANKED[kind]] = size if kind != "loha" else size // 4
     shape = LayerShape(sizes["m"], sizes["n"], tokens=sizes["tokens"])
-    bare = [shape.layer() for _ in range(sizes["layers"])]
-    model = nn.ModuleList(copy.deepcopy(bare))
+    model = nn.ModuleList(shape.layer() for _ in range(sizes["layers"]))
 
     def wrap() -> None:
         pk.wrap(model, kind, route="factored", **options)
@@ -81,14 +80,15 @@ def cost(kind: str, operation: str, axis: str, size: int) -> float:
         return 1e3 * statistics.median(seconds["merge"])
     wrap()
     x = shape.input()
+    here = list(installed_adapters(model))
+    outputs = [nn.functional.linear(x, each.base) for each in here]  # which DoRA rescales
 
     @torch.no_grad()
-    def run(layers: Iterable[nn.Module]) -> None:
-        for layer in layers:
-            layer(x)
+    def apply() -> None:
+        for each, wx in zip(here, outputs, strict=True):
+            each.adapter(each.base, 1.0).apply(x, wx, each.slot.geometry)
 
-    seconds = contest({"adapted": lambda: run(model), "bare": lambda: run(bare)}, rounds=7)
-    return 1e3 * statistics.median(a - b for a, b in zip(seconds["adapted"], seconds["bare"], strict=True))
+    return 1e3 * statistics.median(contest({"apply": apply}, rounds=7)["apply"])
 
 
 def slope(sizes: Sequence[int], values: Sequence[float]) -> float:
