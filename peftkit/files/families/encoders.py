@@ -69,13 +69,13 @@ def open_clip(width: int, layers: int, projected: bool = False) -> Iterator[Modu
 
 
 def t5(
-    width: int | None = 4096, hidden: int = 10240, gated: bool = True, own_biases: bool = False
+    width: int = 4096, hidden: int = 10240, *, sized: bool = True, gated: bool = True, own_biases: bool = False
 ) -> Iterator[ModuleSpec]:
     """Yield the modules of T5EncoderModel, or of UMT5EncoderModel.
 
     Its two token embeddings are one tied weight, of which a file may hold either or both.
 
-    width, hidden: of T5 v1.1 XXL; None for any size. gated: whether a second layer gates the first (T5 v1.1).
+    width, hidden: of T5 v1.1 XXL. sized: False for any size. gated: whether a second layer gates the first (T5 v1.1).
     own_biases: whether every block has a table of relative positions (UMT5), which the first has in any case.
     """
     block, sizes = "encoder.block.{}.layer", {"shared": (32128, width), "encoder.embed_tokens": (32128, width)}
@@ -86,7 +86,7 @@ def t5(
     sizes |= {f"{block}.1.DenseReluDense.{into}": (hidden, width) for into in (("wi_0", "wi_1") if gated else ("wi",))}
     sizes |= {f"{block}.1.DenseReluDense.wo": (width, hidden), "encoder.final_layer_norm": (width,)}
     for path, shape in sizes.items():
-        yield entry(path, path, *(() if width is None else shape), bias=False)
+        yield entry(path, path, *(shape if sized else ()), bias=False)
 
 
 def language(biased: bool = False, normed: bool = False, sandwiched: bool = False) -> Iterator[ModuleSpec]:

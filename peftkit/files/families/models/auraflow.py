@@ -53,7 +53,7 @@ _AURAFLOW = Family(
             original="text_encoders.pile_t5xl.transformer.",
             comfy="text_encoders.pile_t5xl.transformer",
             webui=("lora_te", "lora_te1"),
-            build=partial(t5, None, own_biases=True),
+            build=partial(t5, sized=False, own_biases=True),
         ),
     ),
     reads={**READS, "comfyui": ("ldm", "kohya", "diffusers")},

@@ -81,7 +81,7 @@ _WAN = Family(
             original="text_encoders.umt5xxl.transformer.",
             comfy="text_encoders.umt5xxl.transformer",
             webui=("lora_te", "lora_te1"),
-            build=partial(t5, None, own_biases=True),
+            build=partial(t5, sized=False, own_biases=True),
         ),
     ),
     reads=TRAINED_BY_KOHYA,
