@@ -68,14 +68,12 @@ def open_clip(width: int, layers: int, projected: bool = False) -> Iterator[Modu
             yield replace(module, original=original(module.original), original_bias=bias, transposed=transposed)
 
 
-def t5(
-    width: int = 4096, hidden: int = 10240, *, sized: bool = True, gated: bool = True, own_biases: bool = False
-) -> Iterator[ModuleSpec]:
+def t5(width: int = 4096, hidden: int = 10240, *, sized: bool = True, own_biases: bool = False) -> Iterator[ModuleSpec]:
     """Yield the modules of T5EncoderModel, or of UMT5EncoderModel.
 
     Its two token embeddings are one tied weight, of which a file may hold either or both.
 
-    width, hidden: of T5 v1.1 XXL. sized: False for any size. gated: whether a second layer gates the first (T5 v1.1).
+    width, hidden: of T5 v1.1 XXL. sized: False for any size.
     own_biases: whether every block has a table of relative positions (UMT5), which the first has in any case.
     """
     block, sizes = "encoder.block.{}.layer", {"shared": (32128, width), "encoder.embed_tokens": (32128, width)}
@@ -83,7 +81,7 @@ def t5(
     first = block if own_biases else block.replace(NUMBER, "0")
     sizes[f"{first}.0.SelfAttention.relative_attention_bias"] = (32, 64)
     sizes |= {f"{block}.{i}.layer_norm": (width,) for i in (0, 1)}
-    sizes |= {f"{block}.1.DenseReluDense.{into}": (hidden, width) for into in (("wi_0", "wi_1") if gated else ("wi",))}
+    sizes |= {f"{block}.1.DenseReluDense.{into}": (hidden, width) for into in ("wi_0", "wi_1")}
     sizes |= {f"{block}.1.DenseReluDense.wo": (width, hidden), "encoder.final_layer_norm": (width,)}
     for path, shape in sizes.items():
         yield entry(path, path, *(shape if sized else ()), bias=False)
