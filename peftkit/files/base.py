@@ -22,8 +22,6 @@ from peftkit.files.weight_files import ModelFile, chosen, copies, models_in, req
 from peftkit.wrapping.divided import gathered
 from peftkit.wrapping.walk import plain_name
 
-_PICKLED = (".pt", ".ckpt", ".bin", ".pth")
-
 
 class Shard(Protocol):
     """A file of tensors."""
@@ -236,7 +234,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _shard(path: Path, allow_pickle: bool) -> Shard:
-    if not (allow_pickle and path.suffix in _PICKLED):
+    if not (allow_pickle and path.suffix in container.PICKLED):
         return container.read(path)
     tensors = {key: tensor.contiguous() for key, tensor in unpickle(path).items()}
     unknown = [key for key, tensor in tensors.items() if tensor.dtype not in container.NAMES]

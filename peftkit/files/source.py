@@ -34,7 +34,7 @@ class Source:
     def __init__(self, path: Path, allow_pickle: bool, ignored: Selection) -> None:
         self.path = path
         _refuse_gguf(path)
-        if allow_pickle and path.suffix in (".pt", ".ckpt", ".bin", ".pth"):
+        if allow_pickle and path.suffix in container.PICKLED:
             loaded = unpickle(path)
             self.metadata: Mapping[str, str] = {}
             self.size = sum(tensor.nbytes for tensor in loaded.values())

@@ -52,6 +52,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 
 #: how files of pickles begin: a zip archive, and the protocols 2 to 5
+#: what files that torch.save wrote are called
+PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 #: what to do with a base in llama.cpp's format
 GGUF_ADVICE = "merge into the safetensors checkpoint that it was made from, and convert the result to GGUF"
@@ -191,9 +193,10 @@ def read(path: str | os.PathLike[str]) -> Container:
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         sound = 2 <= length <= min(MAX_HEADER, size - 8)
         if not sound and head.startswith(_PICKLES):
+            named = "" if path.suffix in PICKLED else f", under a name such as {path.with_suffix('.pt').name}"
             raise FileError(
                 f"{path} is a pickle, not a safetensors file; pickles can run code and are never unpickled, "
-                "unless as data only with allow_pickle=True"
+                f"unless as data only with allow_pickle=True{named}"
             )
         if not sound:
             beginning = head + file.read(24)
