@@ -9,7 +9,7 @@ from functools import partial
 from peftkit.files.families.module import NUMBER, Component, ModuleSpec, entry, same
 
 
-def clip(width: int, layers: int, projected: bool = False, positions: int | None = 77) -> Iterator[ModuleSpec]:
+def clip(width: int, projected: bool = False, positions: int | None = 77) -> Iterator[ModuleSpec]:
     """CLIPTextModel, or CLIPTextModelWithProjection; originals in these names are the same.
 
     The level "text_model" is in every published file, and in the class before transformers 5.6.
@@ -25,7 +25,7 @@ def clip(width: int, layers: int, projected: bool = False, positions: int | None
     paths = {
         "embeddings.token_embedding": (49408, width),
         "embeddings.position_embedding": () if positions is None else (positions, width),
-        **{f"encoder.layers.{i}.{path}": shape for i in range(layers) for path, shape in layer.items()},
+        **{f"encoder.layers.{NUMBER}.{path}": shape for path, shape in layer.items()},
         "final_layer_norm": (width,),
     }
     for path, shape in paths.items():
@@ -35,7 +35,7 @@ def clip(width: int, layers: int, projected: bool = False, positions: int | None
         yield entry("text_projection", "text_projection", width, width, bias=False)
 
 
-def open_clip(width: int, layers: int, projected: bool = False) -> Iterator[ModuleSpec]:
+def open_clip(width: int, projected: bool = False) -> Iterator[ModuleSpec]:
     """Yield the modules of `clip`, whose originals are an OpenCLIP text transformer's."""
     renamed = {
         "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
@@ -54,7 +54,7 @@ def open_clip(width: int, layers: int, projected: bool = False) -> Iterator[Modu
             key = key.replace(ours, theirs)
         return key
 
-    for module in clip(width, layers, projected):
+    for module in clip(width, projected):
         block, _, part = module.name.rpartition(".self_attn.")
         if part in ("q_proj", "k_proj", "v_proj"):
             start = "qkv".index(part[0]) * width
@@ -104,6 +104,7 @@ def language(biased: bool = False, normed: bool = False, sandwiched: bool = Fals
     yield from same(*around, name=block, bias=False)
 
 
+_LAYERS = "text_model.encoder.layers"
 _POSITIONS = "text_model.embeddings.position_embedding"  # other encoders have the same layers, and other positions
 
 
@@ -114,7 +115,8 @@ CLIP_L = partial(
     comfy="text_encoders.clip_l.transformer",
     webui=("lora_te1", "lora_te"),
     anchor=_POSITIONS,
-    build=partial(clip, 768, 12),
+    build=partial(clip, 768),
+    depths={_LAYERS: 12},
 )
 
 
@@ -125,7 +127,8 @@ CLIP_H = partial(
     comfy="text_encoders.clip_h.transformer",
     webui=("lora_te", "lora_te1"),
     anchor=_POSITIONS,
-    build=partial(open_clip, 1024, 23),  # the last of its 24 layers is not used
+    build=partial(open_clip, 1024),
+    depths={_LAYERS: 23},  # the last of its 24 layers is not used
 )
 
 
@@ -136,7 +139,8 @@ CLIP_G = partial(
     comfy="text_encoders.clip_g.transformer",
     webui=("lora_te2",),
     anchor=_POSITIONS,
-    build=partial(clip, 1280, 32, projected=True),
+    build=partial(clip, 1280, projected=True),
+    depths={_LAYERS: 32},
 )
 
 

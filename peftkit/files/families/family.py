@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from types import MappingProxyType
 from typing import NamedTuple
@@ -63,20 +63,22 @@ def _aliases(path: str) -> Iterator[str]:
         yield f"{block}.self_attn.to_{part.removesuffix('_proj')}"
 
 
+@cache
 def _matches(component: Component) -> Mapping[str, _Match]:
     """Underscored path -> what it names in this component."""
     found: dict[str, _Match] = {}
     for module in component.specs:
+        match = _Match((module,), ldm=False, depth=component.depth(module))
         for path in _aliases(module.path):
-            for name in (path, path.removeprefix("text_model.")):  # transformers 5.6 left out that level
-                found.setdefault(_flat(name), _Match((module,), ldm=False, depth=component.depth(module)))
+            for name in {path, path.removeprefix("text_model.")}:  # transformers 5.6 left out that level
+                found.setdefault(_flat(name), match)
     for path, group in groupby(component.specs, component.ldm):
         modules = tuple(group)
         depth = component.depth(modules[0])
-        for spelled in (path, component.comfy_path(path)):
+        for spelled in {path, component.comfy_path(path)}:
             found.setdefault(_flat(spelled), _Match(modules, ldm=True, depth=depth))
-        for ending, name, count in ((end, *own) for end, parts in _PARTLY.items() for own in parts):
-            if path.endswith(ending):
+        for ending in filter(path.endswith, _PARTLY if path.endswith(tuple(_PARTLY)) else ()):
+            for name, count in _PARTLY[ending]:
                 found.setdefault(_flat(path.replace(ending, name)), _Match(modules[:count], ldm=True, depth=depth))
     return MappingProxyType(found)
 
@@ -215,19 +217,18 @@ class Family:
         flat = _flat(usual(foreign))
         for wrapper in _WRAPPERS:
             flat = flat.removeprefix(wrapper)
-        found = (_lookup(table, flat[len(prefix) :]) for prefix, table in self._tables if flat.startswith(prefix))
-        return next(filter(None, found), None)
+        parts = ((part, flat[len(prefix) :]) for prefix, part in self._prefixes if flat.startswith(prefix))
+        return next(filter(None, (_lookup(_matches(part), path) for part, path in parts)), None)
 
     @cached_property
-    def _tables(self) -> tuple[tuple[str, Mapping[str, _Match]], ...]:
-        """Underscored prefix -> the paths that may follow it."""
-        tables: list[tuple[str, Mapping[str, _Match]]] = []
+    def _prefixes(self) -> tuple[tuple[str, Component], ...]:
+        """Underscored prefix -> the component whose paths may follow it."""
+        found: list[tuple[str, Component]] = []
         for part in self.parts:
-            matches = _matches(part)
             prefixes = {part.name, part.original, part.comfy, *part.prefixes, *part.webui}
-            tables += [(_flat(f"{prefix.removesuffix('.')}."), matches) for prefix in sorted(prefixes)]
-            tables += [("", matches)] if part in self.alone else []
-        return tuple(tables)
+            found += [(_flat(f"{prefix.removesuffix('.')}."), part) for prefix in sorted(prefixes)]
+            found += [("", part)] if part in self.alone else []
+        return tuple(found)
 
 
 # ------------------------------------------------------------------------------------------------------------- spelling

@@ -163,7 +163,7 @@ _SDXL = Family(
             webui_ldm=True,
         ),
         CLIP_L(original="conditioner.embedders.0.transformer."),
-        CLIP_G(original="conditioner.embedders.1.model.", build=partial(open_clip, 1280, 32, projected=True)),
+        CLIP_G(original="conditioner.embedders.1.model.", build=partial(open_clip, 1280, projected=True)),
     ),
     reads=_READS,
     published="2023-07",

@@ -69,7 +69,7 @@ _SD3 = Family(
     title="Stable Diffusion 3 Medium",
     parts=(
         _MMDIT(build=partial(sd3, 24)),
-        CLIP_L(build=partial(clip, 768, 12, projected=True)),
+        CLIP_L(build=partial(clip, 768, projected=True)),
         CLIP_G(),
         T5(name="text_encoder_3", webui=("lora_te3",)),
     ),
