@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from peftkit.errors import OptionError
+from peftkit.files.families.family import _matches
 from peftkit.files.families.module import ModuleSpec
 from peftkit.files.families.names import FAMILIES, Family
 from tests.support.classes import FAMILY, STYLES, originals, spellings, taken
@@ -46,8 +47,8 @@ def test_what_is_spelled_is_found_again(family: Family, style: str) -> None:
 def test_no_two_names_with_a_prefix_collide(family: Family) -> None:
     """Of all prefixes before all paths, in underscores: each means one module, or one original."""
     meant: dict[str, tuple[ModuleSpec, ...]] = {}
-    for prefix, table in family._tables:
-        for path, match in table.items():
+    for prefix, component in family._prefixes:
+        for path, match in _matches(component).items():
             assert meant.setdefault(prefix + path, match.modules) == match.modules
     for part in family.parts:
         for module in part.specs:
