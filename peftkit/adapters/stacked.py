@@ -35,7 +35,7 @@ class Stacked(Adapter):
             return super().at(weight, strength)
         experts = self.experts
         matrices = [weight] * len(experts)
-        if type(self).reads_base:
+        if self.reads_base:
             matrices = (weight if weight.dim() == 3 else weight.unflatten(0, (len(experts), -1))).unbind()
         return Stack(tuple(own.at(W, strength) for own, W in zip(experts, matrices, strict=True)))
 

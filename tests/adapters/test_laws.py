@@ -16,19 +16,29 @@ from peftkit.adapters import registry
 from peftkit.adapters.loldu import INITS
 from peftkit.errors import MergeError
 from tests.support import laws
-from tests.support.zoo import ADAPTERS, CASES, FEW, LAYERS, LOOKUPS, READ, STACKS, make, train
+from tests.support.zoo import ADAPTERS, CASES, FEW, LAYERS, LOOKUPS, METHODS, READ, STACKS, TYPICAL, make, train
 
 CELLS = [(adapter, layer) for adapter in ADAPTERS for layer in (*LAYERS, *READ, *STACKS, "embedding")]
 CELLS += [("full rows", layer) for layer in ("linear", "conv2d k3", "transposed2d g2", *LOOKUPS)]
 CELLS += [(adapter, layer) for adapter in FEW for layer in LOOKUPS if layer != "embedding"]
+CELLS += [(adapter, layer) for adapter in METHODS for layer in (*LAYERS, *READ, *STACKS, "embedding")]
 REFUSED = {cell: reason for cell in CELLS if (reason := laws.refusal(*cell)) is not None}
 ALLOWED = [cell for cell in CELLS if cell not in REFUSED]
-ids = ["-".join(cell).replace(" ", "_") for cell in ALLOWED]
-every_cell = pytest.mark.parametrize("adapter, layer", ALLOWED, ids=ids)
+
+
+def of(cells: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    """Parametrise a test over cells, of which those of kinds without a structure of their own are few in every run."""
+    slow = [pytest.mark.slow]
+    marks = {cell: slow if cell[0] in METHODS and cell[1] not in TYPICAL else [] for cell in cells}
+    params = [pytest.param(*cell, id="-".join(cell).replace(" ", "_"), marks=marks[cell]) for cell in cells]
+    return pytest.mark.parametrize("adapter, layer", params)
+
+
+every_cell = of(ALLOWED)
 
 
 def test_every_registered_kind_is_in_the_zoo() -> None:
-    assert {registry.get(case.kind).kind for case in ADAPTERS.values()} >= set(pk.kinds())
+    assert {registry.get(case.kind).kind for case in CASES.values()} >= set(pk.kinds())
 
 
 @every_cell
@@ -46,7 +56,7 @@ def _runs(layer: nn.Module, x: Tensor) -> bool:
     return True
 
 
-@pytest.mark.parametrize("adapter, layer", [cell for cell in ALLOWED if cell[1] != "experts"])
+@of([cell for cell in ALLOWED if cell[1] != "experts"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_law_in_other_dtypes(adapter: str, layer: str, dtype: torch.dtype) -> None:
     if not _runs(*make(layer, dtype)):

@@ -187,8 +187,32 @@ ADAPTERS: dict[str, AdapterCase] = {
 }
 
 
+#: kinds whose ΔW is of a structure that one of these has too: what differs is where its factors come from
+METHODS: dict[str, AdapterCase] = {
+    "svdlora": AdapterCase("svdlora", {"rank": 3, "alpha": 1.5}),
+    "sora": AdapterCase("sora", {"rank": 2, "init": "sora"}),
+    "lora-fa": AdapterCase("lora-fa", {"rank": 3, "alpha": 1.5, "rslora": True}),
+    "mos": AdapterCase("mos", {"rank": 3, "alpha": 1.5}),
+    "melora": AdapterCase("melora", {"rank": 2, "blocks": 2, "alpha": 1}),
+    "block-lora": AdapterCase("block-lora", {"rank": 3, "blocks": 2, "alpha": 1.5}),
+    "mora": AdapterCase("mora", {"rank": 1}),
+    "mora rope": AdapterCase("mora", {"rank": 1, "mode": "rope"}),
+    "miss": AdapterCase("miss", {"rank": 3}),
+    "miss mini": AdapterCase("bone", {"rank": 3, "mini": 2}),
+    "miss bat": AdapterCase("miss", {"rank": 2, "bat": True}),
+    "vera": AdapterCase("vera", {"rank": 5, "seed": 3}),
+    "randlora": AdapterCase("randlora", {"rank": 3, "alpha": 1.5}),
+    "lora-xs": AdapterCase("lora-xs", {"rank": 3, "alpha": 1.5}),
+    "svdiff": AdapterCase("svdiff"),
+    "fourierft": AdapterCase("fourierft", {"frequencies": 2, "scaling": 40.0}),
+    "fourierft dense": AdapterCase("fourierft", {"frequencies": 7, "scaling": 40.0}),
+    "dylora": AdapterCase("dylora", {"rank": 4, "alpha": 2}),  # of one block: what it draws is always all of it
+}
+#: the layers that these are run over in every run, one for each way to apply a matrix
+TYPICAL = ("linear", "conv2d k3", "conv2d g2 d2", "conv2d reflect", "transposed2d g2", "embedding", "experts")
+
 #: beside them, what a few tests of files would take for another kind
-CASES: dict[str, AdapterCase] = {**ADAPTERS, "full rows": AdapterCase("full", {"rows": [1, 4, 5]})}
+CASES: dict[str, AdapterCase] = {**ADAPTERS, **METHODS, "full rows": AdapterCase("full", {"rows": [1, 4, 5]})}
 
 
 #: every kind with options for layers of 8 channels, for tests of what is the same for all options of a kind

@@ -1,0 +1,87 @@
+"""FourierFT: a few coefficients of the change's two-dimensional spectrum."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapters.base import Adapter
+from peftkit.adapters.options import factory, require
+from peftkit.adapters.registry import register
+from peftkit.delta import Delta, Dense, LowRank
+from peftkit.geometry import Shape
+
+
+@register("fourierft")
+class FourierFT(Adapter):
+    r"""Adds the matrix that has a few frequencies: ΔW = s·Re(ifft2(C)), with C[u_l, v_l] = c_l and 0 elsewhere.
+
+    The parameter is `spectrum`, c (k,), which starts at 0 (in the paper at N(0, 1)). `indices` (2, k) are the places
+    (u_l, v_l) in the m×n spectrum, drawn without repetition by `seed`; they are in the file. ΔW[i, j] is
+    s/(mn)·Σ_l c_l·cos 2π(u_l·i/m + v_l·j/n), of rank up to 2k: it is computed as two factors where they are small, else
+    by the inverse transform.
+
+    Paper: https://arxiv.org/abs/2405.03003.
+
+    Args:
+        shape: The shape of the weight.
+        weight: W (m, n), read for its device and dtype.
+        frequencies: k, at most m·n; 1000 by default, or m·n where that is less.
+        scaling: s.
+        seed: Of the places; 777 as in PEFT.
+
+    Raises:
+        OptionError: An option has a value that it cannot take.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> report = pk.wrap(model, "fourierft", frequencies=20)
+        >>> sum(p.numel() for p in pk.adapter_parameters(model))  # k
+        20
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2405.03003"
+    convention: ClassVar[str] = "s*Re(ifft2(spectrum at indices))"
+    scaling_parameters: ClassVar[frozenset[str]] = frozenset({"spectrum"})
+    decays = frozenset({"spectrum"})
+    indices: Tensor
+
+    def __init__(
+        self,
+        shape: Shape,
+        weight: Tensor,
+        *,
+        frequencies: int | None = None,
+        scaling: float = 150.0,
+        seed: int = 777,
+    ) -> None:
+        super().__init__()
+        size = shape.rows * shape.columns
+        count = min(1000, size) if frequencies is None else frequencies
+        require(0 < count <= size, "fourierft", "frequencies", frequencies, f"1 to {size}, the numbers of {shape}")
+        self.options = {"frequencies": count}
+        self.rows, self.columns, self.scaling = shape.rows, shape.columns, scaling
+        new = factory(weight)
+        self.spectrum = nn.Parameter(torch.zeros(count, **new))
+        places = torch.randperm(size, generator=torch.Generator().manual_seed(seed), device="cpu")[:count]
+        indices = torch.stack((places // shape.columns, places % shape.columns))
+        self.register_buffer("indices", indices.to(new["device"]))
+
+    def delta(self, weight: Tensor) -> Delta:
+        del weight
+        u, v = self.indices
+        if 4 * len(u) >= min(self.rows, self.columns):
+            dense = self.spectrum.new_zeros(self.rows, self.columns).index_put((u, v), self.spectrum)
+            return Dense(torch.fft.ifft2(dense).real * self.scaling)
+        scale = self.scaling / (self.rows * self.columns)
+        outer, inner = (self._angles(size, at) for size, at in ((self.rows, u), (self.columns, v)))
+        up = scale * torch.cat((outer.cos() * self.spectrum, -outer.sin() * self.spectrum), dim=1)
+        return LowRank(up, torch.cat((inner.cos(), inner.sin()), dim=1).mT)
+
+    def _angles(self, size: int, frequency: Tensor) -> Tensor:
+        """2π·frequency·i/size, (size, k), with the whole turns left out before they are rounded."""
+        place = torch.arange(size, device=frequency.device)[:, None]
+        return (place * frequency % size).to(self.spectrum.dtype) * (2 * math.pi / size)

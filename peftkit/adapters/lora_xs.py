@@ -1,0 +1,77 @@
+"""LoRA-XS: a small trained matrix between singular vectors of the base."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapters.base import Adapter
+from peftkit.adapters.frame import frame
+from peftkit.adapters.options import factory, rank_scale, require, require_rank, times
+from peftkit.adapters.registry import register
+from peftkit.delta import LowRank
+from peftkit.geometry import Shape
+
+
+@register("lora-xs", "lora_xs")
+class LoRAXS(Adapter):
+    r"""Adds a matrix between the base's leading singular vectors: ΔW = γ·U_r·R·S_r·V_rᵀ, with W = U·S·Vᵀ and γ = α/r.
+
+    The parameter is `core`, R (r, r), which starts at 0: r² numbers, whatever the sizes of W. U_r (m, r) and S_r·V_rᵀ
+    (r, n) are computed from W and frozen. The released code starts R at N(0, 10⁻⁵), which is not 0.
+
+    Paper: https://arxiv.org/abs/2405.17604.
+
+    Args:
+        shape: The shape of the weight.
+        weight: W (m, n), of which the singular vectors are taken.
+        rank: r, at most min(m, n); 32 by default, or min(m, n) where that is less.
+        alpha: α, by default the rank, so that γ = 1.
+
+    Raises:
+        OptionError: An option has a value that it cannot take.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> report = pk.wrap(model, "lora-xs", rank=4)
+        >>> sum(p.numel() for p in pk.adapter_parameters(model))  # r²
+        16
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2405.17604"
+    convention: ClassVar[str] = "gamma*U@core@S@V"
+    scaling_parameters: ClassVar[frozenset[str]] = frozenset({"core"})
+    on_another_base: ClassVar[str] = (
+        "is made of the first base's own singular vectors, which this file does not hold: save it with portable=True"
+    )
+    decays = frozenset({"core"})
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, shape: Shape, weight: Tensor, *, rank: int | None = None, alpha: float | None = None) -> None:
+        super().__init__()
+        limit = min(shape.rows, shape.columns)
+        rank = min(32, limit) if rank is None else rank
+        require_rank("lora-xs", rank)
+        require(rank <= limit, "lora-xs", "rank", rank, f"at most {limit}, the singular values of this {shape} weight")
+        self.options = {"rank": rank}
+        self.scale = rank_scale("lora-xs", rank, alpha)
+        left, values, right = frame(weight, rank)
+        self.register_buffer("left", left)
+        self.register_buffer("right", values[:, None] * right)
+        self.core = nn.Parameter(torch.zeros(rank, rank, **factory(weight)))
+
+    def delta(self, weight: Tensor) -> LowRank:
+        del weight
+        return LowRank(self.left @ times(self.scale, self.core), self.right)
+
+    @torch.no_grad()
+    def rebase_(self, weight: Tensor) -> None:
+        left, values, right = frame(weight, len(self.core))
+        self.left.copy_(left)
+        self.right.copy_(values[:, None] * right)
+
+    def derived(self) -> dict[str, Tensor]:
+        return {"left": self.left, "right": self.right}

@@ -1,0 +1,82 @@
+"""MiSS, formerly Bone: one small matrix that is shared by all runs of the input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from peftkit.adapters.base import Adapter
+from peftkit.adapters.options import factory, require, require_rank
+from peftkit.adapters.registry import register
+from peftkit.delta import Delta, Dense, LowRank
+from peftkit.geometry import Shape
+
+
+@register("miss", "bone")
+class MiSS(Adapter):
+    r"""Adds one matrix D (r, m) to every run of r inputs: ΔW = Dᵀ·[I I … I].
+
+    The parameter is `block`, D (r, m), which starts at 0: the input's runs of r numbers are summed, the last filled up
+    with zeros, and D is applied to the sum. With `mini`, D has that many columns, repeated over the outputs. With
+    bat=True (Bone's block affine mode), D is (m/r, r, r) and each r×r block W_ab of the base changes by
+    W_ab·D_a + D_a.
+
+    Paper: https://arxiv.org/abs/2409.15371.
+
+    Args:
+        shape: The shape of the weight.
+        weight: W (m, n), read for its device and dtype, and in ΔW with `bat`.
+        rank: r, at most n; 64 by default, or n where that is less.
+        mini: The columns of D, a divisor of the outputs; None for m.
+        bat: Change blocks of the base by themselves; r divides outputs and fan-in.
+
+    Raises:
+        OptionError: An option has a value that it cannot take.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> report = pk.wrap(model, "miss", rank=4)
+        >>> sum(p.numel() for p in pk.adapter_parameters(model))  # r·m
+        32
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2409.15371"
+    convention: ClassVar[str] = "block.T@[I I ...], or W@block+block"
+    scaling_parameters: ClassVar[frozenset[str]] = frozenset({"block"})
+    decays = frozenset({"block"})
+
+    def __init__(
+        self, shape: Shape, weight: Tensor, *, rank: int | None = None, mini: int | None = None, bat: bool = False
+    ) -> None:
+        super().__init__()
+        rank = min(64, shape.columns) if rank is None else rank
+        require_rank("miss", rank)
+        self.options = {"rank": rank}
+        require(rank <= shape.columns, "miss", "rank", rank, f"at most {shape.columns}, the fan-in of {shape}")
+        fits = mini is None or (mini > 0 and shape.rows % mini == 0 and not bat)
+        require(fits, "miss", "mini", mini, f"a divisor of the {shape.rows} outputs, without bat=True")
+        divides = not bat or shape.rows % rank == shape.columns % rank == 0
+        require(
+            divides, "miss", "rank", rank, f"with bat=True, a divisor of {shape.rows} and {shape.columns} ({shape})"
+        )
+        self.rows, self.columns, self.reads_base = shape.rows, shape.columns, bat
+        size = (shape.rows // rank, rank, rank) if bat else (rank, shape.rows if mini is None else mini)
+        self.block = nn.Parameter(torch.zeros(size, **factory(weight)))
+
+    @classmethod
+    def needs_base(cls, options: Mapping[str, Any]) -> bool:
+        return bool(options.get("bat"))
+
+    def delta(self, weight: Tensor) -> Delta:
+        rank = self.block.shape[-1] if self.reads_base else self.block.shape[0]
+        if self.reads_base:
+            W = rearrange(weight.to(self.block.dtype), "(a i) (b j) -> a b i j", i=rank, j=rank)
+            return Dense(rearrange(W @ self.block[:, None] + self.block[:, None], "a b i j -> (a i) (b j)"))
+        place = torch.arange(self.columns, device=self.block.device) % rank
+        up = self.block.mT.repeat(self.rows // self.block.shape[1], 1)
+        return LowRank(up, F.one_hot(place, rank).mT.to(self.block.dtype))
