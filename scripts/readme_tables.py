@@ -12,7 +12,7 @@ import functools
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,33 @@ ADAPTERS: list[tuple[str, str, str, dict[str, Any], str]] = [
     ("`full`", "M", "full", {}, "full fine-tuning, kept apart from the base"),
 ]
 
+#: the same of kinds whose factors come from elsewhere
+METHODS: list[tuple[str, str, str, dict[str, Any], str]] = [
+    ("`svdlora`", "γ·P·diag(λ)·Q", "svdlora", {"rank": 8}, "ranks are to be pruned while training"),
+    ("`lora-fa`", "γ·B·A, A frozen", "lora-fa", {"rank": 8}, "memory for activations is short"),
+    ("`mos`", "γ·B·M·A", "mos", {"rank": 8}, "LoRA learns slowly at the same rank"),
+    (
+        "`melora`",
+        "γ·blockdiag(BᵢAᵢ)",
+        "melora",
+        {"rank": 8, "blocks": 4},
+        "a higher rank is wanted for the same numbers",
+    ),
+    ("`block-lora`", "γ·B·[A₁ … A₁]", "block-lora", {"rank": 8, "blocks": 4}, "the down-projection is to be small"),
+    ("`mora`", "M[i mod k, j mod k]", "mora", {"rank": 8}, "new facts are to be learned, at a high rank"),
+    ("`miss`", "Dᵀ·[I … I]", "miss", {"rank": 8}, "a fast start with half of LoRA's numbers"),
+    ("`vera`", "diag(b)·B·diag(d)·A", "vera", {"rank": 256}, "files of a few kilobytes, many of them"),
+    ("`randlora`", "γ·Σ Bⱼ·diag(Λⱼ)·A·diag(Γⱼ)", "randlora", {"rank": 32}, "full rank for few numbers"),
+    ("`lora-xs`", "γ·U·R·S·Vᵀ", "lora-xs", {"rank": 32}, "r² numbers a layer must do, whatever its size"),
+    ("`svdiff`", "U·diag(max(S + δ, 0) − S)·Vᵀ", "svdiff", {}, "a few images, and little is to change"),
+    ("`fourierft`", "s·Re(ifft2(C))", "fourierft", {"frequencies": 1000}, "a thousand numbers a layer, of any rank"),
+    ("`dylora`", "γ·B[:, :b]·A[:b]", "dylora", {"rank": 16}, "the rank is to be chosen after training"),
+]
 
-def adapters_table() -> str:
+
+def adapters_table(adapters: Sequence[tuple[str, str, str, dict[str, Any], str]] = ADAPTERS) -> str:
     rows = ["| adapter | ΔW | options | parameters | use it when |", "| --- | --- | --- | --- | --- |"]
-    for name, formula, kind, options, when in ADAPTERS:
+    for name, formula, kind, options, when in adapters:
         count = pk.plan(nn.Linear(768, 768, device="meta"), kind, **options).parameters
         shown = ", ".join(f"{k}={v}" for k, v in options.items() if k != "decompose")
         rows.append(f"| {name} | {formula} | {f'`{shown}`' if shown else ''} | {count:,} | {when} |")
@@ -379,7 +402,7 @@ MEASURED: dict[str, dict[str, Callable[[], str]]] = {
         "adapters": lambda: adapters_table(),
         "headlines": lambda: headlines(compared("unet"), compared("merge"), compared("step")),
     },
-    "docs/algorithms/index.md": {"adapters": lambda: adapters_table()},
+    "docs/algorithms/index.md": {"adapters": lambda: adapters_table([*ADAPTERS, *METHODS])},
     "docs/guides/families.md": {"families": family_table.table},
     "docs/benchmarks/training.md": {
         "step": lambda: step_table(compared("step")),

@@ -13,7 +13,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "algorithms"
 
 #: what m, n, r, … are in the pictures, in pixels
-SIZES = {"m": 120, "n": 150, "r": 26, "u_p": 40, "u_q": 46, "v_p": 56, "v_q": 66}
+SIZES = {"m": 120, "n": 150, "r": 26, "u_p": 40, "u_q": 46, "v_p": 56, "v_q": 66, "b": 18, "k": 64, "r*": 60, "n/k": 50}
 _COLOURS = {"trained": ("#5c6bc0", "#fff"), "frozen": ("#d5d5d5", "#222"), "computed": ("none", "#222")}
 _GAP, _TOP, _HEIGHT = 10, 30, 190
 
@@ -103,6 +103,107 @@ PICTURES: dict[str, tuple[Matrix | str, ...]] = {
         ")",
     ),
     "full": (Matrix("ΔW", "m", "n", "computed"), "=", Matrix("M", "m", "n")),
+    "svdlora": (
+        Matrix("ΔW", "m", "n", "computed"),
+        "= γ",
+        Matrix("P", "m", "r"),
+        "·",
+        Matrix("λ", "r", "r", "trained", "diagonal"),
+        "·",
+        Matrix("Q", "r", "n"),
+    ),
+    "lora-fa": (Matrix("ΔW", "m", "n", "computed"), "= γ", Matrix("B", "m", "r"), "·", Matrix("A", "r", "n", "frozen")),
+    "mos": (
+        Matrix("ΔW", "m", "n", "computed"),
+        "= γ",
+        Matrix("B", "m", "r"),
+        "·",
+        Matrix("M", "r", "r"),
+        "·",
+        Matrix("A", "r", "n"),
+    ),
+    "melora": (
+        Matrix("ΔW", "m", "n", "computed"),
+        "= γ",
+        Matrix("B", "m", "r*", "trained", "blocks"),
+        "·",
+        Matrix("A", "r*", "n", "trained", "blocks"),
+    ),
+    "block-lora": (
+        Matrix("ΔW", "m", "n", "computed"),
+        "= γ",
+        Matrix("B", "m", "r"),
+        "·",
+        Matrix("A₁", "r", "n/k"),
+        "·",
+        Matrix("[I … I]", "n/k", "n", "frozen"),
+    ),
+    "mora": (
+        Matrix("ΔW", "m", "n", "computed"),
+        "=",
+        Matrix("D", "m", "k", "frozen"),
+        "·",
+        Matrix("M", "k", "k"),
+        "·",
+        Matrix("C", "k", "n", "frozen"),
+    ),
+    "miss": (
+        Matrix("ΔW", "m", "n", "computed"),
+        "=",
+        Matrix("Dᵀ", "m", "r"),
+        "·",
+        Matrix("[I … I]", "r", "n", "frozen"),
+    ),
+    "vera": (
+        Matrix("ΔW", "m", "n", "computed"),
+        "=",
+        Matrix("b", "m", "m", "trained", "diagonal"),
+        "·",
+        Matrix("B", "m", "r", "frozen"),
+        "·",
+        Matrix("d", "r", "r", "trained", "diagonal"),
+        "·",
+        Matrix("A", "r", "n", "frozen"),
+    ),
+    "randlora": (
+        Matrix("ΔW", "m", "n", "computed"),
+        "= γ Σ",
+        Matrix("B", "m", "r", "frozen"),
+        "·",
+        Matrix("Λ", "r", "r", "trained", "diagonal"),
+        "·",
+        Matrix("A", "r", "n", "frozen"),
+        "·",
+        Matrix("Γ", "n", "n", "trained", "diagonal"),
+    ),
+    "lora-xs": (
+        Matrix("ΔW", "m", "n", "computed"),
+        "= γ",
+        Matrix("U", "m", "r", "frozen"),
+        "·",
+        Matrix("R", "r", "r"),
+        "·",
+        Matrix("S·Vᵀ", "r", "n", "frozen"),
+    ),
+    "svdiff": (
+        Matrix("ΔW", "m", "n", "computed"),
+        "=",
+        Matrix("U", "m", "m", "frozen"),
+        "·",
+        Matrix("δ", "m", "m", "trained", "diagonal"),
+        "·",
+        Matrix("Vᵀ", "m", "n", "frozen"),
+    ),
+    "fourierft": (
+        Matrix("ΔW", "m", "n", "computed"),
+        "= s · Re",
+        Matrix("F", "m", "m", "frozen"),
+        "·",
+        Matrix("C", "m", "n", "trained", "diagonal"),
+        "·",
+        Matrix("F", "n", "n", "frozen"),
+    ),
+    "dylora": (Matrix("ΔW", "m", "n", "computed"), "= γ", Matrix("B", "m", "b"), "·", Matrix("A", "b", "n")),
 }
 
 

@@ -38,6 +38,22 @@ ROWS: dict[str, dict[str, str]] = {
     "`glora`": {"glora": ""},
     "`full`": {"full": ""},
 }
+#: the same of kinds whose ΔW is of a structure that one of these has
+METHODS: dict[str, dict[str, str]] = {
+    "`svdlora`": {"svdlora": ""},
+    "`lora-fa`": {"lora-fa": ""},
+    "`mos`": {"mos": ""},
+    "`melora`": {"melora": ""},
+    "`block-lora`": {"block-lora": ""},
+    "`mora`": {"mora": "", "mora rope": '`mode="rope"`'},
+    "`miss`": {"miss": "", "miss bat": "`bat=True`"},
+    "`vera`": {"vera": ""},
+    "`randlora`": {"randlora": ""},
+    "`lora-xs`": {"lora-xs": ""},
+    "`svdiff`": {"svdiff": ""},
+    "`fourierft`": {"fourierft": ""},
+    "`dylora`": {"dylora": ""},
+}
 #: rows of the table of language models: title -> the case of tests/support/language_cells.py
 OTHER_LAYERS = {
     "LoRA of an embedding that is the output's weight too": ["tied embedding"],
@@ -67,13 +83,13 @@ _MARKS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹˒]+")
 
 def table() -> str:
     """The table with its footnotes and what is refused, in Markdown."""
-    lines, notes = _table(ROWS)
+    lines, notes = _table(ROWS | METHODS)
     return "\n".join([*lines, "", LEGEND, *_footnotes(notes), "", *_refusals()]).rstrip()
 
 
 def table_of(kind: str) -> str:
     """The rows of one kind with their footnotes."""
-    own = {row: cases for row, cases in ROWS.items() if f"`{kind}`" in row.partition(" of ")[0]}
+    own = {row: cases for row, cases in (ROWS | METHODS).items() if f"`{kind}`" in row.partition(" of ")[0]}
     lines, notes = _table(own)
     return "\n".join([*lines, *_footnotes(notes)]).rstrip()
 

@@ -34,7 +34,7 @@ def bank(seed: int, role: str, rows: int, columns: int, like: Tensor) -> Tensor:
         return torch.empty(rows, columns, dtype=like.dtype, device="meta")
     key = (seed, role, columns, like.device, like.dtype)
     if key not in _TABLES or len(_TABLES[key]) < rows:
-        generator = torch.Generator().manual_seed(seed ^ zlib.crc32(role.encode()) << 31)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(role.encode())) % 2**32)
         table = torch.empty(rows, columns, dtype=torch.float32, device="cpu").uniform_(-1, 1, generator=generator)
         _TABLES[key] = table.to(like.device, like.dtype)
     return _TABLES[key][:rows]

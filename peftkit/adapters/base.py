@@ -67,6 +67,8 @@ class Adapter(nn.Module, ABC):
     linear: bool = True
     #: whether `delta` draws random numbers in training
     stochastic: bool = False
+    #: whether training draws how many of its ranks it uses, which `use_prefix` may say for a whole model
+    draws_prefixes: ClassVar[bool] = False
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Delta:
@@ -174,6 +176,10 @@ class Adapter(nn.Module, ABC):
             return None
         tensors = {key: t[rows] if key in by_row else t.clone() for key, t in stored.tensors.items()}
         return stored._replace(tensors=tensors)
+
+    def use_prefix(self, share: float) -> None:
+        """Use, in training, the ranks that a number in [0, 1) stands for, where the kind draws how many it uses."""
+        del share
 
     def project_(self) -> None:
         """Move the parameters, in place, into the set that the algorithm allows; most algorithms allow everything."""

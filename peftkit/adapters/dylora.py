@@ -50,6 +50,7 @@ class DyLoRA(Adapter):
     starts_at_zero = frozenset({"up"})
     decays = frozenset({"up", "down"})
     stochastic = True
+    draws_prefixes: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -92,6 +93,12 @@ class DyLoRA(Adapter):
             down = torch.cat((down[:held].detach(), down[held:]))
         return LowRank(times(self.scale, up), down)
 
+    def use_prefix(self, share: float) -> None:
+        self.drawn = self._prefix(share)
+
     def draw(self) -> int:
-        """Return a b, with torch's generator of the CPU."""
-        return self.block * (1 + int(torch.randint(len(self.down) // self.block, (), device="cpu")))
+        """Return a b, drawn with torch's generator of the CPU."""
+        return self._prefix(torch.rand((), dtype=torch.float64, device="cpu").item())
+
+    def _prefix(self, share: float) -> int:
+        return self.block * (1 + int(share * (len(self.down) // self.block)))

@@ -1,9 +1,10 @@
 """Training aids: what an optimiser is given, and bounds on what it makes.
 
-May import wrapping and what is below it; reads live models, no files. Public: `parameter_groups`
-and `limit_norms_`.
+May import wrapping and what is below it; reads live models, no files. Public: `parameter_groups`,
+`limit_norms_` and `Prefixes`.
 """
 
 from peftkit.training.groups import parameter_groups as parameter_groups
 from peftkit.training.limit_norms import LimitedNorm as LimitedNorm
 from peftkit.training.limit_norms import limit_norms_ as limit_norms_
+from peftkit.training.prefixes import Prefixes as Prefixes

@@ -192,7 +192,6 @@ CASES: dict[str, Callable[[Path], Case]] = {
 #: options in messages that say what came, or whose advice is followed where what they need is at hand
 ELSEWHERE = {
     *("push", "card"),  # tests/files/test_hub.py
-    "bake",  # tests/files/export/test_new_kind.py
     "config",  # tests/files/export/test_llamacpp.py
     *("into", "backup"),  # tests/wrapping/test_quantised_merge.py, tests/files/formats/test_peft_experts.py
     *("energy", "method"),  # the other of `rank`, and what asked for it

@@ -24,7 +24,7 @@ from peftkit.files.export.export import ExportReport
 from peftkit.wrapping.installed import installed_adapters
 from tests.support.models import tree
 from tests.support.readers import READERS, Read
-from tests.support.zoo import ADAPTERS, train
+from tests.support.zoo import CASES, train
 
 TARGETS = ("a1111", "forge", "comfyui", "kohya", "lycoris", "diffusers", "peft")
 
@@ -107,7 +107,7 @@ def wrapped(adapter: str, layers: Mapping[str, Callable[[], nn.Module]], seed: i
     """A model of these layers, in fp32, with a trained adapter of the zoo on each."""
     torch.manual_seed(seed)
     model = tree({path: make() for path, make in layers.items()})
-    case = ADAPTERS[adapter]
+    case = CASES[adapter]
     pk.wrap(model, case.kind, **case.options)
     train(model)
     return model
@@ -141,7 +141,7 @@ def of_kinds(kinds: Mapping[str, str]) -> nn.Module:
         convolution = nn.Conv2d(8, 16, 3 if "resnets" in path else 1)
         layers[path] = convolution if "resnets" in path or path.endswith("proj_in") else nn.Linear(8, 16)
     model = tree(layers)
-    pk.wrap(model, rules=[pk.Rule(path, ADAPTERS[name].kind, **ADAPTERS[name].options) for path, name in kinds.items()])
+    pk.wrap(model, rules=[pk.Rule(path, CASES[name].kind, **CASES[name].options) for path, name in kinds.items()])
     train(model)
     return model
 

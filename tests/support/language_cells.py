@@ -18,7 +18,7 @@ from peftkit.wrapping.installed import installed_adapters
 from tests.support.language import MODELS, SIZES, causal_lm, converted, matrices
 from tests.support.readers import Read, llamacpp
 from tests.support.readers.servers import read_sglang, read_vllm
-from tests.support.zoo import ADAPTERS, train
+from tests.support.zoo import CASES, train
 
 LANGUAGE = ("llama.cpp", "vllm", "sglang")
 SERVERS = {"vllm": read_vllm, "sglang": read_sglang}
@@ -78,9 +78,9 @@ def wrapped(case: str) -> tuple[Any, nn.Module]:
     targets |= {"conv1d": "*.c_attn", "experts": "*experts*"}
     if case == "norm":
         pk.wrap(model, rules=[pk.Rule("*.q_proj", "lora", rank=2), pk.Rule("*.input_layernorm", "full")])
-    elif case in ADAPTERS:
-        options = {"block_size": 8} if case.startswith("boft") else ADAPTERS[case].options
-        pk.wrap(model, ADAPTERS[case].kind, targets=_PROJECTIONS, **options)
+    elif case in CASES:
+        options = {"block_size": 8} if case.startswith("boft") else CASES[case].options
+        pk.wrap(model, CASES[case].kind, targets=_PROJECTIONS, **options)
     else:
         tied = {"tied": "untie"} if "tied" in case else {}
         pk.wrap(model, "lora", targets=targets.get(case, _PROJECTIONS), rank=2, **tied)

@@ -40,18 +40,12 @@ class Encoding:
         return None if low is None else low.rank
 
 
-def form_of(adapter: Adapter, shape: Shape) -> Form:
-    """Return an adapter without its base, in fp32.
-
-    Raises:
-        ExportError: if the adapter reads its base and no file has a form for it.
-    """
+def form_of(adapter: Adapter, shape: Shape) -> Form | None:
+    """Return an adapter without its base, in fp32; None if it reads its base and no file has a form for it."""
     with torch.no_grad():
         weight = placeholder_weight(shape)
         own = adapter.form(weight)
-        if own is None and adapter.reads_base:
-            raise ExportError(f"{adapter.kind} reads its base, and no file has a name for it: bake it with bake=True")
-        return own or registry.additive(adapter.delta(weight))
+        return None if own is None and adapter.reads_base else own or registry.additive(adapter.delta(weight))
 
 
 def encode(adapter: Adapter, target: Target, shape: Shape, base: Tensor | None, *, bake: bool = False) -> Encoding:
@@ -78,10 +72,10 @@ def _encode(adapter: Adapter, target: Target, shape: Shape, base: Tensor | None,
     reason = f"{adapter.kind} is to be baked"
     if not (bake and adapter.reads_base):
         form = form_of(adapter, shape)
-        if form.change is not None:
+        if form is not None and form.change is not None:
             return _additive(form.change, target, shape, adapter.kind)
-        reason = form.refusal(target, shape)
-        if not reason:
+        reason = f"{target.title} has no {adapter.kind} of this form" if form is None else form.refusal(target, shape)
+        if form is not None and not reason:
             return _exact(form, target)
     if base is None:
         raise ExportError(f"{reason}; give the base to bake ΔW into the file")
