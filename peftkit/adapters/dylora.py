@@ -30,7 +30,7 @@ class DyLoRA(Adapter):
         weight: W (m, n), read for its device and dtype.
         rank: r, 16 by default.
         alpha: α, by default the rank, so that γ = 1.
-        block: The step of b, a divisor of the rank; 4 by default.
+        block: The step of b, a divisor of the rank; 1 by default.
         frozen: Train only the last block of the b ranks in use.
         prefix: b in eval mode, a multiple of `block`; None for r.
 
@@ -59,7 +59,7 @@ class DyLoRA(Adapter):
         *,
         rank: int = 16,
         alpha: float | None = None,
-        block: int = 4,
+        block: int = 1,
         frozen: bool = False,
         prefix: int | None = None,
     ) -> None:
@@ -83,7 +83,7 @@ class DyLoRA(Adapter):
 
     def delta(self, weight: Tensor) -> LowRank:
         del weight
-        if not self.training:
+        if not self.training or self.up.is_meta:  # as a plan has it, which draws nothing
             return LowRank(times(self.scale, self.up[:, : self.prefix]), self.down[: self.prefix])
         b = self.draw() if self.drawn is None else self.drawn
         up, down = self.up[:, :b], self.down[:b]

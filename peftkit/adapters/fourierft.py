@@ -74,8 +74,10 @@ class FourierFT(Adapter):
         del weight
         u, v = self.indices
         if 4 * len(u) >= min(self.rows, self.columns):
-            dense = self.spectrum.new_zeros(self.rows, self.columns).index_put((u, v), self.spectrum)
-            return Dense(torch.fft.ifft2(dense).real * self.scaling)
+            wide = torch.promote_types(self.spectrum.dtype, torch.float32)  # no transform takes 16 bits
+            spectrum = self.spectrum.new_zeros(self.rows, self.columns, dtype=wide)
+            delta = torch.fft.ifft2(spectrum.index_put((u, v), self.spectrum.to(wide))).real * self.scaling
+            return Dense(delta.to(self.spectrum.dtype))
         scale = self.scaling / (self.rows * self.columns)
         outer, inner = (self._angles(size, at) for size, at in ((self.rows, u), (self.columns, v)))
         up = scale * torch.cat((outer.cos() * self.spectrum, -outer.sin() * self.spectrum), dim=1)

@@ -26,7 +26,12 @@ ROWS, COLUMNS = 128, 64
 WIDE = (2048, 1024)  # a weight of several row blocks
 
 #: options that the kinds need on a weight of that size
-OPTIONS: dict[str, dict[str, Any]] = {"loldu": {"rank": 4}, "lokr": {"factor": 4}, "glora": {"rank": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "loldu": {"rank": 4},
+    "lokr": {"factor": 4},
+    "glora": {"rank": 2},
+    "dylora": {"rank": 4, "block": 4},  # of one block: what it draws is always all of it
+}
 
 
 def _four_bit(quant_type: str, **options: Any) -> Callable[[nn.Linear], nn.Module]:

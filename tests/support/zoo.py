@@ -206,10 +206,15 @@ METHODS: dict[str, AdapterCase] = {
     "svdiff": AdapterCase("svdiff"),
     "fourierft": AdapterCase("fourierft", {"frequencies": 2, "scaling": 40.0}),
     "fourierft dense": AdapterCase("fourierft", {"frequencies": 7, "scaling": 40.0}),
-    "dylora": AdapterCase("dylora", {"rank": 4, "alpha": 2}),  # of one block: what it draws is always all of it
+    "dylora": AdapterCase(
+        "dylora", {"rank": 4, "block": 4, "alpha": 2}
+    ),  # of one block: what it draws is always all of it
 }
 #: the layers that these are run over in every run, one for each way to apply a matrix
 TYPICAL = ("linear", "conv2d k3", "conv2d g2 d2", "conv2d reflect", "transposed2d g2", "embedding", "experts")
+
+#: kinds with a structure of their own, for tests that ask nothing of where factors come from
+STRUCTURES = ("lora", "loha", "lokr", "loldu", "dora", "oft", "boft", "ia3", "glora", "full")
 
 #: beside them, what a few tests of files would take for another kind
 CASES: dict[str, AdapterCase] = {**ADAPTERS, **METHODS, "full rows": AdapterCase("full", {"rows": [1, 4, 5]})}

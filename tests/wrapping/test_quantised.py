@@ -20,7 +20,7 @@ from peftkit.wrapping.bases.formats import format_of, matrix_of
 from peftkit.wrapping.installed import adapted_modules
 from peftkit.wrapping.layer import Adapted
 from tests.support.matrix_quantised import BASES, COLUMNS, OPTIONS, ROWS, cells, network, pair, quantised
-from tests.support.zoo import train
+from tests.support.zoo import STRUCTURES, train
 
 # The 8-bit layer of bitsandbytes rounds its input to 16 bits, where it computes in float32 too; the dynamic one of
 # torchao to 8 bits
@@ -49,7 +49,7 @@ def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("kind", pk.kinds())
+@pytest.mark.parametrize("kind", STRUCTURES)
 class TestEveryKindOnEveryBase:
     def test_a_fresh_adapter_changes_no_bit(self, kind: str, base: str) -> None:
         model, x = network(base), torch.randn(3, 5, COLUMNS)

@@ -27,8 +27,10 @@ def original() -> nn.Sequential:
 
 @pytest.mark.parametrize("base", BASES)
 def test_a_file_goes_from_the_quantised_base_to_the_original_and_back(base: str, tmp_path: Path) -> None:
-    for kind in (kind for kind in pk.kinds() if kind != "loldu"):
+    for kind in pk.kinds():
         model, _ = pair(kind, base)
+        if next(iter(model[0].adapters.values())).derived():  # its factors are those of the quantised weight
+            continue
         path = pk.save(model, tmp_path / f"{kind}.safetensors")
         whole = original()
         report = pk.load(whole, path)

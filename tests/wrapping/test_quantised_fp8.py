@@ -14,7 +14,7 @@ import peftkit as pk
 from peftkit.errors import UnsupportedLayerError
 from peftkit.wrapping.bases.fp8 import FineGrainedFP8
 from tests.support.matrix_quantised import OPTIONS, dequantised, fp8_layer, give
-from tests.support.zoo import train
+from tests.support.zoo import STRUCTURES, train
 
 finegrained_fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
 
@@ -37,7 +37,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-@pytest.mark.parametrize("kind", pk.kinds())
+@pytest.mark.parametrize("kind", STRUCTURES)
 def test_output_and_gradients_are_of_the_dequantised_weight(kind: str, tmp_path: Path) -> None:
     model = network()
     plain, x = dequantised(model), torch.randn(3, 64)
