@@ -83,22 +83,30 @@ class DyLoRA(Adapter):
 
     def delta(self, weight: Tensor) -> LowRank:
         del weight
-        if not self.training or self.up.is_meta:  # as a plan has it, which draws nothing
+        if not self.training:
             return LowRank(times(self.scale, self.up[:, : self.prefix]), self.down[: self.prefix])
-        b = self.draw() if self.drawn is None else self.drawn
-        up, down = self.up[:, :b], self.down[:b]
+        if self.drawn is None:
+            return self._drawn_here()
+        up, down = self.up[:, : self.drawn], self.down[: self.drawn]
         if self.frozen:
-            held = b - self.block
+            held = self.drawn - self.block
             up = torch.cat((up[:, :held].detach(), up[:, held:]), dim=1)
             down = torch.cat((down[:held].detach(), down[held:]))
         return LowRank(times(self.scale, up), down)
 
     def use_prefix(self, share: float) -> None:
-        self.drawn = self._prefix(share)
+        self.drawn = self.block * (1 + int(share * self._blocks))
 
-    def draw(self) -> int:
-        """Return a b, drawn with torch's generator of the CPU."""
-        return self._prefix(torch.rand((), dtype=torch.float64, device="cpu").item())
+    @property
+    def _blocks(self) -> int:
+        return len(self.down) // self.block
 
-    def _prefix(self, share: float) -> int:
-        return self.block * (1 + int(share * (len(self.down) // self.block)))
+    def _drawn_here(self) -> LowRank:
+        """ΔW with a b of this call: ranks are masked, so that no size depends on what was drawn."""
+        b = self.block * (1 + (torch.rand((), device=self.up.device) * self._blocks).floor())
+        rank = torch.arange(len(self.down), device=self.up.device)
+        up, down = self.up * (rank < b), self.down
+        if self.frozen:
+            last = rank >= b - self.block
+            up, down = torch.where(last, up, up.detach()), torch.where(last[:, None], down, down.detach())
+        return LowRank(times(self.scale, up), down)

@@ -178,6 +178,35 @@ def test_dylora_trains_prefixes_and_uses_one(frozen: bool) -> None:
             assert moved == list(range(ranks - 2 if frozen else 0, ranks))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_dylora_draws_by_itself(frozen: bool) -> None:
+    """Every prefix as often as another, each with the gradients of the same prefix said from outside."""
+    torch.manual_seed(0)
+    W = torch.randn(M, N, dtype=torch.float64)
+    adapter = registry.build("dylora", Shape(M, N), W, rank=4, block=1, frozen=frozen)
+    with torch.no_grad():
+        adapter.get_parameter("up").normal_()
+
+    def step() -> list[Tensor]:
+        adapter.zero_grad()
+        delta = adapter(W, 1.0).dense()
+        (delta * W).sum().backward()
+        return [delta.detach(), *(p.grad for p in adapter.parameters() if p.grad is not None)]
+
+    said = {}
+    for ranks in range(1, 5):
+        adapter.use_prefix((ranks - 0.5) / 4)
+        said[ranks] = step()
+    adapter.drawn = None  # type: ignore[assignment]
+    counts = dict.fromkeys(said, 0)
+    for _ in range(200):
+        found = step()
+        (ranks,) = (k for k, each in said.items() if torch.allclose(each[0], found[0]))
+        assert all(torch.allclose(own, other) for own, other in zip(found, said[ranks], strict=True))
+        counts[ranks] += 1
+    assert min(counts.values()) > 25
+
+
 # -- PEFT's own classes -----------------------------------------------------------------------------------------------
 
 

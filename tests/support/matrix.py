@@ -22,7 +22,7 @@ from peftkit.errors import PeftkitError
 from tests.support import matrix_quantised
 from tests.support.experts import Bank
 from tests.support.processes import distributed
-from tests.support.zoo import SMALL, train
+from tests.support.zoo import OPTIONS, train
 
 
 class Net(nn.Module):
@@ -40,7 +40,7 @@ def adapted(kind: str, seed: int = 1) -> nn.Module:
     """The net with trained adapters, the same each time."""
     torch.manual_seed(0)
     net = Net()
-    pk.wrap(net, kind, **SMALL[kind])
+    pk.wrap(net, kind, **OPTIONS[kind])
     train(net, seed)
     return net
 
@@ -185,7 +185,7 @@ def embedding(kind: str) -> None:
 
     x = torch.tensor([[0, 3], [5, 3]])
     model = base()
-    options = {"block_size": 6} if kind == "boft" else SMALL[kind]  # of 12 rows
+    options = {"block_size": 6} if kind == "boft" else OPTIONS[kind]  # of 12 rows
     pk.wrap(model, kind, targets="0", **options)
     train(model)
     assert not torch.equal(model(x), base()(x))
@@ -199,7 +199,7 @@ def experts(kind: str) -> None:
 
     x = torch.randn(4, 24)
     model = base()
-    options = {"block_size": 6} if kind == "boft" else SMALL[kind]  # of 12 rows
+    options = {"block_size": 6} if kind == "boft" else OPTIONS[kind]  # of 12 rows
     pk.wrap(model, kind, targets="0.weight", **options)
     train(model)
     assert not torch.equal(model(x), base()(x))

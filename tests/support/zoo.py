@@ -233,6 +233,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "glora": {"rank": 2},
     "full": {},
 }
+#: the same of all kinds; of a kind with several cases, those of the first
+OPTIONS: dict[str, dict[str, Any]] = {**{case.kind: case.options for case in reversed(METHODS.values())}, **SMALL}
 
 
 def make(layer: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Module, Tensor]:
