@@ -50,7 +50,11 @@ class Prefixes:
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Draw now, and after each step of an optimiser. Returns the hook's handle, whose remove() ends that."""
         self.draw()
-        return optimizer.register_step_post_hook(lambda *_: self.draw())
+
+        def again(*_: object) -> None:
+            self.draw()
+
+        return optimizer.register_step_post_hook(again)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run needs to go on with the same draws."""
