@@ -48,6 +48,8 @@ class Adapter(nn.Module, ABC):
     additive: ClassVar[type[Additive] | None] = None
     #: the tensors to which all of ΔW is proportional: times c, those that are there make it c·ΔW; none if ΔW is not so
     scaling_parameters: ClassVar[frozenset[str]] = frozenset()
+    #: what `row_parameters` returns, of kinds where it is the same under all options
+    by_row: ClassVar[frozenset[str] | None] = None
     #: the options that say only shapes, the start, γ or dropout: under one γ, tensors of a smaller rank are the same ΔW
     #: as those with zeros behind them
     resizable: ClassVar[frozenset[str]] = frozenset()
@@ -159,7 +161,7 @@ class Adapter(nn.Module, ABC):
             options: as in `Stored`.
         """
         del options
-        return None
+        return cls.by_row
 
     @classmethod
     def of_rows(cls, stored: Stored, shape: Shape, rows: Tensor) -> Stored | None:

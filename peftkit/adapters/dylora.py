@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +46,7 @@ class DyLoRA(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.07558"
     convention: ClassVar[str] = "gamma*up[:,:b]@down[:b]"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})
+    by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})
     starts_at_zero = frozenset({"up"})
     decays = frozenset({"up", "down"})
     stochastic = True
@@ -75,11 +75,6 @@ class DyLoRA(Adapter):
         new = factory(weight)
         self.up = nn.Parameter(torch.zeros(shape.rows, rank, **new))
         self.down = nn.Parameter(uniform_fan_in_(torch.empty(rank, shape.columns, **new), shape.columns))
-
-    @classmethod
-    def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        del options
-        return frozenset({"up"})
 
     def delta(self, weight: Tensor) -> LowRank:
         del weight

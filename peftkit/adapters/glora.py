@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +83,7 @@ class GLoRA(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.07967"
     convention: ClassVar[str] = "gamma*(W@base_up@base_down+up@down)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"base_up", "up"})
+    by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})
     starts_at_zero = frozenset({"base_down", "down"})
     decays = frozenset({"base_up", "base_down", "up", "down"})
     reads_base = True
@@ -98,11 +98,6 @@ class GLoRA(Adapter):
         self.base_down = nn.Parameter(torch.zeros(rank, shape.channels, **new))
         self.up = nn.Parameter(uniform_fan_in_(torch.empty(shape.rows, rank, **new), rank))
         self.down = nn.Parameter(torch.zeros(rank, shape.columns, **new))
-
-    @classmethod
-    def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        del options
-        return frozenset({"up"})
 
     def delta(self, weight: Tensor) -> LowRank:
         base_up, base_down = (self._at_every_position(factor) for factor in (self.base_up, self.base_down))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -76,6 +76,7 @@ class LoHa(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2108.06098"
     convention: ClassVar[str] = "gamma*(up1@down1)*(up2@down2)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up1"})
+    by_row: ClassVar[frozenset[str] | None] = frozenset({"up1", "up2"})
     resizable: ClassVar[frozenset[str]] = frozenset({"rank", "alpha", "init"})
     decays = frozenset({"up1", "down1", "core1", "up2", "down2", "core2"})
     additive = LoHaForm
@@ -122,11 +123,6 @@ class LoHa(Adapter):
                 nn.init.normal_(core, std=0.1)
             else:
                 uniform_fan_in_(core, rank * shape.positions)
-
-    @classmethod
-    def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        del options
-        return frozenset({"up1", "up2"})
 
     def delta(self, weight: Tensor) -> Hadamard:
         del weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -98,6 +98,7 @@ class LoRA(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
     convention: ClassVar[str] = "gamma*up@down"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})
+    by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})
     resizable: ClassVar[frozenset[str]] = frozenset(
         {"rank", "alpha", "rslora", "dropout", "rank_dropout", "module_dropout"}
     )
@@ -137,11 +138,6 @@ class LoRA(Adapter):
         else:
             self.down = nn.Parameter(uniform_fan_in_(torch.empty(rank, shape.columns, **new), shape.columns))
             self.core = None
-
-    @classmethod
-    def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        del options
-        return frozenset({"up"})
 
     def delta(self, weight: Tensor) -> LowRank | LowRankStack:
         del weight

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +43,7 @@ class LoRAFA(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2308.03303"
     convention: ClassVar[str] = "gamma*up@down"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})
+    by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})
     decays = frozenset({"up"})
     down: Tensor
 
@@ -56,11 +56,6 @@ class LoRAFA(Adapter):
         new = factory(weight)
         self.up = nn.Parameter(torch.zeros(shape.rows, rank, **new))
         self.register_buffer("down", uniform_fan_in_(torch.empty(rank, shape.columns, **new), shape.columns))
-
-    @classmethod
-    def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        del options
-        return frozenset({"up"})
 
     def delta(self, weight: Tensor) -> LowRank:
         del weight

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +43,7 @@ class MosLoRA(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.11909"
     convention: ClassVar[str] = "gamma*up@mixer@down"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})
+    by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})
     starts_at_zero = frozenset({"up"})
     decays = frozenset({"up", "mixer", "down"})
 
@@ -62,11 +62,6 @@ class MosLoRA(Adapter):
         else:
             uniform_fan_in_(self.mixer, rank)
         self.down = nn.Parameter(uniform_fan_in_(torch.empty(rank, shape.columns, **new), shape.columns))
-
-    @classmethod
-    def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        del options
-        return frozenset({"up"})
 
     def delta(self, weight: Tensor) -> LowRank:
         del weight

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +44,7 @@ class SVDLoRA(Adapter):
     paper: ClassVar[str] = "https://arxiv.org/abs/2303.10512"
     convention: ClassVar[str] = "gamma*up@diag(gate)@down"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"gate"})
+    by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})
     decays = frozenset({"up", "gate", "down"})
 
     def __init__(
@@ -71,11 +71,6 @@ class SVDLoRA(Adapter):
         else:
             nn.init.normal_(self.gate)
             uniform_fan_in_(self.down, shape.columns)
-
-    @classmethod
-    def row_parameters(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        del options
-        return frozenset({"up"})
 
     def delta(self, weight: Tensor) -> LowRank:
         del weight

@@ -9,14 +9,23 @@ from torch import Tensor
 from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter, Stored
 from peftkit.geometry import Shape
-from tests.support.zoo import ADAPTERS
+from tests.support.zoo import ADAPTERS, METHODS
 
+EVERY = {**ADAPTERS, **METHODS}
 #: what mixes rows and is therefore not taken apart
 MIXED = {"loldu", "loldu rank 1", "dora of loldu", "dora in", "dora of lokr in", "boft", "boft rescaled"} | {
     name for name in ADAPTERS if name.startswith("oft") and name not in ("oft in", "oft series")
 }
+#: what is of other numbers for a weight of fewer rows
+SIZED = ("melora", "mora", "miss", "vera", "randlora", "lora-xs", "svdiff", "fourierft")
+MIXED |= {name for name in METHODS if name.startswith(SIZED)}
 #: what no tensor scales alone
-DISPROPORTIONATE = MIXED | {name for name, case in ADAPTERS.items() if case.kind in ("dora", "oft")} | {"dora of loha"}
+DISPROPORTIONATE = (
+    (MIXED - METHODS.keys())
+    | {"svdiff"}
+    | {name for name, case in ADAPTERS.items() if case.kind in ("dora", "oft")}
+    | {"dora of loha"}
+)
 
 
 def trained(case: str) -> tuple[Adapter, Tensor, Shape]:
@@ -25,7 +34,7 @@ def trained(case: str) -> tuple[Adapter, Tensor, Shape]:
     kernel = 3
     shape = Shape(12, 8, (kernel, kernel))
     weight = torch.randn(shape.rows, shape.columns, dtype=torch.float64)
-    adapter = registry.build(ADAPTERS[case].kind, shape, weight, **ADAPTERS[case].options).eval()
+    adapter = registry.build(EVERY[case].kind, shape, weight, **EVERY[case].options).eval()
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -36,7 +45,7 @@ def stored(adapter: Adapter) -> Stored:
     return Stored(adapter.kind, adapter.options, {k: t.detach() for k, t in adapter.state_dict().items()})
 
 
-@pytest.mark.parametrize("case", ADAPTERS)
+@pytest.mark.parametrize("case", EVERY)
 def test_the_adapter_of_some_rows_has_these_rows_of_the_change(case: str) -> None:
     adapter, weight, shape = trained(case)
     rows = torch.tensor([7, 6, 0, 11])
@@ -59,7 +68,7 @@ def test_the_adapter_of_some_rows_shares_no_memory_with_the_whole() -> None:
     assert {t.data_ptr() for t in taken.tensors.values()}.isdisjoint(t.data_ptr() for t in whole.tensors.values())
 
 
-@pytest.mark.parametrize("case", ADAPTERS)
+@pytest.mark.parametrize("case", EVERY)
 def test_the_tensors_named_as_factors_scale_the_whole_change(case: str) -> None:
     adapter, weight, _ = trained(case)
     names = [name for name in type(adapter).scaling_parameters if name in adapter.state_dict()]
