@@ -41,10 +41,10 @@ test: $(VENV)/ready-dev docs
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
 
 test-full: $(VENV)/ready-dev
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 .venv-oldest/ready: CONSTRAINTS := -c constraints-oldest.txt
 .venv-%/ready: pyproject.toml constraints-oldest.txt

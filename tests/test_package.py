@@ -48,6 +48,10 @@ def built(what: str, source: Path, folder: Path) -> Path:
     return folder / name
 
 
+# of a group: one worker builds the package, and not each for itself
+pytestmark = pytest.mark.xdist_group("package")
+
+
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source archive of a copy of the repository."""

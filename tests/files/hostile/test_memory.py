@@ -14,7 +14,8 @@ from tests.support import corpus
 from tests.support.bounds import SECONDS
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.processes
+# of a group: one worker measures, and not each for itself
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("bombs")]
 
 
 @pytest.fixture(scope="module")
