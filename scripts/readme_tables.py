@@ -76,6 +76,13 @@ METHODS: list[tuple[str, str, str, dict[str, Any], str]] = [
     ("`vera`", "diag(b)·B·diag(d)·A", "vera", {"rank": 256}, "files of a few kilobytes, many of them"),
     ("`randlora`", "γ·Σ Bⱼ·diag(Λⱼ)·A·diag(Γⱼ)", "randlora", {"rank": 32}, "full rank for few numbers"),
     ("`lora-xs`", "γ·U·R·S·Vᵀ", "lora-xs", {"rank": 32}, "r² numbers a layer must do, whatever its size"),
+    (
+        "`anchored`",
+        "γ·(B·A − B₀·A₀)",
+        "anchored",
+        {"rank": 8},
+        "LoRA learns slowly: PiSSA's, MiLoRA's or OLoRA's start",
+    ),
     ("`svdiff`", "U·diag(max(S + δ, 0) − S)·Vᵀ", "svdiff", {}, "a few images, and little is to change"),
     ("`fourierft`", "s·Re(ifft2(C))", "fourierft", {"frequencies": 1000}, "a thousand numbers a layer, of any rank"),
     ("`dylora`", "γ·B[:, :b]·A[:b]", "dylora", {"rank": 16}, "the rank is to be chosen after training"),

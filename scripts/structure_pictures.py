@@ -185,6 +185,18 @@ PICTURES: dict[str, tuple[Matrix | str, ...]] = {
         "·",
         Matrix("S·Vᵀ", "r", "n", "frozen"),
     ),
+    "anchored": (
+        Matrix("ΔW", "m", "n", "computed"),
+        "= γ (",
+        Matrix("B", "m", "r"),
+        "·",
+        Matrix("A", "r", "n"),
+        "−",
+        Matrix("B₀", "m", "r", "frozen"),
+        "·",
+        Matrix("A₀", "r", "n", "frozen"),
+        ")",
+    ),
     "svdiff": (
         Matrix("ΔW", "m", "n", "computed"),
         "=",

@@ -4,6 +4,7 @@ May import delta, geometry, kernels and errors; knows no model and no file. Publ
 derive from, `register` to name a kind, and `factory` for its parameters.
 """
 
+from peftkit.adapters.anchored import AnchoredLoRA as AnchoredLoRA
 from peftkit.adapters.base import Adapter as Adapter
 from peftkit.adapters.block_lora import BlockLoRA as BlockLoRA
 from peftkit.adapters.boft import BOFT as BOFT

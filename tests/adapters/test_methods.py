@@ -133,6 +133,39 @@ def test_lora_xs_trains_the_projection_of_the_full_gradient() -> None:
     assert gradient is not None and torch.allclose(gradient, signs[:, None] * expected * signs)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_anchored_start_has_peft_s_factors_and_their_gradients(start: str) -> None:
+    """On a base that no bit of changes, where PEFT's has moved."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(N, M))
+    ours, weight = copy.deepcopy(net), net[0].weight.detach().clone()
+    model: Any = peft.get_peft_model(
+        net, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=start)
+    )  # type: ignore[arg-type]
+    layer = model.base_model.model[0]
+    pk.wrap(ours, "anchored", rank=4, alpha=8, start=start)
+    own = numbers(ours[0].adapters["default"])
+    up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    assert torch.allclose(own["up0"] @ own["down0"], up @ down, atol=1e-5)
+    assert torch.equal(ours[0].weight, weight) and not torch.equal(layer.base_layer.weight, weight)
+    x, gradients = torch.linspace(-1, 1, 3 * N).view(3, N), []
+    for each in (ours, model):
+        each(x).square().sum().backward()
+        gradients.append([p.grad for p in each.parameters() if p.grad is not None])
+    signs = (own["up0"] * up).sum(0).sign()  # a pair of singular vectors has no sign of its own
+    theirs_down, theirs_up = sorted(gradients[1], key=lambda g: g.shape[0] != 4)
+    ours_down, ours_up = sorted(gradients[0], key=lambda g: g.shape[0] != 4)
+    assert torch.allclose(ours_up, theirs_up * signs, atol=1e-4)
+    assert torch.allclose(ours_down, theirs_down * signs[:, None], atol=1e-4)
+
+
+def test_milora_starts_at_the_smallest_singular_values() -> None:
+    adapter, _, W = trained("anchored", rank=3, alpha=6, start="milora")
+    own = numbers(adapter)
+    values = torch.linalg.svdvals(2 * own["up0"] @ own["down0"])
+    assert torch.allclose(values[:3], torch.linalg.svdvals(W)[-3:])
+
+
 def test_svdiff_moves_singular_values_and_none_below_zero() -> None:
     torch.manual_seed(0)
     W = torch.randn(M, N, dtype=torch.float64)

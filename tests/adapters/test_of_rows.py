@@ -17,12 +17,12 @@ MIXED = {"loldu", "loldu rank 1", "dora of loldu", "dora in", "dora of lokr in",
     name for name in ADAPTERS if name.startswith("oft") and name not in ("oft in", "oft series")
 }
 #: what is of other numbers for a weight of fewer rows
-SIZED = ("melora", "mora", "miss", "vera", "randlora", "lora-xs", "svdiff", "fourierft")
+SIZED = ("melora", "mora", "miss", "vera", "randlora", "lora-xs", "svdiff", "fourierft", "pissa", "milora", "olora")
 MIXED |= {name for name in METHODS if name.startswith(SIZED)}
 #: what no tensor scales alone
 DISPROPORTIONATE = (
     (MIXED - METHODS.keys())
-    | {"svdiff"}
+    | {"svdiff", "pissa", "milora", "olora"}
     | {name for name, case in ADAPTERS.items() if case.kind in ("dora", "oft")}
     | {"dora of loha"}
 )

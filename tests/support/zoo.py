@@ -204,6 +204,9 @@ METHODS: dict[str, AdapterCase] = {
     "randlora": AdapterCase("randlora", {"rank": 3, "alpha": 1.5}),
     "lora-xs": AdapterCase("lora-xs", {"rank": 3, "alpha": 1.5}),
     "svdiff": AdapterCase("svdiff"),
+    "pissa": AdapterCase("anchored", {"rank": 2, "alpha": 1}),
+    "milora": AdapterCase("anchored", {"rank": 2, "start": "milora", "rslora": True}),
+    "olora": AdapterCase("anchored", {"rank": 3, "start": "olora"}),
     "fourierft": AdapterCase("fourierft", {"frequencies": 2, "scaling": 40.0}),
     "fourierft dense": AdapterCase("fourierft", {"frequencies": 7, "scaling": 40.0}),
     "dylora": AdapterCase(

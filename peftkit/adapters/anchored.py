@@ -1,0 +1,118 @@
+"""Anchored LoRA: factors that start elsewhere than at zero, on a base that stays as it is."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapters.base import Adapter
+from peftkit.adapters.frame import frame
+from peftkit.adapters.options import factory, rank_scale, require, require_rank, times
+from peftkit.adapters.registry import register
+from peftkit.delta import LowRank
+from peftkit.geometry import Shape
+
+STARTS = ("pissa", "milora", "olora")
+
+
+@register("anchored")
+class AnchoredLoRA(Adapter):
+    r"""Trains a LoRA from a start that is not zero: ΔW = γ·(B·A − B₀·A₀), with γ = α/r, or α/√r with `rslora`.
+
+    Parameters are the offsets `up`, B − B₀ (m, r), and `down`, A − A₀ (r, n), which start at 0: ΔW is exactly 0 at the
+    start, with the gradients of B and A, and the base is never written, which PEFT's own starts move. ΔW is of rank up
+    to 2r. B₀ and A₀ are computed from W = U·S·Vᵀ and frozen:
+
+    - "pissa": the leading r singular triples, B₀ = U_r·(S_r/γ)^½ and A₀ = (S_r/γ)^½·V_rᵀ
+      (https://arxiv.org/abs/2404.02948);
+    - "milora": the same of the last r, those with the smallest values (https://arxiv.org/abs/2406.09044);
+    - "olora": the first r columns of Q and rows of R of W = Q·R, with a positive diagonal of R
+      (https://arxiv.org/abs/2406.01775).
+
+    Weight decay pulls to the start.
+
+    Paper: https://arxiv.org/abs/2404.02948.
+
+    Args:
+        shape: The shape of the weight.
+        weight: W (m, n), of which the start is taken.
+        rank: r, at most min(m, n); 8 by default, or min(m, n) where that is less.
+        alpha: α, by default the rank, so that γ = 1.
+        rslora: Scale by α/√r in place of α/r.
+        start: "pissa" (default), "milora" or "olora".
+
+    Raises:
+        OptionError: An option has a value that it cannot take.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> report = pk.wrap(model, "anchored", rank=4, start="olora")
+        >>> sum(p.numel() for p in pk.adapter_parameters(model))  # r·(m + n)
+        96
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2404.02948"
+    convention: ClassVar[str] = "gamma*((up0+up)@(down0+down)-up0@down0)"
+    on_another_base: ClassVar[str] = (
+        "is made of the first base's own factors, which this file does not hold: save it with portable=True"
+    )
+    decays = frozenset({"up", "down"})
+    up0: Tensor
+    down0: Tensor
+
+    def __init__(
+        self,
+        shape: Shape,
+        weight: Tensor,
+        *,
+        rank: int | None = None,
+        alpha: float | None = None,
+        rslora: bool = False,
+        start: str = "pissa",
+    ) -> None:
+        super().__init__()
+        limit = min(shape.rows, shape.columns)
+        rank = min(8, limit) if rank is None else rank
+        require_rank("anchored", rank)
+        require(rank <= limit, "anchored", "rank", rank, f"at most {limit}, the singular values of this {shape} weight")
+        require(start in STARTS, "anchored", "start", start, f"one of {', '.join(STARTS)}")
+        self.options = {"rank": rank}
+        self.scale, self.start = rank_scale("anchored", rank, alpha, rslora), start
+        require(self.scale > 0, "anchored", "alpha", alpha, "a number above 0, because the start is divided by γ")
+        new = factory(weight)
+        self.up = nn.Parameter(torch.zeros(shape.rows, rank, **new))
+        self.down = nn.Parameter(torch.zeros(rank, shape.columns, **new))
+        up, down = _factors(start, weight, rank, self.scale)
+        self.register_buffer("up0", up)
+        self.register_buffer("down0", down)
+
+    def delta(self, weight: Tensor) -> LowRank:
+        del weight
+        up = torch.cat((self.up, self.up0), dim=1)
+        return LowRank(times(self.scale, up), torch.cat((self.down0 + self.down, self.down)))
+
+    @torch.no_grad()
+    def rebase_(self, weight: Tensor) -> None:
+        for own, new in zip(
+            (self.up0, self.down0), _factors(self.start, weight, len(self.down), self.scale), strict=True
+        ):
+            own.copy_(new)
+
+    def derived(self) -> dict[str, Tensor]:
+        return {"up0": self.up0, "down0": self.down0}
+
+
+@torch.no_grad()
+def _factors(start: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """B₀ (m, r) and A₀ (r, n)."""
+    if start == "olora" and not weight.is_meta:
+        Q, R = torch.linalg.qr(weight.to(factory(weight)["dtype"]))
+        sign = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R.dtype)[:rank]
+        return (Q[:, :rank] * sign).contiguous(), sign[:, None] * R[:rank]
+    last = start == "milora"
+    U, S, V = frame(weight, None if last else rank)
+    part = slice(-rank, None) if last else slice(rank)
+    root = (S[part] / scale).sqrt()
+    return U[:, part] * root, root[:, None] * V[part]
