@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.frame import frame
-from peftkit.adapters.options import factory, rank_scale, require, require_rank, times
+from peftkit.adapters.options import factory, rank_scale, require, require_rank, times, uniform_fan_in_
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
 
-STARTS = ("pissa", "milora", "olora")
+STARTS = ("pissa", "milora", "olora", "given")
 
 
 @register("anchored")
@@ -29,7 +29,8 @@ class AnchoredLoRA(Adapter):
       (https://arxiv.org/abs/2404.02948);
     - "milora": the same of the last r, those with the smallest values (https://arxiv.org/abs/2406.09044);
     - "olora": the first r columns of Q and rows of R of W = Q·R, with a positive diagonal of R
-      (https://arxiv.org/abs/2406.01775).
+      (https://arxiv.org/abs/2406.01775);
+    - "given": B₀ = 0 and A₀ from U(±1/√n), as LoRA starts, until `pk.training.start` gives others; the file has them.
 
     Weight decay pulls to the start.
 
@@ -41,7 +42,7 @@ class AnchoredLoRA(Adapter):
         rank: r, at most min(m, n); 8 by default, or min(m, n) where that is less.
         alpha: α, by default the rank, so that γ = 1.
         rslora: Scale by α/√r in place of α/r.
-        start: "pissa" (default), "milora" or "olora".
+        start: "pissa" (default), "milora", "olora" or "given".
 
     Raises:
         OptionError: An option has a value that it cannot take.
@@ -59,6 +60,7 @@ class AnchoredLoRA(Adapter):
         "is made of the first base's own factors, which this file does not hold: save it with portable=True"
     )
     decays = frozenset({"up", "down"})
+    takes_start: ClassVar[bool] = True
     up0: Tensor
     down0: Tensor
 
@@ -80,7 +82,13 @@ class AnchoredLoRA(Adapter):
         require(start in STARTS, "anchored", "start", start, f"one of {', '.join(STARTS)}")
         self.options = {"rank": rank}
         self.scale, self.start = rank_scale("anchored", rank, alpha, rslora), start
-        require(self.scale > 0, "anchored", "alpha", alpha, "a number above 0, because the start is divided by γ")
+        require(
+            self.scale > 0 or start == "given",
+            "anchored",
+            "alpha",
+            alpha,
+            "a number above 0, because the start is divided by γ",
+        )
         new = factory(weight)
         self.up = nn.Parameter(torch.zeros(shape.rows, rank, **new))
         self.down = nn.Parameter(torch.zeros(rank, shape.columns, **new))
@@ -94,19 +102,32 @@ class AnchoredLoRA(Adapter):
         return LowRank(times(self.scale, up), torch.cat((self.down0 + self.down, self.down)))
 
     @torch.no_grad()
+    def anchor_(self, up: Tensor, down: Tensor) -> None:
+        for own, new in ((self.up0, up), (self.down0, down)):
+            own.copy_(new)
+        self.up.zero_()
+        self.down.zero_()
+
+    @torch.no_grad()
     def rebase_(self, weight: Tensor) -> None:
+        if self.start == "given":
+            return
         for own, new in zip(
             (self.up0, self.down0), _factors(self.start, weight, len(self.down), self.scale), strict=True
         ):
             own.copy_(new)
 
     def derived(self) -> dict[str, Tensor]:
-        return {"up0": self.up0, "down0": self.down0}
+        return {} if self.start == "given" else {"up0": self.up0, "down0": self.down0}
 
 
 @torch.no_grad()
 def _factors(start: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """B₀ (m, r) and A₀ (r, n)."""
+    if start == "given":
+        new = factory(weight)
+        down = uniform_fan_in_(torch.empty(rank, weight.shape[1], **new), weight.shape[1])
+        return torch.zeros(weight.shape[0], rank, **new), down
     if start == "olora" and not weight.is_meta:
         Q, R = torch.linalg.qr(weight.to(factory(weight)["dtype"]))
         sign = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R.dtype)[:rank]

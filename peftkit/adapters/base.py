@@ -71,6 +71,8 @@ class Adapter(nn.Module, ABC):
     stochastic: bool = False
     #: whether training draws how many of its ranks it uses, which `use_prefix` may say for a whole model
     draws_prefixes: ClassVar[bool] = False
+    #: whether `anchor_` gives it a start
+    takes_start: ClassVar[bool] = False
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Delta:
@@ -178,6 +180,10 @@ class Adapter(nn.Module, ABC):
             return None
         tensors = {key: t[rows] if key in by_row else t.clone() for key, t in stored.tensors.items()}
         return stored._replace(tensors=tensors)
+
+    def anchor_(self, up: Tensor, down: Tensor) -> None:
+        """Start again from other factors, B₀ (m, r) and A₀ (r, n), at ΔW = 0; of kinds that take a start."""
+        raise OptionError(f"{self.kind} starts as it is made: wrap with the kind 'anchored' and start='given'")
 
     def use_prefix(self, share: float) -> None:
         """Use, in training, the ranks that a number in [0, 1) stands for, where the kind draws how many it uses."""

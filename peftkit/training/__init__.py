@@ -1,10 +1,12 @@
 """Training aids: what an optimiser is given, and bounds on what it makes.
 
 May import wrapping and what is below it; reads live models, no files. Public: `parameter_groups`,
-`limit_norms_` and `Prefixes`.
+`limit_norms_`, `Prefixes` and `start`.
 """
 
 from peftkit.training.groups import parameter_groups as parameter_groups
 from peftkit.training.limit_norms import LimitedNorm as LimitedNorm
 from peftkit.training.limit_norms import limit_norms_ as limit_norms_
 from peftkit.training.prefixes import Prefixes as Prefixes
+from peftkit.training.starts import StartReport as StartReport
+from peftkit.training.starts import start as start

@@ -42,6 +42,16 @@ class InstalledAdapter:
         """Whether the weight is an embedding's, whose input is numbers of rows."""
         return isinstance(self.slot.geometry, Lookup)
 
+    def put_(self, adapter: Adapter) -> None:
+        """Put another adapter in its place."""
+        held = self.host.adapters[self.name]
+        adapter.train(self.host.training)
+        if isinstance(held, nn.ModuleDict):
+            held[self.slot_name or WEIGHT] = adapter
+        else:
+            self.host.adapters[self.name] = adapter
+        self.host.adapter_state.refresh()
+
     def require_values(self, *, written: bool = False) -> None:
         """Raise UnsetAdapterError if the adapter, or the weight it is on, has no values.
 
