@@ -58,8 +58,10 @@ __all__ = [
     "restore",
     "save",
     "set_strength",
+    "start",
     "swap",
     "testing",
+    "training",
     "unwrap",
     "wrap",
 ]
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from peftkit import kernels as kernels
     from peftkit import monitor as monitor
     from peftkit import testing as testing
+    from peftkit import training as training
     from peftkit.adapters.base import Adapter as Adapter
     from peftkit.adapters.registry import kinds as kinds
     from peftkit.adapters.registry import register as register
@@ -98,6 +101,7 @@ if TYPE_CHECKING:
     from peftkit.files.swap import swap as swap
     from peftkit.training.groups import parameter_groups as parameter_groups
     from peftkit.training.limit_norms import limit_norms_ as limit_norms_
+    from peftkit.training.starts import start as start
     from peftkit.wrapping.check import CheckReport as CheckReport
     from peftkit.wrapping.check import check as check
     from peftkit.wrapping.merge import MergeReport as MergeReport
@@ -158,6 +162,7 @@ _PUBLIC = {
     "peftkit.files.swap": ("swap",),
     "peftkit.training.groups": ("parameter_groups",),
     "peftkit.training.limit_norms": ("limit_norms_",),
+    "peftkit.training.starts": ("start",),
     "peftkit.wrapping.check": (
         "CheckReport",
         "check",
@@ -187,7 +192,7 @@ _PUBLIC = {
     ),
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
-_PACKAGES = ("adapters", "delta", "errors", "kernels", "monitor", "testing")
+_PACKAGES = ("adapters", "delta", "errors", "kernels", "monitor", "testing", "training")
 
 
 def __getattr__(name: str) -> object:

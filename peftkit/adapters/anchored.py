@@ -30,7 +30,7 @@ class AnchoredLoRA(Adapter):
     - "milora": the same of the last r, those with the smallest values (https://arxiv.org/abs/2406.09044);
     - "olora": the first r columns of Q and rows of R of W = Q·R, with a positive diagonal of R
       (https://arxiv.org/abs/2406.01775);
-    - "given": B₀ = 0 and A₀ from U(±1/√n), as LoRA starts, until `pk.training.start` gives others; the file has them.
+    - "given": B₀ = 0 and A₀ from U(±1/√n), as LoRA starts, until `pk.start` gives others; the file has them.
 
     Weight decay pulls to the start.
 

@@ -126,7 +126,7 @@ def start(
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
         >>> _ = pk.wrap(model, "anchored", rank=2, start="given")
         >>> batches = [torch.randn(8, 16) for _ in range(4)]
-        >>> report = pk.training.start(model, "lora-ga", batches, lambda m, x: m(x).square().mean().backward())
+        >>> report = pk.start(model, "lora-ga", batches, lambda m, x: m(x).square().mean().backward())
         >>> sorted(report.energy)
         ['0', '2']
     """
