@@ -36,7 +36,7 @@ def test_dir_shows_public_names_only() -> None:
     assert len(pk.__all__) == len(set(pk.__all__))
     assert not {"annotations", "Any", "TYPE_CHECKING", "import_module", "geometry", "wrapping", "files"} & set(dir(pk))
     modules = {name for name in dir(pk) if inspect.ismodule(getattr(pk, name))}
-    assert modules == {"adapters", "delta", "errors", "kernels", "monitor", "testing"}
+    assert modules == {"adapters", "delta", "errors", "kernels", "monitor", "testing", "training"}
     pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
     documented = set(re.findall(r"^::: peftkit\.(\w+)$", pages, re.MULTILINE)) - modules
     assert documented == set(dir(pk)) - modules - {"__version__"}
