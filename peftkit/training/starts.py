@@ -104,7 +104,8 @@ def start(
     right singular vectors of the layer's inputs, with B₀ = 0 (https://arxiv.org/abs/2410.07170; not centred).
 
     No gradient of a weight is kept: a sketch of (m + 2n)·k numbers a layer is, k = oversample·r, for every layer that
-    can be adapted. The base is never written.
+    can be adapted. The base is never written. In a group of processes the sketches are summed over all of them, each
+    with its own batches: every process gets the same start.
 
     Args:
         model: wrapped with adapters of the kind "anchored" and start="given".
@@ -141,13 +142,14 @@ def start(
             "kind 'anchored' and start='given'"
         )
     if how == "eva":
-        return _of_inputs(model, found, batches, backward or _called, oversample, seed)
+        return _of_inputs(model, found, batches, backward, oversample, seed)
     if backward is None:
         raise OptionError("backward=None was given, and lora-ga needs the gradients of a loss: pass a function")
     with _probing(model, found, oversample, seed) as probes:
         for batch in batches:
             backward(model, batch)
         energy: dict[str, float] = {}
+        _sum_over_processes([grad for _, each in probes for grad in (each.up.grad, each.down.grad)])
         for at, probe in probes:
             if probe.up.grad is None or probe.down.grad is None:
                 raise OptionError(f"{at.site or 'the model'}: no gradient came to it: give batches, and a loss of it")
@@ -165,7 +167,6 @@ def _probing(
 ) -> Iterator[list[tuple[InstalledAdapter, _Probe]]]:
     """Put probes in the places of adapters, and let nothing else have gradients."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    held = {parameter: parameter.grad for parameter in flags}
     routes = {at.host: at.host.adapter_state.route for at in found}
     probes: list[tuple[InstalledAdapter, _Probe]] = []
     try:
@@ -185,7 +186,27 @@ def _probing(
             host.adapter_state.route = route
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-            parameter.grad = held[parameter]
+
+
+@contextmanager
+def _gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Add to no gradient that is there: each parameter has its own again afterwards."""
+    held = {parameter: parameter.grad for parameter in model.parameters()}
+    try:
+        for parameter in held:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad in held.items():
+            parameter.grad = grad
+
+
+def _sum_over_processes(sketches: Sequence[Tensor | None]) -> None:
+    """Give every process of a group the sums of all: a sketch of the data of all is the sum of their sketches."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for sketch in sketches:
+            if sketch is not None:
+                torch.distributed.all_reduce(sketch)
 
 
 def _called(model: nn.Module, batch: Any) -> object:
@@ -198,7 +219,7 @@ def _of_inputs(
     model: nn.Module,
     found: Sequence[InstalledAdapter],
     batches: Iterable[Any],
-    run: Callable[[nn.Module, Any], object],
+    backward: Callable[[nn.Module, Any], object] | None,
     oversample: int,
     seed: int,
 ) -> StartReport:
@@ -211,7 +232,7 @@ def _of_inputs(
     sketches: dict[int, tuple[Tensor, Tensor]] = {}
     squares = [torch.zeros((), dtype=torch.float64) for _ in found]
 
-    def seen(index: int, at: InstalledAdapter) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def seen(index: int, at: InstalledAdapter) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         geometry = at.slot.geometry
         omega = bank(
             seed,
@@ -221,8 +242,8 @@ def _of_inputs(
             at.base.new_zeros((), dtype=torch.float32),
         ).mT
 
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().to(omega.dtype)
+        def hook(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            x = (args[0] if args else options["input"]).detach().to(omega.dtype)
             with torch.enable_grad():
                 A = omega.clone().requires_grad_()
                 h = geometry.contract(x, A)
@@ -233,14 +254,15 @@ def _of_inputs(
 
         return hook
 
-    handles = [at.host.register_forward_pre_hook(seen(index, at)) for index, at in enumerate(found)]
+    handles = [at.host.register_forward_pre_hook(seen(index, at), with_kwargs=True) for index, at in enumerate(found)]
     try:
-        with torch.no_grad():
+        with _gradients_kept(model), torch.set_grad_enabled(backward is not None):
             for batch in batches:
-                run(model, batch)
+                (backward or _called)(model, batch)
     finally:
         for handle in handles:
             handle.remove()
+    _sum_over_processes([*(sketches.get(index, (None,))[0] for index in range(len(found))), *squares])
     energy: dict[str, float] = {}
     for index, at in enumerate(found):
         if index not in sketches:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.errors import OptionError
 from peftkit.training import start
+from tests.support.processes import distributed
 
 RANK = 4
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -107,6 +108,17 @@ def test_it_is_nearer_to_the_gradient_than_peft_s_start() -> None:
     assert cosine(first_step(adapter.up0, adapter.down0, G), G) > theirs
 
 
+def test_gradients_that_were_there_are_not_added_to() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    pk.wrap(model, "anchored", rank=2, start="given")
+    for parameter in pk.adapter_parameters(model):
+        parameter.grad = torch.ones_like(parameter)
+    for how in ("lora-ga", "eva"):
+        start(model, how, [torch.randn(4, 8)], lambda m, x: m(x).sum().backward())
+    assert all(bool((p.grad == 1).all()) for p in pk.adapter_parameters(model) if p.grad is not None)
+    assert all(p.grad is not None for p in pk.adapter_parameters(model))
+
+
 @pytest.mark.parametrize("layer", ["linear", "conv", "grouped conv"])
 def test_eva_takes_the_leading_directions_of_the_inputs(layer: str) -> None:
     module, batches, _ = problem(layer)
@@ -163,3 +175,33 @@ def test_what_cannot_start_is_said_and_leaves_the_model(
     with pytest.raises(OptionError, match=message):
         start(model, how, [torch.ones(2, 8) for _ in batches], lambda m, x: m(x).sum().backward())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def _started(how: str, batches: list[Tensor]) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 24), nn.Conv1d(1, 4, 3))
+    pk.wrap(model, "anchored", rank=2, start="given")
+
+    def backward(model: nn.Module, x: Tensor) -> None:
+        model(x).square().sum().backward()
+
+    start(model, how, batches, backward)
+    return [t for name, t in model.state_dict().items() if name.endswith(("up0", "down0"))]
+
+
+def _divided(how: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    batches = [torch.randn(8, 1, 24, generator=generator) for _ in range(4)]
+    return _started(how, batches[torch.distributed.get_rank() :: 2])
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("how", ["lora-ga", "eva"])
+def test_processes_with_a_part_of_the_data_each_get_the_start_of_one_with_all(how: str, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    alone = _started(how, [torch.randn(8, 1, 24, generator=generator) for _ in range(4)])
+    first, second = distributed(_divided, how, folder=tmp_path)
+    for one, other, expected in zip(first, second, alone, strict=True):
+        assert torch.equal(one, other)
+        signs = (one * expected).sum(0 if one.shape[0] > one.shape[1] else 1, keepdim=True).sign()
+        assert torch.allclose(one * signs, expected, atol=1e-4)  # singular vectors have no sign of their own
