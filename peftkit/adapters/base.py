@@ -189,6 +189,16 @@ class Adapter(nn.Module, ABC):
         """Use, in training, the ranks that a number in [0, 1) stands for, where the kind draws how many it uses."""
         del share
 
+    @classmethod
+    def least(cls, options: Mapping[str, Any]) -> tuple[int, int]:
+        """Return the least rows and columns that a weight has which these options are for.
+
+        Args:
+            options: as in `Stored`.
+        """
+        del options
+        return 1, 1
+
     def project_(self) -> None:
         """Move the parameters, in place, into the set that the algorithm allows; most algorithms allow everything."""
 

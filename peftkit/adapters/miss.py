@@ -72,6 +72,11 @@ class MiSS(Adapter):
     def needs_base(cls, options: Mapping[str, Any]) -> bool:
         return bool(options.get("bat"))
 
+    @classmethod
+    def least(cls, options: Mapping[str, Any]) -> tuple[int, int]:
+        rank = options.get("rank") or 1
+        return rank if options.get("bat") else options.get("mini") or 1, rank
+
     def delta(self, weight: Tensor) -> Delta:
         rank = self.block.shape[-1] if self.reads_base else self.block.shape[0]
         if self.reads_base:

@@ -15,6 +15,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from peftkit.adapters import registry
 from peftkit.delta.distance import norm, ratio, relative
 from peftkit.errors import PeftkitError
 from peftkit.files.bind import bind, described, misfit, needs_base, placeholder_weight
@@ -327,7 +328,8 @@ def _inspected(name: str, patch: Patch, portable: bool, *, norms: bool) -> Inspe
     if broken:
         return said(None, f"{broken[0]} is not finite")
     # What a file does not say of its weight's size, its tensors do not depend on
-    shape = replace(patch.shape, rows=patch.shape.rows or 1, channels=patch.shape.channels or 1)
+    rows, columns = registry.get(patch.kind).least(patch.options)
+    shape = replace(patch.shape, rows=patch.shape.rows or rows, channels=patch.shape.channels or columns)
     try:
         found = misfit(patch, shape, torch.float32, portable=portable, where=name, numbers=norms)
         if found:

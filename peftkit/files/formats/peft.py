@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from peftkit.errors import FileError, did_you_mean, require_file
-from peftkit.files.formats import embeddings, kohya, strict_json
+from peftkit.files.formats import embeddings, kohya, peft_methods, strict_json
 from peftkit.files.formats.kohya import Modules
 from peftkit.files.formats.patch import Patch
 from peftkit.files.formats.structures import Scale
@@ -42,7 +42,7 @@ _LONGEST = 1000
 
 #: inits that move part of the base into the adapter: what the file adds to is then not the base
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "IA3", "TRAINABLE_TOKENS")
+_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "IA3", "TRAINABLE_TOKENS", *peft_methods.READERS)
 _KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 #: the types whose modules are scaled by α/r -> the option that has α
 _ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
@@ -50,9 +50,10 @@ _ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
 BIASED = ON_EMBEDDINGS = SERVED = ("LORA",)
 #: the types that go on layers whose weight is kept as (in, out), GPT-2's Conv1D, by fan_in_fan_out
 FLIPPED = ("LORA", "IA3")
+_ENDS = {**embeddings.ENDS, **peft_methods.ENDS}
 #: the tensors that PEFT writes, by role
 _ROLES = frozenset(
-    {"up", "down", "magnitude", "oft_R", "ia3_l", *embeddings.ENDS.values()}
+    {"up", "down", "magnitude", "oft_R", "ia3_l", *_ENDS.values()}
     | {role for role in kohya.SUFFIXES.values() if role.startswith(("hada_", "lokr_"))}
 )
 #: what ΔW's scale depends on, which a misspelt key would change in silence; what PEFT calls almost so; how near that is
@@ -155,11 +156,11 @@ def _flag(config: Mapping[str, Any], name: str) -> bool:
 
 def modules(keys: list[str]) -> tuple[Modules, list[str]]:
     """Sort keys as {path in the model: {role: key}}, and return the keys that PEFT does not write beside it."""
-    ends = {key: next((end for end in embeddings.ENDS if key.endswith(end)), "") for key in keys}
+    ends = {key: next((end for end in _ENDS if key.endswith(end)), "") for key in keys}
     found, unknown = kohya.split([key for key, end in ends.items() if not end])
     for key, end in ends.items():
         if end:
-            found.setdefault(key.removesuffix(end), {})[embeddings.ENDS[end]] = key
+            found.setdefault(key.removesuffix(end), {})[_ENDS[end]] = key
     own: Modules = {}
     for module, roles in found.items():
         path = module.removeprefix(PREFIX)
@@ -301,7 +302,7 @@ def _ia3(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Pat
 
 #: the types that PEFT does not write as kohya does -> their readers
 _READERS: Mapping[str, Callable[[str, Mapping[str, Tensor], Mapping[str, Any]], Patch]] = MappingProxyType(
-    {"OFT": _oft, "IA3": _ia3}
+    {"OFT": _oft, "IA3": _ia3, **peft_methods.READERS}
 )
 
 

@@ -165,6 +165,18 @@ _CONFIGS: tuple[tuple[dict[str, Any], dict[str, Entry]], ...] = (
         {"peft_type": "LOKR", "r": 2, "alpha": 2, "alpha_pattern": {}, "rank_pattern": {"a": 2}},
         {"base_model.model.a.lokr_w1": ones(2, 2), "base_model.model.a.lokr_w2": ones(6, 4)},
     ),
+    (
+        {"peft_type": "ADALORA", "init_r": 2, "lora_alpha": 2, "rank_pattern": {"a": [True, True]}},
+        {f"base_model.model.a.lora_{x}": ones(*s) for x, s in (("B", (12, 2)), ("E", (2, 1)), ("A", (2, 8)))},
+    ),
+    (
+        {"peft_type": "MISS", "r": 2, "mini_r": 3, "init_weights": "mini"},
+        {"base_model.model.a.miss_block": ones(2, 3)},
+    ),
+    (
+        {"peft_type": "MISS", "r": 2, "init_weights": "bat"},
+        {"base_model.model.a.miss_block": ones(6, 2, 2)},
+    ),
 )
 
 

@@ -1,0 +1,74 @@
+"""PEFT's types whose factors come from elsewhere: AdaLoRA and MiSS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from peftkit.errors import require_file
+from peftkit.files.formats.patch import Patch
+from peftkit.geometry import Shape
+
+#: how keys end -> what the tensor is
+ENDS: Mapping[str, str] = MappingProxyType(
+    {
+        f".{name}{adapter}": role
+        for name, role in (("lora_E", "gate"), ("miss_block", "block"))
+        for adapter in ("", ".default")
+    }
+)
+#: PEFT's init_weights of MiSS -> what D is
+_MODES = {"mini": "mini", "bat": "bat"}
+_LARGE = 2**62
+
+
+def _adalora(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Patch:
+    """lora_B·diag(lora_E)·lora_A under α/init_r, whatever ranks are left."""
+    _require(module, t, {"up", "gate", "down"})
+    up, gate, down = (t[role] for role in ("up", "gate", "down"))
+    rank = gate.shape[0]
+    fits = up.dim() == down.dim() == gate.dim() == 2 and gate.shape[1] == 1 and up.shape[1] == down.shape[0] == rank > 0
+    sizes = ", ".join(f"{role} {tuple(t[role].shape)}" for role in ("up", "gate", "down"))
+    require_file(fits, module, f"{sizes} are no B (m, r), E (r, 1) and A (r, n)")
+    alpha, first = config.get("lora_alpha"), config.get("init_r")
+    numbers = type(alpha) in (int, float) and type(first) is int and 0 < first < _LARGE and abs(alpha) < _LARGE
+    require_file(numbers, module, f"lora_alpha is {alpha!r:.40} and init_r {first!r:.40}, numbers were expected")
+    assert alpha is not None and first is not None
+    gamma = alpha / (first + 1e-5)  # so PEFT divides
+    tensors = {"up": up, "gate": gate.flatten(), "down": down}
+    options = {"rank": rank, "alpha": gamma * rank}
+    words = f"{gamma:.4g}: alpha {alpha:g} / {first} by the configuration"
+    return Patch("svdlora", options, Shape(up.shape[0], down.shape[1]), tensors, False, scale=words)
+
+
+def _miss(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Patch:
+    """miss_block, D, of the mode that init_weights names."""
+    _require(module, t, {"block"})
+    block = t["block"]
+    mode = _MODES.get(str(config.get("init_weights")), "plain")
+    fits = block.dim() == (3 if mode == "bat" else 2) and block.numel() > 0
+    require_file(fits, module, f"miss_block of shape {tuple(block.shape)} is none of init_weights={mode!r}")
+    if mode == "bat":
+        square = block.shape[1] == block.shape[2]
+        require_file(square, module, f"miss_block of shape {tuple(block.shape)} has blocks that are not square")
+        options: dict[str, Any] = {"rank": block.shape[1], "bat": True}
+        shape = Shape(block.shape[0] * block.shape[1], 0)
+    elif mode == "mini":
+        options, shape = {"rank": block.shape[0], "mini": block.shape[1]}, Shape(0, 0)
+    else:
+        options, shape = {"rank": block.shape[0]}, Shape(block.shape[1], 0)
+    return Patch("miss", options, shape, {"block": block}, False, scale="1: MiSS has no alpha")
+
+
+def _require(module: str, t: Mapping[str, Tensor], roles: set[str]) -> None:
+    said = f"{', '.join(sorted(t))} was found, {', '.join(sorted(roles))} was expected"
+    require_file(set(t) == roles, module, said)
+
+
+#: type -> its reader
+READERS: Mapping[str, Callable[[str, Mapping[str, Tensor], Mapping[str, Any]], Patch]] = MappingProxyType(
+    {"ADALORA": _adalora, "MISS": _miss}
+)
