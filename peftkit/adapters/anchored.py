@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.frame import frame
 from peftkit.adapters.options import factory, rank_scale, require, require_rank, times, uniform_fan_in_
+from peftkit.adapters.pair import Pair
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
@@ -100,6 +101,9 @@ class AnchoredLoRA(Adapter):
         del weight
         up = torch.cat((self.up, self.up0), dim=1)
         return LowRank(times(self.scale, up), torch.cat((self.down0 + self.down, self.down)))
+
+    def pair(self) -> Pair:
+        return Pair(self.up, self.down, self.scale, self.up0, self.down0)
 
     @torch.no_grad()
     def anchor_(self, up: Tensor, down: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.form import Additive, Form
+from peftkit.adapters.pair import Pair
 from peftkit.delta.base import Delta
 from peftkit.errors import OptionError, UnsetAdapterError
 from peftkit.geometry import Shape
@@ -71,6 +72,8 @@ class Adapter(nn.Module, ABC):
     stochastic: bool = False
     #: whether training draws how many of its ranks it uses, which `use_prefix` may say for a whole model
     draws_prefixes: ClassVar[bool] = False
+    #: the parameter that scales each of its ranks, and takes a rank out at 0
+    gates: ClassVar[str | None] = None
     #: whether `anchor_` gives it a start
     takes_start: ClassVar[bool] = False
 
@@ -180,6 +183,10 @@ class Adapter(nn.Module, ABC):
             return None
         tensors = {key: t[rows] if key in by_row else t.clone() for key, t in stored.tensors.items()}
         return stored._replace(tensors=tensors)
+
+    def pair(self) -> Pair | None:
+        """Return the two factors that train together, of kinds whose ΔW is their product; None of others."""
+        return None
 
     def anchor_(self, up: Tensor, down: Tensor) -> None:
         """Start again from other factors, B₀ (m, r) and A₀ (r, n), at ΔW = 0; of kinds that take a start."""

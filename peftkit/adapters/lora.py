@@ -20,6 +20,7 @@ from peftkit.adapters.options import (
     times,
     uniform_fan_in_,
 )
+from peftkit.adapters.pair import Pair
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank, LowRankStack
 from peftkit.delta.as_low_rank import balanced
@@ -138,6 +139,9 @@ class LoRA(Adapter):
         else:
             self.down = nn.Parameter(uniform_fan_in_(torch.empty(rank, shape.columns, **new), shape.columns))
             self.core = None
+
+    def pair(self) -> Pair | None:
+        return Pair(self.up, self.down, self.scale) if self.core is None and self.up.dim() == 2 else None
 
     def delta(self, weight: Tensor) -> LowRank | LowRankStack:
         del weight

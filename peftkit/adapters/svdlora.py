@@ -46,6 +46,7 @@ class SVDLoRA(Adapter):
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"gate"})
     by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})
     decays = frozenset({"up", "gate", "down"})
+    gates: ClassVar[str | None] = "gate"
 
     def __init__(
         self,

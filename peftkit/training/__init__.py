@@ -1,12 +1,16 @@
 """Training aids: what an optimiser is given, and bounds on what it makes.
 
 May import wrapping and what is below it; reads live models, no files. Public: `parameter_groups`,
-`limit_norms_`, `Prefixes` and `start`.
+`limit_norms_`, `start`, `Prefixes` and the recipes.
 """
 
 from peftkit.training.groups import parameter_groups as parameter_groups
 from peftkit.training.limit_norms import LimitedNorm as LimitedNorm
 from peftkit.training.limit_norms import limit_norms_ as limit_norms_
 from peftkit.training.prefixes import Prefixes as Prefixes
+from peftkit.training.recipes import LoRAPro as LoRAPro
+from peftkit.training.recipes import Recipe as Recipe
+from peftkit.training.recipes import Riemannian as Riemannian
+from peftkit.training.recipes import SoftThreshold as SoftThreshold
 from peftkit.training.starts import StartReport as StartReport
 from peftkit.training.starts import start as start
