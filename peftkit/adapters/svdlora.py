@@ -45,7 +45,7 @@ class SVDLoRA(Adapter):
     convention: ClassVar[str] = "gamma*up@diag(gate)@down"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"gate"})
     by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})
-    decays = frozenset({"up", "gate", "down"})
+    decays = frozenset({"up", "down"})
     gates: ClassVar[str | None] = "gate"
 
     def __init__(
