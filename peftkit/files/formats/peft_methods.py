@@ -34,8 +34,9 @@ def _adalora(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     sizes = ", ".join(f"{role} {tuple(t[role].shape)}" for role in ("up", "gate", "down"))
     require_file(fits, module, f"{sizes} are no B (m, r), E (r, 1) and A (r, n)")
     alpha, first = config.get("lora_alpha"), config.get("init_r")
-    numbers = type(alpha) in (int, float) and type(first) is int and 0 < first < _LARGE and abs(alpha) < _LARGE
-    require_file(numbers, module, f"lora_alpha is {alpha!r:.40} and init_r {first!r:.40}, numbers were expected")
+    numbers = isinstance(alpha, (int, float)) and isinstance(first, int) and not isinstance(first, bool)
+    said = f"lora_alpha is {alpha!r:.40} and init_r {first!r:.40}, numbers were expected"
+    require_file(numbers and 0 < first < _LARGE and abs(alpha) < _LARGE, module, said)
     assert alpha is not None and first is not None
     gamma = alpha / (first + 1e-5)  # so PEFT divides
     tensors = {"up": up, "gate": gate.flatten(), "down": down}
