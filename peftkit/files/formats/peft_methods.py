@@ -33,11 +33,8 @@ def _adalora(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     fits = up.dim() == down.dim() == gate.dim() == 2 and gate.shape[1] == 1 and up.shape[1] == down.shape[0] == rank > 0
     sizes = ", ".join(f"{role} {tuple(t[role].shape)}" for role in ("up", "gate", "down"))
     require_file(fits, module, f"{sizes} are no B (m, r), E (r, 1) and A (r, n)")
-    alpha, first = config.get("lora_alpha"), config.get("init_r")
-    numbers = isinstance(alpha, (int, float)) and isinstance(first, int) and not isinstance(first, bool)
-    said = f"lora_alpha is {alpha!r:.40} and init_r {first!r:.40}, numbers were expected"
-    require_file(numbers and 0 < first < _LARGE and abs(alpha) < _LARGE, module, said)
-    assert alpha is not None and first is not None
+    alpha, first = (_number(config.get(name), name, module) for name in ("lora_alpha", "init_r"))
+    require_file(first > 0, module, f"init_r is {first:g}, a number above 0 was expected")
     gamma = alpha / (first + 1e-5)  # so PEFT divides
     tensors = {"up": up, "gate": gate.flatten(), "down": down}
     options = {"rank": rank, "alpha": gamma * rank}
@@ -62,6 +59,12 @@ def _miss(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Pa
     else:
         options, shape = {"rank": block.shape[0]}, Shape(block.shape[1], 0)
     return Patch("miss", options, shape, {"block": block}, False, scale="1: MiSS has no alpha")
+
+
+def _number(value: Any, name: str, module: str) -> float:
+    number = type(value) in (int, float) and abs(value) < _LARGE
+    require_file(number, module, f"{name} is {value!r:.40}, a number was expected")
+    return float(value)
 
 
 def _require(module: str, t: Mapping[str, Tensor], roles: set[str]) -> None:

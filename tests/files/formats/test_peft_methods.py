@@ -79,7 +79,7 @@ def test_pruned_ranks_keep_their_scale(tmp_path: Path) -> None:
     [
         ("adalora", "lora_E", (3, 1), {}, r"no B \(m, r\), E \(r, 1\) and A"),
         ("adalora", "lora_E", (4, 2), {}, "no B"),
-        ("adalora", "", (), {"init_r": "x"}, "init_r 'x', numbers were expected"),
+        ("adalora", "", (), {"init_r": "x"}, "init_r is 'x', a number was expected"),
         ("miss", "miss_block", (2, 3, 4), {}, "is none of init_weights='plain'"),
         ("miss bat", "miss_block", (6, 2, 3), {}, "blocks that are not square"),
         ("miss", "", (), {"peft_type": "ADALORA"}, "block was found, down, gate, up was expected"),
