@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 RESULTS := benchmarks/results
 STEPS := 320x320@64,320x320@512,320x320@2048,1280x1280@64,1280x1280@512,1280x1280@2048,4096x4096@64,4096x4096@512,4096x4096@2048,320x320k1@64,320x320k3@64,1280x1280k1@16,1280x1280k3@16
 # tests of what needs no other library than the package's own dependencies
-CORE := tests/kernels tests/delta tests/adapters tests/wrapping tests/training --ignore=tests/adapters/test_oracles.py --ignore=tests/wrapping/test_presets.py
+CORE := tests/kernels tests/delta tests/adapters tests/wrapping tests/training --ignore=tests/wrapping/test_presets.py
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
