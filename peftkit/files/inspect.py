@@ -327,10 +327,10 @@ def _inspected(name: str, patch: Patch, portable: bool, *, norms: bool) -> Inspe
     broken = [key for key, tensor in patch.tensors.items() if norms and not all_finite(tensor)]
     if broken:
         return said(None, f"{broken[0]} is not finite")
-    # What a file does not say of its weight's size, its tensors do not depend on
-    rows, columns = registry.get(patch.kind).least(patch.options)
-    shape = replace(patch.shape, rows=patch.shape.rows or rows, channels=patch.shape.channels or columns)
     try:
+        # What a file does not say of its weight's size, its tensors do not depend on
+        rows, columns = registry.get(patch.kind).least(patch.options)
+        shape = replace(patch.shape, rows=patch.shape.rows or rows, channels=patch.shape.channels or columns)
         found = misfit(patch, shape, torch.float32, portable=portable, where=name, numbers=norms)
         if found:
             return said(None, found.first)

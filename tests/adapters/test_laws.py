@@ -16,7 +16,20 @@ from peftkit.adapters import registry
 from peftkit.adapters.loldu import INITS
 from peftkit.errors import MergeError
 from tests.support import laws
-from tests.support.zoo import ADAPTERS, CASES, FEW, LAYERS, LOOKUPS, METHODS, READ, STACKS, TYPICAL, make, train
+from tests.support.zoo import (
+    ADAPTERS,
+    CASES,
+    FEW,
+    LAYERS,
+    LOOKUPS,
+    METHODS,
+    READ,
+    STACKS,
+    STRUCTURES,
+    TYPICAL,
+    make,
+    train,
+)
 
 CELLS = [(adapter, layer) for adapter in ADAPTERS for layer in (*LAYERS, *READ, *STACKS, "embedding")]
 CELLS += [("full rows", layer) for layer in ("linear", "conv2d k3", "transposed2d g2", *LOOKUPS)]
@@ -112,7 +125,7 @@ def cells(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...], str, dict[str, A
                 channels, rows, kernel, padding=padding, padding_mode=mode, **options
             )
         size = (draw(st.integers(1, 2)), channels, *(draw(st.integers(5, 6)) for _ in range(spatial)))
-    kind = draw(st.sampled_from(pk.kinds()))
+    kind = draw(st.sampled_from(STRUCTURES))
     rank = draw(st.integers(1, 3))
     alpha = draw(st.sampled_from([None, 0.5, 7.0]))
     drawn: dict[str, dict[str, Any]] = {

@@ -197,7 +197,7 @@ ELSEWHERE = {
     *("energy", "method"),  # the other of `rank`, and what asked for it
     *("portable", "assign"),  # tests/adapters/test_loldu.py; of torch's load_state_dict
     *("training", "path"),  # what came
-    *("init_lora_weights", "use_dora", "block_share"),  # of PEFT's configuration
+    *("init_lora_weights", "init_weights", "use_dora", "block_share"),  # of PEFT's configuration
 }
 
 

@@ -29,7 +29,7 @@ FLUX_COLUMNS = 4
 
 def _small_clip(build: Callable[..., Iterable[ModuleSpec]], width: int, projected: bool = False) -> list[ModuleSpec]:
     small = {49408: 64}
-    return [replace(m, shape=tuple(small.get(n, n) for n in m.shape)) for m in build(width, 2, projected)]
+    return [replace(m, shape=tuple(small.get(n, n) for n in m.shape)) for m in build(width, projected=projected)]
 
 
 def _small_flux() -> list[ModuleSpec]:
@@ -41,7 +41,8 @@ def _small_flux() -> list[ModuleSpec]:
 
 
 def _built(part: Component, build: Callable[[], Iterable[ModuleSpec]]) -> Component:
-    return replace(part, build=lambda: iter(build()), depths=dict.fromkeys(part.depths, 1))
+    depth = 2 if part.name.startswith("text_encoder") else 1
+    return replace(part, build=lambda: iter(build()), depths=dict.fromkeys(part.depths, depth))
 
 
 def _family(name: str, *builds: Callable[[], Iterable[ModuleSpec]]) -> Family:

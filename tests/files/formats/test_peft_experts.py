@@ -100,15 +100,15 @@ def test_one_parameter_is_exported_alone(target: str, tmp_path: Path) -> None:
     agree(theirs(tokens()).logits, model(tokens()).logits, torch.float32, target)
 
 
-def test_what_reads_its_base_is_baked_or_refused(tmp_path: Path) -> None:
+def test_what_reads_its_base_is_baked_and_says_so(tmp_path: Path) -> None:
     model = language_model("llama4")
     base = copy.deepcopy(model)
     pk.wrap(model, "dora", targets="*.experts.*", rank=2)
     train(model)
-    with pytest.raises(ExportError, match="bake=True"):
-        pk.export(model, tmp_path / "out", "peft")
-    report = pk.export(model, tmp_path / "out", "peft", bake=True)
-    assert {w.how for w in report.weights} == {"baked"}
+    report = pk.export(model, tmp_path / "out", "peft")
+    assert {(w.how, w.note) for w in report.weights} == {
+        ("baked", "PEFT has no dora of this form: holds for this base only")
+    }
     theirs = PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()
     agree(theirs(tokens()).logits, model(tokens()).logits, torch.float32, "baked")
 
