@@ -69,9 +69,28 @@ def _runs(layer: nn.Module, x: Tensor) -> bool:
     return True
 
 
-@of([cell for cell in ALLOWED if cell[1] != "experts"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+narrowed = [cell for cell in ALLOWED if cell[1] != "experts"]
+
+
+@of(narrowed)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_law_in_other_dtypes(adapter: str, layer: str, dtype: torch.dtype) -> None:
+    hold_in(dtype, adapter, layer)
+
+
+@of([cell for cell in narrowed if cell[1] in TYPICAL])
+def test_law_in_float16(adapter: str, layer: str) -> None:
+    hold_in(torch.float16, adapter, layer)
+
+
+@pytest.mark.slow
+@of([cell for cell in narrowed if cell[1] not in TYPICAL])
+def test_law_in_float16_of_every_layer(adapter: str, layer: str) -> None:
+    hold_in(torch.float16, adapter, layer)
+
+
+def hold_in(dtype: torch.dtype, adapter: str, layer: str) -> None:
+    """The laws that a narrower dtype could break."""
     if not _runs(*make(layer, dtype)):
         pytest.skip(f"this torch does not run the plain layer in {dtype}")
     laws.identity_at_start(adapter, layer, dtype)

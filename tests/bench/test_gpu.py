@@ -31,6 +31,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=280)
 
 
+@pytest.mark.slow
 def test_it_runs_to_its_end_and_says_what_is_left_out(tmp_path: Path) -> None:
     """All parts but the tests, which are part of this suite; a file only where one is asked for."""
     out, results = tmp_path / "out.json", ROOT / "benchmarks" / "results"

@@ -48,6 +48,7 @@ def test_a_twin_shares_weights_and_input_and_takes_its_own_adapters() -> None:
     assert all(gradient is not None for gradient in gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_step_is_measured_beside_peers() -> None:
     row = model_step.measure(small(), "lora", case="small", peers=["lycoris", "peft"], rounds=1)

@@ -68,7 +68,7 @@ def _run(folder: Path, kind: str) -> list[Tensor | int]:
     return [len(keys), int(files[0] == files[1])]
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "dora"])
 def test_a_divided_run_resumes_from_its_adapters_alone(kind: str, tmp_path: Path) -> None:
     for others, same in distributed(_run, tmp_path, kind, folder=tmp_path):
         assert others == 0, "the checkpoint holds nothing of the base"

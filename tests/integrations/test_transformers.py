@@ -82,7 +82,9 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "loldu", "oft"])
+@pytest.mark.parametrize(
+    "kind", ["lora", "dora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("loldu", "oft"))]
+)
 def test_a_checkpoint_holds_no_base_and_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
     options = {"block_size": 4, "rank": None} if kind == "oft" else {}
 

@@ -196,7 +196,7 @@ def _divided(how: str) -> list[Tensor]:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("how", ["lora-ga", "eva"])
+@pytest.mark.parametrize("how", ["lora-ga", pytest.param("eva", marks=pytest.mark.slow)])
 def test_processes_with_a_part_of_the_data_each_get_the_start_of_one_with_all(how: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     alone = _started(how, [torch.randn(8, 1, 24, generator=generator) for _ in range(4)])

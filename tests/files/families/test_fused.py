@@ -108,7 +108,10 @@ def test_swapped_halves_are_turned_back_where_the_target_has_them_straight(
         assert torch.allclose(product(out, MODULATION), product(straight, MODULATION), atol=1e-6)
 
 
-@pytest.mark.parametrize("method, options", [("linear", {}), ("cat", {}), ("svd", {"rank": 8}), ("ties", {})])
+@pytest.mark.parametrize(
+    "method, options",
+    [("linear", {}), ("cat", {}), ("svd", {"rank": 8}), pytest.param("ties", {}, marks=pytest.mark.slow)],
+)
 def test_a_combined_file_has_every_layer_once_under_the_first_files_names(
     method: str, options: dict[str, Any], fused: Path, apart: Path, tmp_path: Path
 ) -> None:

@@ -251,7 +251,7 @@ def agree_with_lycoris(tensors: Mapping[str, Tensor], layer: Any, strength: floa
     return True
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.7])
+@pytest.mark.parametrize("strength", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_lycoris_reloads_its_files(kind: str, strength: float, tmp_path: Path) -> None:
     """Every form, as its module writes it, without alpha, with alpha 0, transposed, cut short: same result or no."""
