@@ -85,7 +85,9 @@ def test_the_peers_do_the_same_work(kind: str) -> None:
     assert set(row.ratio) == {"ours", "lycoris", "peft"}
 
 
-@pytest.mark.parametrize("command", ["step", "ops", "merge", "monitor", "checkpoint"])
+@pytest.mark.parametrize(
+    "command", ["step", pytest.param("ops", marks=pytest.mark.slow), "merge", "monitor", "checkpoint"]
+)
 def test_every_question_writes_rows_that_read_back(command: str, tmp_path: Path) -> None:
     out = tmp_path / "found" / "out.json"
     layers = "32x32k3@6" if command == "ops" else "64x64@4,32x32k3@6"

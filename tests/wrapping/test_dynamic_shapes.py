@@ -43,7 +43,9 @@ def batches(x: Tensor) -> list[Tensor]:
     return [torch.randn(size, *x.shape[1:], dtype=x.dtype) for size in SIZES]
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    "layer", ["linear", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYERS if name != "linear")]
+)
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_an_export_takes_any_batch(adapter: str, layer: str) -> None:
     if torch.__version__ < "2.5":
