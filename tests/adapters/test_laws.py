@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -39,10 +40,10 @@ REFUSED = {cell: reason for cell in CELLS if (reason := laws.refusal(*cell)) is 
 ALLOWED = [cell for cell in CELLS if cell not in REFUSED]
 
 
-def of(cells: list[tuple[str, str]]) -> pytest.MarkDecorator:
-    """Parametrise a test over cells, of which those of kinds without a structure of their own are few in every run."""
+def of(cells: list[tuple[str, str]], few: Collection[str] = METHODS) -> pytest.MarkDecorator:
+    """Parametrise a test over cells. few: kinds of which the typical layers alone are in every run."""
     slow = [pytest.mark.slow]
-    marks = {cell: slow if cell[0] in METHODS and cell[1] not in TYPICAL else [] for cell in cells}
+    marks = {cell: slow if cell[0] in few and cell[1] not in TYPICAL else [] for cell in cells}
     params = [pytest.param(*cell, id="-".join(cell).replace(" ", "_"), marks=marks[cell]) for cell in cells]
     return pytest.mark.parametrize("adapter, layer", params)
 
@@ -78,14 +79,8 @@ def test_law_in_other_dtypes(adapter: str, layer: str, dtype: torch.dtype) -> No
     hold_in(dtype, adapter, layer)
 
 
-@of([cell for cell in narrowed if cell[1] in TYPICAL])
+@of(narrowed, few=CASES)
 def test_law_in_float16(adapter: str, layer: str) -> None:
-    hold_in(torch.float16, adapter, layer)
-
-
-@pytest.mark.slow
-@of([cell for cell in narrowed if cell[1] not in TYPICAL])
-def test_law_in_float16_of_every_layer(adapter: str, layer: str) -> None:
     hold_in(torch.float16, adapter, layer)
 
 

@@ -72,10 +72,11 @@ def _encode(adapter: Adapter, target: Target, shape: Shape, base: Tensor | None,
     reason = f"{adapter.kind} is to be baked"
     if not (bake and adapter.reads_base):
         form = form_of(adapter, shape)
-        if form is not None and form.change is not None:
+        if form is None:
+            reason = f"{target.title} has no {adapter.kind} of this form"
+        elif form.change is not None:
             return _additive(form.change, target, shape, adapter.kind)
-        reason = f"{target.title} has no {adapter.kind} of this form" if form is None else form.refusal(target, shape)
-        if form is not None and not reason:
+        elif not (reason := form.refusal(target, shape)):
             return _exact(form, target)
     if base is None:
         raise ExportError(f"{reason}; give the base to bake ΔW into the file")

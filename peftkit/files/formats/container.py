@@ -51,9 +51,9 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 
-#: how files of pickles begin: a zip archive, and the protocols 2 to 5
 #: what files that torch.save wrote are called
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
+#: how files of pickles begin: a zip archive, and the protocols 2 to 5
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 #: what to do with a base in llama.cpp's format
 GGUF_ADVICE = "merge into the safetensors checkpoint that it was made from, and convert the result to GGUF"
