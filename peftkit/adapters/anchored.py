@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.frame import frame
-from peftkit.adapters.options import factory, rank_scale, require, require_rank, times, uniform_fan_in_
+from peftkit.adapters.options import factory, limited_rank, rank_scale, require, times, uniform_fan_in_
 from peftkit.adapters.pair import Pair
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
@@ -77,9 +77,7 @@ class AnchoredLoRA(Adapter):
     ) -> None:
         super().__init__()
         limit = min(shape.rows, shape.columns)
-        rank = min(8, limit) if rank is None else rank
-        require_rank("anchored", rank)
-        require(rank <= limit, "anchored", "rank", rank, f"at most {limit}, the singular values of this {shape} weight")
+        rank = limited_rank("anchored", rank, 8, limit, f"the singular values of this {shape} weight")
         require(start in STARTS, "anchored", "start", start, f"one of {', '.join(STARTS)}")
         self.options = {"rank": rank}
         self.scale, self.start = rank_scale("anchored", rank, alpha, rslora), start

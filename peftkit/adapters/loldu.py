@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
-from peftkit.adapters.options import factory, rank_scale, require, require_rank
+from peftkit.adapters.options import factory, limited_rank, rank_scale, require
 from peftkit.adapters.registry import register
 from peftkit.delta import DiagonalLowRank, LowRank
 from peftkit.errors import OptionError
@@ -82,10 +82,8 @@ class LoLDU(Adapter):
     ) -> None:
         super().__init__()
         limit = min(shape.rows, shape.columns)
-        rank = min(_RANK, limit) if rank is None else rank
-        require_rank("loldu", rank)
+        rank = limited_rank("loldu", rank, _RANK, limit, f"the number of pivots of this {shape} weight")
         self.options = {"rank": rank}
-        require(rank <= limit, "loldu", "rank", rank, f"at most {limit}, the number of pivots of this {shape} weight")
         require(init in INITS, "loldu", "init", init, f"one of {', '.join(INITS)}")
         require(epsilon is None or epsilon > 0, "loldu", "epsilon", epsilon, "a positive bound on ‖ΔW‖, or None")
         self.start_scale = rank_scale("loldu", rank, alpha)

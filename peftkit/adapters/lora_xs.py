@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.frame import frame
-from peftkit.adapters.options import factory, rank_scale, require, require_rank, times
+from peftkit.adapters.options import factory, limited_rank, rank_scale, times
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
@@ -53,9 +53,7 @@ class LoRAXS(Adapter):
     def __init__(self, shape: Shape, weight: Tensor, *, rank: int | None = None, alpha: float | None = None) -> None:
         super().__init__()
         limit = min(shape.rows, shape.columns)
-        rank = min(32, limit) if rank is None else rank
-        require_rank("lora-xs", rank)
-        require(rank <= limit, "lora-xs", "rank", rank, f"at most {limit}, the singular values of this {shape} weight")
+        rank = limited_rank("lora-xs", rank, 32, limit, f"the singular values of this {shape} weight")
         self.options = {"rank": rank}
         self.scale = rank_scale("lora-xs", rank, alpha)
         left, values, right = frame(weight, rank)

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
-from peftkit.adapters.options import factory, require, require_rank
+from peftkit.adapters.options import factory, limited_rank, require
 from peftkit.adapters.registry import register
 from peftkit.delta import Delta, Dense, LowRank
 from peftkit.geometry import Shape
@@ -54,10 +54,8 @@ class MiSS(Adapter):
         self, shape: Shape, weight: Tensor, *, rank: int | None = None, mini: int | None = None, bat: bool = False
     ) -> None:
         super().__init__()
-        rank = min(64, shape.columns) if rank is None else rank
-        require_rank("miss", rank)
+        rank = limited_rank("miss", rank, 64, shape.columns, f"the fan-in of {shape}")
         self.options = {"rank": rank}
-        require(rank <= shape.columns, "miss", "rank", rank, f"at most {shape.columns}, the fan-in of {shape}")
         fits = mini is None or (mini > 0 and shape.rows % mini == 0 and not bat)
         require(fits, "miss", "mini", mini, f"a divisor of the {shape.rows} outputs, without bat=True")
         divides = not bat or shape.rows % rank == shape.columns % rank == 0

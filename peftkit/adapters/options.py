@@ -59,6 +59,17 @@ def require_rank(kind: str, rank: object) -> None:
     require(isinstance(rank, int) and not isinstance(rank, bool) and rank > 0, kind, "rank", rank, "a positive integer")
 
 
+def limited_rank(kind: str, rank: int | None, default: int, limit: int, what: str) -> int:
+    """Return the rank, by default the lesser of two; raise OptionError unless it is an integer from 1 to the limit.
+
+    what: the limit is, for the message.
+    """
+    rank = min(default, limit) if rank is None else rank
+    require_rank(kind, rank)
+    require(rank <= limit, kind, "rank", rank, f"at most {limit}, {what}")
+    return rank
+
+
 def require_probability(kind: str, option: str, value: float) -> None:
     """Raise OptionError unless the value is in [0, 1)."""
     require(isinstance(value, (int, float)) and 0 <= value < 1, kind, option, value, "a probability in [0, 1)")

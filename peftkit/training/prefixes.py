@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from peftkit.errors import OptionError
-from peftkit.wrapping.installed import installed_adapters
+from peftkit.wrapping.installed import installed_parts
 
 
 class Prefixes:
@@ -34,8 +34,7 @@ class Prefixes:
     """
 
     def __init__(self, model: nn.Module, *, name: str | None = None, seed: int = 0) -> None:
-        adapters = [at.adapter for at in installed_adapters(model, None if name is None else [name])]
-        self._adapters = [part for adapter in adapters for _, part in adapter.parts() if type(part).draws_prefixes]
+        self._adapters = [part for part in installed_parts(model, name) if type(part).draws_prefixes]
         if not self._adapters:
             raise OptionError("no adapter of the model trains a part of its ranks at a time, as dylora does: wrap one")
         self._generator = torch.Generator().manual_seed(seed)

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peftkit.adapters.base import Adapter
 from peftkit.errors import OptionError, require_number, require_option
-from peftkit.wrapping.installed import installed_adapters
+from peftkit.wrapping.installed import installed_parts
 
 
 class Recipe(ABC):
@@ -34,8 +34,7 @@ class Recipe(ABC):
     after: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, *, name: str | None = None) -> None:
-        adapters = [at.adapter for at in installed_adapters(model, None if name is None else [name])]
-        self.adapters = [part for adapter in adapters for _, part in adapter.parts() if self.takes(part)]
+        self.adapters = [part for part in installed_parts(model, name) if self.takes(part)]
         if not self.adapters:
             raise OptionError(
                 f"{type(self).__name__}: no adapter of the model has {self.wanted}: wrap with such a kind"

@@ -122,6 +122,12 @@ def installed_adapters(
                     yield InstalledAdapter(dotted(host_name, slot_name), name, adapter, host, slot_name)
 
 
+def installed_parts(model: nn.Module, name: str | None = None) -> Iterator[Adapter]:
+    """The adapters of that name, or all, and those inside them."""
+    for at in installed_adapters(model, None if name is None else [name]):
+        yield from (part for _, part in at.adapter.parts())
+
+
 def names_of(model: nn.Module, name: str | None = None) -> tuple[str, ...]:
     """The adapters on the model: all, or just `name` after making sure it is there."""
     known = list(dict.fromkeys(own for host in adapted_modules(model).values() for own in host.adapters))
