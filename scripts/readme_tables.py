@@ -84,6 +84,7 @@ METHODS: list[tuple[str, str, str, dict[str, Any], str]] = [
         "LoRA learns slowly: PiSSA's, MiLoRA's or OLoRA's start",
     ),
     ("`svdiff`", "U·diag(max(S + δ, 0) − S)·Vᵀ", "svdiff", {}, "a few images, and little is to change"),
+    ("`svft`", "U·M·Vᵀ, M sparse", "svft", {"off_diag": 4}, "as SVDiff, with directions that mix"),
     ("`fourierft`", "s·Re(ifft2(C))", "fourierft", {"frequencies": 1000}, "a thousand numbers a layer, of any rank"),
     ("`dylora`", "γ·B[:, :b]·A[:b]", "dylora", {"rank": 16}, "the rank is to be chosen after training"),
 ]

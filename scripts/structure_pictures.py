@@ -206,6 +206,15 @@ PICTURES: dict[str, tuple[Matrix | str, ...]] = {
         "·",
         Matrix("Vᵀ", "m", "n", "frozen"),
     ),
+    "svft": (
+        Matrix("ΔW", "m", "n", "computed"),
+        "=",
+        Matrix("U", "m", "m", "frozen"),
+        "·",
+        Matrix("M", "m", "m", "trained", "diagonal"),
+        "·",
+        Matrix("Vᵀ", "m", "n", "frozen"),
+    ),
     "fourierft": (
         Matrix("ΔW", "m", "n", "computed"),
         "= s · Re",

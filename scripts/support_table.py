@@ -51,6 +51,7 @@ METHODS: dict[str, dict[str, str]] = {
     "`randlora`": {"randlora": ""},
     "`lora-xs`": {"lora-xs": ""},
     "`svdiff`": {"svdiff": ""},
+    "`svft`": {"svft": ""},
     "`anchored`": {"pissa": "", "olora": '`start="olora"`'},
     "`fourierft`": {"fourierft": ""},
     "`dylora`": {"dylora": ""},

@@ -30,4 +30,5 @@ from peftkit.adapters.randlora import RandLoRA as RandLoRA
 from peftkit.adapters.registry import register as register
 from peftkit.adapters.svdiff import SVDiff as SVDiff
 from peftkit.adapters.svdlora import SVDLoRA as SVDLoRA
+from peftkit.adapters.svft import SVFT as SVFT
 from peftkit.adapters.vera import VeRA as VeRA

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.adapters import Adapter, registry
 from peftkit.adapters.bank import bank
+from peftkit.errors import OptionError
 from peftkit.geometry import Shape
 from tests.support.cells import TARGETS, cell
 from tests.support.zoo import METHODS, make, target_of, train
@@ -176,6 +177,37 @@ def test_svdiff_moves_singular_values_and_none_below_zero() -> None:
         adapter.get_parameter("shift").copy_(shift)
         found = torch.linalg.svdvals(W + adapter(W, 1.0).dense())
     assert torch.allclose(found, (S + shift).clamp(min=0).sort(descending=True).values)
+
+
+@pytest.mark.parametrize(("pattern", "columns"), [("banded", N), ("banded", 16), ("random", N), ("top", M)])
+def test_svft_is_sparse_between_singular_vectors(pattern: str, columns: int) -> None:
+    adapter, delta, W = trained("svft", columns=columns, pattern=pattern, off_diag=2)
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    M_ = U.mT @ delta @ V.mT  # up to the signs of the pairs, which change no place
+    size = min(M, columns)
+    held = (M_.abs() > 1e-12).sum()
+    assert held == len(adapter.get_parameter("entries")) == size * 5 - 6
+    assert torch.allclose(U @ M_ @ V, delta)
+    assert torch.allclose((delta * W).sum(), (M_.diagonal() * S).sum())
+    assert torch.allclose(delta.square().sum(), adapter.get_parameter("entries").square().sum())
+    outside = M_[~(M_.abs() > 1e-12)]
+    if pattern == "banded":
+        i = torch.arange(size)
+        assert torch.equal(M_.abs() > 1e-12, (i - i[:, None]).abs() <= 2)
+    if pattern == "top":
+        angles = (U.mT @ V.mT).abs()
+        assert angles[M_.abs() > 1e-12].min() >= angles[M_.abs() <= 1e-12].max()
+    assert len(outside) == size * size - held
+
+
+def test_svft_says_what_it_cannot_be() -> None:
+    W = torch.zeros(M, N)
+    with pytest.raises(OptionError, match="singular vectors of 12×10 differ in length"):
+        registry.build("svft", Shape(M, N), W, pattern="top")
+    with pytest.raises(OptionError, match="off_diag=10 was given, 0 to 9"):
+        registry.build("svft", Shape(M, N), W, off_diag=10)
+    with pytest.raises(OptionError, match="'banded', 'random' or 'top'"):
+        registry.build("svft", Shape(M, N), W, pattern="plain")
 
 
 @pytest.mark.parametrize("frequencies", [2, 30])

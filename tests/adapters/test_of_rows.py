@@ -17,7 +17,10 @@ MIXED = {"loldu", "loldu rank 1", "dora of loldu", "dora in", "dora of lokr in",
     name for name in ADAPTERS if name.startswith("oft") and name not in ("oft in", "oft series")
 }
 #: what is of other numbers for a weight of fewer rows
-SIZED = ("melora", "mora", "miss", "vera", "randlora", "lora-xs", "svdiff", "fourierft", "pissa", "milora", "olora")
+SIZED = (
+    *("melora", "mora", "miss", "vera", "randlora", "lora-xs", "svdiff", "svft", "fourierft"),
+    *("pissa", "milora", "olora"),
+)
 MIXED |= {name for name in METHODS if name.startswith(SIZED)}
 #: what no tensor scales alone
 DISPROPORTIONATE = (

@@ -210,6 +210,8 @@ METHODS: dict[str, AdapterCase] = {
     "randlora": AdapterCase("randlora", {"rank": 3, "alpha": 1.5}),
     "lora-xs": AdapterCase("lora-xs", {"rank": 3, "alpha": 1.5}),
     "svdiff": AdapterCase("svdiff"),
+    "svft": AdapterCase("svft", {"off_diag": 1}),
+    "svft random": AdapterCase("svft", {"pattern": "random", "off_diag": 2}),
     "pissa": AdapterCase("anchored", {"rank": 2, "alpha": 1}),
     "milora": AdapterCase("anchored", {"rank": 2, "start": "milora", "rslora": True}),
     "olora": AdapterCase("anchored", {"rank": 3, "start": "olora"}),
