@@ -13,17 +13,22 @@ class Pair:
 
     Attributes:
         up: (m, r), trained.
-        down: (r, n), trained.
+        down: (r, n), a parameter; a buffer of kinds that keep it as it is.
         scale: γ.
         up0: (m, r), frozen.
         down0: (r, n), frozen.
     """
 
     up: nn.Parameter
-    down: nn.Parameter
+    down: Tensor
     scale: float
     up0: Tensor | None = None
     down0: Tensor | None = None
+
+    @property
+    def both_train(self) -> bool:
+        """Whether A trains as B does: both do, or, while the adapter is frozen, neither."""
+        return isinstance(self.down, nn.Parameter) and self.up.requires_grad == self.down.requires_grad
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return B and A as they are now."""

@@ -7,8 +7,9 @@ May import wrapping and what is below it; reads live models, no files. Public: `
 from peftkit.training.groups import parameter_groups as parameter_groups
 from peftkit.training.limit_norms import LimitedNorm as LimitedNorm
 from peftkit.training.limit_norms import limit_norms_ as limit_norms_
-from peftkit.training.prefixes import Prefixes as Prefixes
+from peftkit.training.recipes import Attachment as Attachment
 from peftkit.training.recipes import LoRAPro as LoRAPro
+from peftkit.training.recipes import Prefixes as Prefixes
 from peftkit.training.recipes import Recipe as Recipe
 from peftkit.training.recipes import Riemannian as Riemannian
 from peftkit.training.recipes import SoftThreshold as SoftThreshold

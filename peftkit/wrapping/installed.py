@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -122,10 +123,25 @@ def installed_adapters(
                     yield InstalledAdapter(dotted(host_name, slot_name), name, adapter, host, slot_name)
 
 
-def installed_parts(model: nn.Module, name: str | None = None) -> Iterator[Adapter]:
+class InstalledPart(NamedTuple):
+    """An adapter, or one inside it, where it is.
+
+    Attributes:
+        place: "<weight>[<adapter>]", and the name in the adapter behind it of one inside.
+        adapter: the part.
+        at: the adapter that it is, or is inside of.
+    """
+
+    place: str
+    adapter: Adapter
+    at: InstalledAdapter
+
+
+def installed_parts(model: nn.Module, name: str | None = None) -> Iterator[InstalledPart]:
     """The adapters of that name, or all, and those inside them."""
-    for at in installed_adapters(model, None if name is None else [name]):
-        yield from (part for _, part in at.adapter.parts())
+    for at in installed_adapters(model, names_of(model, name)):
+        for inner, part in at.adapter.parts():
+            yield InstalledPart(dotted(f"{at.site}[{at.name}]", inner), part, at)
 
 
 def names_of(model: nn.Module, name: str | None = None) -> tuple[str, ...]:

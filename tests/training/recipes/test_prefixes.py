@@ -53,5 +53,5 @@ def test_a_run_goes_on_with_the_same_draws() -> None:
 def test_a_model_without_such_an_adapter_is_refused() -> None:
     net = nn.Sequential(nn.Linear(8, 8))
     pk.wrap(net, "lora", rank=2)
-    with pytest.raises(OptionError, match="as dylora does: wrap one"):
+    with pytest.raises(OptionError, match="a part at a time, as dylora has: wrap with"):
         Prefixes(net)

@@ -35,6 +35,11 @@ def problem(kind: str, trained: bool = True) -> tuple[nn.Linear, Any, Tensor]:
     return layer, adapter, (2 * (y - target)).detach().mT @ x
 
 
+def act(rule: Recipe) -> None:
+    """Do what the rule does before a step."""
+    rule.before_step(torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+
+
 def factors(adapter: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pair = adapter.pair()
     return *pair.factors(), pair.up.grad, pair.down.grad
@@ -51,7 +56,7 @@ def test_lora_pro_moves_the_weight_along_the_projection_of_its_gradient(kind: st
     """On the tangent space of matrices of the rank, which needs neither the gradient nor a matrix of its size."""
     layer, adapter, G = problem(kind)
     plain = moved(adapter)
-    LoRAPro(layer).act()
+    act(LoRAPro(layer))
     B, A, *_ = factors(adapter)
     of_rows, of_columns = B @ torch.linalg.pinv(B), torch.linalg.pinv(A) @ A
     projection = of_rows @ G + G @ of_columns - of_rows @ G @ of_columns
@@ -63,7 +68,7 @@ def test_lora_pro_moves_the_weight_along_the_projection_of_its_gradient(kind: st
 def test_lora_pro_takes_the_gradients_nearest_to_those_that_were_there() -> None:
     layer, adapter, _ = problem("lora")
     _, _, gB, gA = (t.clone() for t in factors(adapter))
-    LoRAPro(layer).act()
+    act(LoRAPro(layer))
     B, A, bestB, bestA = factors(adapter)
     distance = (bestB - gB).square().sum() + (bestA - gA).square().sum()
     for seed in range(5):  # what else moves the weight alike: −B·X and X·A, for any X
@@ -73,7 +78,7 @@ def test_lora_pro_takes_the_gradients_nearest_to_those_that_were_there() -> None
 
 def test_lora_pro_at_the_start_where_one_factor_is_zero() -> None:
     layer, adapter, G = problem("lora", trained=False)
-    LoRAPro(layer).act()
+    act(LoRAPro(layer))
     _, A, gB, gA = factors(adapter)
     assert torch.allclose(gB, 2 * G @ A.mT @ torch.linalg.inv(A @ A.mT) / 4)
     assert not gA.any()
@@ -84,7 +89,7 @@ def test_riemannian_divides_by_the_other_factor_s_gram_matrix(kind: str) -> None
     layer, adapter, _ = problem(kind)
     own = getattr(adapter, "inner", adapter)
     B, A, gB, gA = (t.clone() for t in factors(own))
-    Riemannian(layer, delta=0.5).act()
+    act(Riemannian(layer, delta=0.5))
     eye = 0.5 * torch.eye(3, dtype=torch.float64)
     _, _, newB, newA = factors(own)
     assert torch.allclose(newB, gB @ torch.linalg.inv(A @ A.mT + eye))

@@ -1,0 +1,132 @@
+"""What every rule does by the protocol: which adapters it takes, when it acts, and what it refuses."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import peftkit as pk
+from peftkit.adapters.base import Adapter
+from peftkit.errors import OptionError, UnknownAdapterError
+from peftkit.training import LoRAPro, Prefixes, Recipe, Riemannian, SoftThreshold
+
+
+class Seen(Recipe):
+    """Notes what it sees."""
+
+    wanted = "anything"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.events: list[str] = []
+
+    def takes(self, adapter: Adapter) -> bool:
+        return True
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        assert not torch.is_grad_enabled()
+        (gradient,) = (p.grad for p in optimizer.param_groups[0]["params"])
+        self.events.append("none" if gradient is None else f"{float(gradient.sum()):g}")
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        assert not torch.is_grad_enabled()
+        self.events.append("after")
+
+
+def layer(kind: str = "full", **options: Any) -> nn.Linear:
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2, bias=False)
+    pk.wrap(model, kind, **options)
+    return model
+
+
+def test_a_rule_sees_the_gradients_that_a_closure_makes_in_the_step() -> None:
+    model = layer()
+    optimizer = torch.optim.SGD(pk.adapter_parameters(model), lr=0.0)
+    rule = Seen(model)
+    handle = rule.attach(optimizer)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 2)).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == optimizer.step(closure=closure)
+    assert rule.events == ["4", "after"] * 2
+    optimizer.step()
+    assert rule.events[4:] == ["4", "after"]
+    handle.remove()
+    optimizer.step()
+    assert len(rule.events) == 6
+
+
+def test_an_optimiser_that_calls_its_closure_again_is_refused() -> None:
+    model = layer()
+    optimizer = torch.optim.LBFGS(pk.adapter_parameters(model))
+    Seen(model).attach(optimizer)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(torch.ones(1, 2)) - 1).square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(OptionError, match="LBFGS calls its closure several times a step"):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_leaves_out_is_no_step_of_the_rule(fused: bool) -> None:
+    model = layer()
+    optimizer = torch.optim.SGD(pk.adapter_parameters(model), lr=0.0, fused=fused)
+    rule, scaler = Seen(model), torch.amp.GradScaler("cpu", init_scale=4.0)
+    rule.attach(optimizer)
+    for factor in (float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(factor * model(torch.ones(1, 2)).sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert rule.events == ["4", "after"]
+
+
+def test_gradients_that_a_fused_optimiser_has_still_to_unscale_are_refused() -> None:
+    model = layer("lora", rank=1)
+    optimizer = torch.optim.SGD(pk.adapter_parameters(model), lr=0.0, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    LoRAPro(model).attach(optimizer)
+    scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+    with pytest.raises(OptionError, match=r"call scaler.unscale_\(optimizer\) before"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize(
+    "make", [LoRAPro, Riemannian, Prefixes, lambda model, name: SoftThreshold(model, 1, name=name)]
+)
+def test_an_adapter_that_is_not_there_is_named(make: Any) -> None:
+    with pytest.raises(UnknownAdapterError, match=r"called 'stile'; there is style\. Did you mean 'style'"):
+        make(layer("lora", name="style"), name="stile")
+    with pytest.raises(UnknownAdapterError, match="no adapter on this model: call wrap or load first"):
+        make(nn.Linear(2, 2), name=None)
+
+
+def test_a_rule_is_for_the_adapters_of_one_name_and_takes_pipelines() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    pk.wrap(model, "dora", name="style")
+    pk.wrap(model, "lora", name="other")
+    assert list(LoRAPro(model).parts) == ["0[style].inner", "0[other]"]
+    assert list(LoRAPro(model, name="style").parts) == ["0[style].inner"]
+
+    pipe: Any = SimpleNamespace(components={"unet": model})
+    assert list(LoRAPro(pipe, name="other").parts) == ["unet.0[other]"]
+
+
+def test_a_state_of_another_rule_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"LoRAPro: a state of \['generator', 'share'\] was given, \[\] was"):
+        LoRAPro(layer("lora")).load_state_dict(Prefixes(layer("dylora")).state_dict())
