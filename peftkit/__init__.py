@@ -101,7 +101,7 @@ if TYPE_CHECKING:
     from peftkit.files.swap import swap as swap
     from peftkit.training.groups import parameter_groups as parameter_groups
     from peftkit.training.limit_norms import limit_norms_ as limit_norms_
-    from peftkit.training.starts import start as start
+    from peftkit.training.starts.start import start as start
     from peftkit.wrapping.check import CheckReport as CheckReport
     from peftkit.wrapping.check import check as check
     from peftkit.wrapping.merge import MergeReport as MergeReport
@@ -162,7 +162,7 @@ _PUBLIC = {
     "peftkit.files.swap": ("swap",),
     "peftkit.training.groups": ("parameter_groups",),
     "peftkit.training.limit_norms": ("limit_norms_",),
-    "peftkit.training.starts": ("start",),
+    "peftkit.training.starts.start": ("start",),
     "peftkit.wrapping.check": (
         "CheckReport",
         "check",

@@ -61,7 +61,6 @@ class AnchoredLoRA(Adapter):
         "is made of the first base's own factors, which this file does not hold: save it with portable=True"
     )
     decays = frozenset({"up", "down"})
-    takes_start: ClassVar[bool] = True
     up0: Tensor
     down0: Tensor
 
@@ -91,7 +90,7 @@ class AnchoredLoRA(Adapter):
         new = factory(weight)
         self.up = nn.Parameter(torch.zeros(shape.rows, rank, **new))
         self.down = nn.Parameter(torch.zeros(rank, shape.columns, **new))
-        up, down = _factors(start, weight, rank, self.scale)
+        up, down = factors_of_base(start, weight, rank, self.scale)
         self.register_buffer("up0", up)
         self.register_buffer("down0", down)
 
@@ -99,6 +98,9 @@ class AnchoredLoRA(Adapter):
         del weight
         up = torch.cat((self.up, self.up0), dim=1)
         return LowRank(times(self.scale, up), torch.cat((self.down0 + self.down, self.down)))
+
+    def takes_start(self) -> str:
+        return "factors" if self.start == "given" else ""
 
     def pair(self) -> Pair:
         return Pair(self.up, self.down, self.scale, self.up0, self.down0)
@@ -115,7 +117,7 @@ class AnchoredLoRA(Adapter):
         if self.start == "given":
             return
         for own, new in zip(
-            (self.up0, self.down0), _factors(self.start, weight, len(self.down), self.scale), strict=True
+            (self.up0, self.down0), factors_of_base(self.start, weight, len(self.down), self.scale), strict=True
         ):
             own.copy_(new)
 
@@ -124,8 +126,8 @@ class AnchoredLoRA(Adapter):
 
 
 @torch.no_grad()
-def _factors(start: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """B₀ (m, r) and A₀ (r, n)."""
+def factors_of_base(start: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return B₀ (m, r) and A₀ (r, n) of one of the starts, for γ = scale."""
     if start == "given":
         new = factory(weight)
         down = uniform_fan_in_(torch.empty(rank, weight.shape[1], **new), weight.shape[1])

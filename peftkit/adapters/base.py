@@ -58,6 +58,8 @@ class Adapter(nn.Module, ABC):
     #: every option with its value, and the shape of W, as `registry.build` resolved them
     options: dict[str, Any]
     shape: Shape
+    #: γ, of kinds that have one
+    scale: float
     #: whether it was made on the meta device, and has been given no values since
     unset: bool = False
     #: the trained factors that start at 0 beside others that do not, which have no gradient until these have moved
@@ -74,8 +76,6 @@ class Adapter(nn.Module, ABC):
     draws_prefixes: ClassVar[bool] = False
     #: the parameter that scales each of its ranks, and takes a rank out at 0
     gates: ClassVar[str | None] = None
-    #: whether `anchor_` gives it a start
-    takes_start: ClassVar[bool] = False
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Delta:
@@ -188,9 +188,22 @@ class Adapter(nn.Module, ABC):
         """Return the two factors that train together, of kinds whose ΔW is their product; None of others."""
         return None
 
+    def takes_start(self) -> str:
+        """Return what `anchor_` may give it: "" nothing, and "input" A₀ alone, with B₀ = 0.
+
+        "factors" are B₀ and A₀, from which both train; "frame" the same, which stay, with a matrix between.
+        """
+        return ""
+
     def anchor_(self, up: Tensor, down: Tensor) -> None:
         """Start again from other factors, B₀ (m, r) and A₀ (r, n), at ΔW = 0; of kinds that take a start."""
         raise OptionError(f"{self.kind} starts as it is made: wrap with the kind 'anchored' and start='given'")
+
+    @torch.no_grad()
+    def begin_(self, up: Tensor, down: Tensor) -> None:
+        """Start again at ΔW = γ·B₀·A₀; of kinds that take A₀, or factors."""
+        self.anchor_(torch.zeros_like(up), down)
+        self.get_parameter("up").copy_(up)
 
     def use_prefix(self, share: float) -> None:
         """Use, in training, the ranks that a number in [0, 1) stands for, where the kind draws how many it uses."""

@@ -140,6 +140,14 @@ class LoRA(Adapter):
             self.down = nn.Parameter(uniform_fan_in_(torch.empty(rank, shape.columns, **new), shape.columns))
             self.core = None
 
+    def takes_start(self) -> str:
+        return "input" if self.pair() is not None else ""
+
+    @torch.no_grad()
+    def anchor_(self, up: Tensor, down: Tensor) -> None:
+        self.up.copy_(up)
+        self.down.copy_(down)
+
     def pair(self) -> Pair | None:
         return Pair(self.up, self.down, self.scale) if self.core is None and self.up.dim() == 2 else None
 

@@ -57,6 +57,14 @@ class LoRAFA(Adapter):
         self.up = nn.Parameter(torch.zeros(shape.rows, rank, **new))
         self.register_buffer("down", uniform_fan_in_(torch.empty(rank, shape.columns, **new), shape.columns))
 
+    def takes_start(self) -> str:
+        return "input"
+
+    @torch.no_grad()
+    def anchor_(self, up: Tensor, down: Tensor) -> None:
+        self.up.copy_(up)
+        self.down.copy_(down)
+
     def delta(self, weight: Tensor) -> LowRank:
         del weight
         return LowRank(times(self.scale, self.up), self.down)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.frame import frame
-from peftkit.adapters.options import factory, limited_rank, rank_scale, times
+from peftkit.adapters.options import factory, limited_rank, rank_scale, require, times
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
@@ -20,7 +20,8 @@ class LoRAXS(Adapter):
     r"""Adds a matrix between the base's leading singular vectors: ΔW = γ·U_r·R·S_r·V_rᵀ, with W = U·S·Vᵀ and γ = α/r.
 
     The parameter is `core`, R (r, r), which starts at 0: r² numbers, whatever the sizes of W. U_r (m, r) and S_r·V_rᵀ
-    (r, n) are computed from W and frozen. The released code starts R at N(0, 10⁻⁵), which is not 0.
+    (r, n) are computed from W and frozen. The released code starts R at N(0, 10⁻⁵), which is not 0. With start="given"
+    the two frames are any others, which `pk.start` gives, and the file holds them.
 
     Paper: https://arxiv.org/abs/2405.17604.
 
@@ -29,6 +30,7 @@ class LoRAXS(Adapter):
         weight: W (m, n), of which the singular vectors are taken.
         rank: r, at most min(m, n); 32 by default, or min(m, n) where that is less.
         alpha: α, by default the rank, so that γ = 1.
+        start: "base" for frames of W's singular vectors, "given" for those of `pk.start`, until which they are W's.
 
     Raises:
         OptionError: An option has a value that it cannot take.
@@ -50,12 +52,15 @@ class LoRAXS(Adapter):
     left: Tensor
     right: Tensor
 
-    def __init__(self, shape: Shape, weight: Tensor, *, rank: int | None = None, alpha: float | None = None) -> None:
+    def __init__(
+        self, shape: Shape, weight: Tensor, *, rank: int | None = None, alpha: float | None = None, start: str = "base"
+    ) -> None:
         super().__init__()
         limit = min(shape.rows, shape.columns)
         rank = limited_rank("lora-xs", rank, 32, limit, f"the singular values of this {shape} weight")
+        require(start in ("base", "given"), "lora-xs", "start", start, "base or given")
         self.options = {"rank": rank}
-        self.scale = rank_scale("lora-xs", rank, alpha)
+        self.scale, self.start = rank_scale("lora-xs", rank, alpha), start
         left, values, right = frame(weight, rank)
         self.register_buffer("left", left)
         self.register_buffer("right", values[:, None] * right)
@@ -65,11 +70,22 @@ class LoRAXS(Adapter):
         del weight
         return LowRank(self.left @ times(self.scale, self.core), self.right)
 
+    def takes_start(self) -> str:
+        return "frame" if self.start == "given" else ""
+
+    @torch.no_grad()
+    def anchor_(self, up: Tensor, down: Tensor) -> None:
+        self.left.copy_(up)
+        self.right.copy_(down)
+        self.core.zero_()
+
     @torch.no_grad()
     def rebase_(self, weight: Tensor) -> None:
+        if self.start == "given":
+            return
         left, values, right = frame(weight, len(self.core))
         self.left.copy_(left)
         self.right.copy_(values[:, None] * right)
 
     def derived(self) -> dict[str, Tensor]:
-        return {"left": self.left, "right": self.right}
+        return {} if self.start == "given" else {"left": self.left, "right": self.right}

@@ -30,6 +30,9 @@ class Stacked(Adapter):
         others = [kind(shape.one, matrix, **options) for matrix in matrices[1:]]
         _stack_(self, others)
 
+    def takes_start(self) -> str:
+        return ""
+
     def at(self, weight: Tensor, strength: float | Tensor) -> Delta:
         if type(self).batched:
             return super().at(weight, strength)

@@ -14,4 +14,4 @@ from peftkit.training.recipes import Recipe as Recipe
 from peftkit.training.recipes import Riemannian as Riemannian
 from peftkit.training.recipes import SoftThreshold as SoftThreshold
 from peftkit.training.starts import StartReport as StartReport
-from peftkit.training.starts import start as start
+from peftkit.training.starts.start import start as start

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import peftkit as pk
+from peftkit.adapters import Adapter
 from peftkit.errors import OptionError
-from peftkit.training import start
+from peftkit.training.starts import CorDA, LoftQ, LoRAOne, LoRASB
+from peftkit.training.starts.start import STARTS, start
 from tests.support.processes import distributed
 
 RANK = 4
@@ -160,7 +162,7 @@ def test_a_model_of_many_layers_keeps_less_than_its_gradients(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "how, options, batches, message",
     [
-        ("lora-ga", {"start": "pissa"}, [1], "anchored takes no start from data"),
+        ("lora-ga", {"start": "pissa"}, [1], "anchored takes no such start as lora-ga"),
         ("lora_ga", {"start": "given"}, [1], "how='lora_ga' was given"),
         ("lora-ga", {"start": "given"}, [], "no gradient came to it: give batches"),
         ("eva", {"start": "given"}, [], "it was not called: give batches"),
@@ -175,6 +177,157 @@ def test_what_cannot_start_is_said_and_leaves_the_model(
     with pytest.raises(OptionError, match=message):
         start(model, how, [torch.ones(2, 8) for _ in batches], lambda m, x: m(x).sum().backward())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def given(module: nn.Module, kind: str = "anchored", rank: int = RANK) -> Adapter:
+    """Wrap a layer for a start, and return its adapter."""
+    options: dict[str, Any] = {} if kind in ("lora", "lora-fa") else {"start": "given"}
+    pk.wrap(module, kind, rank=rank, **options)
+    return module.adapters["default"]  # type: ignore[index, return-value]
+
+
+def backward_of(loss: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.Module, Tensor], None]:
+    return lambda m, x: loss(m, x).backward()
+
+
+@pytest.mark.parametrize("how", STARTS)
+def test_no_start_moves_the_model(how: str, tmp_path: Path) -> None:
+    """Bit for bit in bf16 too; training then moves it, and a file has the start."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Unflatten(1, (2, 6)), nn.Conv1d(2, 8, 3)).bfloat16()
+    base, x = copy.deepcopy(model), torch.randn(5, 12).bfloat16()
+    before = model(x)
+    pk.wrap(model, "lora-xs" if how == "lora-sb" else "anchored", rank=2, start="given")
+    report = start(model, how, [x], lambda m, x: m(x).square().sum().backward())
+    assert torch.equal(model(x), before) and report.modules == 2 and report.how == how and how in str(report)
+    assert all(0 < share <= 1 for share in (*report.energy.values(), *report.alignment.values()))
+    optimizer = torch.optim.SGD(pk.adapter_parameters(model), lr=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    after = model(x)
+    assert not torch.equal(after, before)
+    pk.load(base, pk.save(model, tmp_path / "a.safetensors"))
+    assert torch.equal(base(x), after)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_alignment_is_that_of_the_whole_gradient(layer: str) -> None:
+    for how in ("lora-ga", "lora-one"):
+        module, batches, loss = problem(layer)
+        G, adapter = gradient(module, batches, loss), given(module)
+        report = start(module, how, batches, backward_of(loss), oversample=8)
+        found = cosine(first_step(adapter.get_buffer("up0"), adapter.get_buffer("down0"), G), G)
+        assert report.alignment[""] == pytest.approx(found, abs=0.05)
+
+
+@pytest.mark.parametrize("sign", [False, True])
+def test_lora_sb_trains_the_projection_of_the_gradient(sign: bool) -> None:
+    module, batches, loss = problem("conv")
+    G, adapter = gradient(module, batches, loss), given(module, "lora-xs")
+    before = module(batches[0])
+    report = start(module, LoRASB(sign=sign), batches, backward_of(loss), oversample=8)
+    assert torch.equal(module(batches[0]), before)
+    U, V = adapter.get_buffer("left").double(), adapter.get_buffer("right").double()
+    eye = torch.eye(RANK, dtype=torch.float64)
+    assert torch.allclose(U.mT @ U, eye, atol=1e-5) and torch.allclose(V @ V.mT, eye, atol=1e-5)
+    for x in batches:
+        loss(module, x).backward()
+    core = adapter.get_parameter("core").grad
+    assert core is not None and torch.allclose(core.double(), U.mT @ G @ V.mT, atol=1e-5)
+    whole = cosine(U @ (U.mT @ G @ V.mT) @ V, G)
+    assert report.alignment[""] == pytest.approx(whole, abs=0.05)
+    if sign:
+        best = torch.linalg.svdvals(G.sign())[:RANK].square().sum() / G.numel()
+        assert report.energy[""] == pytest.approx(float(best), abs=1e-3)
+        assert float(torch.trace(U.mT @ G.sign() @ V.mT).abs()) > 0.99 * float(
+            torch.linalg.svdvals(G.sign())[:RANK].sum()
+        )
+
+
+def test_lora_one_may_begin_after_its_step() -> None:
+    module, batches, loss = problem("linear")
+    G, adapter = gradient(module, batches, loss), given(module)
+    start(module, LoRAOne(stable=2, first_step=True), batches, backward_of(loss), oversample=8)
+    U, S, V = torch.linalg.svd(G, full_matrices=False)
+    expected = -0.5 * (U[:, :RANK] * S[:RANK] / S[0]) @ V[:RANK]
+    assert cosine(adapter(torch.zeros(128, 96), 1.0).dense().detach().double(), expected) > 0.99
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora-fa", "anchored"])
+def test_eva_is_for_all_that_begin_at_b_of_zero(kind: str) -> None:
+    module, batches, _ = problem("conv")
+    adapter = given(module, kind)
+    start(module, "eva", batches)
+    A = adapter.get_buffer("down0") if kind == "anchored" else adapter.state_dict()["down"]
+    assert torch.allclose(A @ A.mT, torch.eye(RANK), atol=1e-5)
+    with pytest.raises(OptionError, match=r"lora takes no such start as pissa|wrap with the kind|start"):
+        start(module, "lora-sb", batches, lambda m, x: m(x).sum().backward())
+
+
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+def test_corda_is_peft_s_where_the_sketch_is_whole(mode: str) -> None:
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 12, bias=False))
+    data = [torch.randn(64, 8) * (0.7 ** torch.arange(8))]  # PEFT weighs every batch by its largest input
+    ours = copy.deepcopy(net)
+    adapter = given(ours[0], rank=2)
+    start(ours, CorDA(mode), data)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=2, target_modules=["0"], init_lora_weights="corda", corda_config=CordaConfig(corda_method=mode)
+    )
+    preprocess_corda(net, config, run_model=lambda: [net(x) for x in data])  # type: ignore[arg-type]
+    layer: Any = peft.get_peft_model(net, config).base_model.model[0]  # type: ignore[arg-type]
+    theirs = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    assert torch.allclose(adapter.get_buffer("up0") @ adapter.get_buffer("down0"), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["pissa", "milora", "olora"])
+def test_starts_of_the_base_are_those_of_the_kind(how: str) -> None:
+    torch.manual_seed(0)
+    W = nn.Linear(10, 12)
+    first, second = copy.deepcopy(W), copy.deepcopy(W)
+    pk.wrap(first, "anchored", rank=3, start=how)
+    adapter = given(second, rank=3)
+    start(second, how)
+    for name in ("up0", "down0"):
+        assert torch.equal(adapter.get_buffer(name), first.adapters["default"].get_buffer(name))  # type: ignore[index]
+
+
+def test_orthogonal_factors_have_no_product() -> None:
+    model = nn.Linear(10, 12)
+    adapter = given(model, rank=4)
+    start(model, "orthogonal", seed=1)
+    B, A = adapter.get_buffer("up0"), adapter.get_buffer("down0")
+    assert (B @ A).abs().max() < 1e-6 and B.norm() > 0.1 and A.norm() > 0.1
+    odd = nn.Linear(10, 12)
+    given(odd, rank=3)
+    with pytest.raises(OptionError, match="orthogonal needs an even one"):
+        start(odd, "orthogonal")
+
+
+@pytest.mark.parametrize("kind", ["lora", "anchored"])
+def test_loftq_begins_nearer_to_the_weights_before_quantising(kind: str) -> None:
+    """The best of its rank: what is left are the other singular values."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 24, 3), nn.Flatten())
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((parameter * 20).round() / 20)
+    adapter = given(model[0], kind)
+    start(model, LoftQ(original))
+    W, Q = original["0.weight"].flatten(1), model[0].weight.flatten(1)  # type: ignore[union-attr]
+    left = (Q + adapter(Q, 1.0).dense() - W).norm()
+    assert torch.isclose(left, torch.linalg.svdvals(W - Q)[RANK:].norm(), rtol=1e-3)
+    with pytest.raises(OptionError, match=r"original has no .0.weight"):
+        start(model, LoftQ({}))
+    with pytest.raises(OptionError, match="give the weights of this model"):
+        start(model, LoftQ({"0.weight": torch.zeros(3, 4, 3, 3)}))
+    with pytest.raises(OptionError, match="pass LoftQ"):
+        start(model, "loftq")
 
 
 def _started(how: str, batches: list[Tensor]) -> list[Tensor]:

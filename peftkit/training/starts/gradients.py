@@ -1,0 +1,186 @@
+"""Sketches of gradients: the leading singular triples of every G (m, n), and no G is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapters.bank import bank
+from peftkit.adapters.base import Adapter
+from peftkit.adapters.options import factory
+from peftkit.delta import Dense, LowRank
+from peftkit.delta.base import Delta
+from peftkit.errors import OptionError
+from peftkit.geometry import Shape
+from peftkit.training.starts.processes import sum_over_processes
+from peftkit.wrapping.installed import InstalledAdapter
+
+#: of U(−1, 1), the distribution of the random matrices of a sketch
+VARIANCE = 1 / 3
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """G (m, n) as its sketch has it: U (m, k), S (k,), Vᵀ (k, n) in float64, and about ‖G‖².
+
+    noise: what of `total` is in S² by the sketch alone.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    total: float
+    noise: float = 0.0
+
+    def energies(self) -> Tensor:
+        """Return about σᵢ(G)² (k,), falling."""
+        return (self.S.square() - self.noise / len(self.S)).clamp(min=0)
+
+    def energy(self, count: int) -> float:
+        """Return about the share of ‖G‖² in the first triples."""
+        return min(float(self.energies()[:count].sum()) / self.total, 1.0) if self.total > 0 else 0.0
+
+    def alignment(self, up: Tensor, down: Tensor, *, framed: bool = False) -> float:
+        """Return about the cosine of G and the first step of gradient descent from B₀ and A₀.
+
+        The step is B₀·B₀ᵀ·G + G·A₀ᵀ·A₀, or B₀·(B₀ᵀ·G·A₀ᵀ)·A₀ where they are frames that stay.
+        """
+        up, down, S = up.to(self.U), down.to(self.V), self.energies().sqrt()
+        left, right = (up.mT @ self.U * S) @ self.V, (self.U * S) @ (self.V @ down.mT)
+        if framed:
+            core = left @ down.mT
+            high, wide, along = up @ core, down, core.square().sum()
+        else:
+            high, wide = torch.cat((up, right), 1), torch.cat((left, down))
+            along = left.square().sum() + right.square().sum()
+        size = float(((high.mT @ high) * (wide @ wide.mT)).sum().clamp(min=0).sqrt())
+        return min(float(along) / (size * self.total**0.5), 1.0) if size and self.total > 0 else 0.0
+
+
+class _Probe(Adapter):
+    """An adapter that changes nothing, and whose parameters' gradients tell of the gradient G of the weight."""
+
+    kind = "probe"
+
+    @property
+    def sketches(self) -> tuple[nn.Parameter, ...]:
+        return tuple(self.parameters())
+
+    def gradient(self) -> Gradient:
+        """What is known of G, after the pass."""
+        raise NotImplementedError
+
+
+class _Sketch(_Probe):
+    """ΔW = B·Ω + Ψ·A with B = A = 0: the gradients of B and A are G·Ωᵀ and Ψᵀ·G, k and 2k + 1 numbers a row."""
+
+    omega: Tensor
+    psi: Tensor
+
+    def __init__(self, shape: Shape, weight: Tensor, k: int, seed: int) -> None:
+        super().__init__()
+        zero = torch.zeros((), **factory(weight))  # one number in memory: only the gradients are of the full size
+        self.up = nn.Parameter(zero.expand(shape.rows, k))
+        self.down = nn.Parameter(zero.expand(2 * k + 1, shape.columns))
+        self.register_buffer("omega", bank(seed, "start omega", shape.columns, k, zero).mT)
+        self.register_buffer("psi", bank(seed, "start psi", shape.rows, 2 * k + 1, zero))
+
+    def delta(self, weight: Tensor) -> LowRank:
+        del weight
+        return LowRank(torch.cat((self.up, self.psi), dim=1), torch.cat((self.omega, self.down)))
+
+    def gradient(self) -> Gradient:
+        Y, Z = self.up.grad, self.down.grad
+        assert Y is not None and Z is not None
+        Y, Z, psi = Y.double(), Z.double(), self.psi.double()
+        Q = torch.linalg.qr(Y)[0]
+        core = torch.linalg.lstsq(psi.mT @ Q, Z).solution  # of G ≈ Q·(QᵀG), as in Tropp et al., arXiv:1609.00048
+        U, S, V = torch.linalg.svd(core, full_matrices=False)
+        # what of G is outside of Q, by the equations that are left over, and what of it got into the core
+        k, rows = core.shape[0], psi.shape[1]
+        outside = float((Z - psi.mT @ (Q @ core)).square().sum()) / (max(rows - k, 1) * VARIANCE)
+        noise = k * outside / max(rows - k - 1, 1)
+        return Gradient(Q @ U, S, V, max(float(S.square().sum()) - noise, 0.0) + outside, noise)
+
+
+class _Whole(_Probe):
+    """ΔW = M with M = 0: the gradient of M is G, m·n numbers."""
+
+    def __init__(self, shape: Shape, weight: Tensor) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.zeros((), **factory(weight)).expand(shape.rows, shape.columns))
+
+    def delta(self, weight: Tensor) -> Delta:
+        del weight
+        return Dense(self.matrix)
+
+    def gradient(self) -> Gradient:
+        G = self.matrix.grad
+        assert G is not None
+        U, S, V = torch.linalg.svd(G.double(), full_matrices=False)
+        return Gradient(U, S, V, float(S.square().sum()))
+
+
+def gradients_of(
+    model: nn.Module,
+    found: Sequence[InstalledAdapter],
+    batches: Iterable[Any],
+    backward: Callable[[nn.Module, Any], object] | None,
+    *,
+    k: Sequence[int],
+    seed: int,
+    whole: bool = False,
+) -> tuple[list[Gradient], int]:
+    """Return what a pass over the batches shows of the gradients, and how many bytes it held for them.
+
+    Args:
+        model: of the adapters.
+        found: adapters, one for each weight to look at; none of them acts meanwhile.
+        batches: what `backward` is called with.
+        backward: computes a loss and calls its backward().
+        k: how many singular triples of each are wanted.
+        seed: of the random matrices.
+        whole: keep every G itself.
+    """
+    if backward is None:
+        raise OptionError("backward=None was given, and the gradients of a loss are needed: pass a function")
+    with _probing(model, found, k, seed, whole) as probes:
+        for batch in batches:
+            backward(model, batch)
+        for at, missing in zip(found, sum_over_processes([probe.sketches for probe in probes]), strict=True):
+            if missing:
+                raise OptionError(f"{at.site or 'the model'}: no gradient came to it: give batches, and a loss of it")
+        held = sum(p.grad.nbytes for probe in probes for p in probe.sketches if p.grad is not None)
+        return [probe.gradient() for probe in probes], held
+
+
+@contextmanager
+def _probing(
+    model: nn.Module, found: Sequence[InstalledAdapter], k: Sequence[int], seed: int, whole: bool
+) -> Iterator[list[_Probe]]:
+    """Put probes in the places of adapters, and let nothing else have gradients."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    routes = {at.host: at.host.adapter_state.route for at in found}
+    probes: list[_Probe] = []
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(False)
+        for at, count in zip(found, k, strict=True):
+            shape = at.slot.geometry.shape
+            probe = _Whole(shape, at.base) if whole else _Sketch(shape, at.base, count, seed)
+            at.put_(probe)
+            at.host.adapter_state.route = "factored"
+            probes.append(probe)
+        yield probes
+    finally:
+        for at, _ in zip(found, probes, strict=False):
+            at.put_(at.adapter)
+        for host, route in routes.items():
+            host.adapter_state.route = route
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)

@@ -1,0 +1,139 @@
+"""Sketches of inputs: the leading eigenvectors of every second moment C = Σ x·xᵀ (n, n), and no C is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.adapters.bank import bank
+from peftkit.errors import OptionError
+from peftkit.training.starts.gradients import VARIANCE
+from peftkit.training.starts.processes import sum_over_processes
+from peftkit.wrapping.installed import InstalledAdapter
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """C (n, n) as its sketch has it: eigenvectors Vᵀ (k, n), values (k,), falling, in float64, and about its trace."""
+
+    V: Tensor
+    values: Tensor
+    total: float
+
+    def energy(self, count: int) -> float:
+        """Return about the share of the inputs' energy in the first directions."""
+        return min(float(self.values[:count].sum()) / self.total, 1.0) if self.total > 0 else 0.0
+
+
+class _Held(nn.Module):
+    """Ω·C (k, n) and Σ‖x‖², as gradients of parameters, which is what processes sum."""
+
+    omega: Tensor
+
+    def __init__(self, at: InstalledAdapter, k: int, seed: int) -> None:
+        super().__init__()
+        like = at.base.new_zeros((), dtype=torch.float32)
+        columns = at.slot.geometry.shape.columns
+        self.register_buffer("omega", bank(seed, "start omega", columns, k, like).mT)
+        self.sketch = nn.Parameter(like.expand(k, columns))
+
+    def see(self, at: InstalledAdapter, x: Tensor) -> None:
+        """Add the inputs of one call."""
+        with torch.enable_grad():
+            A = self.omega.clone().requires_grad_()
+            h = at.slot.geometry.contract(x.detach().to(A.dtype), A)
+            (seen,) = torch.autograd.grad(h, A, h.detach())
+        self.sketch.grad = seen if self.sketch.grad is None else self.sketch.grad + seen
+
+    def inputs(self) -> Inputs:
+        assert self.sketch.grad is not None
+        total = float((self.omega * self.sketch.grad).sum().double()) / (VARIANCE * len(self.omega))
+        return _nystrom(self.sketch.grad.double(), self.omega.double(), total)
+
+
+def inputs_of(
+    model: nn.Module,
+    found: Sequence[InstalledAdapter],
+    batches: Iterable[Any],
+    call: Callable[[nn.Module, Any], object] | None,
+    *,
+    k: Sequence[int],
+    seed: int,
+) -> tuple[list[Inputs], int]:
+    """Return what a pass over the batches shows of the inputs, and how many bytes it held for them.
+
+    Args:
+        model: of the adapters.
+        found: adapters, one for each weight to look at.
+        batches: what `call` is called with.
+        call: calls the model; by default model(batch), with a tuple's or a mapping's elements as arguments.
+        k: how many directions of each are wanted.
+        seed: of the random matrices.
+    """
+    read = next((at for at in found if at.slot.parameter in at.host.adapter_state.reads), None)
+    if read is not None:
+        raise OptionError(
+            f"{read.site}: its weight is read by its module, so that its inputs are not seen: use a start that is made "
+            "of gradients, as lora-ga"
+        )
+    held = [_Held(at, own, seed) for at, own in zip(found, k, strict=True)]
+    with _gradients_kept(model), _seeing(found, held), torch.set_grad_enabled(call is not None):
+        for batch in batches:
+            (call or called)(model, batch)
+    for at, missing in zip(found, sum_over_processes([[own.sketch] for own in held]), strict=True):
+        if missing:
+            raise OptionError(f"{at.site or 'the model'}: it was not called: give batches")
+    return [own.inputs() for own in held], sum(own.sketch.nbytes for own in held)
+
+
+@contextmanager
+def _seeing(found: Sequence[InstalledAdapter], held: Sequence[_Held]) -> Iterator[None]:
+    def hook(at: InstalledAdapter, own: _Held) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda _, args, options: own.see(at, args[0] if args else options["input"])
+
+    handles = [
+        at.host.register_forward_pre_hook(hook(at, own), with_kwargs=True) for at, own in zip(found, held, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Add to no gradient that is there: each parameter has its own again afterwards."""
+    held = {parameter: parameter.grad for parameter in model.parameters()}
+    try:
+        for parameter in held:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad in held.items():
+            parameter.grad = grad
+
+
+def called(model: nn.Module, batch: Any) -> object:
+    """Return model(batch), with a tuple's or a mapping's elements as arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def _nystrom(Y: Tensor, omega: Tensor, total: float) -> Inputs:
+    """The leading eigenvectors of C (n, n) from Ω·C (k, n) and Ω (k, n).
+
+    C ≈ (ΩC)ᵀ·(ΩCΩᵀ)⁺·(ΩC), as in Tropp et al., https://arxiv.org/abs/1706.05736.
+    """
+    core = Y @ omega.mT
+    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    kept = values > 1e-12 * values[-1].clamp(min=1e-300)
+    root = (vectors * torch.where(kept, values, 1.0).rsqrt() * kept).mT @ Y
+    _, S, V = torch.linalg.svd(root, full_matrices=False)
+    return Inputs(V, S.square(), total)

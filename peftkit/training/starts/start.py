@@ -1,0 +1,153 @@
+"""start: give adapters the factors that the base, or some batches of data, show to be good ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.errors import OptionError, require_choice, require_integer, require_option
+from peftkit.training.starts.corda import CorDA
+from peftkit.training.starts.eva import EVA
+from peftkit.training.starts.gradients import Gradient, gradients_of
+from peftkit.training.starts.inputs import Inputs, inputs_of
+from peftkit.training.starts.lora_ga import LoRAGA
+from peftkit.training.starts.lora_one import LoRAOne
+from peftkit.training.starts.lora_sb import LoRASB
+from peftkit.training.starts.of_base import MiLoRA, OLoRA, PiSSA
+from peftkit.training.starts.orthogonal import Orthogonal
+from peftkit.training.starts.protocol import Seen, Start
+from peftkit.training.starts.report import StartReport
+from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, names_of
+from peftkit.wrapping.walk import dotted
+
+STARTS: dict[str, type[Start]] = {
+    each.name: each for each in (PiSSA, MiLoRA, OLoRA, LoRAGA, LoRAOne, LoRASB, EVA, CorDA, Orthogonal)
+}
+
+
+def start(
+    model: nn.Module,
+    how: str | Start,
+    batches: Iterable[Any] = (),
+    backward: Callable[[nn.Module, Any], object] | None = None,
+    *,
+    name: str | None = None,
+    oversample: int = 4,
+    seed: int = 0,
+) -> StartReport:
+    r"""Give adapters the start that their base, or some batches of data, show to be a good one; ΔW stays exactly 0.
+
+    Call it after `wrap` and before training. The base is never written: ΔW = γ·(B·A − B₀·A₀), and a start chooses B₀
+    and A₀. Of the base alone are made "pissa", "milora" and "olora"; of nothing "orthogonal"; of gradients, one pass
+    over the batches, "lora-ga", "lora-one" and "lora-sb"; of inputs "eva" and "corda". `peftkit.training.starts` has a
+    class of each, with its formula, source and numbers, and `LoftQ`, for quantised bases.
+
+    No gradient of a weight is kept: a sketch of (m + 2n)·k numbers a layer is, or of n·k of its inputs, with
+    k = oversample·r, for every layer that can be adapted. In a group of processes the sketches are summed over all of
+    them, each with its own batches: every process gets the same start.
+
+    Args:
+        model: wrapped with adapters that take such a start, "anchored" with start="given" for most.
+        how: a start by name, or one of its class, as LoRAGA(stable=64).
+        batches: what `backward` is called with, one after another.
+        backward: called as backward(model, batch), it computes a loss and calls its backward(). Starts made of inputs
+            need no backward, and by default call the model with the batch.
+        name: of the adapters; by default all.
+        oversample: k/r, 4 by default and at least 2.
+        seed: of the random matrices of the sketch.
+
+    Returns:
+        How much of the energy the start has of each layer, how near its first step is to the gradient, and the memory.
+
+    Raises:
+        OptionError: an option has a value it cannot take, an adapter takes no such start, or no gradient came to a
+            layer.
+        UnknownAdapterError: there is no adapter of that name, or none at all.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        >>> _ = pk.wrap(model, "anchored", rank=2, start="given")
+        >>> batches = [torch.randn(8, 16) for _ in range(4)]
+        >>> report = pk.start(model, "lora-ga", batches, lambda m, x: m(x).square().mean().backward())
+        >>> sorted(report.energy)
+        ['0', '2']
+    """
+    method = _method(how)
+    require_integer("oversample", oversample, 2, "an integer")
+    found = list(installed_adapters(model, names_of(model, name)))
+    for at in found:
+        _require_takes(at, method)
+    k = [oversample * at.adapter.options["rank"] for at in found]
+    gradients: Sequence[Gradient | None] = [None] * len(found)
+    inputs: Sequence[Inputs | None] = [None] * len(found)
+    held = 0
+    if method.needs == "gradient":
+        gradients, held = gradients_of(model, found, batches, backward, k=k, seed=seed, whole=method.whole)
+    if method.needs == "inputs":
+        inputs, held = inputs_of(model, found, batches, backward, k=k, seed=seed)
+    draws = torch.Generator().manual_seed(seed)
+    made = [
+        method.factors(_seen(at, draws, gradient, own))
+        for at, gradient, own in zip(found, gradients, inputs, strict=True)
+    ]
+    alignment: dict[str, float] = {}
+    for at, (up, down, _), gradient in zip(found, made, gradients, strict=True):
+        (at.adapter.begin_ if method.moves else at.adapter.anchor_)(up, down)
+        if gradient is not None:
+            alignment[at.site] = gradient.alignment(up, down, framed=at.adapter.takes_start() == "frame")
+    energy = {at.site: own.energy for at, own in zip(found, made, strict=True) if own.energy is not None}
+    return StartReport(method.name, len(found), energy, alignment, held)
+
+
+def _method(how: object) -> Start:
+    if isinstance(how, Start):
+        return how
+    if how == "loftq":
+        raise OptionError("how='loftq' was given, and it needs the weights before quantising: pass LoftQ(weights)")
+    require_choice("how", how, STARTS)
+    return STARTS[str(how)]()
+
+
+def _require_takes(at: InstalledAdapter, method: Start) -> None:
+    """Raise unless the adapter, as it was wrapped, takes such a start."""
+    takes = at.adapter.takes_start()
+    if takes not in method.gives:
+        kinds = "'lora-xs'" if method.gives == {"frame"} else "'anchored'"
+        raise OptionError(
+            f"{at.site or 'the model'}: {at.adapter.kind} takes no such start as {method.name}: wrap with the kind "
+            f"{kinds} and start='given'"
+        )
+    at.require_values()
+    shape, rank = at.slot.geometry.shape, at.adapter.options["rank"]
+    least = min(shape.rows, shape.columns)
+    where = f"{at.site or 'the model'}: rank"
+    require_option(rank <= least, where, rank, f"at most {least}, the singular values of this {shape} weight")
+
+
+def _matrix(at: InstalledAdapter, parameter: Tensor) -> Tensor:
+    """W (m, n) of a tensor in the place of the adapter's parameter."""
+    geometry, part = at.slot.geometry, at.slot.of(parameter)
+    if part.numel() != geometry.shape.rows * geometry.shape.columns:
+        raise OptionError(
+            f"{at.site or 'the model'}: a tensor {tuple(parameter.shape)} was given for its weight, which is "
+            f"{geometry.shape}: give the weights of this model"
+        )
+    return geometry.matrix(part)
+
+
+def _seen(at: InstalledAdapter, draws: torch.Generator, gradient: Gradient | None, inputs: Inputs | None) -> Seen:
+    host = at.site.removesuffix(at.slot_name).removesuffix(".") if at.slot_name else at.site
+    return Seen(
+        at.site,
+        dotted(host, at.slot.parameter),
+        at.base,
+        at.adapter.options["rank"],
+        at.adapter.scale,
+        lambda tensor: _matrix(at, tensor),
+        draws,
+        gradient,
+        inputs,
+    )
