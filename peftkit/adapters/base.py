@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.form import Additive, Form
 from peftkit.adapters.pair import Pair
-from peftkit.delta.base import Delta
+from peftkit.delta.base import Delta, WeightCache
 from peftkit.errors import OptionError, UnsetAdapterError
 from peftkit.geometry import Shape
 from peftkit.kernels.sharding import sharded
@@ -89,6 +89,15 @@ class Adapter(nn.Module, ABC):
         """Return ΔW at a strength λ: λ·ΔW, unless an option names another path, as `oft` has in path="geodesic"."""
         delta = self.delta(weight)
         return delta if isinstance(strength, float) and strength == 1 else delta.scaled(strength)
+
+    def inner_and_sqnorm(self, weight: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
+        """Return <ΔW, W>_F and ‖ΔW‖_F² at strength 1, scalars, which a kind may know without making ΔW.
+
+        Args:
+            weight: W (m, n).
+            cache: what is known of W and of the adapter's buffers.
+        """
+        return self.delta(weight).upcast().inner_and_sqnorm(weight, cache)
 
     def forward(self, weight: Tensor, strength: float | Tensor) -> Delta:
         """Return `at` in the precision of the parameters, whatever the autocast state."""

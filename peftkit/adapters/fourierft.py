@@ -12,7 +12,9 @@ from peftkit.adapters.base import Adapter
 from peftkit.adapters.options import factory, require
 from peftkit.adapters.registry import register
 from peftkit.delta import Delta, Dense, LowRank
+from peftkit.delta.base import WeightCache
 from peftkit.geometry import Shape
+from peftkit.kernels.blocks import upcast
 
 
 @register("fourierft")
@@ -87,3 +89,18 @@ class FourierFT(Adapter):
         """2π·frequency·i/size, (size, k), with the whole turns left out before they are rounded."""
         place = torch.arange(size, device=frequency.device)[:, None]
         return (place * frequency % size).to(self.spectrum.dtype) * (2 * math.pi / size)
+
+    def inner_and_sqnorm(self, weight: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
+        # s/(mn)·Σ c_l·Re fft2(W)[u_l, v_l], and s²/(mn)·‖(C + C⁻)/2‖², where C⁻[u, v] = C[−u, −v]
+        c, scale = upcast(self.spectrum), self.scaling / (self.rows * self.columns)
+        seen = cache("seen", lambda: torch.fft.fft2(weight.to(c.dtype)).real[tuple(self.indices)])
+        mirrored = torch.cat((c, c.new_zeros(1)))[cache("mirror", self._mirror)]
+        return scale * torch.dot(c, seen), scale * self.scaling / 2 * torch.dot(c, c + mirrored)
+
+    def _mirror(self) -> Tensor:
+        """The number of the frequency at (−u_l, −v_l), (k,); k where it is none of them."""
+        u, v = self.indices
+        place, opposite = u * self.columns + v, -u % self.rows * self.columns + -v % self.columns
+        ascending, order = place.sort()
+        at = torch.searchsorted(ascending, opposite).clamp(max=len(u) - 1)
+        return torch.where(ascending[at] == opposite, order[at], len(u))

@@ -8,6 +8,17 @@ from torch import Tensor
 from peftkit.adapters.options import factory
 
 
+def orthonormal(left: Tensor, right: Tensor) -> Tensor:
+    """Return whether UᵀU = VᵀV = 1 but for rounding, a 0-d bool: so it is of what `frame` returns, uncast.
+
+    Args:
+        left: U (m, r).
+        right: Vᵀ (r, n).
+    """
+    grams, identity = (left.mT @ left, right @ right.mT), torch.eye(len(right), dtype=left.dtype, device=left.device)
+    return torch.stack([(gram - identity).abs().max() for gram in grams]).max() <= 100 * torch.finfo(left.dtype).eps
+
+
 @torch.no_grad()
 def frame(weight: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading singular triples of W (m, n): U (m, r), S (r,) and Vᵀ (r, n).

@@ -12,7 +12,9 @@ from peftkit.adapters.frame import frame
 from peftkit.adapters.options import factory, limited_rank, rank_scale, require, times
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
+from peftkit.delta.base import WeightCache
 from peftkit.geometry import Shape
+from peftkit.kernels.blocks import upcast
 
 
 @register("lora-xs", "lora_xs")
@@ -78,6 +80,13 @@ class LoRAXS(Adapter):
         self.left.copy_(up)
         self.right.copy_(down)
         self.core.zero_()
+
+    def inner_and_sqnorm(self, weight: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
+        # γ·Σ R ⊙ (Uᵀ·W·V·S), on its own base γ·Σ R_ii·S_i², and γ²·Σ R ⊙ (UᵀU·R·S·VᵀV·S): r² numbers
+        left, right, core = map(upcast, (self.left, self.right, self.core))
+        seen = cache("projections", lambda: left.mT @ LowRank(left, right).projected(weight))
+        rows, columns = cache("left gram", lambda: left.mT @ left), cache("right gram", lambda: right @ right.mT)
+        return self.scale * (core * seen).sum(), self.scale**2 * (core * (rows @ core @ columns)).sum()
 
     @torch.no_grad()
     def rebase_(self, weight: Tensor) -> None:

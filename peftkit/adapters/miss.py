@@ -14,7 +14,9 @@ from peftkit.adapters.base import Adapter
 from peftkit.adapters.options import factory, limited_rank, require
 from peftkit.adapters.registry import register
 from peftkit.delta import Delta, Dense, LowRank
+from peftkit.delta.base import WeightCache
 from peftkit.geometry import Shape
+from peftkit.kernels.blocks import upcast
 
 
 @register("miss", "bone")
@@ -80,6 +82,24 @@ class MiSS(Adapter):
         if self.reads_base:
             W = rearrange(weight.to(self.block.dtype), "(a i) (b j) -> a b i j", i=rank, j=rank)
             return Dense(rearrange(W @ self.block[:, None] + self.block[:, None], "a b i j -> (a i) (b j)"))
-        place = torch.arange(self.columns, device=self.block.device) % rank
         up = self.block.mT.repeat(self.rows // self.block.shape[1], 1)
-        return LowRank(up, F.one_hot(place, rank).mT.to(self.block.dtype))
+        return LowRank(up, F.one_hot(self._places(rank), rank).mT.to(self.block.dtype))
+
+    def inner_and_sqnorm(self, weight: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
+        if self.reads_base:
+            return super().inner_and_sqnorm(weight, cache)
+        # Σ D ⊙ (the sum of W's runs), and ‖D‖² times the runs that each of its rows is in
+        block = upcast(self.block)
+        rank, mini = block.shape
+        sums = cache("sums", lambda: self._sums(weight, block))
+        runs = torch.bincount(self._places(rank), minlength=rank)[:, None] * (self.rows // mini)
+        return (block * sums).sum(), (block.square() * runs).sum()
+
+    def _sums(self, W: Tensor, block: Tensor) -> Tensor:
+        """What D (r, k) meets of W: the sum of its runs and of the rows that share a column of D, (r, k)."""
+        runs = block.new_zeros(self.rows, len(block)).index_add(1, self._places(len(block)), W.to(block.dtype))
+        return rearrange(runs, "(b k) r -> b r k", k=block.shape[1]).sum(0)
+
+    def _places(self, rank: int) -> Tensor:
+        """The row of D that is applied to each input, (n,)."""
+        return torch.arange(self.columns, device=self.block.device) % rank

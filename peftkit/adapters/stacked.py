@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
-from peftkit.delta.base import Delta
+from peftkit.delta.base import Delta, WeightCache
 from peftkit.delta.stack import Stack
 from peftkit.geometry import Shape
 from peftkit.kernels.cache import Memo
@@ -46,6 +46,9 @@ class Stacked(Adapter):
         if type(self).batched:
             return cast(Any, kind_of(type(self)).delta)(self, weight)
         return self.at(weight, 1.0)
+
+    def inner_and_sqnorm(self, weight: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
+        return Adapter.inner_and_sqnorm(self, weight, cache)  # the kind's own is of one matrix
 
     @property
     def count(self) -> int:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
-from peftkit.adapters.frame import frame
+from peftkit.adapters.frame import frame, orthonormal
 from peftkit.adapters.options import factory, require
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
+from peftkit.delta.base import WeightCache
 from peftkit.geometry import Shape
+from peftkit.kernels.blocks import upcast
 
 
 @register("svft")
@@ -92,6 +94,14 @@ class SVFT(Adapter):
         del weight
         M = self.left.new_zeros(len(self.right), len(self.right)).index_put(tuple(self.indices), self.entries)
         return LowRank(self.left @ M, self.right)
+
+    def inner_and_sqnorm(self, weight: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
+        left, right, entries = map(upcast, (self.left, self.right, self.entries))
+        if not cache("orthonormal", lambda: orthonormal(left, right)):
+            return super().inner_and_sqnorm(weight, cache)
+        # Σ M ⊙ (Uᵀ·W·V), on its own base Σ M_ii·S_i, and ‖M‖²
+        seen = cache("seen", lambda: (left.mT @ LowRank(left, right).projected(weight))[tuple(self.indices)])
+        return torch.dot(entries, seen), torch.dot(entries, entries)
 
     @torch.no_grad()
     def rebase_(self, weight: Tensor) -> None:

@@ -96,7 +96,7 @@ def _ours(operation: str, adapter: Any, layer: nn.Module, kind: str) -> Call:
         return lambda: add_([adapter.delta(W)], weight, geometry)
     if operation == "watch":
         cache = WeightCache()
-        return lambda: adapter.delta(W).inner_and_sqnorm(W, cache)
+        return lambda: adapter.inner_and_sqnorm(W, cache)
     return lambda: registry.build(kind, geometry.shape, W, None, **KINDS[kind][0])
 
 

@@ -41,6 +41,6 @@ class DiagonalLowRank(LowRank):
     def inner_and_sqnorm(self, W: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
         # c_k = l_kᵀ·W·u_k and G = (LᵀL) ⊙ (UUᵀ): <ΔW, W> = δᵀc and ‖ΔW‖² = δᵀGδ, whatever m and n are
         constant = LowRank(self.L, self.A)
-        c = cache("projections", lambda: (constant._projected(W) * self.L).sum(0))
+        c = cache("projections", lambda: (constant.projected(W) * self.L).sum(0))
         G = cache("gram", lambda: (self.L.mT @ self.L) * (self.A @ self.A.mT))
         return torch.dot(self.change, c), torch.dot(self.change, G @ self.change)

@@ -99,7 +99,7 @@ class LowRank(Delta):
         return LowRank((self.B * f[:, None]).to(self.dtype), self.A)
 
     def inner(self, M: Tensor) -> Tensor:
-        return (self._projected(M) * self.B).sum()
+        return (self.projected(M) * self.B).sum()
 
     def sqnorm(self) -> Tensor:
         return ((self.B.mT @ self.B) * (self.A @ self.A.mT)).sum()
@@ -111,7 +111,7 @@ class LowRank(Delta):
         return LowRank(self.B.to(wide), self.A.to(wide)).sqnorm()
 
     def moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
-        return (self._projected(M) * self.B).sum(1), ((self.B @ (self.A @ self.A.t())) * self.B).sum(1)
+        return (self.projected(M) * self.B).sum(1), ((self.B @ (self.A @ self.A.t())) * self.B).sum(1)
 
     def column_moments(self, M: Tensor) -> tuple[Tensor, Tensor]:
         return LowRank(self.A.t(), self.B.t()).moments(M.t())
@@ -120,8 +120,8 @@ class LowRank(Delta):
         del cache
         return self.inner(W), self.cheap_sqnorm
 
-    def _projected(self, M: Tensor) -> Tensor:
-        """M·Aᵀ (m, r), without a copy of M in another dtype. M (m, n)."""
+    def projected(self, M: Tensor) -> Tensor:
+        """Return M·Aᵀ (m, r), without a copy of M in another dtype. M (m, n)."""
         if M.dtype == self.dtype:
             return M @ self.A.t()
         if type(M) not in (Tensor, torch.nn.Parameter):  # a quantised W is cast where it is read

@@ -66,6 +66,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def upcast(tensor: Tensor) -> Tensor:
+    """Return a tensor in the dtype that its sums are formed in."""
+    return tensor.to(accumulation_dtype(tensor.dtype))
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Return whether no entry of a tensor is infinite or NaN.
 

@@ -200,13 +200,13 @@ class CSMonitor:
         device = next(everything[0].adapter.parameters()).device.type
         with torch.autocast(device, enabled=False), _evaluating(everything):
             for site, here in sites.items():
-                deltas: list[Delta] = []
+                makers: list[Callable[[], Delta]] = []
                 for where in here:
-                    delta, *numbers = self._measured(where)
+                    make, *numbers = self._measured(where)
                     scalars[site, where.name] = cast(tuple[Tensor, Tensor, Tensor], tuple(numbers))
-                    deltas.append(delta)
+                    makers.append(make)
                 if len(here) > 1:
-                    crossed[site] = _crossed(here, deltas)
+                    crossed[site] = _crossed(here, [make() for make in makers])
         numbers = _numbers(scalars)
         lr = self.learning_rate() if lr is None else lr
         names = list(dict.fromkeys(name for _, name in scalars))
@@ -246,14 +246,14 @@ class CSMonitor:
             ratios[site] = 0.0 if size == 0 else norm / size
         return Record(self.steps, cosines, norms, ratios, lr, gradients, alone or {}, sizes=sizes)
 
-    def _measured(self, where: InstalledAdapter) -> tuple[Delta, Tensor, Tensor, Tensor]:
-        """ΔW, <ΔW, W>, ‖ΔW‖² and ‖W‖², the last three as scalars that may still be on a device."""
+    def _measured(self, where: InstalledAdapter) -> tuple[Callable[[], Delta], Tensor, Tensor, Tensor]:
+        """What makes ΔW, <ΔW, W>, ‖ΔW‖² and ‖W‖², the last three as scalars that may still be on a device."""
         W, adapter = where.base, where.adapter
         cache = self._caches.setdefault(adapter, WeightCache()).check(lambda: _fingerprint(where))
         if sharded(W):
-            return inner_and_sqnorm(adapter, W, cache)
-        delta = adapter.delta(W).upcast()
-        return delta, *delta.inner_and_sqnorm(W, cache), row_sqnorms(W).sum()
+            delta, inner, square, base = inner_and_sqnorm(adapter, W, cache)
+            return lambda: delta, inner, square, base
+        return lambda: adapter.delta(W).upcast(), *adapter.inner_and_sqnorm(W, cache), row_sqnorms(W).sum()
 
     @staticmethod
     def _gradients(sites: Mapping[str, list[InstalledAdapter]]) -> dict[str, float]:

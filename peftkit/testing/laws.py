@@ -220,8 +220,9 @@ def _of_the_base(cell: Cell) -> Iterator[Comparison]:
         delta, cache = adapter(W, 1.0), WeightCache()
         dense = delta.dense()
         size = dense.norm() * W.norm() + dense.square().sum()
-        for _ in range(2):
-            inner, square = delta.inner_and_sqnorm(W, cache)
+        own = WeightCache()
+        for ask in (lambda: delta.inner_and_sqnorm(W, cache), lambda: adapter.inner_and_sqnorm(W, own)) * 2:
+            inner, square = ask()
             yield Comparison("inner_and_sqnorm", inner, (dense * W).sum(), (size,))
             yield Comparison("inner_and_sqnorm", square, dense.square().sum(), (size,))
 

@@ -19,7 +19,7 @@ from peftkit.monitor import CSMonitor, Record
 from peftkit.wrapping.installed import installed_adapters
 from tests.support.laws import refusal
 from tests.support.processes import distributed
-from tests.support.zoo import ADAPTERS, LAYERS, make, train
+from tests.support.zoo import ADAPTERS, LAYERS, METHODS, make, target_of, train
 
 CELLS = [cell for cell in itertools.product(ADAPTERS, LAYERS) if refusal(*cell) is None]
 
@@ -63,6 +63,35 @@ def test_every_adapter_on_every_layer(adapter: str, dtype: torch.dtype, bound: f
         agree(monitor.measure(), by_definition(module, {"default": 1.0}), bound)
         train(module, seed=7)
         agree(monitor.measure(), by_definition(module, {"default": 1.0}), bound)
+
+
+CLOSED = ("lora-xs", "miss", "miss mini", "svdiff", "svft", "svft random", "fourierft", "fourierft dense")
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv2d k3", "experts"])
+@pytest.mark.parametrize("adapter", CLOSED)
+def test_closed_forms_of_kinds_are_the_definition(adapter: str, layer: str) -> None:
+    """Also on another base than they were made of, and where rounded singular vectors are no longer orthonormal."""
+    module, _ = make(layer)
+    pk.wrap(module, METHODS[adapter].kind, targets=target_of(module), **METHODS[adapter].options)
+    monitor = CSMonitor(module)
+    for seed in range(2):
+        train(module, seed=seed)
+        agree(monitor.measure(), by_definition(module, {"default": 1.0}), 1e-10)
+    with torch.no_grad():
+        next(installed_adapters(module)).base.mul_(1.5).add_(0.1)
+    agree(monitor.measure(), by_definition(module, {"default": 1.0}), 1e-10)
+    module.to(torch.bfloat16).to(torch.float64)
+    agree(monitor.measure(), by_definition(module, {"default": 1.0}), 1e-10)
+
+
+def test_a_frequency_and_its_mirror_are_one_wave() -> None:
+    """Every place of an even and an odd spectrum, of which some are their own mirrors."""
+    for rows, columns in ((4, 6), (3, 5), (4, 3)):
+        model = nn.Sequential(nn.Linear(columns, rows)).double()
+        pk.wrap(model, "fourierft", frequencies=rows * columns)
+        train(model)
+        agree(CSMonitor(model).measure(), by_definition(model, {"default": 1.0}), 1e-10)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "loha", "lokr", "loldu", "dora", "oft", "boft", "ia3", "full"])

@@ -22,6 +22,7 @@ from peftkit.delta import Decomposed, Delta
 from peftkit.delta.base import WeightCache
 from peftkit.errors import OptionError, UnsupportedLayerError
 from peftkit.geometry import Geometry
+from peftkit.wrapping.installed import installed_adapters
 from peftkit.wrapping.layer import Adapted
 from peftkit.wrapping.lookup import Lookup
 from tests.support import numbers
@@ -220,11 +221,12 @@ def algebra_is_dense(adapter: str, layer: str, dtype: torch.dtype = torch.float6
                 agree(value, expected, dtype, own, size)
     agree(delta.sqnorm(), Delta.sqnorm(delta), dtype, "sqnorm")
     own, _ = the_delta(module)  # the monitor's two numbers, with and without what is already known of W
-    full, known = own.dense(), WeightCache()
+    full, known, cache = own.dense(), WeightCache(), WeightCache()
+    held = next(installed_adapters(module)).adapter
     for _ in range(2):
-        inner, square = own.inner_and_sqnorm(W, known)
-        agree(inner, (full * W).sum(), dtype, "alignment", full.norm() * W.norm())
-        agree(square, full.square().sum(), dtype, "alignment")
+        for inner, square in (own.inner_and_sqnorm(W, known), held.inner_and_sqnorm(W, cache)):
+            agree(inner, (full * W).sum(), dtype, "alignment", full.norm() * W.norm())
+            agree(square, full.square().sum(), dtype, "alignment")
     step = delta.row_multiple
     for start in range(0, W.shape[0], step):
         block = slice(start, start + step)
