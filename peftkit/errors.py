@@ -173,10 +173,12 @@ def require_choice(option: str, value: object, known: Iterable[object]) -> None:
         peftkit.errors.OptionError: side='inn' was given, 'in' or 'out' was expected. Did you mean 'in'?
     """
     known = tuple(known)
+    if value in known:  # nearly always, for every layer of a model: a hint takes longer than the check
+        return
     *others, last = map(repr, known)
     expected = f"{', '.join(others)} or {last}" if others else last
     hint = did_you_mean(str(value), map(str, known), count=1)
-    require_option(value in known, option, value, expected, hint)
+    require_option(False, option, value, expected, hint)
 
 
 def require_number(option: str, value: object, *, positive: bool = False) -> None:

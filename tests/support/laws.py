@@ -7,6 +7,7 @@ said where it is used: a sum W·x + ΔW·x is known to the rounding of its terms
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import tempfile
 from collections.abc import Callable
@@ -38,7 +39,12 @@ STRENGTHS = (-1.0, 0.0, 0.3, 1.0, 2.0)
 
 
 def wrapped(adapter: str, layer: str, dtype: torch.dtype = torch.float64, **kwargs: str) -> tuple[nn.Module, Tensor]:
-    """A trained cell and an input."""
+    """A trained cell and an input: copies, as a cell takes ten times as long to make and several laws ask for it."""
+    return copy.deepcopy(_wrapped(adapter, layer, dtype, **kwargs))
+
+
+@functools.lru_cache(maxsize=16)  # of one cell, as all its laws come one after the other
+def _wrapped(adapter: str, layer: str, dtype: torch.dtype, **kwargs: str) -> tuple[nn.Module, Tensor]:
     module, x = make(layer, dtype)
     case = CASES[adapter]
     pk.wrap(module, case.kind, targets=target_of(module), **case.options, **kwargs)
@@ -186,7 +192,7 @@ def restore_is_exact(adapter: str, layer: str, dtype: torch.dtype = torch.float3
 
 def copies_are_equal(adapter: str, layer: str, dtype: torch.dtype = torch.float32) -> None:
     """5. save → load, state dict, deepcopy and pickle give the same function, bit for bit."""
-    module, x = wrapped(adapter, layer, dtype)
+    module, x = _wrapped.__wrapped__(adapter, layer, dtype)  # itself, and no copy
     expected = module(x)
     with tempfile.TemporaryDirectory() as folder:
         for portable in (False, True):
@@ -325,6 +331,7 @@ LAWS: dict[str, Callable[..., None]] = {
 }
 
 
+@functools.cache
 def refusal(adapter: str, layer: str) -> str | None:
     """11. The typed reason why a cell has no meaning, raised at wrap with the layer untouched; None if it has one."""
     module, _ = make(layer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,16 @@ from torch.func import functional_call
 
 import peftkit as pk
 from tests.support.laws import REFUSALS, agree, wrapped
-from tests.support.zoo import ADAPTERS
+from tests.support.zoo import ADAPTERS, STRUCTURES
 
 LAYERS = ("linear", "conv2d k1", "conv2d k3", "conv2d g2 d2", "transposed2d")
+
+
+def _compiled() -> Iterator[Any]:
+    """The cells to compile: every adapter on two layers, and one of each structure on the others, in every run."""
+    for adapter, layer in itertools.product(ADAPTERS, ("linear", "conv2d k3", "conv2d k1", "transposed2d")):
+        rare = layer in ("conv2d k1", "transposed2d") and adapter not in STRUCTURES
+        yield pytest.param(adapter, layer, marks=[pytest.mark.slow] if rare else [])
 
 
 @pytest.fixture(params=ADAPTERS)
@@ -105,8 +114,7 @@ def test_a_trace_follows_the_parameters(cells: Iterator[tuple[str, nn.Module, Te
 
 # what torch.compile itself does to trace an autograd function
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("layer", ["linear", "conv2d k1", "conv2d k3", "transposed2d"])
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter, layer", _compiled())
 def test_a_layer_compiles_in_one_graph(adapter: str, layer: str) -> None:
     """torch.compile(fullgraph=True), with the route left to choose; the same numbers and gradients."""
     if layer == "transposed2d" and torch.__version__ < "2.5":
