@@ -102,8 +102,8 @@ class AnchoredLoRA(Adapter):
     def takes_start(self) -> str:
         return "factors" if self.start == "given" else ""
 
-    def pair(self) -> Pair:
-        return Pair(self.up, self.down, self.scale, self.up0, self.down0)
+    def pair(self) -> Pair | None:
+        return Pair(self.up, self.down, self.scale, self.up0, self.down0) if self.up.dim() == 2 else None
 
     @torch.no_grad()
     def anchor_(self, up: Tensor, down: Tensor) -> None:

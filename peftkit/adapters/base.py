@@ -76,6 +76,8 @@ class Adapter(nn.Module, ABC):
     draws_prefixes: ClassVar[bool] = False
     #: the parameter that scales each of its ranks, and takes a rank out at 0
     gates: ClassVar[str | None] = None
+    #: whether `project_` may move its parameters
+    projects: bool = False
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Delta:
@@ -194,7 +196,7 @@ class Adapter(nn.Module, ABC):
         return stored._replace(tensors=tensors)
 
     def pair(self) -> Pair | None:
-        """Return the two factors that train together, of kinds whose ΔW is their product; None of others."""
+        """Return the two factors of kinds whose ΔW is their product, of which B trains; None of others."""
         return None
 
     def takes_start(self) -> str:

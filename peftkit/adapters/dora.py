@@ -120,7 +120,7 @@ class DoRA(Adapter):
         self.inner = registry.build(inner, shape, weight, **inner_options)
         require(not self.inner.reads_base, "dora", "rows", inner_options.get("rows"), "None: no rows that replace W's")
         self.options = {"inner": self.inner.kind, **self.inner.options}
-        self.input_dropout = self.inner.input_dropout
+        self.input_dropout, self.projects = self.inner.input_dropout, self.inner.projects
         self.starts_at_zero = frozenset(f"inner.{name}" for name in self.inner.starts_at_zero)
         self.decays = frozenset(f"inner.{name}" for name in self.inner.decays)
         self.columns, self.detach_norm, self.positions = axis == "in", detach_norm, shape.positions

@@ -88,7 +88,7 @@ class LoLDU(Adapter):
         require(epsilon is None or epsilon > 0, "loldu", "epsilon", epsilon, "a positive bound on ‖ΔW‖, or None")
         self.start_scale = rank_scale("loldu", rank, alpha)
         require(self.start_scale != 0, "loldu", "alpha", alpha, "a number other than 0, because σ starts at α/r")
-        self.epsilon = epsilon
+        self.epsilon, self.projects = epsilon, epsilon is not None
         new = factory(weight)
         pivoting = pivot(weight, rank)
         left, pivots, right = factor(weight, pivoting)

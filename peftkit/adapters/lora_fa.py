@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.options import factory, rank_scale, require_rank, times, uniform_fan_in_
+from peftkit.adapters.pair import Pair
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
@@ -64,6 +65,9 @@ class LoRAFA(Adapter):
     def anchor_(self, up: Tensor, down: Tensor) -> None:
         self.up.copy_(up)
         self.down.copy_(down)
+
+    def pair(self) -> Pair | None:
+        return Pair(self.up, self.down, self.scale) if self.up.dim() == 2 else None
 
     def delta(self, weight: Tensor) -> LowRank:
         del weight

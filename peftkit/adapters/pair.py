@@ -1,4 +1,4 @@
-"""Pair: the two factors of an adapter that train together, for training rules."""
+"""Pair: the two factors of an adapter whose ΔW is their product, for training rules."""
 
 from __future__ import annotations
 

@@ -1,15 +1,22 @@
 """Training aids: what an optimiser is given, and bounds on what it makes.
 
 May import wrapping and what is below it; reads live models, no files. Public: `parameter_groups`,
-`limit_norms_`, `start`, `Prefixes` and the recipes.
+`limit_norms_`, `start` and the rules of `recipes/`.
 """
 
 from peftkit.training.groups import parameter_groups as parameter_groups
 from peftkit.training.limit_norms import LimitedNorm as LimitedNorm
 from peftkit.training.limit_norms import limit_norms_ as limit_norms_
+from peftkit.training.recipes import GLAD as GLAD
+from peftkit.training.recipes import LISA as LISA
+from peftkit.training.recipes import ALLoRA as ALLoRA
 from peftkit.training.recipes import Attachment as Attachment
+from peftkit.training.recipes import CompLoRA as CompLoRA
+from peftkit.training.recipes import LoRAFA as LoRAFA
 from peftkit.training.recipes import LoRAPro as LoRAPro
+from peftkit.training.recipes import LoRAProFull as LoRAProFull
 from peftkit.training.recipes import Prefixes as Prefixes
+from peftkit.training.recipes import Projection as Projection
 from peftkit.training.recipes import Recipe as Recipe
 from peftkit.training.recipes import Riemannian as Riemannian
 from peftkit.training.recipes import SoftThreshold as SoftThreshold

@@ -33,9 +33,10 @@ class Attachment:
 class Recipe(ABC):
     """A rule of training that acts around the steps of any torch optimiser.
 
-    It sees gradients after they were accumulated, unscaled (`GradScaler` does so in its step) and clipped, also those
-    that a closure computes in the step. Steps that a `GradScaler` leaves out are no steps of the rule. Several rules at
-    one optimiser act in the order in which they were attached.
+    It sees gradients after they were accumulated, unscaled (`GradScaler` does so before its step; fused optimisers do
+    so in theirs, behind the rule) and clipped, also those that a closure computes in the step. Steps that a
+    `GradScaler` leaves out are no steps of the rule. Several rules at one optimiser act in the order in which they were
+    attached.
 
     Args:
         model: a wrapped model.
@@ -167,12 +168,3 @@ def _is_left_out(optimizer: Optimizer) -> bool:
     """Whether a fused optimiser, which unscales gradients by itself, will find that they are not finite."""
     found = vars(optimizer).get("found_inf")
     return found is not None and bool(found)
-
-
-def require_unscaled(rule: Recipe, optimizer: Optimizer) -> None:
-    """Raise OptionError where gradients are still scaled before a step: a fused optimiser unscales them in it."""
-    if vars(optimizer).get("grad_scale") is not None:
-        raise OptionError(
-            f"{type(rule).__name__}: a fused {type(optimizer).__name__} unscales gradients in its step, and the rule "
-            "needs them before: call scaler.unscale_(optimizer) before scaler.step(optimizer)"
-        )

@@ -1,8 +1,8 @@
-"""Training rules against their definitions, around the steps of torch's optimisers."""
+"""Rules for two factors: on every kind that has them, at the start, where a factor is frozen, and against PEFT's."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,131 +11,122 @@ from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit.errors import OptionError
-from peftkit.training import LoRAPro, Recipe, Riemannian, SoftThreshold
-from tests.support.zoo import train
-
-KINDS: dict[str, dict[str, Any]] = {
-    "lora": {"rank": 3, "alpha": 6},
-    "anchored": {"rank": 3, "alpha": 6},
-    "dora": {"rank": 3, "alpha": 6},
-}
-
-
-def problem(kind: str, trained: bool = True) -> tuple[nn.Linear, Any, Tensor]:
-    """A layer with gradients, its adapter of two factors, and G, the gradient of the effective weight."""
-    torch.manual_seed(0)
-    layer = nn.Linear(7, 9, bias=False).double()
-    pk.wrap(layer, kind, **KINDS[kind])
-    if trained:
-        train(layer)
-    adapter: Any = layer.adapters["default"]  # type: ignore[index]
-    x, target = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 9, dtype=torch.float64)
-    y = layer(x)
-    (y - target).square().sum().backward()
-    return layer, adapter, (2 * (y - target)).detach().mT @ x
+from peftkit.training import (
+    ALLoRA,
+    CompLoRA,
+    LoRAFA,
+    LoRAPro,
+    LoRAProFull,
+    Projection,
+    Recipe,
+    Riemannian,
+    SoftThreshold,
+)
+from tests.support import rules
+from tests.support.rules import FACTORS, Problem, act, apart
 
 
-def act(rule: Recipe) -> None:
-    """Do what the rule does before a step."""
-    rule.before_step(torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+@pytest.mark.parametrize(
+    "distance, kind",
+    [
+        (rules.lora_pro, "anchored"),
+        (rules.lora_pro_full, "anchored"),
+        (rules.riemannian, "anchored"),
+        (rules.riemannian, "dora"),
+        (rules.allora, "anchored"),
+        (rules.allora, "dora"),
+    ],
+)
+def test_other_kinds_of_two_factors(distance: Callable[[str], float], kind: str) -> None:
+    assert distance(kind) <= 1e-12
 
 
-def factors(adapter: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pair = adapter.pair()
-    return *pair.factors(), pair.up.grad, pair.down.grad
-
-
-def moved(adapter: Any) -> Tensor:
-    """The change of ΔW per unit of a step along the gradients."""
-    B, A, gB, gA = factors(adapter)
-    return adapter.pair().scale * (B @ gA + gB @ A)
-
-
-@pytest.mark.parametrize("kind", ["lora", "anchored"])
-def test_lora_pro_moves_the_weight_along_the_projection_of_its_gradient(kind: str) -> None:
-    """On the tangent space of matrices of the rank, which needs neither the gradient nor a matrix of its size."""
-    layer, adapter, G = problem(kind)
-    plain = moved(adapter)
-    act(LoRAPro(layer))
-    B, A, *_ = factors(adapter)
-    of_rows, of_columns = B @ torch.linalg.pinv(B), torch.linalg.pinv(A) @ A
-    projection = of_rows @ G + G @ of_columns - of_rows @ G @ of_columns
-    assert (moved(adapter) - projection).norm() <= 1e-8 * projection.norm()
-    cosines = [float((m * G).sum() / (m.norm() * G.norm())) for m in (plain, moved(adapter))]
-    assert cosines[1] > cosines[0]
-
-
-def test_lora_pro_takes_the_gradients_nearest_to_those_that_were_there() -> None:
-    layer, adapter, _ = problem("lora")
-    _, _, gB, gA = (t.clone() for t in factors(adapter))
-    act(LoRAPro(layer))
-    B, A, bestB, bestA = factors(adapter)
-    distance = (bestB - gB).square().sum() + (bestA - gA).square().sum()
-    for seed in range(5):  # what else moves the weight alike: −B·X and X·A, for any X
-        X = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) / 10
-        assert (bestB - B @ X - gB).square().sum() + (bestA + X @ A - gA).square().sum() > distance
+def test_lora_pro_moves_the_weight_more_along_its_gradient() -> None:
+    problem, cosines = Problem("lora", **FACTORS), []
+    for _ in range(2):
+        gB, gA = problem.gradients
+        moved = problem.moves() @ torch.cat((gB.flatten(), gA.flatten()))
+        cosines.append(float(torch.cosine_similarity(moved, problem.G.flatten(), dim=0)))
+        act(LoRAPro(problem.layer))
+    assert 0 < cosines[0] < cosines[1]
 
 
 def test_lora_pro_at_the_start_where_one_factor_is_zero() -> None:
-    layer, adapter, G = problem("lora", trained=False)
-    act(LoRAPro(layer))
-    _, A, gB, gA = factors(adapter)
-    assert torch.allclose(gB, 2 * G @ A.mT @ torch.linalg.inv(A @ A.mT) / 4)
+    problem = Problem("lora", trained=False, **FACTORS)
+    act(LoRAPro(problem.layer))
+    (_, A), (gB, gA) = problem.factors, problem.gradients
+    assert torch.allclose(gB, problem.G @ torch.linalg.pinv(A) / 2)
     assert not gA.any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_riemannian_divides_by_the_other_factor_s_gram_matrix(kind: str) -> None:
-    layer, adapter, _ = problem(kind)
-    own = getattr(adapter, "inner", adapter)
-    B, A, gB, gA = (t.clone() for t in factors(own))
-    act(Riemannian(layer, delta=0.5))
-    eye = 0.5 * torch.eye(3, dtype=torch.float64)
-    _, _, newB, newA = factors(own)
-    assert torch.allclose(newB, gB @ torch.linalg.inv(A @ A.mT + eye))
-    assert torch.allclose(newA, torch.linalg.inv(B.mT @ B + eye) @ gA)
+def test_lora_pro_full_keeps_two_moments_of_the_size_of_the_weight() -> None:
+    problem = Problem("lora", **FACTORS)
+    rule = LoRAProFull(problem.layer.float())
+    act(rule)
+    (own,) = rule.state_dict()["moments"].values()
+    assert {key: (t.shape, t.dtype) for key, t in own.items() if key != "steps"} == dict.fromkeys(
+        ("first", "second"), ((9, 7), torch.float32)
+    )
 
 
-def test_soft_threshold_is_the_proximal_step() -> None:
+def test_lora_pro_full_of_other_adapters_does_not_go_on() -> None:
+    problem = Problem("lora", **FACTORS)
+    rule = LoRAProFull(problem.layer)
+    act(rule)
+    other = nn.Sequential(nn.Linear(7, 9))
+    pk.wrap(other, "lora")
+    with pytest.raises(OptionError, match=r"moments of \[default\], and there is 0\[default\]"):
+        LoRAProFull(other).load_state_dict(rule.state_dict())
+
+
+@pytest.mark.parametrize(
+    "make, named",
+    [(torch.optim.AdamW, "AdamW"), (lambda own: torch.optim.SGD(own, lr=1.0, momentum=0.9), "SGD with momentum")],
+)
+def test_lora_pro_full_at_an_optimiser_that_would_normalise_again_is_refused(make: Any, named: str) -> None:
+    problem = Problem("lora", **FACTORS)
+    with pytest.raises(OptionError, match=f"and {named} would normalise or average it again: attach it to torch"):
+        LoRAProFull(problem.layer).attach(make(pk.adapter_parameters(problem.layer)))
+
+
+def test_a_frozen_factor_is_for_lora_fa_alone() -> None:
+    problem = Problem("lora", **FACTORS)
+    problem.pair.down.requires_grad_(False)
+    problem.backward()
+    assert list(LoRAFA(problem.layer).parts) == ["[default]"]
+    for make in (LoRAPro, LoRAProFull, Riemannian):
+        with pytest.raises(OptionError, match="has two factors that train, as lora has"):
+            make(problem.layer)
+    act(LoRAFA(problem.layer))
+    assert apart([2 * problem.pair.up.grad @ problem.pair.down], [problem.G @ _rows_of(problem.pair.down)]) <= 1e-12
+
+
+def test_an_adapter_that_is_frozen_for_a_while_keeps_its_rules() -> None:
+    layer = Problem("lora", **FACTORS).layer
+    for parameter in pk.adapter_parameters(layer):
+        parameter.requires_grad_(False)
+    assert LoRAPro(layer).parts
+    with pytest.raises(OptionError, match="of which the second is frozen"):
+        LoRAFA(layer)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora-fa"])
+def test_comp_lora_keeps_the_leading_directions_of_the_base_out_of_the_change(kind: str) -> None:
     torch.manual_seed(0)
-    layer = nn.Linear(8, 8)
-    pk.wrap(layer, "svdlora", rank=4, init="sora")
-    adapter: Any = layer.adapters["default"]  # type: ignore[index]
-    with torch.no_grad():
-        adapter.gate.copy_(torch.tensor([0.5, -0.25, 0.09, -0.1]))
-    optimizer = torch.optim.SGD(pk.adapter_parameters(layer), lr=0.0)
-    handle = SoftThreshold(layer, 0.1).attach(optimizer)
-    layer(torch.randn(2, 8)).sum().backward()
-    optimizer.step()
-    assert torch.allclose(adapter.gate, torch.tensor([0.4, -0.15, 0.0, 0.0]))
-    handle.remove()
-    optimizer.step()
-    assert torch.allclose(adapter.gate, torch.tensor([0.4, -0.15, 0.0, 0.0]))
-
-
-@pytest.mark.parametrize("make", [LoRAPro, Riemannian])
-def test_a_rule_acts_at_every_step_after_accumulation_and_unscaling(make: type[Recipe]) -> None:
-    """A scaled, accumulated run is the plain one; a removed rule acts no more."""
-    torch.manual_seed(0)
-    batches = torch.randn(6, 4, 8, dtype=torch.float64)
-    first = nn.Linear(8, 8).double()
-    pk.wrap(first, "lora", rank=2)
-    train(first)
-    results = []
-    for parts in (1, 2):
-        layer = copy.deepcopy(first)
-        optimizer = torch.optim.AdamW(pk.adapter_parameters(layer), lr=1e-3)
-        make(layer).attach(optimizer)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=parts == 2)
-        for batch in batches:
-            optimizer.zero_grad()
-            for part in batch.chunk(parts):
-                scaler.scale(layer(part).square().sum()).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        results.append([p.detach().clone() for p in pk.adapter_parameters(layer)])
-    for one, other in zip(*results, strict=True):
-        assert torch.allclose(one, other, atol=1e-10)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Tanh(), nn.Conv2d(6, 8, 1))
+    pk.wrap(model, kind, rank=2)
+    optimizer = torch.optim.AdamW(pk.adapter_parameters(model), lr=0.1)
+    rule = CompLoRA(model, k=3)
+    rule.attach(optimizer)
+    for batch in torch.randn(4, 2, 4, 5, 5):
+        optimizer.zero_grad()
+        model(batch).square().sum().backward()
+        optimizer.step()
+    for part in rule.parts.values():
+        U = torch.linalg.svd(part.at.base)[0][:, :3]
+        change = part.adapter.delta(part.at.base).dense().detach()
+        assert (U.mT @ change).norm() <= 1e-6 * change.norm()
+        assert change.norm() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -144,11 +135,30 @@ def test_a_rule_acts_at_every_step_after_accumulation_and_unscaling(make: type[R
         ("oft", LoRAPro, "LoRAPro: no adapter of the model has two factors that train"),
         ("lora", lambda model: SoftThreshold(model, 0.1), "gates of its ranks, as svdlora has"),
         ("lora", lambda model: Riemannian(model, delta=0), "delta=0 was given"),
-        ("svdlora", lambda model: SoftThreshold(model, -1.0), "xi=-1.0 was given"),
+        ("svdlora", lambda model: SoftThreshold(model, -1.0), r"xi=-1\.0 was given"),
+        ("lora", LoRAFA, "two factors of which the second is frozen, as lora-fa has"),
+        ("lora", lambda model: ALLoRA(model, 0), "eta=0 was given"),
+        ("loha", lambda model: ALLoRA(model, 1), "ALLoRA: no adapter of the model has two factors"),
+        ("dora", lambda model: CompLoRA(model, 1), "CompLoRA: no adapter of the model has two factors with"),
+        ("lora", lambda model: CompLoRA(model, 8), r"k=8 was given, at most 7 for the 8×8 weight of 0\[default\]"),
+        ("lora", lambda model: LoRAProFull(model, betas=(0.9, 1)), r"betas=\(0.9, 1\) was given, two numbers from 0"),
+        ("loldu", Projection, "a set that it must stay in, as loldu with epsilon has"),
+        ("dora", Projection, "a set that it must stay in, as loldu with epsilon has"),
     ],
 )
-def test_what_a_rule_is_not_for_is_said(kind: str, make: Any, message: str) -> None:
+def test_what_a_rule_is_not_for_is_said(kind: str, make: Callable[[nn.Module], Recipe], message: str) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     pk.wrap(model, kind)
     with pytest.raises(OptionError, match=message):
         make(model)
+
+
+def test_dora_of_loldu_stays_within_its_bound() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    pk.wrap(model, "dora", inner="loldu", rank=2, epsilon=0.1)
+    assert list(Projection(model).parts) == ["0[default]"]
+
+
+def _rows_of(A: Tensor) -> Tensor:
+    """The projection on the rows of A (r, n), (n, n)."""
+    return torch.linalg.pinv(A) @ A

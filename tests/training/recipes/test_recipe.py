@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 import peftkit as pk
 from peftkit.adapters.base import Adapter
 from peftkit.errors import OptionError, UnknownAdapterError
-from peftkit.training import LoRAPro, Prefixes, Recipe, Riemannian, SoftThreshold
+from peftkit.training import LoRAPro, LoRAProFull, Prefixes, Recipe, Riemannian, SoftThreshold
 
 
 class Seen(Recipe):
@@ -100,7 +100,7 @@ def test_gradients_that_a_fused_optimiser_has_still_to_unscale_are_refused() -> 
     model = layer("lora", rank=1)
     optimizer = torch.optim.SGD(pk.adapter_parameters(model), lr=0.0, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    LoRAPro(model).attach(optimizer)
+    LoRAProFull(model).attach(optimizer)
     scaler.scale(model(torch.ones(1, 2)).sum()).backward()
     with pytest.raises(OptionError, match=r"call scaler.unscale_\(optimizer\) before"):
         scaler.step(optimizer)
