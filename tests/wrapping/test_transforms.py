@@ -114,7 +114,7 @@ def test_a_trace_follows_the_parameters(cells: Iterator[tuple[str, nn.Module, Te
 
 # what torch.compile itself does to trace an autograd function
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("adapter, layer", _compiled())
+@pytest.mark.parametrize("adapter, layer", [*_compiled()])
 def test_a_layer_compiles_in_one_graph(adapter: str, layer: str) -> None:
     """torch.compile(fullgraph=True), with the route left to choose; the same numbers and gradients."""
     if layer == "transposed2d" and torch.__version__ < "2.5":
