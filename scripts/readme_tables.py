@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import family_table
+import recipe_table
 import support_table
 from torch import nn
 
@@ -432,10 +433,11 @@ MEASURED: dict[str, dict[str, Callable[[], str]]] = {
 
 
 def support() -> dict[str, dict[str, Callable[[], str]]]:
-    """As MEASURED, of what programs read: this exports and reads every cell, which takes half a minute."""
+    """As MEASURED, of what programs read and what rules do: every cell is tried, which takes half a minute."""
     parts: dict[str, dict[str, Callable[[], str]]] = {
         "README.md": {"support": support_table.short},
         "docs/guides/programs.md": {"support": support_table.table, "language": support_table.language},
+        "docs/guides/optimisers.md": {"recipes": recipe_table.table},
     }
     for kind in pk.kinds():
         parts[f"docs/algorithms/{kind}.md"] = {"support": functools.partial(support_table.table_of, kind)}

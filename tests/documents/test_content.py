@@ -91,7 +91,7 @@ def test_measured_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_tables_of_what_programs_read_are_those_of_the_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_of_what_programs_read_and_rules_do_are_those_of_trying_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     tables = importlib.import_module("readme_tables")
     for document, parts in tables.support().items():

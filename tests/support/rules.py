@@ -294,7 +294,8 @@ def soft_threshold() -> float:
     gates = [module.adapters["default"].gate for module in run.model if isinstance(module, nn.Linear)]  # type: ignore[union-attr,index]
     before = [gate.detach().clone() for gate in gates]
     act(run.rule)
-    return apart(gates, [g.sign() * torch.maximum(g.abs() - run.rule.xi, torch.zeros_like(g)) for g in before])  # type: ignore[attr-defined]
+    xi: float = run.rule.xi  # type: ignore[attr-defined]
+    return apart(gates, [(g - xi).clamp(min=0) + (g + xi).clamp(max=0) for g in before])
 
 
 def projection() -> float:
@@ -335,7 +336,7 @@ def _rows(tensor: Tensor, count: int) -> Tensor:
 
 RULES: dict[str, RuleCase] = {
     "LoRAPro": RuleCase(
-        LoRAPro, "lora", FACTORS, "the projection of the weight's gradient, by a pseudo-inverse", lora_pro, 1e-8
+        LoRAPro, "lora", FACTORS, "the projection of the weight's gradient, by a pseudo-inverse", lora_pro
     ),
     "LoRAProFull": RuleCase(
         LoRAProFull,
@@ -343,8 +344,7 @@ RULES: dict[str, RuleCase] = {
         FACTORS,
         "Adam of torch on the weight, gradient and step projected by a pseudo-inverse, 4 steps",
         lora_pro_full,
-        1e-8,
-        sgd,
+        optimizer=sgd,
     ),
     "Riemannian": RuleCase(Riemannian, "lora", FACTORS, "gradients times inverse Gram matrices", riemannian),
     "LoRAFA": RuleCase(LoRAFA, "lora-fa", FACTORS, "the least-squares solution g_B of γ·g_B·A = G", lora_fa),
@@ -369,7 +369,7 @@ RULES: dict[str, RuleCase] = {
         functools.partial(SoftThreshold, xi=0.03),
         "svdlora",
         {"rank": 4, "init": "sora"},
-        "sign(g)·max(|g| − ξ, 0)",
+        "max(g − ξ, 0) + min(g + ξ, 0)",
         soft_threshold,
         0.0,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch.optim import Optimizer
 
 import peftkit as pk
 from peftkit.adapters.base import Adapter
-from peftkit.errors import OptionError, UnknownAdapterError
+from peftkit.errors import OptionError, UnknownAdapterError, UnsupportedLayerError
 from peftkit.training import LoRAPro, LoRAProFull, Prefixes, Recipe, Riemannian, SoftThreshold
+from tests.support.divided import batch, plain, shard
+from tests.support.processes import distributed
 
 
 class Seen(Recipe):
@@ -130,3 +133,38 @@ def test_a_rule_is_for_the_adapters_of_one_name_and_takes_pipelines() -> None:
 def test_a_state_of_another_rule_is_refused() -> None:
     with pytest.raises(OptionError, match=r"LoRAPro: a state of \['generator', 'share'\] was given, \[\] was"):
         LoRAPro(layer("lora")).load_state_dict(Prefixes(layer("dylora")).state_dict())
+
+
+def _divided() -> list[Tensor]:
+    """What a rule trains of adapters that every process has whole, of shares of the data; and of all of it."""
+    rank, results = torch.distributed.get_rank(), []
+    for divide in (True, False):
+        model = plain().double()
+        if divide:
+            shard(model)
+        torch.manual_seed(0)
+        pk.wrap(model, "lora", targets="body", rank=2)
+        optimizer = torch.optim.AdamW(pk.adapter_parameters(model), lr=0.1)
+        LoRAPro(model).attach(optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            data = batch().double()
+            model(data.chunk(2)[rank] if divide else data).square().mean().backward()
+            optimizer.step()
+        results.append(torch.cat([p.detach().flatten() for p in pk.adapter_parameters(model)]))
+    model = plain()
+    pk.wrap(model, "lora", targets="body", rank=2)
+    shard(model)
+    optimizer = torch.optim.SGD(pk.adapter_parameters(model), lr=0.1)
+    LoRAPro(model).attach(optimizer)
+    model(batch()).sum().backward()
+    with pytest.raises(UnsupportedLayerError, match="LoRAPro: the adapters are divided among processes, and the rule"):
+        optimizer.step()
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_adapters_of_a_divided_model_have_their_rules_where_they_are_whole(tmp_path: Path) -> None:
+    for divided, whole in distributed(_divided, folder=tmp_path):
+        assert torch.allclose(divided, whole, atol=1e-9)
