@@ -53,6 +53,10 @@ class LostAdapterError(PeftkitError, RuntimeError):
     """A layer was replaced after it was adapted, and its adapter is not in the model any more."""
 
 
+class SharedParameterError(PeftkitError, RuntimeError):
+    """A parameter that several adapters share has become several, which would be trained apart."""
+
+
 class UnsetAdapterError(PeftkitError, RuntimeError):
     """An adapter or a weight has no values: it was made on the meta device, or is offloaded."""
 

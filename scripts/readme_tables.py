@@ -86,6 +86,13 @@ METHODS: list[tuple[str, str, str, dict[str, Any], str]] = [
     ),
     ("`svdiff`", "U·diag(max(S + δ, 0) − S)·Vᵀ", "svdiff", {}, "a few images, and little is to change"),
     ("`svft`", "U·M·Vᵀ, M sparse", "svft", {"off_diag": 4}, "as SVDiff, with directions that mix"),
+    (
+        "`vb-lora`",
+        "B·A − B₀·A₀, pieces of one bank",
+        "vb-lora",
+        {"rank": 4, "vectors": 90},
+        "many layers are to learn from one bank; it is 23,040 of the numbers, once for all layers",
+    ),
     ("`fourierft`", "s·Re(ifft2(C))", "fourierft", {"frequencies": 1000}, "a thousand numbers a layer, of any rank"),
     ("`dylora`", "γ·B[:, :b]·A[:b]", "dylora", {"rank": 16}, "the rank is to be chosen after training"),
 ]

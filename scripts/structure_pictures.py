@@ -13,14 +13,30 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "algorithms"
 
 #: what m, n, r, … are in the pictures, in pixels
-SIZES = {"m": 120, "n": 150, "r": 26, "u_p": 40, "u_q": 46, "v_p": 56, "v_q": 66, "b": 18, "k": 64, "r*": 60, "n/k": 50}
+SIZES = {
+    "m": 120,
+    "n": 150,
+    "r": 26,
+    "u_p": 40,
+    "u_q": 46,
+    "v_p": 56,
+    "v_q": 66,
+    "b": 18,
+    "k": 64,
+    "r*": 60,
+    "n/k": 50,
+    "h": 90,
+}
 _COLOURS = {"trained": ("#5c6bc0", "#fff"), "frozen": ("#d5d5d5", "#222"), "computed": ("none", "#222")}
 _GAP, _TOP, _HEIGHT = 10, 30, 190
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of the equation. fill: "full", "diagonal", "blocks" along it, or "butterfly", blocks of rows apart."""
+    """A matrix of the equation.
+
+    fill: "full", "diagonal", "blocks" along it, "butterfly", blocks of rows apart, or "pieces" of a bank.
+    """
 
     name: str
     rows: str
@@ -165,6 +181,15 @@ PICTURES: dict[str, tuple[Matrix | str, ...]] = {
         "·",
         Matrix("A", "r", "n", "frozen"),
     ),
+    "vb-lora": (
+        Matrix("ΔW", "m", "n", "computed"),
+        "=",
+        Matrix("B", "m", "r", "computed", "pieces"),
+        "·",
+        Matrix("A", "r", "n", "computed", "pieces"),
+        "− B₀·A₀, of",
+        Matrix("bank", "h", "b"),
+    ),
     "randlora": (
         Matrix("ΔW", "m", "n", "computed"),
         "= γ Σ",
@@ -255,6 +280,10 @@ def _matrix(matrix: Matrix, x: float, y: float) -> list[str]:
     elif matrix.fill == "blocks":
         side = width / 4
         shapes += [_box(x + i * side, y + i * side, side, side, colour) for i in range(4)]
+    elif matrix.fill == "pieces":  # one vector of the bank is as long as a piece is
+        side = SIZES["b"]
+        shapes += [_box(x, y + at, width, side, colour) for at in range(0, height - side, side) if height > width]
+        shapes += [_box(x + at, y, side, height, colour) for at in range(0, width - side, side) if width > height]
     elif matrix.fill == "butterfly":  # rows two half-blocks apart meet
         side = width / 8
         pairs = [(row, column) for row in range(8) for column in range(8) if (row - column) in (0, 2, -2)]

@@ -53,6 +53,7 @@ METHODS: dict[str, dict[str, str]] = {
     "`svdiff`": {"svdiff": ""},
     "`svft`": {"svft": ""},
     "`anchored`": {"pissa": "", "olora": '`start="olora"`'},
+    "`vb-lora`": {"vb-lora": ""},
     "`fourierft`": {"fourierft": ""},
     "`dylora`": {"dylora": ""},
 }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.form import Additive, Form
+from peftkit.adapters.in_common import Common, held_together
 from peftkit.adapters.pair import Pair
 from peftkit.delta.base import Delta, WeightCache
 from peftkit.errors import OptionError, UnsetAdapterError
@@ -54,6 +56,9 @@ class Adapter(nn.Module, ABC):
     #: the options that say only shapes, the start, γ or dropout: under one γ, tensors of a smaller rank are the same ΔW
     #: as those with zeros behind them
     resizable: ClassVar[frozenset[str]] = frozenset()
+    #: the parameters that the adapters of one wrap have in common where they are of one shape, and for each the options
+    #: that must agree too; they start as functions of these and of their shape, whichever layer comes first
+    shares: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
 
     #: every option with its value, and the shape of W, as `registry.build` resolved them
     options: dict[str, Any]
@@ -62,6 +67,10 @@ class Adapter(nn.Module, ABC):
     scale: float
     #: whether it was made on the meta device, and has been given no values since
     unset: bool = False
+    #: the parameters that it has in common with other adapters, each with the mark that they all have
+    common: Mapping[str, Common] = MappingProxyType({})
+    #: how many adapters share a parameter at most, one after another in the order of the model; None for all
+    shared_by: int | None = None
     #: the trained factors that start at 0 beside others that do not, which have no gradient until these have moved
     starts_at_zero: frozenset[str] = frozenset()
     #: the parameters that weight decay may shrink: with the others as they start, ΔW goes to 0 with them
@@ -149,8 +158,16 @@ class Adapter(nn.Module, ABC):
             _set_constants(module, made)
             vars(module).pop("unset", None)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Adapter:
+        with held_together(self):
+            super()._apply(*args, **kwargs)
+        self._refresh()
+        return self
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        with held_together(self):
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._refresh()
         if not self.unset:
             return
         own = {key: tensor for key, tensor in self.state_dict().items() if "." not in key}
@@ -158,6 +175,20 @@ class Adapter(nn.Module, ABC):
             weight = placeholder_weight(self.shape).to(next(iter(own.values())).device)
             _set_constants(self, type(self)(self.shape, weight, **self.options))
             vars(self).pop("unset", None)
+            self._refresh()
+
+    def refresh_parts_(self) -> None:
+        """Refresh the adapter and those inside it, after numbers were written into their tensors."""
+        for _, part in self.parts():
+            part._refresh()
+
+    def _refresh(self) -> None:
+        """Refresh, unless the numbers that it takes are not there."""
+        if not self.unset and not any(tensor.is_meta for tensor in own_buffers(self).values() if tensor is not None):
+            self.refresh_()
+
+    def refresh_(self) -> None:
+        """Recompute the buffers that no file holds from those that files hold, which were loaded, moved or cast."""
 
     @classmethod
     def needs_base(cls, options: Mapping[str, Any]) -> bool:

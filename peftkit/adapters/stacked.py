@@ -75,6 +75,11 @@ class Stacked(Adapter):
         for own, W in zip(self.experts, weight.unflatten(0, (self.count, -1)), strict=True):
             own.rebase_(W)
 
+    @torch.no_grad()
+    def refresh_(self) -> None:
+        for own in self.experts:
+            own.refresh_()
+
     def derived(self) -> dict[str, Tensor]:
         named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         return {key: named[key] for key in self.experts[0].derived()}

@@ -80,6 +80,7 @@ def take(
         _find(found, checkpoint, stored, prefix, site, own)
     for own in base_parameters(model):
         _find_beside(found, checkpoint, stored.get(prefix + own.name), own)
+    _require_agreeing(found, adapters)
     report = _report(found, name, _strangers(stored, prefix, name, adapters))
     if not report.loaded or (strict and not report.complete):
         raise MismatchError(
@@ -90,6 +91,8 @@ def take(
     with torch.no_grad():
         for tensor, value in found.values:
             tensor.copy_(value)
+    for at in installed_adapters(model, [name]):
+        at.adapter.refresh_parts_()
     set_strength(model, strength, name)
     return report
 
@@ -148,6 +151,15 @@ def _find(
     if not (lost or unlike or endless):
         found.values += [(own[key], value) for key, value in values.items()]
         found.loaded.append(site)
+
+
+def _require_agreeing(found: _Found, adapters: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Note where a checkpoint has different values for a tensor that several adapters of the model share."""
+    names = {id(tensor): key for own in adapters.values() for key, tensor in own.items()}
+    first: dict[tuple[int, torch.Size], Tensor] = {}
+    for tensor, value in found.values:
+        if not torch.equal(first.setdefault((tensor.data_ptr(), tensor.shape), value), value):
+            found.mismatched.append(f"{names[id(tensor)]}: other adapters, which share it, have other numbers for it")
 
 
 def _find_beside(found: _Found, checkpoint: Base, key: str | None, own: BaseParameter) -> None:

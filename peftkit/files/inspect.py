@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,9 +140,11 @@ def inspect(path: str | os.PathLike[str], *, norms: bool = True, **reading: Unpa
     modules: list[Inspected] = []
     shapes: dict[str, tuple[int, int] | None] = {}
     kinds: dict[str, Patch] = {}
+    counted: set[str] = set()
     for name in bundle.patches:
         patch = bundle.patches[name]
-        modules.append(_inspected(name, patch, bundle.portable, norms=norms))
+        modules.append(_inspected(name, patch, bundle.portable, counted, norms=norms))
+        counted |= {*patch.common.values()}
         sizes = (patch.shape.rows, patch.shape.columns)
         shapes[name] = sizes if all(sizes) else None
         kinds[name] = replace(patch, tensors={})
@@ -317,8 +319,9 @@ _DEAD = "ΔW is zero: it does nothing"
 
 
 @torch.no_grad()
-def _inspected(name: str, patch: Patch, portable: bool, *, norms: bool) -> Inspected:
-    parameters = sum(tensor.numel() for tensor in patch.tensors.values())
+def _inspected(name: str, patch: Patch, portable: bool, counted: Collection[str], *, norms: bool) -> Inspected:
+    """What is in one patch. counted: the tensors that it may share with patches before it, which count there."""
+    parameters = sum(tensor.numel() for key, tensor in patch.tensors.items() if patch.common.get(key) not in counted)
     dtype = "/".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in patch.tensors.values()}))
 
     def said(norm: float | None, problem: str = "") -> Inspected:

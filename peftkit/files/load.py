@@ -10,24 +10,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapters.base import Adapter
 from peftkit.errors import (
     FullCheckpointError,
     MismatchError,
     TiedWeightsError,
     UnsetAdapterError,
-    WrongBaseError,
     did_you_mean,
     error_context,
     require_choice,
     require_option,
 )
 from peftkit.files import full_checkpoint
-from peftkit.files.bind import Misfit, bind, misfit, take_rows, turned_patch
+from peftkit.files.bind import Misfit, misfit, take_rows, turned_patch
+from peftkit.files.build import made
 from peftkit.files.component import of_component
-from peftkit.files.extras import PlacedExtras, listed, placed, under_adapters
+from peftkit.files.extras import PlacedExtras, placed
 from peftkit.files.families.layouts import Placement
-from peftkit.files.fingerprint import require_same_base, samples
+from peftkit.files.fingerprint import samples
 from peftkit.files.formats import native
 from peftkit.files.formats.patch import AdapterFile, Patch
 from peftkit.files.load_report import LoadReport as LoadReport
@@ -187,34 +186,6 @@ def _require_unplaced(path: object, tied: str | None, route: str, component: str
         require_option(value == default, option, value, repr(default), f" {path} is a full checkpoint: wrap says it")
 
 
-def made(
-    path: object,
-    fitting: Sequence[tuple[Site, Patch]],
-    bundle: AdapterFile,
-    beside: PlacedExtras,
-    distances: Mapping[str, float],
-    extras: bool,
-    other_base: bool,
-) -> list[tuple[Site, Adapter]]:
-    """The adapters of the patches, on the base they were trained on."""
-    _require_trained_bases(path, bundle, extras or other_base)
-    built: list[tuple[Site, Adapter]] = []
-    own: dict[str, Adapter] = {}
-    for site, patch in fitting:
-        if patch.same_as and patch.same_as in own:  # the root of a model has the name ""
-            built.append((site, own[patch.same_as]))
-            continue
-        trained = beside.of(site.module, site.slot.parameter)  # the weight itself may come with the file
-        weight = site.matrix.detach() if trained is None else site.slot.geometry.matrix(site.slot.of(trained))
-        own[site.name] = bind(patch, site.slot.geometry.shape, weight, f"{path}: {site.label}").train()
-        built.append((site, own[site.name]))
-    kinds = {site.name: adapter.kind for site, adapter in built}
-    bound = [site.name for site, adapter in built if adapter.derived() and not bundle.portable]
-    quantised = [site.name for site, patch in fitting if patch.quantised or site.slot.base is not None]
-    require_same_base(path, "this model", distances, kinds, bound, other_base, quantised)
-    return built
-
-
 def with_extras(report: LoadReport, bundle: AdapterFile, beside: PlacedExtras, extras: bool) -> LoadReport:
     """The report on the adapters and on what trained beside them."""
     return replace(
@@ -225,16 +196,6 @@ def with_extras(report: LoadReport, bundle: AdapterFile, beside: PlacedExtras, e
         extras=beside.names,
         left_out=() if extras else tuple(bundle.extras),
     )
-
-
-def _require_trained_bases(path: object, bundle: AdapterFile, accepted: bool) -> None:
-    """Refuse to leave out weights that the file's own adapters were trained on, unless another base is accepted."""
-    lost = list(dict.fromkeys(under_adapters(bundle).values()))
-    if lost and not accepted:
-        raise WrongBaseError(
-            f"{path}: extras=False leaves out {listed(lost)} that its adapters were trained on. Load them too, or pass "
-            "other_base=True"
-        )
 
 
 def compared(

@@ -145,16 +145,24 @@ def _native(source: Source) -> AdapterFile:
     header = native.decode(source.metadata, source.path)
     for name in header.extras:
         require_file(name in source.names, source.path, f"it is damaged: there is no tensor of the extra {name!r}")
+    for name in header.common:
+        require_file(name in source.names, source.path, f"it is damaged: there is no tensor {name!r}, which it shares")
     present = set(source.keys)
     extras = dict.fromkeys(name for name in header.extras if name in present)
-    owned = native.sorted_by_weight([key for key in source.keys if key not in extras], header.records)
+    stored = {key: name for name, keys in header.common.items() if name in present for key in keys}
+    twice = sorted(stored.keys() & source.names)
+    require_file(not twice, source.path, f"it is damaged: {twice} are in it, and shared as well")
+    own_keys = [key for key in source.keys if key not in extras and key not in header.common]
+    owned = native.sorted_by_weight(own_keys, header.records)
+    shared = native.sorted_by_weight(stored, header.records)
     ignored = native.sorted_by_weight(source.names - present, header.records)
     left = [name for name in header.records if name in owned or name not in ignored]
 
     def patch(name: str) -> Patch:
         own, embedding = header.shared.get(name, (name, None))
         record = header.records[own]
-        tensors = source.named({key[len(own) :].removeprefix("."): key for key in owned.get(own, ())})
+        common = {key[len(own) :].removeprefix("."): stored[key] for key in shared.get(own, ())}
+        tensors = source.named({key[len(own) :].removeprefix("."): key for key in owned.get(own, ())} | common)
         return Patch(
             record.kind,
             record.options,
@@ -168,6 +176,7 @@ def _native(source: Source) -> AdapterFile:
             quantised=record.quantised,
             embedding=record.embedding if embedding is None else embedding,
             same_as="" if own == name else own,
+            common=common,
         )
 
     return AdapterFile(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +28,7 @@ from peftkit.files.formats.native import Header, WeightRecord
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.divided import by_first_process, gathered, gathered_adapter, gathered_base, require_not_empty
 from peftkit.wrapping.extras import BaseParameter, extras_of, require_unmerged
+from peftkit.wrapping.in_common import places
 from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, one_name, other_places
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.roll import require_none_lost
@@ -86,6 +88,7 @@ def save(
         OptionError: a dtype that adapters are not kept in, facts that JSON does not hold, or no name of a repository.
         UnknownAdapterError: no adapter of that name, or several and no name.
         MergeStateError: an adapter is merged into a weight that trains beside it.
+        SharedParameterError: a parameter that adapters share has become several.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -109,15 +112,17 @@ def save(
     own = {at.site: at for at in installed_adapters(model, [name])}
     for at in own.values():
         at.require_values()
+    shared = places(own.values())
     own = {site: replace(at, adapter=gathered_adapter(at.adapter)) for site, at in own.items()}
     beside = _beside(model, path, extras)
     _require_derivable(path, own, beside, portable)
-    tensors = _tensors(own, beside, name, dtype, portable)
-    metadata = _metadata(own, beside, name, portable, training, other_places(model, name))
+    once = _stored_once(own, beside, shared.values())
+    tensors = _tensors(own, beside, name, dtype, portable, once)
+    metadata = _metadata(own, beside, name, portable, training, other_places(model, name), once)
     with disk.atomic(path) as file:
         container.emit(file, tensors, metadata)
         file.flush()
-        _prove_alive(Path(file.name), path, tensors, own, allow_zero, portable)
+        _prove_alive(Path(file.name), path, tensors, own, allow_zero, portable, once)
     if push is not None:
         hub.push(path, push, _card(push, own, beside, {"base_model": _base_name(model), **card}))
     return path
@@ -188,14 +193,34 @@ def _require_derivable(
         )
 
 
+def _stored_once(
+    own: Mapping[str, InstalledAdapter],
+    beside: Mapping[str, BaseParameter],
+    shared: Iterable[Sequence[tuple[str, str]]],
+) -> dict[str, str]:
+    """Key of a parameter that several adapters share -> the key under which the file has it."""
+    taken = {*beside, *(dotted(site, key) for site, at in own.items() for key in at.adapter.state_dict())}
+    found: dict[str, str] = {}
+    for held in shared:
+        if len(held) == 1:
+            continue
+        plain = f"shared.{held[0][1].rpartition('.')[2]}"
+        numbered = (f"{plain}.{number}" for number in itertools.count(1))
+        key = next(key for key in itertools.chain([plain], numbered) if key not in taken)
+        taken.add(key)
+        found |= {dotted(site, parameter): key for site, parameter in held}
+    return found
+
+
 def _tensors(
     own: Mapping[str, InstalledAdapter],
     beside: Mapping[str, BaseParameter],
     name: str,
     dtype: torch.dtype | None,
     portable: bool,
+    once: Mapping[str, str],
 ) -> dict[str, Tensor]:
-    """The adapters' tensors by the keys of the file, and the extras'."""
+    """The adapters' tensors by the keys of the file, and the extras'. once: from `_stored_once`."""
     tensors = {key: _packed(gathered(extra.tensor), dtype) for key, extra in beside.items()}
     for site, at in own.items():
         for key in stored_keys(at.adapter, portable):
@@ -206,7 +231,8 @@ def _tensors(
                 )
             if full in tensors:
                 raise FileError(f"two adapters of {name!r} would be saved under the key {full!r}: give them two names")
-            tensors[full] = _packed(at.adapter.state_dict()[key], dtype)
+            if once.get(full, full) not in tensors:
+                tensors[once.get(full, full)] = _packed(at.adapter.state_dict()[key], dtype)
     return tensors
 
 
@@ -217,6 +243,7 @@ def _metadata(
     portable: bool,
     training: Mapping[str, Any] | None,
     shared: dict[str, tuple[str, bool]],
+    once: Mapping[str, str],
 ) -> dict[str, str]:
     """What the header says of the adapters and of the weights they were trained on."""
     held = _on_extras(own, beside)
@@ -246,6 +273,7 @@ def _metadata(
         version=__version__,
         extras=tuple(beside),
         shared=shared,
+        common={key: [full for full, other in once.items() if other == key] for key in dict.fromkeys(once.values())},
     )
     try:
         return native.encode(header)
@@ -274,6 +302,7 @@ def _prove_alive(
     own: Mapping[str, InstalledAdapter],
     allow_zero: bool,
     portable: bool,
+    once: Mapping[str, str],
 ) -> None:
     """Read the file back as a loader would and make sure it holds what was meant."""
     back = container.read(temporary).tensors()
@@ -292,7 +321,8 @@ def _prove_alive(
         for site, at in own.items():
             twin, weight = copy.deepcopy(at.adapter).eval(), gathered_base(at)
             keys = stored_keys(twin, portable)
-            fill(twin, weight, {key: back[dotted(site, key)].to(weight.device) for key in keys})
+            full = {key: dotted(site, key) for key in keys}
+            fill(twin, weight, {key: back[once.get(own, own)].to(weight.device) for key, own in full.items()})
             delta = twin(weight, 1.0)
             if allow_zero or not delta.is_matrix or delta.sqnorm() > 0:
                 return

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.errors import MergeStateError, MismatchError, UnsupportedLayerError, error_context
+from peftkit.files.build import made
 from peftkit.files.component import of_component
 from peftkit.files.extras import PlacedExtras, placed
-from peftkit.files.load import LoadReport, compared, made, paths_in, with_extras
+from peftkit.files.load import LoadReport, compared, paths_in, with_extras
 from peftkit.files.read import Reading, read
 from peftkit.files.trees import at_home
 from peftkit.kernels.sharding import sharded
 from peftkit.wrapping.divided import require_not_empty
 from peftkit.wrapping.extras import give_back_, replace_, require_returnable, require_unmerged
+from peftkit.wrapping.in_common import places
 from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.vectors import every_site
@@ -102,6 +104,7 @@ def swap(
         require_returnable(model, [name], keep=False)
         built = made(path, fitting, bundle, beside, distances, extras, other_base)
         numbers = [(here[site.name], _numbers(path, here[site.name], adapter)) for site, adapter in built]
+        _require_agreeing(path, numbers)
         _write_(numbers)
         give_back_(model, [name], keep=False)
         replace_(beside.values, name)
@@ -114,6 +117,19 @@ def _write_(numbers: Sequence[tuple[InstalledAdapter, Mapping[str, Tensor]]]) ->
     for at, tensors in numbers:
         for key, tensor in at.adapter.state_dict().items():
             tensor.copy_(tensors[key])
+        at.adapter.refresh_parts_()
+
+
+def _require_agreeing(path: object, numbers: Sequence[tuple[InstalledAdapter, Mapping[str, Tensor]]]) -> None:
+    """Raise where adapters on the model share a parameter, and those of the file have different numbers for it."""
+    new = {at.site: tensors for at, tensors in numbers}
+    for (first, key), *others in places(at for at, _ in numbers).values():
+        for site, name in others:
+            if not torch.equal(new[site][name], new[first][key]):
+                raise MismatchError(
+                    f"{path} has other numbers for {dotted(site, name)} than for {dotted(first, key)}, which are one "
+                    f"parameter on the model{_ADVICE}"
+                )
 
 
 def _require_writable(installed: Collection[InstalledAdapter]) -> None:

@@ -179,6 +179,7 @@ class AdapterNetwork(nn.Module):
             default_lr: where one of them is None. What has a rate of 0 or None is not trained.
         """
         groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+        taken: set[nn.Parameter] = set()
         rates = self.recipe.block_rates(self.base)
         for at in self._installed():
             part, _, path = at.site.partition(".")
@@ -190,7 +191,8 @@ class AdapterNetwork(nn.Module):
             for key, parameter in at.adapter.named_parameters():
                 plus = ratio is not None and key in at.adapter.starts_at_zero
                 group = (f"{what} plus", rate * ratio) if plus and ratio is not None else (what, rate)
-                if group[1]:
+                if group[1] and parameter not in taken:
+                    taken.add(parameter)
                     groups.setdefault(group, []).append(parameter)
         self.requires_grad_(True)
         return [{"params": params, "lr": rate} for (_, rate), params in groups.items()], [what for what, _ in groups]

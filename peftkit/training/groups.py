@@ -12,6 +12,7 @@ from torch import nn
 from peftkit.errors import OptionError, TargetError, did_you_mean, require_number, require_option
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.divided import settle
+from peftkit.wrapping.in_common import require_together
 from peftkit.wrapping.installed import installed_adapters, names_of
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.select import PRESETS, class_names, patterns, regular_expression
@@ -100,7 +101,9 @@ def _trained(model: nn.Module, name: str | None) -> Iterator[_Trained]:
     """Every trainable parameter once: the adapters', weight by weight, then the others, module by module."""
     settle(model)  # an optimiser of what a forward pass has left whole would change nothing
     seen: set[int] = set()
-    for at in installed_adapters(model, names_of(model, name)):
+    names = names_of(model, name)
+    require_together(model, names)
+    for at in installed_adapters(model, names):
         host = at.site.removesuffix(f".{at.slot_name}") if at.slot_name else at.site
         for key, parameter in at.adapter.named_parameters():
             if parameter.requires_grad and id(parameter) not in seen:

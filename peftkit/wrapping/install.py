@@ -69,9 +69,8 @@ def install(
         root.__dict__[TRAINABLE] = [*nested, *trainable]
         for own in trainable:
             own.tensor.requires_grad_(False)
+    replicate_(dict.fromkeys(adapter for site, adapter in built if sharded(site.parameter)))
     for site, adapter in built:
-        if sharded(site.parameter):
-            replicate_(adapter)
         _attach(site, adapter, name, strength, route, site.name in untie)
     enrol(root, {site.module_name: cast(Adapted, site.module) for site, _ in built})
 

@@ -28,6 +28,7 @@ from peftkit.errors import (
 from peftkit.kernels.blocks import accumulation_dtype
 from peftkit.wrapping.coverage import Covered, coverage, described, warn_of_little
 from peftkit.wrapping.divided import settle
+from peftkit.wrapping.in_common import Pool, own_numbers
 from peftkit.wrapping.layer import Adapted
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.routes import OUTPUTS, choose, choose_lookup
@@ -47,7 +48,7 @@ class Entry:
         kind: the adapter's registered name.
         options: the adapter's options as the rule gives them.
         pattern: the target that selected the weight.
-        parameters: how many numbers the adapter trains.
+        parameters: how many numbers the adapter trains, without those that it shares with an adapter before it.
         bytes: the memory they take.
         route: how a training step on 4096 tokens or pixels computes: "factored", "dense", "weight" where the weight
             is read without its layer being called, or "input" where the change depends on the layer's input and has
@@ -259,7 +260,8 @@ class _DryRun:
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
-        self.seen: dict[Any, tuple[int, int, str]] = {}
+        self.seen: dict[Any, tuple[Adapter, str]] = {}
+        self.pool = Pool()
 
     def entry(self, site: Site, rule: Rule, pattern: str, again: bool = False) -> Entry:
         """The entry for one site. again: its adapter is another's, and counted there."""
@@ -268,12 +270,13 @@ class _DryRun:
         key = (*sort, site.dtype, site.slot.base, site.read, id(rule))
         if key not in self.seen:
             self.seen[key] = self._measure(site, rule)
-        parameters, size, route = self.seen[key]
-        counts = (0, 0) if again else (parameters, size)
+        adapter, route = self.seen[key]
+        own = [] if again else own_numbers(adapter, self.pool, site.parameter.device)
+        counts = sum(p.numel() for p in own), sum(p.nbytes for p in own)
         return Entry(site, rule.kind, dict(rule.options), pattern, *counts, route)
 
-    def _measure(self, site: Site, rule: Rule) -> tuple[int, int, str]:
-        """Parameters, bytes and route of the rule's adapter on one site."""
+    def _measure(self, site: Site, rule: Rule) -> tuple[Adapter, str]:
+        """The rule's adapter on one site, without values, and its route."""
         shape = site.slot.geometry.shape
         require_kind(site, rule.kind, decompose=bool(rule.options.get("decompose")))
         weight = torch.empty(shape.rows, shape.columns, dtype=site.dtype, device="meta")
@@ -290,8 +293,7 @@ class _DryRun:
                 f"{site.label}: {rule.kind} with dropout={adapter.input_dropout} drops elements of the layer's "
                 f"input, but {rows if site.looks_up else read}; use rank_dropout or leave it out"
             )
-        parameters = [p for p in adapter.parameters() if p.requires_grad]
-        return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters), self._route(site, adapter, weight)
+        return adapter, self._route(site, adapter, weight)
 
     def _route(self, site: Site, adapter: Adapter, weight: Tensor) -> str:
         """The route of a training step, as in `Entry.route`; raises where a weight is read and ΔW is no matrix."""

@@ -6,6 +6,8 @@ DistributedDataParallel would make of it: the same numbers on every process, kep
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -25,14 +27,16 @@ def require_common(label: str, parameter: Tensor) -> None:
 
 
 @torch.no_grad()
-def replicate_(adapter: Adapter) -> None:
-    """Give an adapter the numbers of the first process, and average its gradients from now on. All processes call it.
+def replicate_(adapters: Collection[Adapter]) -> None:
+    """Give adapters the numbers of the first process, and average their gradients from now on. All processes call it.
 
     Backward averages the gradient of each parameter once it is accumulated, as fully_shard does of its own.
     """
-    for tensor in adapter.state_dict().values():
-        torch.distributed.broadcast(tensor, src=0)
-    for parameter in adapter.parameters():
+    for adapter in adapters:
+        for tensor in adapter.state_dict().values():
+            torch.distributed.broadcast(tensor, src=0)
+        adapter.refresh_parts_()
+    for parameter in dict.fromkeys(parameter for adapter in adapters for parameter in adapter.parameters()):
         parameter.register_post_accumulate_grad_hook(_average)
 
 

@@ -15,6 +15,7 @@ from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.classes import as_wrapped, become_
 from peftkit.wrapping.divided import require_not_empty, settle
 from peftkit.wrapping.extras import give_back_, require_returnable
+from peftkit.wrapping.in_common import join_, require_together
 from peftkit.wrapping.install import TRAINABLE, check_install, install
 from peftkit.wrapping.installed import adapted_modules, installed_adapters, names_of, one_name
 from peftkit.wrapping.layer import Adapted, base_class
@@ -38,6 +39,7 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Par
 
     Raises:
         UnknownAdapterError: there is no adapter of that name, or none at all.
+        SharedParameterError: a parameter that adapters share has become several.
 
     Example:
         >>> model = nn.Linear(8, 8)
@@ -47,7 +49,9 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Par
         [(2, 8), (8, 2)]
     """
     settle(model)  # an optimiser of what a forward pass has left whole would change nothing
-    installed = installed_adapters(model, names_of(model, name))
+    names = names_of(model, name)
+    require_together(model, names)
+    installed = installed_adapters(model, names)
     return list(dict.fromkeys(p for at in installed for p in at.adapter.parameters() if p.requires_grad))
 
 
@@ -176,6 +180,7 @@ def wrap(
         matrix, shape = entry.site.matrix.detach(), entry.site.slot.geometry.shape
         adapter = registry.build(entry.kind, shape, matrix, dtype, **entry.options)
         built[entry.site.name] = entry.site, adapter
+    join_(dict.fromkeys(adapter for _, adapter in built.values()))
     install(model, list(built.values()), name, route=route, untie=planned.untie)
     return planned
 

@@ -102,14 +102,14 @@ def test_the_specification_names_every_key_of_a_header() -> None:
     page = (DOCS / "native_format.md").read_text()
     shape = Shape(4, 6, (3, 3), 2)
     records = {"a": WeightRecord("lora", "c", {}, shape, transposed=True, read=True, embedding=True, quantised=True)}
-    optional = {"extras": ("b",), "shared": {"c": ("a", False)}}
+    optional = {"extras": ("b",), "shared": {"c": ("a", False)}, "common": {"shared.up": ["a.up"]}}
     header = json.loads(
         native.encode(native.Header("style", records, {"a": np.zeros(32, "f4")}, **optional))[native.KEY]
     )
     assert list(header) == re.findall(r"^\| `(\w+)` \| ", page, re.MULTILINE)
     (group,) = header["groups"]
     assert "{" + ", ".join(f'"{key}"' for key in group) + "}" in page
-    assert header["schema"] == native.SCHEMA == 1
+    assert header["schema"] == native.SCHEMA_COMMON == 2
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:

@@ -167,7 +167,7 @@ def test_each_kind_of_misfit_is_told_apart(file: Path) -> None:
 @pytest.mark.parametrize(
     "header, said",
     [
-        ({"schema": 2}, "schema 2"),
+        ({"schema": 3}, "schema 3"),
         ({"groups": 3}, "damaged"),
         ({"groups": [{"kind": "lora"}]}, "damaged"),
         ({"base": {"conv": "???"}}, "damaged"),

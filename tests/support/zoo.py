@@ -217,6 +217,7 @@ METHODS: dict[str, AdapterCase] = {
     "olora": AdapterCase("anchored", {"rank": 3, "start": "olora"}),
     "fourierft": AdapterCase("fourierft", {"frequencies": 2, "scaling": 40.0}),
     "fourierft dense": AdapterCase("fourierft", {"frequencies": 7, "scaling": 40.0}),
+    "vb-lora": AdapterCase("vb-lora", {"rank": 2, "vectors": 12, "length": 5, "top": 3, "bound": 0.5, "seed": 3}),
     "dylora": AdapterCase(
         "dylora", {"rank": 4, "block": 4, "alpha": 2}
     ),  # of one block: what it draws is always all of it

@@ -3,7 +3,7 @@
 Tensors are keyed "<weight's name>.<parameter>", as `adapter_state_dict` gives them. The header's metadata has one
 entry, "peftkit", a JSON object:
 
-    schema       1
+    schema       1; 2 with `common`, which a reader of 1 would miss
     version      of the library that wrote the file
     name         the adapter's name
     portable     whether factors derived from the base are in the file
@@ -13,6 +13,8 @@ entry, "peftkit", a JSON object:
     embedding    [names of the weights that are embeddings', a row for each token], where there are any
     shared       {name of a further weight: [name of the weight whose adapter it shares, whether it is an embedding's]},
                  where there are any
+    common       {key of a tensor: [keys that adapters know it by, "<weight's name>.<parameter>"]}, of parameters that
+                 several adapters share, in schema 2
     base         {name: base64 of float32 samples of the base weight}
     training     whatever the user passed to `save`
     extras       [names of parameters of the model that trained beside the adapters], where there are any; their
@@ -37,6 +39,8 @@ from peftkit.files.formats import strict_json
 from peftkit.geometry import Shape
 
 SCHEMA = 1
+#: of files with tensors that several adapters share
+SCHEMA_COMMON = 2
 KEY = "peftkit"
 
 #: what a header says of a weight by listing its name
@@ -80,6 +84,8 @@ class Header:
     extras: tuple[str, ...] = ()  # the parameters of the model whose values are in the file
     #: weight -> the weight with the record of its adapter, and whether it is an embedding's
     shared: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    #: key of a tensor -> the keys "<weight>.<parameter>" that it stands for, of parameters that several adapters share
+    common: dict[str, list[str]] = field(default_factory=dict)
 
 
 def encode(header: Header) -> dict[str, str]:
@@ -91,7 +97,7 @@ def encode(header: Header) -> dict[str, str]:
         shape = record.shape
         group["weights"][weight] = [shape.rows, shape.channels, list(shape.kernel), shape.groups]
     value = {
-        "schema": SCHEMA,
+        "schema": SCHEMA_COMMON if header.common else SCHEMA,
         "version": header.version,
         "name": header.name,
         "portable": header.portable,
@@ -101,6 +107,7 @@ def encode(header: Header) -> dict[str, str]:
         "training": header.training,
         **({"extras": list(header.extras)} if header.extras else {}),
         **({"shared": header.shared} if header.shared else {}),
+        **({"common": header.common} if header.common else {}),
     }
     return {KEY: json.dumps(value, ensure_ascii=False)}
 
@@ -120,9 +127,10 @@ def decode(metadata: Mapping[str, str] | None, path: object) -> Header:
     where = f"the {KEY!r} header of {path}"
     value = strict_json.parse(metadata[KEY], where)
     require_file(isinstance(value, dict), where, "it is damaged, and no JSON object")
-    if value.get("schema") != SCHEMA:
+    if value.get("schema") not in (SCHEMA, SCHEMA_COMMON):
         raise FileError(
-            f"{path} has schema {value.get('schema')!r}, this version of peftkit reads {SCHEMA}: update peftkit"
+            f"{path} has schema {value.get('schema')!r}, this version of peftkit reads {SCHEMA} and {SCHEMA_COMMON}: "
+            "update peftkit"
         )
 
     def take(holder: dict[str, Any], key: str, kind: type[Any]) -> Any:
@@ -154,7 +162,19 @@ def decode(metadata: Mapping[str, str] | None, path: object) -> Header:
     )
     twice = next((name for name in shared if name in records), "")
     require_file(not twice, where, f"it is damaged: {twice} has an adapter of its own, and shares another's")
-    return Header(name, records, base, portable, training, take(value, "version", str), tuple(extras), shared)
+    common = _common(take(value, "common", dict), records, where) if value["schema"] == SCHEMA_COMMON else {}
+    return Header(name, records, base, portable, training, take(value, "version", str), tuple(extras), shared, common)
+
+
+def _common(described: dict[str, Any], records: Collection[str], where: str) -> dict[str, list[str]]:
+    """{key: [keys that it stands for]}."""
+    sound = all(isinstance(keys, list) and all(isinstance(key, str) for key in keys) for keys in described.values())
+    require_file(sound and bool(described), where, f"it is damaged: common is {described!r:.60}")
+    every = [key for keys in described.values() for key in keys]
+    require_file(len(set(every)) == len(every), where, "it is damaged: common names a parameter twice")
+    strangers = sorted_by_weight(every, records).get(None, ())
+    require_file(not strangers, where, f"it is damaged: common names {strangers}, of which no adapter is in it")
+    return described
 
 
 def _sharing(described: Any, records: Collection[str], where: str) -> tuple[str, bool]:

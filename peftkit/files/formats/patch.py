@@ -29,6 +29,7 @@ class Patch:
     quantised: whether it was trained on a quantised weight.
     on_kernel: what is to be known where the weight has a kernel larger than 1, as a warning.
     same_as: the patch whose adapter this one is, on another layer of a shared weight.
+    common: the parameters that several adapters share, each with the key by which the file has it, once.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Patch:
     read: bool = False
     quantised: bool = False
     on_kernel: str = ""
+    common: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rank(self) -> int | None:
