@@ -247,8 +247,8 @@ class Adapter(nn.Module, ABC):
         self.anchor_(torch.zeros_like(up), down)
         self.get_parameter("up").copy_(up)
 
-    def use_prefix(self, share: float) -> None:
-        """Use, in training, the ranks that a number in [0, 1) stands for, where the kind draws how many it uses."""
+    def use_prefix(self, share: float | None) -> None:
+        """Use, in training, the ranks that a number in [0, 1) stands for; None: draw anew at each call."""
         del share
 
     @classmethod

@@ -89,8 +89,8 @@ class DyLoRA(Adapter):
             down = torch.cat((down[:held].detach(), down[held:]))
         return LowRank(times(self.scale, up), down)
 
-    def use_prefix(self, share: float) -> None:
-        self.drawn = self.block * (1 + int(share * self._blocks))
+    def use_prefix(self, share: float | None) -> None:
+        self.drawn = None if share is None else self.block * (1 + int(share * self._blocks))
 
     @property
     def _blocks(self) -> int:

@@ -43,6 +43,11 @@ class InstalledAdapter:
         """Whether the weight is an embedding's, whose input is numbers of rows."""
         return isinstance(self.slot.geometry, Lookup)
 
+    @property
+    def is_installed(self) -> bool:
+        """Whether the adapter is still there."""
+        return isinstance(self.host, Adapted) and self.host.adapter(self.name, self.slot_name) is self.adapter
+
     def put_(self, adapter: Adapter) -> None:
         """Put another adapter in its place."""
         held = self.host.adapters[self.name]

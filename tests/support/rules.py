@@ -174,7 +174,7 @@ def lora_pro(kind: str = "lora") -> float:
 def lora_pro_full(kind: str = "lora", steps: int = 4) -> float:
     """Against Adam of torch on a weight, whose gradients and steps are projected by a pseudo-inverse."""
     problem, mine = Problem(kind, trained=False, **FACTORS), Problem(kind, trained=False, **FACTORS)
-    optimizer = SGD([mine.pair.up, mine.pair.down], lr=0.1)
+    optimizer = SGD([mine.pair.up, mine.pair.down], lr=0.1, weight_decay=0.2)
     LoRAProFull(mine.layer).attach(optimizer)
     weight = nn.Parameter(torch.zeros(9, 7, dtype=torch.float64))
     adam = torch.optim.Adam([weight], lr=1.0)
@@ -189,8 +189,8 @@ def lora_pro_full(kind: str = "lora", steps: int = 4) -> float:
         B, A = problem.factors
         gB, gA = problem.nearest(N, problem.pair.scale * N @ A.mT, problem.pair.scale * B.mT @ N)
         with torch.no_grad():
-            problem.pair.up.sub_(0.1 * gB)
-            problem.pair.down.sub_(0.1 * gA)
+            for parameter, g in ((problem.pair.up, gB), (problem.pair.down, gA)):
+                parameter.mul_(1 - 0.1 * 0.2).sub_(0.1 * g)  # AdamW's decay
     return apart(mine.factors, problem.factors)
 
 

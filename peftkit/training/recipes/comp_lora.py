@@ -11,6 +11,7 @@ from peftkit.adapters.base import Adapter
 from peftkit.adapters.frame import frame
 from peftkit.errors import require_integer, require_option
 from peftkit.training.recipes.recipe import Recipe
+from peftkit.wrapping.divided import gathered_base
 
 
 class CompLoRA(Recipe):
@@ -31,6 +32,7 @@ class CompLoRA(Recipe):
         OptionError: k is no integer from 1, or not below the singular values and rows of a layer; or no adapter has two
             factors that start at 0.
         UnknownAdapterError: there is no adapter of that name, or none at all.
+        UnsetAdapterError: a weight is on the meta device.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -49,7 +51,8 @@ class CompLoRA(Recipe):
             shape = part.at.slot.geometry.shape
             most = min(shape.rows - 1, shape.columns)
             require_option(k <= most, "k", k, f"at most {most} for the {shape} weight of {place}")
-        self._directions = {place: frame(part.at.base, k)[0] for place, part in self.parts.items()}
+            part.at.require_loaded()
+        self._directions = {place: frame(gathered_base(part.at), k)[0] for place, part in self.parts.items()}
 
     def takes(self, adapter: Adapter) -> bool:
         pair = adapter.pair()

@@ -54,10 +54,14 @@ class Prefixes(Recipe):
         return share
 
     def attach(self, optimizer: Optimizer) -> Attachment:
-        """Draw now, unless a state was loaded, and after each step of an optimiser; see `Recipe.attach`."""
+        """Draw now, unless a state was loaded, and after each step of an optimiser; see `Recipe.attach`.
+
+        Returns:
+            A handle, whose remove() ends that and lets every layer draw for itself.
+        """
         if self._share is None:
             self.draw()
-        return super().attach(optimizer)
+        return Attachment((*super().attach(optimizer).undo, lambda: self._use(None)))
 
     def after_step(self, optimizer: Optimizer) -> None:
         del optimizer
@@ -68,10 +72,9 @@ class Prefixes(Recipe):
 
     def resume_(self, state: Mapping[str, Any]) -> None:
         self._generator.set_state(state["generator"])
-        if state["share"] is not None:
-            self._use(state["share"])
+        self._use(state["share"])
 
-    def _use(self, share: float) -> None:
+    def _use(self, share: float | None) -> None:
         self._share = share
         for part in self.parts.values():
             part.adapter.use_prefix(share)

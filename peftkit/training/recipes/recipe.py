@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from peftkit.adapters.base import Adapter
-from peftkit.errors import OptionError, UnsupportedLayerError
+from peftkit.errors import LostAdapterError, OptionError, UnsupportedLayerError
 from peftkit.kernels.sharding import sharded
 from peftkit.wrapping.installed import installed_parts
 from peftkit.wrapping.pipeline import as_module
@@ -86,6 +86,7 @@ class Recipe(ABC):
             A handle, whose remove() ends that.
 
         Raises:
+            LostAdapterError: at a step: an adapter is not on the model any more.
             OptionError: at a step: the optimiser calls its closure several times a step, as LBFGS does.
             UnsupportedLayerError: at a step: adapters are divided among processes.
         """
@@ -125,12 +126,7 @@ class Recipe(ABC):
         return loss
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        every = (p for part in self.parts.values() for p in part.adapter.parameters())
-        if type(self).needs_whole and any(map(sharded, every)):
-            raise UnsupportedLayerError(
-                f"{type(self).__name__}: the adapters are divided among processes, and the rule needs them whole: "
-                "call fully_shard before wrap, which keeps adapters whole on every process"
-            )
+        self._require_present()
         if _is_left_out(optimizer):
             return None
         own, *rest = args
@@ -141,6 +137,21 @@ class Recipe(ABC):
             return None
         evaluate = _Once(self, closure, optimizer)
         return ((own, evaluate, *rest[1:]), kwargs) if rest else (args, kwargs | {"closure": evaluate})
+
+    def _require_present(self) -> None:
+        """Raise where an adapter is gone, or divided among processes."""
+        gone = next((place for place, part in self.parts.items() if not part.at.is_installed), None)
+        if gone is not None:
+            raise LostAdapterError(
+                f"{type(self).__name__}: the adapter {gone} is not there any more, by unwrap or another in its place: "
+                "remove() the rule, and make it again of the model as it is"
+            )
+        every = (p for part in self.parts.values() for p in part.adapter.parameters())
+        if type(self).needs_whole and any(map(sharded, every)):
+            raise UnsupportedLayerError(
+                f"{type(self).__name__}: the adapters are divided among processes, and the rule needs them whole: "
+                "call fully_shard before wrap, which keeps adapters whole on every process"
+            )
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
         if not _is_left_out(optimizer):

@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 import peftkit as pk
 from peftkit.errors import OptionError, TargetError
-from peftkit.training import LISA
+from peftkit.training import GLAD, LISA
 from tests.support.processes import distributed
 
 
@@ -169,12 +169,16 @@ def _under_ddp() -> list[torch.Tensor]:
         optimizer = AdamW(pk.adapter_parameters(model), lr=0.1)
         run: nn.Module = model
         if divided:
-            run = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+            run = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
         LISA(run, every=1, awake=1).attach(optimizer)
+        sharp = GLAD(run, rho=3.0)
+        sharp.attach(optimizer)
+        share = torch.tensor([rank]) if divided else torch.arange(2)
         for _ in range(4):
             optimizer.zero_grad()
-            share = torch.tensor([rank]) if divided else torch.arange(2)
-            run(share).square().mean().backward()
+            torch.cos(9 * run(share)).mean().backward()
+            with sharp.perturbed():
+                torch.cos(9 * run(share)).mean().backward()
             optimizer.step()
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     return results
@@ -182,6 +186,7 @@ def _under_ddp() -> list[torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_processes_train_the_same_blocks(tmp_path: Path) -> None:
+def test_processes_train_the_same_blocks_by_the_same_gradients(tmp_path: Path) -> None:
+    """With LISA and GLAD, where gradients are views of what the second backward pass writes to."""
     for divided, whole in distributed(_under_ddp, folder=tmp_path):
         assert torch.allclose(divided, whole, atol=1e-9)

@@ -41,6 +41,8 @@ def test_all_layers_use_the_same_share_of_their_ranks() -> None:
         optimizer.step()
     assert set(seen) == {1, 2, 3, 4} and min(seen.values()) > 25
     handle.remove()
+    pairs = [tuple(used(net)) for _ in range(50)]  # each layer draws for itself again
+    assert any(first != 2 * second for first, second in pairs)
 
 
 def test_a_run_goes_on_with_the_same_draws() -> None:

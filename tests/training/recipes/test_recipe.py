@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 import peftkit as pk
 from peftkit.adapters.base import Adapter
-from peftkit.errors import OptionError, UnknownAdapterError, UnsupportedLayerError
-from peftkit.training import LoRAPro, LoRAProFull, Prefixes, Recipe, Riemannian, SoftThreshold
+from peftkit.errors import LostAdapterError, OptionError, UnknownAdapterError, UnsupportedLayerError
+from peftkit.training import CompLoRA, LoRAPro, LoRAProFull, Prefixes, Recipe, Riemannian, SoftThreshold
 from tests.support.divided import batch, plain, shard
 from tests.support.processes import distributed
 
@@ -130,6 +130,16 @@ def test_a_rule_is_for_the_adapters_of_one_name_and_takes_pipelines() -> None:
     assert list(LoRAPro(pipe, name="other").parts) == ["unet.0[other]"]
 
 
+def test_an_adapter_that_is_gone_is_said() -> None:
+    for change in (pk.unwrap, lambda model: (pk.unwrap(model), pk.wrap(model, "full"))):
+        model = layer()
+        optimizer = torch.optim.SGD(pk.adapter_parameters(model), lr=0.0)
+        Seen(model).attach(optimizer)
+        change(model)
+        with pytest.raises(LostAdapterError, match=r"Seen: the adapter \[default\] is not there any more"):
+            optimizer.step()
+
+
 def test_a_state_of_another_rule_is_refused() -> None:
     with pytest.raises(OptionError, match=r"LoRAPro: a state of \['generator', 'share'\] was given, \[\] was"):
         LoRAPro(layer("lora")).load_state_dict(Prefixes(layer("dylora")).state_dict())
@@ -145,7 +155,8 @@ def _divided() -> list[Tensor]:
         torch.manual_seed(0)
         pk.wrap(model, "lora", targets="body", rank=2)
         optimizer = torch.optim.AdamW(pk.adapter_parameters(model), lr=0.1)
-        LoRAPro(model).attach(optimizer)
+        for rule in (LoRAPro(model), CompLoRA(model, k=2)):
+            rule.attach(optimizer)
         for _ in range(3):
             optimizer.zero_grad()
             data = batch().double()
