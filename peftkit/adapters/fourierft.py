@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import ClassVar
 
@@ -15,6 +16,13 @@ from peftkit.delta import Delta, Dense, LowRank
 from peftkit.delta.base import WeightCache
 from peftkit.geometry import Shape
 from peftkit.kernels.blocks import upcast
+
+
+@functools.lru_cache(maxsize=8)  # layers of one size have the same, and a permutation of all of them is slow to draw
+def places(rows: int, columns: int, count: int, seed: int) -> Tensor:
+    """Return which frequencies (u, v) of an m×n spectrum a seed draws, (2, k), as PEFT does."""
+    drawn = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed), device="cpu")[:count]
+    return torch.stack((drawn // columns, drawn % columns))
 
 
 @register("fourierft")
@@ -68,9 +76,7 @@ class FourierFT(Adapter):
         self.rows, self.columns, self.scaling = shape.rows, shape.columns, scaling
         new = factory(weight)
         self.spectrum = nn.Parameter(torch.zeros(count, **new))
-        places = torch.randperm(size, generator=torch.Generator().manual_seed(seed), device="cpu")[:count]
-        indices = torch.stack((places // shape.columns, places % shape.columns))
-        self.register_buffer("indices", indices.to(new["device"]))
+        self.register_buffer("indices", places(shape.rows, shape.columns, count, seed).to(new["device"], copy=True))
 
     def delta(self, weight: Tensor) -> Delta:
         del weight

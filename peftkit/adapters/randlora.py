@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.bank import bank
 from peftkit.adapters.base import Adapter
-from peftkit.adapters.options import factory, rank_scale, require_rank
+from peftkit.adapters.options import factory, rank_scale, require, require_rank
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
@@ -25,8 +25,11 @@ class RandLoRA(Adapter):
 
     Parameters are `lambdas`, Λ (N, r), which starts at 0, and `gammas`, Γ (N, k), which starts at 1/max(m, n), with
     k = min(m, n) and N = ⌈k/r⌉. Bⱼ (max(m, n), r) and A (r, k) are frozen, of unit variance, and determined by `seed`
-    alone: layers share them, and a file holds none. The released code, and PEFT's, pair other columns of B with other
-    rows of Λ and Γ than this sum, the paper's.
+    alone: layers share them, and a file holds none, unless `save_projection` keeps the layer's part of both there.
+
+    The released code and PEFT compute another sum, with pairing="peft": they flatten the N·r columns of [B₁ … B_N] by
+    basis and the rows of [Λ₁·A·Γ₁ … Λ_N·A·Γ_N] by rank, so that column t of the one meets row t of the other with Bⱼ's
+    i-th column at t = j·r + i and Λⱼ's i-th row at t = i·N + j. Γ then starts at 1/max(N, k), as theirs.
 
     Paper: https://arxiv.org/abs/2502.00987.
 
@@ -36,6 +39,8 @@ class RandLoRA(Adapter):
         rank: r of each basis, 32 by default.
         alpha: α, by default 20·r, so that γ = 20.
         seed: Of the bases.
+        pairing: "paper", the sum above, or "peft".
+        save_projection: Keep B and A in the file.
 
     Raises:
         OptionError: An option has a value that it cannot take.
@@ -56,24 +61,38 @@ class RandLoRA(Adapter):
     basis: Tensor
 
     def __init__(
-        self, shape: Shape, weight: Tensor, *, rank: int = 32, alpha: float | None = None, seed: int = 0
+        self,
+        shape: Shape,
+        weight: Tensor,
+        *,
+        rank: int = 32,
+        alpha: float | None = None,
+        seed: int = 0,
+        pairing: str = "paper",
+        save_projection: bool = False,
     ) -> None:
         super().__init__()
         require_rank("randlora", rank)
+        require(pairing in ("paper", "peft"), "randlora", "pairing", pairing, "'paper' or 'peft'")
         self.scale = rank_scale("randlora", rank, 20 * rank if alpha is None else alpha)
-        self.wide = shape.columns > shape.rows
+        self.wide, self.flattened = shape.columns > shape.rows, "(j r) n" if pairing == "paper" else "(r j) n"
         short, long = sorted((shape.rows, shape.columns))
         count = -(-short // rank)
         new = factory(weight)
         self.lambdas = nn.Parameter(torch.zeros(count, rank, **new))
-        self.gammas = nn.Parameter(torch.full((count, short), 1 / long, **new))
-        bases = bank(seed, "randlora bases", count * long, rank, self.lambdas) * _UNIT
-        self.register_buffer("bases", rearrange(bases, "(j m) r -> m (j r)", j=count), persistent=False)
+        start = 1 / (long if pairing == "paper" else max(count, short))
+        self.gammas = nn.Parameter(torch.full((count, short), start, **new))
+        if pairing == "paper":
+            tables = bank(seed, "randlora bases", count * long, rank, self.lambdas)
+            bases = rearrange(tables, "(j m) r -> m (j r)", j=count)
+        else:  # each a table of its own, so that a larger layer has the same and more
+            bases = torch.cat([bank(seed, f"randlora basis {j}", long, rank, self.lambdas) for j in range(count)], 1)
+        self.register_buffer("bases", bases * _UNIT, persistent=save_projection)
         basis = bank(seed, "randlora basis", short, rank, self.lambdas).mT * _UNIT
-        self.register_buffer("basis", basis, persistent=False)
+        self.register_buffer("basis", basis, persistent=save_projection)
 
     def delta(self, weight: Tensor) -> LowRank:
         del weight
         scaled = self.lambdas[:, :, None] * self.basis * self.gammas[:, None]
-        up, down = self.scale * self.bases, rearrange(scaled, "j r n -> (j r) n")
+        up, down = self.scale * self.bases, rearrange(scaled, f"j r n -> {self.flattened}")
         return LowRank(down.mT, up.mT) if self.wide else LowRank(up, down)

@@ -21,7 +21,9 @@ class VeRA(Adapter):
 
     Parameters are `lambda_b`, b (m,), which starts at 0, and `lambda_d`, d (r,), which starts at `d_initial`. B (m, r)
     and A (r, n) are U(±√(6/r)) and U(±√(6/n)), the first rows of two tables that `seed` alone determines: every layer
-    takes its part of them, a file holds none, and another set of target modules changes none.
+    takes its part of them, a file holds none, and another set of target modules changes none. With `save_projection`
+    the file has the layer's part of both, which may then be of other tables, such as PEFT's, which depend on the set of
+    target modules.
 
     Paper: https://arxiv.org/abs/2310.11454.
 
@@ -31,6 +33,7 @@ class VeRA(Adapter):
         rank: r, 256 by default.
         d_initial: What d starts at.
         seed: Of the two tables.
+        save_projection: Keep B and A in the file.
 
     Raises:
         OptionError: An option has a value that it cannot take.
@@ -50,7 +53,16 @@ class VeRA(Adapter):
     left: Tensor
     right: Tensor
 
-    def __init__(self, shape: Shape, weight: Tensor, *, rank: int = 256, d_initial: float = 0.1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        weight: Tensor,
+        *,
+        rank: int = 256,
+        d_initial: float = 0.1,
+        seed: int = 0,
+        save_projection: bool = False,
+    ) -> None:
         super().__init__()
         require_rank("vera", rank)
         new = factory(weight)
@@ -58,8 +70,8 @@ class VeRA(Adapter):
         self.lambda_d = nn.Parameter(torch.full((rank,), float(d_initial), **new))
         up = bank(seed, "vera up", shape.rows, rank, self.lambda_b) * (6 / rank) ** 0.5
         down = bank(seed, "vera down", shape.columns, rank, self.lambda_b).mT * (6 / shape.columns) ** 0.5
-        self.register_buffer("left", up, persistent=False)
-        self.register_buffer("right", down, persistent=False)
+        self.register_buffer("left", up, persistent=save_projection)
+        self.register_buffer("right", down, persistent=save_projection)
 
     def delta(self, weight: Tensor) -> LowRank:
         del weight

@@ -64,7 +64,7 @@ def misfit(
     # Built without memory first: a file is free to ask for any rank
     sketch = make(patch, shape, torch.empty(shape.rows, shape.columns, dtype=dtype, device="meta"), where)
     expected = {key: sketch.state_dict()[key] for key in stored_keys(sketch, portable)}
-    found = patch.tensors
+    found = patch.on(shape).tensors
     both = [(key, found[key], e) for key, e in expected.items() if key in found]
     unlike = [(key, t, e) for key, t, e in both if not alike(t, e)]
     return Misfit(
@@ -81,7 +81,7 @@ def bind(patch: Patch, shape: Shape, weight: Tensor, where: str) -> Adapter:
     if patch.on_kernel and shape.positions > 1:
         warnings.warn(patch.on_kernel, MergedFormWarning, stacklevel=2)
     with error_context(where):
-        fill(adapter, weight, patch.tensors)
+        fill(adapter, weight, patch.on(shape).tensors)
     return adapter.eval()
 
 

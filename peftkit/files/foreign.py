@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftkit.adapters.options import rank_scale
 from peftkit.errors import AmbiguousFileError, FileError, FullCheckpointError, MismatchError, require_file
-from peftkit.files.formats import kohya, oft_parts, peft
+from peftkit.files.formats import kohya, oft_parts, peft, peft_config
 from peftkit.files.formats.alphas import AlphaOptions, AlphaScale, unsaid
 from peftkit.files.formats.kohya import Modules
 from peftkit.files.formats.patch import AdapterFile, OnDemand, Patch
@@ -38,7 +38,7 @@ def read_foreign(source: Source, dora_axis: str | None, alpha: AlphaOptions) -> 
         )
     _require_scale(source, alphas, unsaid(modules, configs), alpha)
     by_alpha = AlphaScale(alphas, alpha, source.metadata)
-    scales = {component: peft.scale_of(config) for component, config in configs.items()}
+    scales = {component: peft_config.scale_of(config) for component, config in configs.items()}
 
     def scale(module: str, rank: int | None) -> tuple[dict[str, Any], str]:
         component, _, rest = module.partition(".")

@@ -332,7 +332,7 @@ def _inspected(name: str, patch: Patch, portable: bool, counted: Collection[str]
         return said(None, f"{broken[0]} is not finite")
     try:
         # What a file does not say of its weight's size, its tensors do not depend on
-        rows, columns = registry.get(patch.kind).least(patch.options)
+        rows, columns = patch.least or registry.get(patch.kind).least(patch.options)
         shape = replace(patch.shape, rows=patch.shape.rows or rows, channels=patch.shape.channels or columns)
         found = misfit(patch, shape, torch.float32, portable=portable, where=name, numbers=norms)
         if found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from peftkit.errors import (
 )
 from peftkit.files import hub
 from peftkit.files.foreign import read_foreign, refuse_unknown, scaled_bias
-from peftkit.files.formats import disk, embeddings, native, peft, peft_experts
+from peftkit.files.formats import disk, embeddings, native, peft, peft_config, peft_experts, peft_projections
 from peftkit.files.formats.alphas import AlphaOptions
 from peftkit.files.formats.disk import Stamp
 from peftkit.files.formats.patch import AdapterFile, OnDemand, Patch
@@ -127,7 +128,7 @@ def _read(path: Path, reading: Reading, ignored: Selection, alpha: AlphaOptions)
     pickles = reading.get("allow_pickle", False)
     beside = _peft_config(path)
     stamp = None if beside is None else Stamp.of(beside)
-    config = None if beside is None else peft.read_config(beside)
+    config = None if beside is None else peft_config.read_config(beside)
     if os.path.isdir(path):
         path = _weights_in(path, pickles)
     with error_context(path):
@@ -195,6 +196,7 @@ def _native(source: Source) -> AdapterFile:
 
 def _peft(source: Source, config: Mapping[str, Any]) -> AdapterFile:
     modules, unknown = peft.modules(source.keys)
+    modules, tables = peft_projections.tables(modules)
     modules, parameters = peft_experts.named(modules, config)
     tokens = {module.removeprefix(peft.PREFIX): key for module, key in embeddings.tokens(unknown).items()}
     unknown = [key for key in unknown if key not in tokens.values()]
@@ -203,13 +205,14 @@ def _peft(source: Source, config: Mapping[str, Any]) -> AdapterFile:
     unknown = [key for key in unknown if key not in bases.values()]
     extras, shifts, unknown = peft.beside(unknown, config)
     refuse_unknown(source, unknown)
-    scale = peft.scale_of(config)
+    scale = peft_config.scale_of(config)
+    shared = functools.cache(lambda: source.factors(tables))
 
     def patch(module: str) -> Patch:
         if module in tokens:
             return embeddings.tokens_patch(module, source.factor(tokens[module]), config)
         reader = peft_experts if module in parameters else peft
-        return reader.patch(module, source.factors(modules[module]), config, scale)
+        return reader.patch(module, shared() | source.factors(modules[module]), config, scale)
 
     patches = OnDemand(source.path, [*modules, *tokens], patch)
     vectors = {f"{m}.bias": _shift(patches, m, source.factor(key)) for m, key in shifts.items()}

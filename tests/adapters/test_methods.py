@@ -275,10 +275,10 @@ def test_dylora_draws_by_itself(frozen: bool) -> None:
 # -- PEFT's own classes -----------------------------------------------------------------------------------------------
 
 
-def theirs(config: peft.PeftConfig) -> tuple[Any, Any]:
-    """A Linear (10 → 12) with PEFT's adapter, moved from its start, and the module that holds it."""
+def theirs(config: peft.PeftConfig, columns: int = N) -> tuple[Any, Any]:
+    """A Linear (n → 12) with PEFT's adapter, moved from its start, and the module that holds it."""
     torch.manual_seed(0)
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(N, M)), config)  # type: ignore[arg-type]
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(columns, M)), config)  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -343,6 +343,34 @@ def test_fourierft_is_peft_s_at_the_same_places() -> None:
     _agrees(model, layer, "fourierft", {"frequencies": 20, "scaling": 40.0}, tensors)
     own = registry.build("fourierft", Shape(M, N), torch.zeros(M, N), frequencies=20)
     assert torch.equal(numbers(own)["indices"], layer.indices["default"])
+
+
+@pytest.mark.parametrize(("columns", "rank"), [(N, 4), (N, 5), (17, 4), (M, 3)])
+def test_randlora_in_peft_s_pairing_is_peft_s(columns: int, rank: int) -> None:
+    model, layer = theirs(peft.RandLoraConfig(r=rank, target_modules=["0"], randlora_alpha=8), columns)
+    ours = nn.Sequential(copy.deepcopy(layer.base_layer))
+    pk.wrap(ours, "randlora", rank=rank, alpha=8, pairing="peft")
+    adapter = ours[0].adapters["default"]
+    long, short = sorted((M, columns), reverse=True)
+    x = torch.linspace(-1, 1, 3 * columns).view(3, columns)
+    start = layer.randlora_gamma["default"].new_tensor(1 / max(-(-short // rank), short))
+    assert torch.allclose(adapter.gammas, start)
+    with torch.no_grad():
+        adapter.lambdas.copy_(layer.randlora_lambda["default"].mT)
+        adapter.gammas.copy_(layer.randlora_gamma["default"])
+        adapter.bases.copy_(layer.randlora_B["default"][:long].flatten(1))
+        adapter.basis.copy_(layer.randlora_A["default"][:, 0])
+        expected = layer.get_delta_weight("default")
+        assert (adapter(layer.base_layer.weight, 1.0).dense() - expected).norm() <= 1e-6 * expected.norm()
+    assert torch.allclose(ours.eval()(x), model.eval()(x), atol=1e-5)
+
+
+def test_larger_layers_have_the_same_bases_in_peft_s_pairing() -> None:
+    small, large = (
+        registry.build("randlora", Shape(*s), torch.zeros(s), rank=4, pairing="peft") for s in ((10, 6), (9, 30))
+    )
+    bases, wide = (numbers(each)["bases"].unflatten(1, (-1, 4)) for each in (small, large))
+    assert torch.equal(wide[:10, :2], bases) and torch.equal(numbers(large)["basis"][:, :6], numbers(small)["basis"])
 
 
 def test_randlora_of_peft_is_another_sum() -> None:

@@ -15,7 +15,7 @@ import peftkit as pk
 from peftkit.cli import bench, monitor, options
 from peftkit.cli.process import in_flags
 from peftkit.errors import FileError
-from peftkit.files.formats import peft
+from peftkit.files.formats import peft_config
 from tests.support.command import ODD, Ran, require_clear_error
 
 
@@ -79,7 +79,7 @@ def test_a_misspelt_key_of_the_scale_is_refused_by_name(tmp_path: Path) -> None:
     for key, meant in (("alpha_patern", "alpha_pattern"), ("lora_alhpa", "lora_alpha"), ("use_rs_lora", "use_rslora")):
         path.write_text(json.dumps({**config, key: {}}))
         with pytest.raises(FileError, match=f"{key!r} is no option of PEFT.*{meant!r}"):
-            peft.read_config(path)
+            peft_config.read_config(path)
 
 
 def test_no_key_of_peft_is_taken_for_a_misspelt_one(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_no_key_of_peft_is_taken_for_a_misspelt_one(tmp_path: Path) -> None:
     for kind in ("LoraConfig", "LoHaConfig", "LoKrConfig", "OFTConfig", "IA3Config"):
         own = {field.name: None for field in dataclasses.fields(getattr(library, kind))}
         (tmp_path / "config.json").write_text(json.dumps({**own, "peft_type": "LORA"}))
-        assert set(peft.read_config(tmp_path / "config.json")) >= set(own)
+        assert set(peft_config.read_config(tmp_path / "config.json")) >= set(own)
 
 
 def test_values_of_options_are_the_library_s() -> None:

@@ -208,6 +208,7 @@ METHODS: dict[str, AdapterCase] = {
     "miss bat": AdapterCase("miss", {"rank": 2, "bat": True}),
     "vera": AdapterCase("vera", {"rank": 5, "seed": 3}),
     "randlora": AdapterCase("randlora", {"rank": 3, "alpha": 1.5}),
+    "randlora of peft": AdapterCase("randlora", {"rank": 3, "alpha": 1.5, "pairing": "peft"}),
     "lora-xs": AdapterCase("lora-xs", {"rank": 3, "alpha": 1.5}),
     "svdiff": AdapterCase("svdiff"),
     "svft": AdapterCase("svft", {"off_diag": 1}),

@@ -41,7 +41,7 @@ from peftkit.files.export.vectors import tensors_of as vectors_of
 from peftkit.files.export.vectors import values_of
 from peftkit.files.extras import listed
 from peftkit.files.families.family import Family
-from peftkit.files.formats import container, disk, embeddings, peft
+from peftkit.files.formats import container, disk, embeddings, peft, peft_config
 from peftkit.files.place import known_families
 from peftkit.files.read import Reading, read
 from peftkit.wrapping.divided import by_first_process
@@ -204,7 +204,7 @@ def export(
         known = () if whole is None else known_families(whole)
         apart = functools.partial(taken_apart, family, list(bundle.patches), goal)
         items = list(items_of_file(source, bundle, base if whole is None else whole, other_base, apart))
-        said = peft.of_model(bundle.config)
+        said = peft_config.of_model(bundle.config)
         request = replace(request, facts=facts(None, whole, said) if asks else ModelFacts())
         return _export(items, request, Beside(bundle.extras, whole), known)
 

@@ -17,7 +17,7 @@ from peftkit.files.export import programs
 from peftkit.files.export.model_facts import ModelFacts
 from peftkit.files.export.peft_targets import selection
 from peftkit.files.export.tensors import ModuleTensors, tensors_of
-from peftkit.files.formats import container, embeddings, peft, peft_experts
+from peftkit.files.formats import container, embeddings, peft, peft_config, peft_experts
 
 #: what a configuration says of layers that keep their weight as (out, in), and of those that keep it as (in, out)
 FAN_IN_FAN_OUT: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {"fan_in_fan_out": True})
@@ -96,7 +96,7 @@ def write_peft(
     names = None if alone else selection(modules, facts.modules)
     names = modules if names is None and listed else names
     model = facts.peft_entries(saved=options.get("modules_to_save", ()))
-    entries = peft.config(kind, ranks, options, parameters, targets=names, model=model)
+    entries = peft_config.config(kind, ranks, options, parameters, targets=names, model=model)
     (folder / peft.CONFIG).write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
     with (folder / peft.WEIGHTS).open("xb") as file:
         container.emit(file, tensors, {"format": "pt"})

@@ -23,7 +23,7 @@ from peftkit.files.export.model_facts import ModelFacts
 from peftkit.files.export.peft_folder import FAN_IN_FAN_OUT, peft_type, write_peft
 from peftkit.files.export.tensors import ModuleTensors, shared_alpha, tensors_of
 from peftkit.files.extras import refuse_extras
-from peftkit.files.formats import alphas, container, disk, native, peft
+from peftkit.files.formats import alphas, container, disk, native, peft, peft_config
 from peftkit.files.formats.native import Header, WeightRecord
 from peftkit.files.formats.patch import AdapterFile
 from peftkit.geometry import Shape
@@ -70,7 +70,9 @@ def write_deltas(
     pieces = [ModuleTensors(name, _encoded(delta), shape, name in embeddings) for name, shape, delta in named]
     flipped = [name for name, shape, _ in named if name in transposed and not shape.kernel and shape.experts == 1]
     if like.format == "peft" and len(flipped) == len(transposed):
-        return _write_peft(out, pieces, dtype, ModelFacts(said=peft.of_model(like.config)), flipped=bool(flipped))
+        return _write_peft(
+            out, pieces, dtype, ModelFacts(said=peft_config.of_model(like.config)), flipped=bool(flipped)
+        )
     require_option(not embeddings, "out", str(out), "a file of this library's own", _EMBEDDINGS)
     require_option(not transposed, "out", str(out), "a file of this library's own", _AS_IN_OUT)
     return _write_file(like, out, pieces, dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,8 @@ class Patch:
     on_kernel: what is to be known where the weight has a kernel larger than 1, as a warning.
     same_as: the patch whose adapter this one is, on another layer of a shared weight.
     common: the parameters that several adapters share, each with the key by which the file has it, once.
+    sized: gives the tensors that are others for another weight, which the file holds for all of its weights.
+    least: the rows and columns of the smallest weight that it fits, where its options alone do not say them.
     """
 
     kind: str
@@ -48,6 +50,12 @@ class Patch:
     quantised: bool = False
     on_kernel: str = ""
     common: Mapping[str, str] = field(default_factory=dict)
+    sized: Callable[[Shape], dict[str, Tensor]] | None = None
+    least: tuple[int, int] | None = None
+
+    def on(self, shape: Shape) -> Patch:
+        """Return the patch with all of its tensors, for a weight of that shape."""
+        return self if self.sized is None else replace(self, tensors=self.tensors | self.sized(shape), sized=None)
 
     @property
     def rank(self) -> int | None:

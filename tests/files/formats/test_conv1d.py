@@ -27,6 +27,10 @@ PEFT: dict[str, Any] = {
     "LoRA": peft.LoraConfig(**LORA),
     "LoRA, rank-stabilised": peft.LoraConfig(**LORA, use_rslora=True, rank_pattern={"2": 5}),
     "DoRA": peft.LoraConfig(**LORA, use_dora=True),
+    "AdaLoRA": peft.AdaLoraConfig(init_r=3, target_modules=["0", "2"], total_step=10, fan_in_fan_out=True),
+    "VeRA": peft.VeraConfig(r=3, target_modules=["0", "2"], fan_in_fan_out=True),
+    "RandLoRA": peft.RandLoraConfig(r=3, randlora_alpha=6, target_modules=["0", "2"], fan_in_fan_out=True),
+    "FourierFT": peft.FourierFTConfig(n_frequency=9, target_modules=["0", "2"], fan_in_fan_out=True),
     "(IA)³ per input": peft.IA3Config(target_modules=["0", "2"], feedforward_modules=["0", "2"], fan_in_fan_out=True),
 }
 
