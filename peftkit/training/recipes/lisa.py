@@ -86,7 +86,6 @@ class LISA(Recipe):
         self._every, self._count = every, awake
         self._generator = torch.Generator().manual_seed(seed)
         self._steps, self._awake = 0, ()
-        self._optimizer: Optimizer | None = None
 
     @property
     def awake(self) -> tuple[str, ...]:
@@ -103,10 +102,8 @@ class LISA(Recipe):
             A handle, whose remove() ends that and wakes all blocks.
 
         Raises:
-            OptionError: the optimiser lacks parameters of a block, or the rule is attached to one already.
+            OptionError: the optimiser lacks parameters of a block, or the rule is attached already.
         """
-        if self._optimizer is not None:
-            raise OptionError("LISA is attached to an optimiser already, and counts its steps: remove it there first")
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for block, own in self.blocks.items():
             if not all(id(p) in known for p in own):
@@ -115,9 +112,13 @@ class LISA(Recipe):
                     "it of pk.adapter_parameters(model) before the rule is attached"
                 )
         attachment = super().attach(optimizer)
-        self._optimizer = optimizer
         self._wake(self._awake or self._drawn())
-        return Attachment((*attachment.undo, self._release))
+        return attachment
+
+    def release_(self) -> None:
+        self._wake(tuple(self.blocks))
+        self._awake = ()
+        super().release_()
 
     def after_step(self, optimizer: Optimizer) -> None:
         del optimizer
@@ -153,19 +154,14 @@ class LISA(Recipe):
 
     def _wake(self, names: tuple[str, ...]) -> None:
         """Let some blocks train, and free the gradients and the optimiser's state of the others."""
+        assert self._optimizer is not None
         self._awake = names
         for block, own in self.blocks.items():
             for parameter in own:
                 parameter.requires_grad_(block in names)
-                if block not in names:
-                    parameter.grad = None
-                    if self._optimizer is not None:
-                        self._optimizer.state.pop(parameter, None)
-
-    def _release(self) -> None:
-        """Wake all blocks."""
-        self._wake(tuple(self.blocks))
-        self._optimizer, self._awake = None, ()
+        for parameter in (p for block, own in self.blocks.items() if block not in names for p in own):
+            parameter.grad = None
+            self._optimizer.state.pop(parameter, None)
 
 
 def _blocks(sites: Iterable[str]) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from peftkit.adapters.pair import Pair
 from peftkit.errors import OptionError, require_number, require_option
 from peftkit.training.recipes.lora_pro import best_gradients
 from peftkit.training.recipes.pairs import Factors, PairRecipe, wide
@@ -23,6 +24,9 @@ class _Moments:
     steps: int
     first: Tensor
     second: Tensor
+
+
+_KEYS = ("first", "second")
 
 
 class LoRAProFull(PairRecipe):
@@ -97,7 +101,7 @@ class LoRAProFull(PairRecipe):
     def gradients(self, place: str, own: Factors, gB: Tensor, gA: Tensor) -> tuple[Tensor, Tensor]:
         best_b, best_a = best_gradients(own, gB, gA)
         # what is of the weight's size is made in the dtype of the moments
-        kind = torch.promote_types(self._dtype(place), torch.float32)
+        kind = torch.promote_types(self._pair(place).up.dtype, torch.float32)
         B, A = own.B.to(kind), own.A.to(kind)
         N = self._direction(place, own.scale * (B @ best_a.to(kind) + best_b.to(kind) @ A))
         return best_gradients(own, (own.scale * N @ A.mT).to(wide(N)), (own.scale * B.mT @ N).to(wide(N)))
@@ -106,20 +110,23 @@ class LoRAProFull(PairRecipe):
         return {"moments": {place: dict(vars(own)) for place, own in self._moments.items()}}
 
     def resume_(self, state: Mapping[str, Any]) -> None:
-        unknown = sorted(set(state["moments"]) - set(self.parts))
-        if unknown:
-            raise OptionError(
-                f"LoRAProFull: the state has moments of {', '.join(unknown)}, and there is {', '.join(self.parts)}: "
-                "wrap the model as it was in the run that goes on"
-            )
-        self._moments = {}
+        pairs = {place: self._pair(place) for place in self.parts}
+        shapes = {place: (pair.up.shape[0], pair.down.shape[1]) for place, pair in pairs.items()}
         for place, own in state["moments"].items():
-            device = next(self.parts[place].adapter.parameters()).device
-            first, second = (own[key].to(device, copy=True) for key in ("first", "second"))
-            self._moments[place] = _Moments(own["steps"], first, second)
+            if shapes.get(place) != own["first"].shape:
+                raise OptionError(
+                    f"LoRAProFull: the state has moments {tuple(own['first'].shape)} of {place}, and the rule is for "
+                    f"{', '.join(f'{known} {shape}' for known, shape in shapes.items())}: wrap the model as it was"
+                )
+        self._moments = {
+            place: _Moments(own["steps"], *(own[key].to(pairs[place].up.device, copy=True) for key in _KEYS))
+            for place, own in state["moments"].items()
+        }
 
-    def _dtype(self, place: str) -> torch.dtype:
-        return next(self.parts[place].adapter.parameters()).dtype
+    def _pair(self, place: str) -> Pair:
+        pair = self.parts[place].adapter.pair()
+        assert pair is not None
+        return pair
 
     def _direction(self, place: str, G: Tensor) -> Tensor:
         """Adam's direction (m, n) after one more gradient."""

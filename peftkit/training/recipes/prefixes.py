@@ -61,7 +61,11 @@ class Prefixes(Recipe):
         """
         if self._share is None:
             self.draw()
-        return Attachment((*super().attach(optimizer).undo, lambda: self._use(None)))
+        return super().attach(optimizer)
+
+    def release_(self) -> None:
+        super().release_()
+        self._use(None)
 
     def after_step(self, optimizer: Optimizer) -> None:
         del optimizer

@@ -63,6 +63,7 @@ class Recipe(ABC):
             raise OptionError(
                 f"{type(self).__name__}: no adapter of the model has {self.wanted}: wrap with such a kind"
             )
+        self._optimizer: Optimizer | None = None
 
     @abstractmethod
     def takes(self, adapter: Adapter) -> bool:
@@ -80,19 +81,31 @@ class Recipe(ABC):
         """Act at every step of an optimiser.
 
         Args:
-            optimizer: any of torch's, or one with its step hooks.
+            optimizer: any of torch's, or one with its step hooks. Where several share the parameters of the adapters,
+                the first that steps.
 
         Returns:
             A handle, whose remove() ends that.
 
         Raises:
             LostAdapterError: at a step: an adapter is not on the model any more.
-            OptionError: at a step: the optimiser calls its closure several times a step, as LBFGS does.
+            OptionError: the rule is attached already; or, at a step: the optimiser calls its closure several times, as
+                LBFGS does.
             UnsupportedLayerError: at a step: adapters are divided among processes.
         """
+        if self._optimizer is not None:
+            raise OptionError(
+                f"{type(self).__name__} is attached to an optimiser already, and would act twice: call remove() of "
+                "that attachment first"
+            )
+        self._optimizer = optimizer
         before = optimizer.register_step_pre_hook(self._before)
         after = optimizer.register_step_post_hook(self._after)
-        return Attachment((before.remove, after.remove))
+        return Attachment((before.remove, after.remove, self.release_))
+
+    def release_(self) -> None:
+        """Do what follows when the rule is removed from its optimiser."""
+        self._optimizer = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run needs to go on bit for bit, beside model and optimiser: nothing, for most rules."""

@@ -75,7 +75,7 @@ def test_lora_pro_full_of_other_adapters_does_not_go_on() -> None:
     act(rule)
     other = nn.Sequential(nn.Linear(7, 9))
     pk.wrap(other, "lora")
-    with pytest.raises(OptionError, match=r"moments of \[default\], and there is 0\[default\]"):
+    with pytest.raises(OptionError, match=r"\(9, 7\) of \[default\], and the rule is for 0\[default\] \(9, 7\)"):
         LoRAProFull(other).load_state_dict(rule.state_dict())
 
 

@@ -64,9 +64,12 @@ def test_a_rule_sees_the_gradients_that_a_closure_makes_in_the_step() -> None:
     assert rule.events == ["4", "after"] * 2
     optimizer.step()
     assert rule.events[4:] == ["4", "after"]
+    with pytest.raises(OptionError, match="Seen is attached to an optimiser already, and would act twice"):
+        rule.attach(torch.optim.SGD(pk.adapter_parameters(model)))
     handle.remove()
     optimizer.step()
     assert len(rule.events) == 6
+    rule.attach(optimizer)
 
 
 def test_an_optimiser_that_calls_its_closure_again_is_refused() -> None:
