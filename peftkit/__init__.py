@@ -55,6 +55,7 @@ __all__ = [
     "rescale",
     "reset_adapters",
     "resize",
+    "resize_",
     "restore",
     "save",
     "set_strength",
@@ -109,6 +110,7 @@ if TYPE_CHECKING:
     from peftkit.wrapping.merge import restore as restore
     from peftkit.wrapping.plan import Plan as Plan
     from peftkit.wrapping.plan import plan as plan
+    from peftkit.wrapping.resize import resize_ as resize_
     from peftkit.wrapping.rule import Rule as Rule
     from peftkit.wrapping.strength import disabled as disabled
     from peftkit.wrapping.strength import enabled as enabled
@@ -177,6 +179,7 @@ _PUBLIC = {
         "Rule",
         "plan",
     ),
+    "peftkit.wrapping.resize": ("resize_",),
     "peftkit.wrapping.strength": (
         "disabled",
         "enabled",

@@ -20,5 +20,8 @@ from peftkit.training.recipes import Projection as Projection
 from peftkit.training.recipes import Recipe as Recipe
 from peftkit.training.recipes import Riemannian as Riemannian
 from peftkit.training.recipes import SoftThreshold as SoftThreshold
+from peftkit.training.scores import explained_variance as explained_variance
+from peftkit.training.scores import gradient_energy as gradient_energy
 from peftkit.training.starts import StartReport as StartReport
 from peftkit.training.starts.start import start as start
+from peftkit.wrapping.spread import spread as spread

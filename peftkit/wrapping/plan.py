@@ -15,7 +15,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from peftkit.adapters import registry
-from peftkit.adapters.base import Adapter
 from peftkit.adapters.options import require_dtype
 from peftkit.errors import (
     DuplicateNameError,
@@ -25,43 +24,16 @@ from peftkit.errors import (
     UnsupportedLayerError,
     require_choice,
 )
-from peftkit.kernels.blocks import accumulation_dtype
+from peftkit.wrapping.budget import Price, bytes_of, divide
 from peftkit.wrapping.coverage import Covered, coverage, described, warn_of_little
 from peftkit.wrapping.divided import settle
-from peftkit.wrapping.in_common import Pool, own_numbers
+from peftkit.wrapping.dry_run import DryRun, Entry
 from peftkit.wrapping.layer import Adapted
 from peftkit.wrapping.pipeline import of_models
-from peftkit.wrapping.routes import OUTPUTS, choose, choose_lookup
 from peftkit.wrapping.rule import Rule
 from peftkit.wrapping.select import Selection, Selector, listed, reasons, tied_with
 from peftkit.wrapping.share import at_every_place, shared_places
 from peftkit.wrapping.sites import Site, as_read
-from peftkit.wrapping.vectors import require_kind
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One weight and the adapter planned for it.
-
-    Attributes:
-        site: the weight; `site.name` is its name in the model.
-        kind: the adapter's registered name.
-        options: the adapter's options as the rule gives them.
-        pattern: the target that selected the weight.
-        parameters: how many numbers the adapter trains, without those that it shares with an adapter before it.
-        bytes: the memory they take.
-        route: how a training step on 4096 tokens or pixels computes: "factored", "dense", "weight" where the weight
-            is read without its layer being called, or "input" where the change depends on the layer's input and has
-            no dense route.
-    """
-
-    site: Site
-    kind: str
-    options: dict[str, Any]
-    pattern: str
-    parameters: int
-    bytes: int
-    route: str
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,6 +46,8 @@ class Plan:
         untie: names of weights that get a copy of their own, with tied="untie".
         coverage: by type of layer, how many numbers its weights hold, and in how many of them that get an adapter.
         shared: with tied="share", weights that get the adapter of another, which is the same weight, and that one.
+        why: with a budget, why each weight has its rank, or none.
+        budget: in bytes; None without one.
 
     Example:
         >>> plan = pk.plan(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), "lora", targets="*", rank=2)
@@ -88,11 +62,29 @@ class Plan:
     untie: frozenset[str] = frozenset()
     coverage: Mapping[str, Covered] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    why: Mapping[str, str] = field(default_factory=dict)
+    budget: int | None = None
 
     @property
     def parameters(self) -> int:
         """The number of trainable parameters."""
         return sum(entry.parameters for entry in self.entries)
+
+    @property
+    def bytes(self) -> int:
+        """The memory that the trainable parameters take."""
+        return sum(entry.bytes for entry in self.entries)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Rules that choose this for each weight by its name: `wrap(model, rules=plan.rules)` carries it out."""
+        groups: dict[tuple[str, str], list[Entry]] = {}
+        for entry in self.entries:
+            groups.setdefault((entry.kind, repr(entry.options)), []).append(entry)
+        return tuple(
+            Rule([f"re:{re.escape(entry.site.name)}" for entry in own], own[0].kind, **own[0].options)
+            for own in groups.values()
+        )
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -101,17 +93,21 @@ class Plan:
 
     def __str__(self) -> str:
         table = Table(
-            "pattern", "adapter", "layers", "route", "parameters", "MB", title="adapters", title_justify="left"
+            "pattern", "adapter", "rank", "layers", "route", "parameters", "MB", title="adapters", title_justify="left"
         )
         groups: dict[tuple[str, str, str], list[Entry]] = {}
         for entry in self.entries:
             groups.setdefault((entry.pattern, entry.kind, entry.route), []).append(entry)
         for (pattern, kind, route), entries in groups.items():
             parameters, size = sum(e.parameters for e in entries), sum(e.bytes for e in entries)
-            table.add_row(escape(pattern), kind, f"{len(entries)}", route, f"{parameters:,}", f"{size / 1e6:.2f}")
+            layers, ranks = f"{len(entries)}", _ranks(entries)
+            table.add_row(escape(pattern), kind, ranks, layers, route, f"{parameters:,}", f"{size / 1e6:.2f}")
         out = io.StringIO()
         console = Console(file=out, width=110)
         console.print(table)
+        if self.budget is not None:
+            spent = f"{self.bytes:,} of {self.budget:,} bytes, {self.bytes / self.budget:.1%}"
+            console.print(f"budget: {spent}; plan.why has the reasons", highlight=False)
         console.print(described(self.coverage, [e.site for e in self.entries]), markup=False, highlight=False)
         for line in reasons(dict(self.skipped)):
             console.print(f"skipped {line}", markup=False, highlight=False)
@@ -131,6 +127,8 @@ def plan(
     name: str = "default",
     tied: str | None = None,
     dtype: torch.dtype | None = None,
+    budget: int | str | None = None,
+    scores: Mapping[str, Sequence[float] | Tensor] | None = None,
     **options: Any,
 ) -> Plan:
     """Show what `wrap` would do with the same arguments, with all its checks, and leave the model untouched.
@@ -144,6 +142,10 @@ def plan(
         name: what the adapter would be called.
         tied: "skip" or "untie" a targeted weight that another module shares, or "share" the adapter too.
         dtype: of the adapters' parameters; by default at least float32.
+        budget: what the adapters may take, in bytes or as "5MB": each weight then gets the rank that fits in it best,
+            none, or the kind "full" where that takes no more. `wrap(model, rules=plan.rules)` carries it out.
+        scores: with a budget, weight -> what its first rank is worth, its second, …, as
+            `pk.training.gradient_energy` finds in one pass over data; by default all ranks are as equal as they can be.
         **options: the adapter's own options, as rank=8.
 
     Returns:
@@ -165,6 +167,8 @@ def plan(
         ('1',)
     """
     rules = _rules(kind, targets, exclude, rules, options)
+    if scores is not None and budget is None:
+        raise OptionError("scores were given, and no budget to divide by them: give budget='5MB'")
     require_dtype(dtype)
     require_choice("tied", tied, ("skip", "untie", "share", None))
     settle(model)
@@ -178,7 +182,11 @@ def plan(
         chosen, skipped = _without_shared(chosen, skipped, shared)
     elif tied is None:
         _refuse_shared(shared)
-    dry = _DryRun(dtype)
+    dry = DryRun(dtype)
+    why: dict[str, str] = {}
+    if budget is not None:
+        chosen, why = _within(selector, chosen, first, dry, bytes_of(budget), scores)
+        skipped = {**skipped, **{site: "the budget gives it no rank" for site in why if site not in chosen}}
     entries = tuple(
         dry.entry(as_read(found) if rule.read or found.read else found, rule, pattern, found.name in first)
         for found, rule, pattern in ((selector.all_sites[site], *choice) for site, choice in chosen.items())
@@ -186,7 +194,9 @@ def plan(
     refuse_taken([entry.site for entry in entries], name)
     shares = coverage(selector.distinct(), [entry.site for entry in entries])
     untie = frozenset(shared) if tied == "untie" else frozenset()
-    return Plan(entries, tuple(skipped.items()), untie, shares, first)
+    return Plan(
+        entries, tuple(skipped.items()), untie, shares, first, why, None if budget is None else bytes_of(budget)
+    )
 
 
 #: site -> the rule and the pattern that selected it
@@ -235,6 +245,57 @@ def _choose(selector: Selector, rules: Sequence[Rule]) -> tuple[_Choice, dict[st
     return chosen, {name: reason for name, reason in left.items() if not selector.adapted(name, chosen)}
 
 
+def _within(
+    selector: Selector,
+    chosen: _Choice,
+    first: Mapping[str, str],
+    dry: DryRun,
+    budget: int,
+    scores: Mapping[str, Sequence[float] | Tensor] | None,
+) -> tuple[_Choice, dict[str, str]]:
+    """The choice with the ranks that a budget allows, without the weights that get none, and the reasons."""
+    owned = {site: choice for site, choice in chosen.items() if site not in first}
+    prices = {site: _price(selector.all_sites[site], rule, dry) for site, (rule, _) in owned.items()}
+    ranks, why = divide(prices, budget, scores)
+    made: dict[tuple[int, int | None], Rule] = {}
+    found: dict[str, tuple[Rule, str]] = {}
+    for site, (rule, pattern) in chosen.items():
+        own = first.get(site, site)
+        rank = None if prices[own].is_full(ranks[own]) else ranks[own]
+        if rank != 0:
+            found[site] = made.setdefault((id(rule), rank), _with_rank(rule, rank)), pattern
+    return found, why
+
+
+def _price(site: Site, rule: Rule, dry: DryRun) -> Price:
+    """What the rule's adapter on one weight costs at every rank."""
+    cls = registry.get(rule.kind)
+    why_not = f"{rule!r} gives one" if "rank" in rule.options else "" if registry.takes(cls, "rank") else "it has none"
+    if why_not or cls.shares:
+        raise OptionError(
+            f"{site.label}: a budget chooses a rank for each weight, and {rule.kind} takes none: "
+            f"{why_not or 'layers share its numbers'}. Leave it out, or name another kind"
+        )
+    shape = site.slot.geometry.shape
+    most = min(shape.rows, shape.columns)
+    first, second = (dry.alone(site, _with_rank(rule, min(rank, most))) for rank in (1, 2))
+    return Price(first, max(second - first, 1), most, dry.alone(site, Rule(rule.targets, "full")))
+
+
+def _with_rank(rule: Rule, rank: int | None) -> Rule:
+    """The rule with a rank; None for a full ΔW."""
+    if rank is None:
+        return Rule(rule.targets, "full", exclude=rule.exclude, read=rule.read)
+    return Rule(rule.targets, rule.kind, exclude=rule.exclude, read=rule.read, **rule.options, rank=rank)
+
+
+def _ranks(entries: Sequence[Entry]) -> str:
+    """The ranks of some weights, for the table."""
+    ranks = [entry.options["rank"] for entry in entries if entry.options.get("rank") is not None]
+    low, high = (min(ranks), max(ranks)) if ranks else ("", "")
+    return f"{low}" if low == high else f"{low}–{high}"
+
+
 def _refuse_shared(shared: Mapping[str, str]) -> None:
     """Raise if there are sites whose weight is shared."""
     if shared:
@@ -253,66 +314,6 @@ def _without_shared(
     if not kept:
         raise TargetError("every targeted layer shares its weight with another and tied='skip' leaves none")
     return kept, {**skipped, **{site: f"shares its weight with {other}" for site, other in shared.items()}}
-
-
-class _DryRun:
-    """Builds adapters on the meta device, once per distinct shape: counts without memory, and every refusal."""
-
-    def __init__(self, dtype: torch.dtype | None) -> None:
-        self.dtype = dtype
-        self.seen: dict[Any, tuple[Adapter, str]] = {}
-        self.pool = Pool()
-
-    def entry(self, site: Site, rule: Rule, pattern: str, again: bool = False) -> Entry:
-        """The entry for one site. again: its adapter is another's, and counted there."""
-        geometry = site.slot.geometry
-        sort = geometry.shape, geometry.vector, site.looks_up
-        key = (*sort, site.dtype, site.slot.base, site.read, id(rule))
-        if key not in self.seen:
-            self.seen[key] = self._measure(site, rule)
-        adapter, route = self.seen[key]
-        own = [] if again else own_numbers(adapter, self.pool, site.parameter.device)
-        counts = sum(p.numel() for p in own), sum(p.nbytes for p in own)
-        return Entry(site, rule.kind, dict(rule.options), pattern, *counts, route)
-
-    def _measure(self, site: Site, rule: Rule) -> tuple[Adapter, str]:
-        """The rule's adapter on one site, without values, and its route."""
-        shape = site.slot.geometry.shape
-        require_kind(site, rule.kind, decompose=bool(rule.options.get("decompose")))
-        weight = torch.empty(shape.rows, shape.columns, dtype=site.dtype, device="meta")
-        try:
-            adapter = registry.build(rule.kind, shape, weight, self.dtype, **rule.options)
-        except OptionError as error:
-            raise type(error)(f"{site.label}: {error}") from None
-        except TypeError as error:
-            raise OptionError(f"{site.label}: {rule!r}: {error}") from error
-        if adapter.input_dropout and (site.looks_up or site.read):
-            rows = "the input of an embedding is numbers of rows"
-            read = "this weight is read without calling its layer"
-            raise UnsupportedLayerError(
-                f"{site.label}: {rule.kind} with dropout={adapter.input_dropout} drops elements of the layer's "
-                f"input, but {rows if site.looks_up else read}; use rank_dropout or leave it out"
-            )
-        return adapter, self._route(site, adapter, weight)
-
-    def _route(self, site: Site, adapter: Adapter, weight: Tensor) -> str:
-        """The route of a training step, as in `Entry.route`; raises where a weight is read and ΔW is no matrix."""
-        delta = adapter.delta(weight)
-        if site.slot.base is not None:
-            return "factored" if delta.is_matrix else "input"
-        if site.looks_up and not site.read and delta.is_matrix:
-            return choose_lookup(site.slot.geometry.shape, OUTPUTS)
-        if not site.read and not site.looks_up:
-            narrow = accumulation_dtype(weight.dtype) != weight.dtype
-            route = choose([delta], site.slot.geometry.shape, OUTPUTS, training=True, narrow=narrow)
-            return route if delta.is_matrix else "input"
-        if not delta.is_matrix:
-            why = "is looked up, and has no input" if site.looks_up else "is read without calling its layer"
-            raise UnsupportedLayerError(
-                f"{site.label}: the change of {adapter.kind} depends on the layer's input, but this weight {why}; "
-                "leave it out with `exclude`"
-            )
-        return "weight"
 
 
 def refuse_taken(targeted: Sequence[Site], name: str) -> None:

@@ -17,8 +17,8 @@ from peftkit.wrapping.divided import require_not_empty, settle
 from peftkit.wrapping.extras import give_back_, require_returnable
 from peftkit.wrapping.in_common import join_, require_together
 from peftkit.wrapping.install import TRAINABLE, check_install, install
-from peftkit.wrapping.installed import adapted_modules, installed_adapters, names_of, one_name
-from peftkit.wrapping.layer import Adapted, base_class
+from peftkit.wrapping.installed import InstalledAdapter, adapted_modules, installed_adapters, names_of, one_name
+from peftkit.wrapping.layer import WEIGHT, Adapted, base_class
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.plan import Plan, plan
 from peftkit.wrapping.rule import Rule
@@ -257,6 +257,18 @@ def _check_removal(where: str, host: Adapted, names: Sequence[str], keep_merged:
         raise MergeStateError(
             f"{', '.join(merged.names)} are merged together into {where}: unwrap them together, or restore first"
         )
+
+
+def take_off(at: InstalledAdapter) -> None:
+    """Take one adapter off one weight that nothing is merged into; others of its name stay."""
+    host, held = at.host, at.host.adapters[at.name]
+    if isinstance(held, nn.ModuleDict):
+        del held[at.slot_name or WEIGHT]
+    if not isinstance(held, nn.ModuleDict) or not len(held):
+        del host.adapters[at.name], host.adapter_state.strengths[at.name]
+    host.adapter_state.refresh()
+    if not len(host.adapters):
+        _detach(host, baked=False)
 
 
 def _detach(host: Adapted, baked: bool) -> None:

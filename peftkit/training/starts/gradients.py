@@ -21,7 +21,7 @@ from peftkit.training.starts.processes import sum_over_processes
 from peftkit.wrapping.installed import InstalledAdapter
 
 #: of U(−1, 1), the distribution of the random matrices of a sketch
-VARIANCE = 1 / 3
+_VARIANCE = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class _Sketch(_Probe):
         U, S, V = torch.linalg.svd(core, full_matrices=False)
         # what of G is outside of Q, by the equations that are left over, and what of it got into the core
         k, rows = core.shape[0], psi.shape[1]
-        outside = float((Z - psi.mT @ (Q @ core)).square().sum()) / (max(rows - k, 1) * VARIANCE)
+        outside = float((Z - psi.mT @ (Q @ core)).square().sum()) / (max(rows - k, 1) * _VARIANCE)
         noise = k * outside / max(rows - k - 1, 1)
         return Gradient(Q @ U, S, V, max(float(S.square().sum()) - noise, 0.0) + outside, noise)
 
@@ -135,8 +135,8 @@ def gradients_of(
     k: Sequence[int],
     seed: int,
     whole: bool = False,
-) -> tuple[list[Gradient], int]:
-    """Return what a pass over the batches shows of the gradients, and how many bytes it held for them.
+) -> tuple[list[Gradient | None], int]:
+    """Return what a pass over the batches shows of the gradients, None of those that did not come, and the bytes held.
 
     Args:
         model: of the adapters.
@@ -152,11 +152,9 @@ def gradients_of(
     with _probing(model, found, k, seed, whole) as probes:
         for batch in batches:
             backward(model, batch)
-        for at, missing in zip(found, sum_over_processes([probe.sketches for probe in probes]), strict=True):
-            if missing:
-                raise OptionError(f"{at.site or 'the model'}: no gradient came to it: give batches, and a loss of it")
+        missing = sum_over_processes([probe.sketches for probe in probes])
         held = sum(p.grad.nbytes for probe in probes for p in probe.sketches if p.grad is not None)
-        return [probe.gradient() for probe in probes], held
+        return [None if gone else probe.gradient() for probe, gone in zip(probes, missing, strict=True)], held
 
 
 @contextmanager

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from peftkit.adapters.bank import bank
 from peftkit.errors import OptionError
-from peftkit.training.starts.gradients import VARIANCE
 from peftkit.training.starts.processes import sum_over_processes
 from peftkit.wrapping.installed import InstalledAdapter
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """C (n, n) as its sketch has it: eigenvectors Vᵀ (k, n), values (k,), falling, in float64, and about its trace."""
+    """C (n, n) as its sketch has it: eigenvectors Vᵀ (k, n), values (k,), falling, in float64, and its trace."""
 
     V: Tensor
     values: Tensor
@@ -41,6 +40,7 @@ class _Held(nn.Module):
         columns = at.slot.geometry.shape.columns
         self.register_buffer("omega", bank(seed, "start omega", columns, k, like).mT)
         self.sketch = nn.Parameter(like.expand(k, columns))
+        self.squares = nn.Parameter(like)
 
     def see(self, at: InstalledAdapter, x: Tensor) -> None:
         """Add the inputs of one call."""
@@ -48,12 +48,13 @@ class _Held(nn.Module):
             A = self.omega.clone().requires_grad_()
             h = at.slot.geometry.contract(x.detach().to(A.dtype), A)
             (seen,) = torch.autograd.grad(h, A, h.detach())
-        self.sketch.grad = seen if self.sketch.grad is None else self.sketch.grad + seen
+        squares = at.slot.geometry.contract(x.detach().to(A.dtype).square(), torch.ones_like(A[:1])).sum()
+        for own, new in ((self.sketch, seen), (self.squares, squares)):
+            own.grad = new if own.grad is None else own.grad + new
 
     def inputs(self) -> Inputs:
-        assert self.sketch.grad is not None
-        total = float((self.omega * self.sketch.grad).sum().double()) / (VARIANCE * len(self.omega))
-        return _nystrom(self.sketch.grad.double(), self.omega.double(), total)
+        assert self.sketch.grad is not None and self.squares.grad is not None
+        return _nystrom(self.sketch.grad.double(), self.omega.double(), float(self.squares.grad))
 
 
 def inputs_of(
@@ -64,8 +65,8 @@ def inputs_of(
     *,
     k: Sequence[int],
     seed: int,
-) -> tuple[list[Inputs], int]:
-    """Return what a pass over the batches shows of the inputs, and how many bytes it held for them.
+) -> tuple[list[Inputs | None], int]:
+    """Return what a pass over the batches shows of the inputs, None of layers that were not called, and the bytes held.
 
     Args:
         model: of the adapters.
@@ -85,10 +86,9 @@ def inputs_of(
     with _gradients_kept(model), _seeing(found, held), torch.set_grad_enabled(call is not None):
         for batch in batches:
             (call or called)(model, batch)
-    for at, missing in zip(found, sum_over_processes([[own.sketch] for own in held]), strict=True):
-        if missing:
-            raise OptionError(f"{at.site or 'the model'}: it was not called: give batches")
-    return [own.inputs() for own in held], sum(own.sketch.nbytes for own in held)
+    missing = sum_over_processes([[own.sketch, own.squares] for own in held])
+    seen = [None if gone else own.inputs() for own, gone in zip(held, missing, strict=True)]
+    return seen, sum(own.sketch.nbytes for own in held)
 
 
 @contextmanager

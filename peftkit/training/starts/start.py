@@ -21,6 +21,7 @@ from peftkit.training.starts.orthogonal import Orthogonal
 from peftkit.training.starts.protocol import Seen, Start
 from peftkit.training.starts.report import StartReport
 from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, names_of
+from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.walk import dotted
 
 STARTS: dict[str, type[Start]] = {
@@ -28,6 +29,7 @@ STARTS: dict[str, type[Start]] = {
 }
 
 
+@of_models
 def start(
     model: nn.Module,
     how: str | Start,
@@ -88,6 +90,8 @@ def start(
         gradients, held = gradients_of(model, found, batches, backward, k=k, seed=seed, whole=method.whole)
     if method.needs == "inputs":
         inputs, held = inputs_of(model, found, batches, backward, k=k, seed=seed)
+    for at, gradient, own in zip(found, gradients, inputs, strict=True):
+        _require_seen(at, method, gradient, own)
     draws = torch.Generator().manual_seed(seed)
     made = [
         method.factors(_seen(at, draws, gradient, own))
@@ -125,6 +129,15 @@ def _require_takes(at: InstalledAdapter, method: Start) -> None:
     least = min(shape.rows, shape.columns)
     where = f"{at.site or 'the model'}: rank"
     require_option(rank <= least, where, rank, f"at most {least}, the singular values of this {shape} weight")
+
+
+def _require_seen(at: InstalledAdapter, method: Start, gradient: Gradient | None, inputs: Inputs | None) -> None:
+    """Raise unless the pass saw what the start needs."""
+    where = at.site or "the model"
+    if method.needs == "gradient" and gradient is None:
+        raise OptionError(f"{where}: no gradient came to it: give batches, and a loss of it")
+    if method.needs == "inputs" and inputs is None:
+        raise OptionError(f"{where}: it was not called: give batches")
 
 
 def _matrix(at: InstalledAdapter, parameter: Tensor) -> Tensor:
