@@ -31,10 +31,10 @@ from peftkit.wrapping.wrap import take_off
 def resize_(model: nn.Module, ranks: Mapping[str, int], *, name: str | None = None) -> dict[str, tuple[int, int]]:
     """Give adapters on a model other ranks, in place, with γ as it is: 0 takes an adapter off its weight.
 
-    Before training every kind with a rank can be resized. Of trained adapters, ΔW stays where ranks are added; where
-    some are taken away, `lora` keeps the best approximation of ΔW, and kinds with gates, as `svdlora`, keep the ranks
-    with the largest part of ΔW, so that ranks whose gate is 0 go without a change. The parameters are new ones: make
-    the optimiser after it, or anew.
+    Before training every kind with a rank of its own can be resized. Of trained adapters, ΔW stays where ranks are
+    added; where some are taken away, `lora` keeps the best approximation of ΔW, and kinds with gates, as `svdlora`,
+    keep the ranks with the largest part of ΔW, so that ranks whose gate is 0 go without a change. The parameters are
+    new ones: make the optimiser after it, or anew.
 
     Args:
         model: a wrapped model.
@@ -46,7 +46,8 @@ def resize_(model: nn.Module, ranks: Mapping[str, int], *, name: str | None = No
 
     Raises:
         TargetError: there is no adapter of that name on a weight, or every adapter would go.
-        OptionError: the kind has no rank, cannot have that one, or cannot lose ranks once it is trained.
+        OptionError: the kind has no rank, shares it with other layers, cannot have that one, or cannot have another
+            once it is trained.
         MergeStateError: the adapter is merged into a weight: restore first.
         UnsupportedLayerError: the adapter is divided among processes: resize before fully_shard.
         UnknownAdapterError: there is no adapter of that name, or several and none is named.
@@ -100,6 +101,8 @@ def _resized(at: InstalledAdapter, rank: int) -> Adapter:
     merged = at.host.adapter_state.merged
     if merged is not None and at.name in merged.names:
         raise MergeStateError(f"{at.name} is merged into {where}: restore before resizing")
+    if any(part.shares for _, part in old.parts()):
+        raise OptionError(f"{where}: layers share the numbers of {old.kind}, so that none can have another rank alone")
     gamma = _gamma(old)
     options: dict[str, Any] = {**old.options, "rank": rank}
     if gamma is not None and registry.takes(type(old), "alpha"):

@@ -14,7 +14,8 @@ from peftkit.adapters import Adapter, registry
 from peftkit.errors import MergeStateError, OptionError, TargetError, UnknownAdapterError
 from tests.support.zoo import make, target_of, train
 
-RANKED = [kind for kind in registry.kinds() if "rank" in registry.option_names(registry.get(kind))]
+HAVE = [kind for kind in registry.kinds() if "rank" in registry.option_names(registry.get(kind))]
+RANKED = [kind for kind in HAVE if not registry.get(kind).shares]
 
 
 def model_of(kind: str = "lora", **options: Any) -> nn.Sequential:
@@ -144,6 +145,9 @@ def test_kinds_that_cannot_keep_their_change_say_so() -> None:
     train(model)
     with pytest.raises(OptionError, match="loha has been trained, and its numbers at rank 2"):
         pk.resize_(model, {"0": 3})
+    for shared in set(HAVE) - set(RANKED):
+        with pytest.raises(OptionError, match=f"layers share the numbers of {shared}"):
+            pk.resize_(model_of(shared, rank=2), {"0": 3})
     with pytest.raises(OptionError, match="ia3 was wrapped without a rank"):
         pk.resize_(model_of("ia3"), {"0": 3})
     with pytest.raises(UnknownAdapterError, match="no adapter on this model is called 'style'"):
