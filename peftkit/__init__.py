@@ -49,6 +49,7 @@ __all__ = [
     "parameter_groups",
     "plan",
     "plan_merge",
+    "preset_rules",
     "project_",
     "read",
     "register",
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
     from peftkit.wrapping.merge import restore as restore
     from peftkit.wrapping.plan import Plan as Plan
     from peftkit.wrapping.plan import plan as plan
+    from peftkit.wrapping.preset_rules import preset_rules as preset_rules
     from peftkit.wrapping.resize import resize_ as resize_
     from peftkit.wrapping.rule import Rule as Rule
     from peftkit.wrapping.strength import disabled as disabled
@@ -179,6 +181,7 @@ _PUBLIC = {
         "Rule",
         "plan",
     ),
+    "peftkit.wrapping.preset_rules": ("preset_rules",),
     "peftkit.wrapping.resize": ("resize_",),
     "peftkit.wrapping.strength": (
         "disabled",

@@ -12,6 +12,8 @@ from torch import nn
 from peftkit.adapters import registry
 from peftkit.errors import OptionError, TargetError
 from peftkit.integrations.kohya_blocks import SD, SDXL, Layout, block_numbers, block_of, block_rates, number
+from peftkit.wrapping.preset_options import ALGORITHMS, has_size
+from peftkit.wrapping.preset_rules import preset_rules
 from peftkit.wrapping.rule import Rule
 from peftkit.wrapping.select import Selector
 from peftkit.wrapping.sites import Site
@@ -33,7 +35,9 @@ _ENCODERS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP", "T5Attention", "T5
 _RATES = ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")
 _RATIOS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
 _RANKS = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
-_OWN = frozenset({*_RATES, *_RATIOS, *_RANKS, "kind", "algo", "targets", "train_t5xxl"})
+_OWN = frozenset({*_RATES, *_RATIOS, *_RANKS, "kind", "algo", "targets", "preset", "train_t5xxl", "train_llm_adapter"})
+#: what chooses layers and ranks in another way than a preset
+_OTHER_WAYS = ("targets", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
 
 
 class Recipe:
@@ -55,13 +59,14 @@ class Recipe:
     ) -> None:
         given = {name: value for name, value in arguments.items() if value is not None}
         self.arguments = {name: str(given[name]) for name in given if name in _OWN}
-        self.kind = registry.get(self.arguments.get("kind", self.arguments.get("algo", "lora"))).kind
+        kind = self.arguments.get("kind", self.arguments.get("algo", "lora"))
+        self.kind = registry.get(ALGORITHMS.get(kind, kind)).kind
         options = {name: _value(value) for name, value in given.items() if name not in _OWN}
         options |= {"dropout": options.get("dropout") if dropout is None else dropout}
         self.options = {name: value for name, value in options.items() if name != "dropout" or value}
         self.rank, self.alpha = 4 if rank is None else rank, 1.0 if alpha is None else alpha
         #: what describes adapters, which a network made from a file has from there
-        self.given = sorted({*self.options, *({*self.arguments} & {*_RANKS, "kind", "algo", "targets"})})
+        self.given = sorted({*self.options, *({*self.arguments} & {*_RANKS, "kind", "algo", "targets", "preset"})})
         self.t5 = _value(self.arguments.get("train_t5xxl", "False")) is True
 
     def ratio(self, part: str) -> float | None:
@@ -78,8 +83,12 @@ class Recipe:
         """Return what goes on which layers, layer by layer.
 
         Raises:
-            TargetError: no layer of the models is one that sd-scripts or `targets` adapts.
+            TargetError: no layer of the models is one that sd-scripts, `targets` or `preset` adapts.
+            FileError: there is no such preset, or it is none.
+            OptionError: arguments that exclude one another.
         """
+        if "preset" in self.arguments:
+            return self._preset_rules(base, self.arguments["preset"])
         groups: defaultdict[tuple[int, float], list[str]] = defaultdict(list)
         for site in self._sites(base):
             rank, alpha = self._rank(site, base)
@@ -92,6 +101,20 @@ class Recipe:
             Rule(names, self.kind, **self._options({"rank": rank, "alpha": alpha}, has))
             for (rank, alpha), names in groups.items()
         ]
+
+    def _preset_rules(self, base: nn.ModuleDict, preset: str) -> list[Rule]:
+        """What a preset of LyCORIS says, with the rank and α of kinds that have them."""
+        other = next((name for name in _OTHER_WAYS if name in self.arguments), None)
+        if other is not None:
+            raise OptionError(f"preset and {other} were given: each says which layers get which rank, so give one")
+        given = {
+            name: number(name, self.arguments[name]) for name in ("conv_dim", "conv_alpha") if name in self.arguments
+        }
+        sizes = {"rank": self.rank, "alpha": self.alpha, "conv_alpha": given.get("conv_alpha")}
+        sizes["conv_rank"] = int(given.get("conv_dim", self.rank))
+        has = {name: value for name, value in sizes.items() if has_size(self.kind, name.removeprefix("conv_"))}
+        llm_adapter = _value(self.arguments.get("train_llm_adapter", "False")) is True
+        return preset_rules(base, preset, self.kind, train_llm_adapter=llm_adapter, **has, **self.options)
 
     def _options(self, sizes: Mapping[str, Any], has: Collection[str]) -> dict[str, Any]:
         """The kind's options: its own, and those of rank and α that it has."""

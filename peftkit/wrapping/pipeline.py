@@ -79,6 +79,13 @@ class _Parts(nn.Module):
         )
 
 
+def parts_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the parts of a pipeline, or of a ModuleDict under a pipeline's names for them; none of another model."""
+    parts = {name: child for name, child in model.named_children() if _PART.fullmatch(name)}
+    of_a_pipeline = isinstance(model, (_Parts, nn.ModuleDict)) and len(parts) == len([*model.children()])
+    return parts if of_a_pipeline else {}
+
+
 def part_of(name: str) -> str:
     """Return the part of a pipeline that a weight's name begins with, "" where it begins with none."""
     first, dot, _ = name.partition(".")
