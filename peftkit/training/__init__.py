@@ -9,6 +9,7 @@ from peftkit.training.limit_norms import LimitedNorm as LimitedNorm
 from peftkit.training.limit_norms import limit_norms_ as limit_norms_
 from peftkit.training.recipes import GLAD as GLAD
 from peftkit.training.recipes import LISA as LISA
+from peftkit.training.recipes import AdaLoRA as AdaLoRA
 from peftkit.training.recipes import ALLoRA as ALLoRA
 from peftkit.training.recipes import Attachment as Attachment
 from peftkit.training.recipes import CompLoRA as CompLoRA

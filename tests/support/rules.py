@@ -20,6 +20,7 @@ import peftkit as pk
 from peftkit.training import (
     GLAD,
     LISA,
+    AdaLoRA,
     ALLoRA,
     Attachment,
     CompLoRA,
@@ -298,6 +299,38 @@ def soft_threshold() -> float:
     return apart(gates, [(g - xi).clamp(min=0) + (g + xi).clamp(max=0) for g in before])
 
 
+def adalora(steps: int = 7) -> float:
+    """Against a loop over ranks, with sums over all steps in the place of running averages."""
+    mine, plain = Run(RULES["AdaLoRA"]), Run(RULES["AdaLoRA"])
+    mine.attach()
+    adapters = [m.adapters["default"] for m in plain.model if isinstance(m, nn.Linear)]  # type: ignore[union-attr,index]
+    seen: list[list[dict[str, Tensor]]] = [[] for _ in adapters]
+    for step, batch in enumerate(batches(steps), 1):
+        mine.train(batch[None])
+        plain.train(batch[None])
+        for each, own in zip(adapters, seen, strict=True):
+            own += [{n: (p * p.grad).abs().detach() for n, p in each.named_parameters()}] if step < 6 else []
+        if step == 1 or (step % 2 and step <= 6):
+            continue
+        kept = {2: 6, 4: 4, 6: 4, 7: 4}[step]  # 4 + (8 − 4)·(1 − (t − 1)/5)³, rounded down
+        ranked = []
+        for index, own in enumerate(seen):
+            score = {}
+            for name in own[0]:
+                average, uncertain = torch.zeros_like(own[0][name]), torch.zeros_like(own[0][name])
+                for now in own:
+                    average = 0.85 * average + 0.15 * now[name]
+                    uncertain = 0.85 * uncertain + 0.15 * (now[name] - average).abs()
+                score[name] = average * uncertain
+            for i in range(4):
+                worth = score["gate"][i] + score["up"][:, i].mean() + score["down"][i].mean()
+                ranked.append((float(worth), index, i))
+        for _, index, i in sorted(ranked)[: 8 - kept]:
+            with torch.no_grad():
+                adapters[index].gate[i] = 0
+    return apart(mine.result, plain.result)
+
+
 def projection() -> float:
     run = Run(RULES["Projection"])
     at = next(iter(run.rule.parts.values()))
@@ -372,6 +405,13 @@ RULES: dict[str, RuleCase] = {
         "max(g − ξ, 0) + min(g + ξ, 0)",
         soft_threshold,
         0.0,
+    ),
+    "AdaLoRA": RuleCase(
+        functools.partial(AdaLoRA, target=2, total=7, warmup=1, final=1, every=2),
+        "svdlora",
+        {"rank": 4},
+        "a loop over ranks, 7 steps",
+        adalora,
     ),
     "Projection": RuleCase(Projection, "loldu", {"rank": 4, "epsilon": 0.05}, "ΔW·min(1, ε/‖ΔW‖)", projection),
     "Prefixes": RuleCase(

@@ -3,6 +3,7 @@
 One rule a file, all by the protocol of `recipe.py`; `pairs.py` has what rules for two factors share.
 """
 
+from peftkit.training.recipes.adalora import AdaLoRA as AdaLoRA
 from peftkit.training.recipes.allora import ALLoRA as ALLoRA
 from peftkit.training.recipes.comp_lora import CompLoRA as CompLoRA
 from peftkit.training.recipes.glad import GLAD as GLAD

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import peftkit as pk
-from peftkit.training import LoRAFA, Recipe, Riemannian
+from peftkit.training import AdaLoRA, LoRAFA, Recipe, Riemannian
 
 peft = pytest.importorskip("peft")
 lorafa = pytest.importorskip("peft.optimizers.lorafa")
@@ -73,3 +73,40 @@ def test_riemannian_takes_the_steps_of_peft(make: type[torch.optim.Optimizer]) -
     rule.attach(mine)
     optimizer = create_riemannian_optimizer(model, make, lr=0.05)
     assert torch.allclose(train(own, mine), train(model, optimizer), rtol=1e-9, atol=1e-10)
+
+
+def test_adalora_keeps_the_ranks_that_peft_keeps() -> None:
+    """Gate for gate, over a whole training."""
+    config = peft.AdaLoraConfig(
+        init_r=6, target_r=3, lora_alpha=6, tinit=5, tfinal=10, deltaT=5, total_step=60, target_modules=["0", "2"]
+    )
+    model: Any = peft.get_peft_model(base(), config).double()
+    own = base()
+    pk.wrap(own, "svdlora", rank=6)
+    adapters: list[Any] = [own[i].adapters["default"] for i in (0, 2)]  # type: ignore[index]
+    layers = [model.base_model.model.get_submodule(name) for name in ("0", "2")]
+    with torch.no_grad():
+        for adapter, layer in zip(adapters, layers, strict=True):
+            adapter.up.copy_(layer.lora_B["default"])
+            adapter.down.copy_(layer.lora_A["default"])
+    optimizers = [torch.optim.SGD(pk.adapter_parameters(own), lr=0.3)]
+    optimizers.append(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3))
+    rule = AdaLoRA(own, target=3, total=60, warmup=5, final=10, every=5)
+    rule.attach(optimizers[0])
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, 61):
+        x = torch.randn(4, 7, generator=generator, dtype=torch.float64)
+        for each, optimizer in zip((own, model.base_model.model), optimizers, strict=True):
+            optimizer.zero_grad()
+            torch.cos(each(x)).sum().backward()
+            optimizer.step()
+        model.base_model.rankallocator.update_and_allocate(model.base_model, step)
+        gates = [layer.lora_E["default"].flatten() for layer in layers]
+        assert all(torch.equal(a.gate != 0, gate != 0) for a, gate in zip(adapters, gates, strict=True))
+        # PEFT's scale is α/(r + 1e-5)
+        assert all(torch.allclose(a.gate, gate, atol=2e-4) for a, gate in zip(adapters, gates, strict=True))
+    ranks = rule.ranks()
+    assert sum(ranks.values()) == 6
+    out = own(x)
+    pk.resize_(own, ranks)
+    assert torch.allclose(own(x), out, atol=1e-12)
