@@ -93,6 +93,20 @@ METHODS: list[tuple[str, str, str, dict[str, Any], str]] = [
         {"rank": 4, "vectors": 90},
         "many layers are to learn from one bank; it is 23,040 of the numbers, once for all layers",
     ),
+    (
+        "`tied-lora`",
+        "γ·diag(v)·B·diag(u)·A",
+        "tied-lora",
+        {"rank": 8},
+        "deep models of equal layers; 12,288 of the numbers are once for all of them",
+    ),
+    (
+        "`tiny-lora`",
+        "U·√S·(Σ vᵢPᵢ)·√S·Vᵀ",
+        "tiny-lora",
+        {"size": 13},
+        "a dozen numbers for the whole model must do, under reinforcement learning",
+    ),
     ("`fourierft`", "s·Re(ifft2(C))", "fourierft", {"frequencies": 1000}, "a thousand numbers a layer, of any rank"),
     ("`dylora`", "γ·B[:, :b]·A[:b]", "dylora", {"rank": 16}, "the rank is to be chosen after training"),
 ]

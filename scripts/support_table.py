@@ -54,6 +54,8 @@ METHODS: dict[str, dict[str, str]] = {
     "`svft`": {"svft": ""},
     "`anchored`": {"pissa": "", "olora": '`start="olora"`'},
     "`vb-lora`": {"vb-lora": ""},
+    "`tied-lora`": {"tied-lora": ""},
+    "`tiny-lora`": {"tiny-lora": ""},
     "`fourierft`": {"fourierft": ""},
     "`dylora`": {"dylora": ""},
 }

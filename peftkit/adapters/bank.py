@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +35,11 @@ def bank(seed: int, role: str, rows: int, columns: int, like: Tensor) -> Tensor:
         return torch.empty(rows, columns, dtype=like.dtype, device="meta")
     key = (seed, role, columns, like.device, like.dtype)
     if key not in _TABLES or len(_TABLES[key]) < rows:
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(role.encode())) % 2**32)
-        table = torch.empty(rows, columns, dtype=torch.float32, device="cpu").uniform_(-1, 1, generator=generator)
-        _TABLES[key] = table.to(like.device, like.dtype)
+        _TABLES[key] = drawn(seed, role, (rows, columns)).to(like.device, like.dtype)
     return _TABLES[key][:rows]
+
+
+def drawn(seed: int, role: str, sizes: Sequence[int]) -> Tensor:
+    """Return numbers from U(−1, 1), in fp32 on the CPU, that a seed and a role alone determine; nothing is kept."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(role.encode())) % 2**32)
+    return torch.empty(sizes, dtype=torch.float32, device="cpu").uniform_(-1, 1, generator=generator)

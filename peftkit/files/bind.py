@@ -187,4 +187,5 @@ def take_rows(patch: Patch, rows: Tensor, where: str) -> Patch:
     shape = Shape(len(rows), patch.shape.channels, patch.shape.kernel)
     if taken.kind != patch.kind:  # what describes the other kind does not describe this one
         return Patch(taken.kind, taken.options, shape, taken.tensors)
-    return replace(patch, options=taken.options, tensors=taken.tensors, shape=shape)
+    # Parts of a shared parameter are parameters of their own
+    return replace(patch, options=taken.options, tensors=taken.tensors, shape=shape, common={})

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.adapters import Adapter, registry
 from peftkit.errors import FileError, OptionError
+from peftkit.files.bind import take_rows
+from peftkit.files.formats.patch import Patch
 from peftkit.geometry import Shape
 from peftkit.wrapping.installed import installed_adapters
 from tests.support.files import metadata, write
@@ -130,3 +132,92 @@ def test_vb_lora_s_file_has_the_start_as_a_few_integers(tmp_path: Path) -> None:
 def test_vb_lora_s_options(option: str, value: float) -> None:
     with pytest.raises(OptionError, match=rf"vb-lora: {option}="):
         pk.wrap(net(), "vb-lora", **{**VB, option: value})
+
+
+# -- Tied-LoRA --------------------------------------------------------------------------------------------------------
+
+
+def test_tied_lora_scales_common_factors() -> None:
+    model = nn.Sequential(nn.Linear(N, M), nn.Linear(N, M))
+    pk.wrap(model, "tied-lora", rank=4, alpha=2)
+    train(model)
+    first, second = adapters(model)
+    for own in (first, second):
+        B, A, v, u = (own.get_parameter(name) for name in ("up", "down", "v", "u"))
+        torch.testing.assert_close(own(torch.zeros(1), 1.0).dense(), 0.5 * v.diag() @ B @ u.diag() @ A)
+    assert first.get_parameter("up") is second.get_parameter("up")
+    assert not torch.equal(first.get_parameter("v"), second.get_parameter("v"))
+
+
+def test_tied_lora_of_scales_of_one_is_a_lora() -> None:
+    """With the same start of A up to its numbers: U(±1/√n), and B = 0."""
+    torch.manual_seed(0)
+    W = torch.zeros(M, N)
+    tied = registry.build("tied-lora", Shape(M, N), W, rank=6, alpha=3, train_u=False)
+    lora = registry.build("lora", Shape(M, N), W, rank=6, alpha=3)
+    assert tied.state_dict().keys() == {"up", "down", "v"}
+    assert not tied.get_parameter("up").any()
+    assert 0.8 * N**-0.5 < tied.get_parameter("down").abs().max() <= N**-0.5
+    with torch.no_grad():
+        for name in ("up", "down"):
+            tied.get_parameter(name).copy_(lora.get_parameter(name).normal_())
+    torch.testing.assert_close(tied(W, 1.0).dense(), lora(W, 1.0).dense())
+
+
+def test_some_rows_of_a_shared_factor_are_a_factor_of_their_own() -> None:
+    shape, common = Shape(M, N), {"up": "shared.up", "down": "shared.down"}
+    adapter = registry.build("tied-lora", shape, torch.zeros(M, N), rank=2)
+    patch = Patch("tied-lora", adapter.options, shape, adapter.state_dict(), common=common)
+    taken = take_rows(patch, torch.arange(4), "a file")
+    assert taken.common == {} and taken.tensors["up"].shape == (4, 2)
+
+
+# -- TinyLoRA ---------------------------------------------------------------------------------------------------------
+
+
+def test_tiny_lora_trains_as_peft_s_on_the_same_frame() -> None:
+    ours = wrapped("tiny-lora", rank=3, size=5)
+    theirs = in_peft(peft.TinyLoraConfig(r=3, u=5, weight_tying=1.0, target_modules=["0", "2"]))
+    layers = [layer for layer in theirs.modules() if isinstance(layer, peft.tuners.tinylora.layer.TinyLoraLayer)]
+    (vector,) = theirs.base_model.tinylora_v["default"].values()
+    with torch.no_grad():
+        vector.copy_(adapters(ours)[0].get_parameter("vector"))
+        for own, layer in zip(adapters(ours), layers, strict=True):
+            left, right = layer.tinylora_B["default"], layer.tinylora_A["default"]
+            torch.testing.assert_close(own.get_buffer("left").abs(), left.double().abs(), atol=1e-6, rtol=1e-5)
+            assert layer.tinylora_P["default"].shape == own.get_buffer("projections").shape
+            layer.tinylora_P["default"] = own.get_buffer("projections")  # theirs are drawn by the layer's place
+            left.copy_(own.get_buffer("left"))
+            right.copy_(own.get_buffer("right"))
+    pairs = [(adapters(ours)[0].get_parameter("vector"), vector)]
+    require_same_training(ours, theirs, pairs, torch.randn(4, N).double())
+
+
+def test_tiny_lora_s_layers_have_projections_of_their_own() -> None:
+    model = net()
+    pk.wrap(model, "tiny-lora", rank=8, size=40)
+    first, second = (own.get_buffer("projections") for own in adapters(model))
+    assert not torch.equal(first, second)
+    assert abs(float(first.var()) - 1 / 8) < 0.01
+    twin = net()
+    twin.load_state_dict(model.state_dict(), strict=False)
+    pk.wrap(twin, "tiny-lora", rank=8, size=40)
+    twin.load_state_dict(model.state_dict())
+    for own, other in zip(adapters(twin), adapters(model), strict=True):
+        assert torch.equal(own.get_buffer("projections"), other.get_buffer("projections"))
+
+
+def test_tiny_lora_s_file_is_a_vector_and_a_number_for_each_layer(tmp_path: Path) -> None:
+    model = wrapped("tiny-lora", rank=3, size=13)
+    tensors = load_file(pk.save(model, tmp_path / "a.safetensors"))
+    assert {key: tensor.numel() for key, tensor in tensors.items()} == {
+        "0.number": 1,
+        "2.number": 1,
+        "shared.vector": 13,
+    }
+
+
+@pytest.mark.parametrize(("option", "value"), [("rank", 11), ("size", 0), ("shared_by", 0)])
+def test_tiny_lora_s_options(option: str, value: int) -> None:
+    with pytest.raises(OptionError, match=rf"tiny-lora: {option}="):
+        pk.wrap(net(), "tiny-lora", **{option: value})

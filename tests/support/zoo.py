@@ -219,6 +219,9 @@ METHODS: dict[str, AdapterCase] = {
     "fourierft": AdapterCase("fourierft", {"frequencies": 2, "scaling": 40.0}),
     "fourierft dense": AdapterCase("fourierft", {"frequencies": 7, "scaling": 40.0}),
     "vb-lora": AdapterCase("vb-lora", {"rank": 2, "vectors": 12, "length": 5, "top": 3, "bound": 0.5, "seed": 3}),
+    "tied-lora": AdapterCase("tied-lora", {"rank": 3, "alpha": 1.5, "seed": 3}),
+    "tied-lora outputs": AdapterCase("tied-lora", {"rank": 2, "train_u": False}),
+    "tiny-lora": AdapterCase("tiny-lora", {"rank": 3, "size": 5}),
     "dylora": AdapterCase(
         "dylora", {"rank": 4, "block": 4, "alpha": 2}
     ),  # of one block: what it draws is always all of it

@@ -23,6 +23,8 @@ from tests.support.zoo import train
 #: kind -> options, and the parameters that layers of one shape share
 SHARING: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "vb-lora": ({"rank": 2, "vectors": 10, "length": 8}, ("bank",)),
+    "tied-lora": ({"rank": 2}, ("up", "down")),
+    "tiny-lora": ({"rank": 3, "size": 5}, ("vector",)),
 }
 kinds = pytest.mark.parametrize("kind", SHARING)
 
@@ -207,13 +209,33 @@ def test_merge_and_restore_keep_the_sharing(kind: str, backup: str) -> None:
 @kinds
 def test_options_that_tell_parameters_apart_do(kind: str) -> None:
     model, options = net(), SHARING[kind][0]
-    rules = [pk.Rule("0", kind, **options), pk.Rule(["2", "3"], kind, **{**options, "seed": 9})]
+    other = {"group": "mlp"} if kind == "tiny-lora" else {"seed": 9}
+    rules = [pk.Rule("0", kind, **options), pk.Rule(["2", "3"], kind, **options, **other)]
     planned = pk.wrap(model, rules=rules)
     first, second, third = adapters(model)
     for name in SHARING[kind][1]:
         assert first.get_parameter(name) is not second.get_parameter(name)
         assert second.get_parameter(name) is third.get_parameter(name)
     assert planned.parameters == sum(p.numel() for p in pk.adapter_parameters(model))
+
+
+@pytest.mark.parametrize(("shared_by", "count"), [(1, 3), (2, 2), (3, 1), (None, 1)])
+def test_so_many_layers_share_one_after_another(shared_by: int | None, count: int) -> None:
+    model = net()
+    planned = pk.wrap(model, "tiny-lora", size=7, shared_by=shared_by)
+    vectors = [own.get_parameter("vector") for own in adapters(model)]
+    assert len({*vectors}) == count and planned.parameters == 7 * count
+    assert shared_by != 2 or (vectors[0] is vectors[1] and vectors[1] is not vectors[2])
+
+
+def test_layers_of_other_shapes_share_the_factor_that_fits() -> None:
+    """B goes by outputs and A by inputs, so that a layer may share each with other layers."""
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 8))
+    planned = pk.wrap(model, "tied-lora", rank=2)
+    first, second, third = adapters(model)
+    assert first.get_parameter("down") is third.get_parameter("down") is not second.get_parameter("down")
+    assert second.get_parameter("up") is third.get_parameter("up") is not first.get_parameter("up")
+    assert planned.parameters == 2 * (8 + 6) * 2 + (6 + 8 + 8) + 3 * 2
 
 
 def test_an_adapter_inside_another_shares_too() -> None:
