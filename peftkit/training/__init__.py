@@ -4,6 +4,8 @@ May import wrapping and what is below it; reads live models, no files. Public: `
 `limit_norms_`, `start` and the rules of `recipes/`.
 """
 
+from peftkit.training.contribution import contribution as contribution
+from peftkit.training.gate_search import searched_gates as searched_gates
 from peftkit.training.groups import parameter_groups as parameter_groups
 from peftkit.training.limit_norms import LimitedNorm as LimitedNorm
 from peftkit.training.limit_norms import limit_norms_ as limit_norms_

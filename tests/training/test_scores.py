@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import peftkit as pk
-from peftkit.training import explained_variance, gradient_energy, spread
+from peftkit.errors import OptionError
+from peftkit.training import contribution, explained_variance, gradient_energy, searched_gates, spread
 
 
 def network() -> nn.Sequential:
@@ -103,3 +104,76 @@ def test_ranks_by_explained_variance_are_those_of_peft_s_eva() -> None:
     assert ranks == found and sum(ranks.values()) == 9
     assert pk.resize_(ours, ranks) == {name: (3, rank) for name, rank in ranks.items() if rank != 3}
     pk.start(ours, "eva", [x])
+
+
+def test_contribution_is_the_integral_of_the_gradient_along_the_way() -> None:
+    """Of a quadratic loss Σ(W·x − y)², whose gradient is linear in t, one midpoint is exact."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4, bias=False)).double()
+    pk.wrap(model, "lora", rank=2)
+    for parameter in pk.adapter_parameters(model):
+        nn.init.normal_(parameter)
+    x, y = torch.randn(7, 5, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    before, out = [p.clone() for p in model.parameters()], model(x)
+    adapter: Any = model[0].adapters["default"]  # type: ignore[index]
+    change = adapter(model[0].weight, 1.0).dense().detach()
+    middle = model[0].weight + change / 2  # type: ignore[operator]
+    expected = float((change * (2 * (x @ middle.mT - y).mT @ x)).abs().sum())
+    for steps in (1, 4):
+        found = contribution(model, [x], lambda m, x: (m(x) - y).square().sum().backward(), steps=steps)
+        assert found == {"0": pytest.approx(expected)}
+    assert torch.equal(model(x), out) and all(map(torch.equal, before, model.parameters()))
+    assert [p.requires_grad for p in model.parameters()].count(True) == 2 and model[0].adapters["default"] is adapter  # type: ignore[index]
+
+
+def test_gates_grow_where_an_adapter_helps_and_the_model_stays() -> None:
+    """Two branches, of which the target needs one: what the other learns is noise."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"useful": nn.Linear(6, 6), "noise": nn.Linear(6, 6)})
+    target = nn.Linear(6, 6)
+    for parameter in model["noise"].parameters():
+        nn.init.zeros_(parameter)
+    pk.wrap(model, "lora", rank=4)
+    held = [p.clone() for p in model.parameters()]
+
+    def backward(model: Any, x: Tensor) -> None:
+        guess = model["useful"](x) + model["noise"](torch.randn(len(x), 6))
+        (guess - target(x)).square().mean().backward()
+
+    data = torch.randn(120, 2, 16, 6).unbind()
+    gates = searched_gates(model, [tuple(pair) for pair in data], backward, lr=2e-2, gate_lr=2e-2)  # type: ignore[misc]
+    assert gates["useful"] > 1.05 > 0.95 > gates["noise"] and sum(gates.values()) == pytest.approx(2, rel=1e-4)
+    assert all(map(torch.equal, held, model.parameters())) and all(p.grad is None for p in model.parameters())
+
+
+def test_gates_act_on_every_kind_and_are_1_at_first() -> None:
+    for kind in ("lora", "dora", "oft", "ia3", "glora", "lokr"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        pk.wrap(model, kind)
+        for parameter in pk.adapter_parameters(model):
+            nn.init.normal_(parameter, std=0.2)
+        x = torch.randn(3, 8)
+        out, seen = model(x), []
+
+        def backward(model: nn.Module, x: Tensor, seen: list[Tensor] = seen) -> None:
+            seen.append(model(x).detach())
+            model(x).square().mean().backward()
+
+        searched_gates(model, [(x, x)], backward)
+        assert torch.allclose(seen[0], out, atol=1e-6) and not torch.allclose(seen[1], out)
+        assert torch.equal(model(x), out)
+
+
+def test_what_no_search_can_use_is_said() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    pk.wrap(model, "lora", rank=2)
+    with pytest.raises(OptionError, match="no gradient came to the gates"):
+        searched_gates(model, [], lambda m, x: None)
+    with pytest.raises(OptionError, match="contribution is of adapters that are trained"):
+        contribution(model, [torch.ones(2, 4)], lambda m, x: m(x).sum().backward())
+    nn.init.normal_(pk.adapter_parameters(model)[0])
+    nn.init.normal_(pk.adapter_parameters(model)[1])
+    with pytest.raises(OptionError, match="0: no gradient came to it"):
+        contribution(model, [], lambda m, x: m(x).sum().backward())
+    assert len(pk.adapter_parameters(model)) == 2
