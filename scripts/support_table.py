@@ -48,7 +48,7 @@ METHODS: dict[str, dict[str, str]] = {
     "`mora`": {"mora": "", "mora rope": '`mode="rope"`'},
     "`miss`": {"miss": "", "miss bat": "`bat=True`"},
     "`vera`": {"vera": ""},
-    "`randlora`": {"randlora": ""},
+    "`randlora`": {"randlora": "", "randlora of peft": '`pairing="peft"`'},
     "`lora-xs`": {"lora-xs": ""},
     "`svdiff`": {"svdiff": ""},
     "`svft`": {"svft": ""},

@@ -29,6 +29,8 @@ class Form(ABC):
 
     #: whether the form has magnitudes beside a direction
     decomposed: ClassVar[bool] = False
+    #: whether it is ΔW alone, in whichever structure
+    is_change: ClassVar[bool] = False
 
     @abstractmethod
     def structure(self, program: Target) -> str:
@@ -71,6 +73,15 @@ class Form(ABC):
         return 1
 
     @classmethod
+    def peft_tables(cls, written: Sequence[tuple[Any, Shape]]) -> dict[str, Tensor] | None:
+        """Return what a folder of PEFT holds once for all of these modules, by PEFT's names; None if they differ in it.
+
+        written: as in `peft_config`.
+        """
+        del written
+        return {}
+
+    @classmethod
     def peft_config(cls, written: Sequence[tuple[Any, Shape]]) -> PeftConfig | None:
         """Return the type and the options of a folder of PEFT with just these modules; None where PEFT has none.
 
@@ -83,6 +94,8 @@ class Form(ABC):
 @dataclass(frozen=True)
 class Additive(Form):
     """ΔW itself, the same on any base: as the tensor "diff", unless a kind gives its structure factors."""
+
+    is_change: ClassVar[bool] = True
 
     delta: Delta
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.options import factory, require
+from peftkit.adapters.peft_form import PeftForm
 from peftkit.adapters.registry import register
 from peftkit.delta import Delta, Dense, LowRank
 from peftkit.delta.base import WeightCache
@@ -73,7 +74,7 @@ class FourierFT(Adapter):
         count = min(1000, size) if frequencies is None else frequencies
         require(0 < count <= size, "fourierft", "frequencies", frequencies, f"1 to {size}, the numbers of {shape}")
         self.options = {"frequencies": count}
-        self.rows, self.columns, self.scaling = shape.rows, shape.columns, scaling
+        self.rows, self.columns, self.scaling, self.seed = shape.rows, shape.columns, scaling, seed
         new = factory(weight)
         self.spectrum = nn.Parameter(torch.zeros(count, **new))
         self.register_buffer("indices", places(shape.rows, shape.columns, count, seed).to(new["device"], copy=True))
@@ -95,6 +96,14 @@ class FourierFT(Adapter):
         """2π·frequency·i/size, (size, k), with the whole turns left out before they are rounded."""
         place = torch.arange(size, device=frequency.device)[:, None]
         return (place * frequency % size).to(self.spectrum.dtype) * (2 * math.pi / size)
+
+    def form(self, weight: Tensor) -> PeftForm | None:
+        count, seed = len(self.spectrum), self.seed
+        if not places(self.rows, self.columns, count, seed).equal(self.indices.cpu()):
+            return None  # PEFT stores no places
+        options = {"n_frequency": count, "scaling": self.scaling, "random_loc_seed": seed}
+        own = {"fourierft_spectrum": self.spectrum}
+        return PeftForm("fourierft", ("FOURIERFT", options), own, self.delta(weight))
 
     def inner_and_sqnorm(self, weight: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
         # s/(mn)·Σ c_l·Re fft2(W)[u_l, v_l], and s²/(mn)·‖(C + C⁻)/2‖², where C⁻[u, v] = C[−u, −v]

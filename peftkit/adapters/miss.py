@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.options import factory, limited_rank, require
+from peftkit.adapters.peft_form import PeftForm
 from peftkit.adapters.registry import register
 from peftkit.delta import Delta, Dense, LowRank
 from peftkit.delta.base import WeightCache
@@ -84,6 +85,13 @@ class MiSS(Adapter):
             return Dense(rearrange(W @ self.block[:, None] + self.block[:, None], "a b i j -> (a i) (b j)"))
         up = self.block.mT.repeat(self.rows // self.block.shape[1], 1)
         return LowRank(up, F.one_hot(self._places(rank), rank).mT.to(self.block.dtype))
+
+    def form(self, weight: Tensor) -> PeftForm:
+        rank, mini = self.block.shape[-2:]
+        start = "bat" if self.reads_base else "mini" if mini < self.rows else True
+        options = {"r": rank, "mini_r": mini if start == "mini" else 1, "init_weights": start}
+        delta = None if self.reads_base else self.delta(weight)
+        return PeftForm("miss", ("MISS", options), {"miss_block": self.block}, delta)
 
     def inner_and_sqnorm(self, weight: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
         if self.reads_base:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from peftkit.adapters.bank import bank
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.options import factory, rank_scale, require, require_rank
+from peftkit.adapters.peft_form import PeftForm
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
@@ -75,7 +77,7 @@ class RandLoRA(Adapter):
         require_rank("randlora", rank)
         require(pairing in ("paper", "peft"), "randlora", "pairing", pairing, "'paper' or 'peft'")
         self.scale = rank_scale("randlora", rank, 20 * rank if alpha is None else alpha)
-        self.wide, self.flattened = shape.columns > shape.rows, "(j r) n" if pairing == "paper" else "(r j) n"
+        self.seed, self.pairing, self.wide = seed, pairing, shape.columns > shape.rows
         short, long = sorted((shape.rows, shape.columns))
         count = -(-short // rank)
         new = factory(weight)
@@ -94,5 +96,26 @@ class RandLoRA(Adapter):
     def delta(self, weight: Tensor) -> LowRank:
         del weight
         scaled = self.lambdas[:, :, None] * self.basis * self.gammas[:, None]
-        up, down = self.scale * self.bases, rearrange(scaled, f"j r n -> {self.flattened}")
+        rows = "j r n -> (j r) n" if self.pairing == "paper" else "j r n -> (r j) n"
+        up, down = self.scale * self.bases, rearrange(scaled, rows)
         return LowRank(down.mT, up.mT) if self.wide else LowRank(up, down)
+
+    @classmethod
+    def structure(cls, options: Mapping[str, Any]) -> str:
+        return "randlora" if options.get("pairing") == "peft" else "randlora of the paper"
+
+    def form(self, weight: Tensor) -> PeftForm:
+        count, rank = self.lambdas.shape
+        tables = {"randlora_A": self.basis[:, None], "randlora_B": self.bases.unflatten(1, (count, rank))}
+        options = {"r": rank, "randlora_alpha": self.scale * rank, "projection_prng_key": self.seed}
+        own = {"randlora_lambda": self.lambdas.mT, "randlora_gamma": self.gammas}
+        config = "RANDLORA", {**options, "save_projection": True}
+        return RandLoRAForm(self.structure(self.options), config, own, self.delta(weight), tables)
+
+
+class RandLoRAForm(PeftForm):
+    """Scales, and bases as many and as large as PEFT expects for a layer of the most rows and the most columns."""
+
+    def table_sizes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        rank, (short, long) = self.peft[1]["r"], sorted((rows, columns))
+        return {"randlora_A": (rank, 1, short), "randlora_B": (long, -(-short // rank), rank)}

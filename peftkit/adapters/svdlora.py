@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.options import factory, rank_scale, require, require_rank, uniform_fan_in_
+from peftkit.adapters.peft_form import PeftForm
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
@@ -76,3 +77,10 @@ class SVDLoRA(Adapter):
     def delta(self, weight: Tensor) -> LowRank:
         del weight
         return LowRank(self.up * (self.scale * self.gate), self.down)
+
+    def form(self, weight: Tensor) -> PeftForm:
+        rank, delta = len(self.gate), self.delta(weight)
+        gate = self.gate * (self.scale * (rank + 1e-5) / rank)  # PEFT divides α by r + 1e-5
+        options = {"init_r": rank, "target_r": rank, "lora_alpha": rank, "total_step": 1}
+        own = {"lora_A": self.down, "lora_B": self.up, "lora_E": gate[:, None]}
+        return PeftForm("svdlora", ("ADALORA", options), own, delta)

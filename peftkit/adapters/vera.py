@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from peftkit.adapters.bank import bank
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.options import factory, require_rank
+from peftkit.adapters.peft_form import PeftForm
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
@@ -65,6 +66,7 @@ class VeRA(Adapter):
     ) -> None:
         super().__init__()
         require_rank("vera", rank)
+        self.seed, self.columns, self.save_projection = seed, shape.columns, save_projection
         new = factory(weight)
         self.lambda_b = nn.Parameter(torch.zeros(shape.rows, **new))
         self.lambda_d = nn.Parameter(torch.full((rank,), float(d_initial), **new))
@@ -76,3 +78,21 @@ class VeRA(Adapter):
     def delta(self, weight: Tensor) -> LowRank:
         del weight
         return LowRank(self.lambda_b[:, None] * self.left, self.lambda_d[:, None] * self.right)
+
+    def form(self, weight: Tensor) -> PeftForm:
+        d, down = self.lambda_d, self.right
+        if not self.save_projection:  # every layer's A is of one table but for a factor, which d takes
+            d = d * (6 / self.columns) ** 0.5
+            down = bank(self.seed, "vera down", self.columns, len(d), d).mT
+        tables = {"vera_A": down, "vera_B": self.left}
+        options = {"r": len(d), "projection_prng_key": self.seed, "save_projection": True}
+        own = {"vera_lambda_b": self.lambda_b, "vera_lambda_d": d}
+        return VeRAForm("vera", ("VERA", options), own, self.delta(weight), tables)
+
+
+class VeRAForm(PeftForm):
+    """Vectors, and tables as large as the largest layer needs."""
+
+    def table_sizes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        rank = self.peft[1]["r"]
+        return {"vera_A": (rank, columns), "vera_B": (rows, rank)}

@@ -13,7 +13,7 @@ from peftkit.adapters import registry
 from peftkit.errors import ExportError, OptionError, error_context, require_file
 from peftkit.files.convert import Converted, ConvertReport, Source
 from peftkit.files.export.write import HASHES, require_safetensors
-from peftkit.files.formats import container, disk, kohya, native, peft
+from peftkit.files.formats import container, disk, kohya, native, peft, peft_projections
 from peftkit.files.formats.container import Container
 from peftkit.files.formats.disk import Stamp
 from peftkit.files.patterns import Strength, Strengths
@@ -103,12 +103,17 @@ def _native_keys(path: Path, file: Container) -> dict[str, list[str]]:
 def _foreign_keys(path: Path, file: Container) -> dict[str, list[str]]:
     """Module -> the tensors of a foreign file that its whole ΔW is proportional to."""
     modules, others = peft.modules(list(file.infos)) if path.name == peft.WEIGHTS else kohya.split(file.infos)
+    modules, _ = peft_projections.tables(modules)
     for key in (key for key in others if ".lora_B." in key):
         raise ExportError(f"{path}: {key} goes with ΔW and not with its tensors; give its strength where it is merged")
     found: dict[str, list[str]] = {}
     for module, roles in modules.items():
         bound = kohya.DISPROPORTIONATE & set(roles)
-        found[module] = [] if bound else [key for role, key in roles.items() if role in kohya.PROPORTIONAL]
+        found[module] = (
+            []
+            if bound
+            else [key for role, key in roles.items() if role in kohya.PROPORTIONAL | peft_projections.PROPORTIONAL]
+        )
         _require_keys(found[module], path, module, ", ".join(sorted(bound or roles)))
     return found
 

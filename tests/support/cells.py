@@ -42,6 +42,8 @@ NONLINEAR = {
     ("diffusers", "dora"): "s inside the norm",
     ("peft", "dora"): "s inside the norm",
     ("peft", "oft in"): "s has no effect",
+    ("peft", "miss"): "s has no effect",
+    **{("peft", kind): "there is none" for kind in ("vera", "randlora", "fourierft")},
 }
 
 

@@ -74,10 +74,10 @@ def _encode(adapter: Adapter, target: Target, shape: Shape, base: Tensor | None,
         form = form_of(adapter, shape)
         if form is None:
             reason = f"{target.title} has no {adapter.kind} of this form"
+        elif not (reason := form.refusal(target, shape)) and not form.is_change:
+            return _exact(form, target)
         elif form.change is not None:
             return _additive(form.change, target, shape, adapter.kind)
-        elif not (reason := form.refusal(target, shape)):
-            return _exact(form, target)
     if base is None:
         raise ExportError(f"{reason}; give the base to bake ΔW into the file")
     with torch.no_grad():

@@ -17,7 +17,7 @@ from peftkit.files.export import programs
 from peftkit.files.export.model_facts import ModelFacts
 from peftkit.files.export.peft_targets import selection
 from peftkit.files.export.tensors import ModuleTensors, tensors_of
-from peftkit.files.formats import container, embeddings, peft, peft_config, peft_experts
+from peftkit.files.formats import container, embeddings, peft, peft_config, peft_experts, peft_projections
 
 #: what a configuration says of layers that keep their weight as (out, in), and of those that keep it as (in, out)
 FAN_IN_FAN_OUT: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {"fan_in_fan_out": True})
@@ -54,6 +54,14 @@ def stack_names(pieces: Sequence[ModuleTensors]) -> dict[str, str]:
     return peft_experts.keys([piece.module for piece in pieces if piece.shape.experts > 1])
 
 
+def _tables(pieces: Sequence[ModuleTensors], dtype: torch.dtype | None, folder: Path) -> dict[str, Tensor]:
+    """What the modules share, of folders of a type with such tensors."""
+    forms = {type(piece.spelled.form) for piece in pieces}
+    found = forms.pop().peft_tables([(piece.spelled.form, piece.shape) for piece in pieces]) if len(forms) == 1 else {}
+    named = {f"{peft_projections.SHARED}.{name}": table for name, table in (found or {}).items()}
+    return {key: container.packed(table, dtype, folder, key) for key, table in named.items()}
+
+
 def write_peft(
     folder: Path,
     pieces: Sequence[ModuleTensors],
@@ -82,7 +90,9 @@ def write_peft(
     """
     stacks = stack_names(pieces)
     named = [replace(piece, module=stacks.get(piece.module, piece.module)) for piece in pieces]
-    tensors = tensors_of(named, programs.get("peft"), 1.0, dtype, folder) | dict(beside)
+    tensors = (
+        tensors_of(named, programs.get("peft"), 1.0, dtype, folder) | _tables(pieces, dtype, folder) | dict(beside)
+    )
     mixed = "trainable_token_indices" in options
     if mixed:
         tensors = {

@@ -158,6 +158,8 @@ _TUCKER = frozenset({"lora", "loha"})
 _UNTURNED = "{title} has the two halves of this layer in the other order, in which it computes {structure}"
 _GROUPED = "{title} gives the adapter of a grouped convolution another meaning"
 _PEFT_FAILS = "PEFT fails on {structure} of a {dims}-dimensional convolution"
+#: kinds for which PEFT has no strength
+_PEFT_UNSCALED = frozenset({"miss", "vera", "randlora", "fourierft"})
 #: made from the weight's own shape, so that groups change nothing
 _PEFT_BY_SHAPE = frozenset({"loha", "lokr"})
 
@@ -247,9 +249,9 @@ _DIFFUSERS = Target(
 _PEFT = Target(
     "peft",
     "PEFT",
-    frozenset({"lora", "loha", "lokr", "oft in", _TOKENS}),
+    frozenset({"lora", "loha", "lokr", "oft in", "svdlora", *_PEFT_UNSCALED, _TOKENS}),
     frozenset({("lora", "out")}),
-    nonlinear=frozenset({"dora", "oft in"}),
+    nonlinear=frozenset({"dora", "oft in"}) | _PEFT_UNSCALED,
     tucker=_TUCKER,
     limits=(
         Limit(_PEFT_FAILS, structures=_PEFT_BY_SHAPE, dims=frozenset({3})),

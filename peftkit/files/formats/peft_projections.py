@@ -22,6 +22,8 @@ TABLES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "RANDLORA": {"table_up": "randlora_B", "table_down": "randlora_A"},
     }
 )
+#: the tensors, of these types and of the others that are PEFT's alone, to which ΔW is proportional
+PROPORTIONAL = frozenset({"lambda_b", "lambdas", "spectrum", "block"})
 #: where the tables of all modules are
 SHARED = "base_model"
 #: how keys end -> what the tensor is

@@ -1,4 +1,4 @@
-"""PEFT 0.21.2: PeftModel.from_pretrained of a directory, then merge: LORA, LOHA, LOKR, OFT, IA3.
+"""PEFT 0.21.2: PeftModel.from_pretrained of a directory, then merge: LORA, LOHA, LOKR, OFT, IA3 and Linears' others.
 
 Everything follows from adapter_config.json: it says which modules are adapted and what shapes their parameters have;
 the file only fills them. A parameter that is missing keeps its initialisation: zero where the method starts at zero
@@ -32,15 +32,21 @@ def read(path: Path, weights: Mapping[str, Tensor], family: str | None, strength
     kind = config.get("peft_type")
     if kind not in METHODS:
         raise NotImplementedError(f"peft_type {kind!r}: expected one of {sorted(METHODS)}")
-    if kind == "IA3" and strength != 1:
-        raise Refused("AttributeError: (IA)³ layers have no scale")
+    if kind in ("IA3", *SHARED, "FOURIERFT") and strength != 1:
+        raise Refused(f"AttributeError: layers of {kind} have no scale")
     component, model = wrapped(weights, family, tensors)
     targets = [name for name in model if targeted(name, model[name], config)]
     if not targets:
         raise Refused(f"ValueError: target modules {config.get('target_modules')} not found in the base model")
+    shared = {f"base_model.{name}" for name in SHARED.get(str(kind), ())}
+    if shared:
+        largest = [max(sizes) for sizes in zip(*(model[name].shape for name in targets), strict=True)]
+        for key, size in zip(sorted(shared), table_sizes(config, *largest), strict=True):
+            if tuple(tensors[key].shape) != size:
+                raise Refused(f"size mismatch for {key}: {tuple(tensors[key].shape)} in the file, {size} in the model")
     deltas: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
-    used: list[str] = []
+    used: list[str] = sorted(shared)
     for name in targets:
         layer = Layer(name, model[name].to(torch.float64), tensors, config, weights.get(f"{component}{name}.bias"))
         try:
@@ -61,7 +67,10 @@ def wrapped(weights: Mapping[str, Tensor], family: str | None, keys: Iterable[st
     """
     choices: list[tuple[str, Mapping[str, Tensor]]] = [("", base_weights(weights))]
     choices += [(f"{name}.", paths) for name, paths in split_components(weights, family).items()]
-    paths = [re.split(r"\.(?:lora_|hada_|lokr_|oft_|ia3_)", key.removeprefix(PREFIX))[0] for key in keys]
+    paths = [
+        re.split(r"\.(?:lora_|hada_|lokr_|oft_|ia3_|miss_|vera_|randlora_|fourierft_)", key.removeprefix(PREFIX))[0]
+        for key in keys
+    ]
 
     def hits(choice: tuple[str, Mapping[str, Tensor]]) -> int:
         return sum(path in choice[1] for path in paths)
@@ -102,6 +111,7 @@ class Layer:
     ) -> None:
         self.name, self.weight, self.config, self.bias = name, weight, config, bias
         self.prefix = f"{PREFIX}{name}."
+        self.shared = {key.removeprefix("base_model."): t for key, t in tensors.items() if key.count(".") == 1}
         self.own = {key.removeprefix(self.prefix): t for key, t in tensors.items() if key.startswith(self.prefix)}
         self.used: list[str] = []
 
@@ -306,10 +316,87 @@ def _ia3(layer: Layer, strength: float) -> Change:
     return weight * (scale - 1), bias
 
 
+def _adalora(layer: Layer, strength: float) -> Change:
+    """The rank is init_r, and α is divided by it and 1e-5 (adalora/layer.py:172)."""
+    layer.require(2, 4)
+    rank, alpha = layer.config["init_r"], layer.config["lora_alpha"]
+    (out, into), weight = layer.weight.flatten(1).shape, layer.weight
+    down, up = layer.parameter("lora_A", (rank, into)), layer.parameter("lora_B", (out, rank))
+    delta = up @ (down * layer.parameter("lora_E", (rank, 1), 0.0))
+    return strength * alpha / (rank + 1e-5) * delta.reshape(weight.shape), None
+
+
+def _miss(layer: Layer, strength: float) -> Change:
+    """Runs of r inputs under one matrix, or r×r blocks of W; a strength changes nothing (miss/layer.py:136)."""
+    layer.require(2)
+    del strength
+    weight, rank, mode = layer.weight, layer.config["r"], layer.config["init_weights"]
+    out, into = weight.shape
+    if mode == "bat":
+        blocks = layer.parameter("miss_block", (out // rank, rank, rank), 0.0)
+        tiles = weight.reshape(out // rank, rank, into // rank, rank).permute(2, 0, 1, 3)
+        return (tiles @ blocks + blocks).permute(1, 2, 0, 3).reshape(weight.shape), None
+    width = layer.config["mini_r"] if mode == "mini" else out
+    block = layer.parameter("miss_block", (rank, width), 0.0).repeat(-(-into // rank), out // width)
+    return block[:into].mT, None
+
+
+def _vera(layer: Layer, strength: float) -> Change:
+    layer.require(2)
+    del strength
+    out, into = layer.weight.shape
+    rank = layer.config["r"]
+    b = layer.parameter("vera_lambda_b", (out,), 0.0)
+    d = layer.parameter("vera_lambda_d", (rank,), layer.config.get("d_initial", 0.1))
+    return b[:, None] * layer.shared["vera_B"][:out] @ (d[:, None] * layer.shared["vera_A"][:, :into]), None
+
+
+def _randlora(layer: Layer, strength: float) -> Change:
+    """Both are flattened as they lie: columns basis by basis, rows rank by rank (randlora/layer.py:296)."""
+    layer.require(2)
+    del strength
+    rank, (short, long) = layer.config["r"], sorted(layer.weight.shape)
+    count = math.ceil(short / rank)
+    lambdas = layer.parameter("randlora_lambda", (rank, count), 0.0)
+    gammas = layer.parameter("randlora_gamma", (count, short))
+    columns = layer.shared["randlora_B"][:long, :count].flatten(1)
+    rows = (lambdas[:, :, None] * layer.shared["randlora_A"][:, :1, :short] * gammas).flatten(0, 1)
+    delta = layer.config["randlora_alpha"] / rank * columns @ rows
+    return delta if layer.weight.shape[1] == short else delta.mT, None
+
+
+def table_sizes(config: Config, rows: int, columns: int) -> list[tuple[int, ...]]:
+    """The sizes of the tables A and B of a model whose targets have at most so many outputs and inputs."""
+    rank = config["r"]
+    if config["peft_type"] == "VERA":
+        return [(rank, columns), (rows, rank)]
+    short, long = sorted((rows, columns))
+    return [(rank, 1, short), (long, math.ceil(short / rank), rank)]
+
+
+def _fourierft(layer: Layer, strength: float) -> Change:
+    layer.require(2)
+    del strength
+    weight, config = layer.weight, layer.config
+    count = config.get("n_frequency_pattern", {}).get(layer.name, config["n_frequency"])
+    generator = torch.Generator().manual_seed(config["random_loc_seed"])
+    places = torch.randperm(weight.numel(), generator=generator)[:count]
+    spectrum = torch.zeros(weight.numel(), dtype=torch.float64)
+    spectrum[places] = layer.parameter("fourierft_spectrum", (count,), 0.0).to(torch.float64)
+    return torch.fft.ifft2(spectrum.reshape(weight.shape)).real * config["scaling"], None
+
+
+#: the tables that all modules share
+SHARED = {"VERA": ("vera_A", "vera_B"), "RANDLORA": ("randlora_A", "randlora_B")}
 METHODS: dict[str, Callable[[Layer, float], Change]] = {
     "LORA": _lora,
     "LOHA": _loha,
     "LOKR": _lokr,
     "OFT": _oft,
     "IA3": _ia3,
+    "ADALORA": _adalora,
+    "MISS": _miss,
+    "VERA": _vera,
+    "RANDLORA": _randlora,
+    "FOURIERFT": _fourierft,
 }
