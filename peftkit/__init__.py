@@ -31,6 +31,7 @@ __all__ = [
     "combine",
     "convert",
     "delta",
+    "describe",
     "diff",
     "disabled",
     "doctor",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from peftkit import testing as testing
     from peftkit import training as training
     from peftkit.adapters.base import Adapter as Adapter
+    from peftkit.adapters.describe import describe as describe
     from peftkit.adapters.registry import kinds as kinds
     from peftkit.adapters.registry import register as register
     from peftkit.delta import Delta as Delta
@@ -126,6 +128,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "peftkit.adapters.base": ("Adapter",),
+    "peftkit.adapters.describe": ("describe",),
     "peftkit.adapters.registry": (
         "kinds",
         "register",

@@ -12,16 +12,18 @@ import functools
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import family_table
 import recipe_table
 import support_table
-from torch import nn
 
 import peftkit as pk
+from peftkit.adapters import registry
+from peftkit.adapters.describe import Description
+from peftkit.adapters.facts import FAMILIES
 from peftkit.bench.rows import Row, read
 from peftkit.bench.timing import Spread
 
@@ -32,93 +34,96 @@ RESULTS = ROOT / "benchmarks" / "results"
 #: the layers of the step table
 STEP_CASES = ("320×320, 64 tokens", "1280×1280, 64 tokens", "1280×1280, 512 tokens", "conv 1280×1280 k3, 16²")
 
-#: name, ΔW, kind and options, when to use it
-ADAPTERS: list[tuple[str, str, str, dict[str, Any], str]] = [
-    ("`lora`, `locon`", "γ·B·A", "lora", {"rank": 8}, "you want the one every tool reads; a good default"),
-    (
-        "`loha`",
-        "γ·(B₁A₁) ⊙ (B₂A₂)",
-        "loha",
-        {"rank": 4},
-        "a style or several concepts: rank up to r² for 2r(m+n) parameters",
-    ),
-    ("`lokr`", "γ·C ⊗ D", "lokr", {"factor": 8}, "small files, little forgetting"),
-    ("`loldu`", "P·L·diag(σz − σ₀z₀)·U", "loldu", {"rank": 256}, "a few hundred numbers must do"),
-    ("`dora`", "t·(W + γBA) − W, t = m/‖W + γBA‖", "dora", {"rank": 8}, "LoRA falls short of full fine-tuning"),
-    (
-        "`loha`, `lokr` with `decompose=True`",
-        "the same with their ΔW inside",
-        "loha",
-        {"rank": 4, "decompose": True},
-        "as DoRA",
-    ),
-    ("`oft`", "(R − I)·W", "oft", {"block_size": 32}, "norms and angles between neurons must stay"),
-    ("`boft`", "(R_t ⋯ R_1 − I)·W", "boft", {"block_size": 8}, "OFT with every output reaching every other"),
-    ("`ia3`", "diag(w)·W", "ia3", {}, "one gain a channel must do"),
-    ("`glora`", "γ(W·A₁A₂ + B₁B₂)", "glora", {"rank": 4}, "the change should follow the base it is put on"),
-    ("`full`", "M", "full", {}, "full fine-tuning, kept apart from the base"),
-]
-
-#: the same of kinds whose factors come from elsewhere
-METHODS: list[tuple[str, str, str, dict[str, Any], str]] = [
-    ("`svdlora`", "γ·P·diag(λ)·Q", "svdlora", {"rank": 8}, "ranks are to be pruned while training"),
-    ("`lora-fa`", "γ·B·A, A frozen", "lora-fa", {"rank": 8}, "memory for activations is short"),
-    ("`mos`", "γ·B·M·A", "mos", {"rank": 8}, "LoRA learns slowly at the same rank"),
-    (
-        "`melora`",
-        "γ·blockdiag(BᵢAᵢ)",
-        "melora",
-        {"rank": 8, "blocks": 4},
-        "a higher rank is wanted for the same numbers",
-    ),
-    ("`block-lora`", "γ·B·[A₁ … A₁]", "block-lora", {"rank": 8, "blocks": 4}, "the down-projection is to be small"),
-    ("`mora`", "M[i mod k, j mod k]", "mora", {"rank": 8}, "new facts are to be learned, at a high rank"),
-    ("`miss`", "Dᵀ·[I … I]", "miss", {"rank": 8}, "a fast start with half of LoRA's numbers"),
-    ("`vera`", "diag(b)·B·diag(d)·A", "vera", {"rank": 256}, "files of a few kilobytes, many of them"),
-    ("`randlora`", "γ·Σ Bⱼ·diag(Λⱼ)·A·diag(Γⱼ)", "randlora", {"rank": 32}, "full rank for few numbers"),
-    ("`lora-xs`", "γ·U·R·S·Vᵀ", "lora-xs", {"rank": 32}, "r² numbers a layer must do, whatever its size"),
-    (
-        "`anchored`",
-        "γ·(B·A − B₀·A₀)",
-        "anchored",
-        {"rank": 8},
-        "LoRA learns slowly: PiSSA's, MiLoRA's or OLoRA's start",
-    ),
-    ("`svdiff`", "U·diag(max(S + δ, 0) − S)·Vᵀ", "svdiff", {}, "a few images, and little is to change"),
-    ("`svft`", "U·M·Vᵀ, M sparse", "svft", {"off_diag": 4}, "as SVDiff, with directions that mix"),
-    (
-        "`vb-lora`",
-        "B·A − B₀·A₀, pieces of one bank",
-        "vb-lora",
-        {"rank": 4, "vectors": 90},
-        "many layers are to learn from one bank; it is 23,040 of the numbers, once for all layers",
-    ),
-    (
-        "`tied-lora`",
-        "γ·diag(v)·B·diag(u)·A",
-        "tied-lora",
-        {"rank": 8},
-        "deep models of equal layers; 12,288 of the numbers are once for all of them",
-    ),
-    (
-        "`tiny-lora`",
-        "U·√S·(Σ vᵢPᵢ)·√S·Vᵀ",
-        "tiny-lora",
-        {"size": 13},
-        "a dozen numbers for the whole model must do, under reinforcement learning",
-    ),
-    ("`fourierft`", "s·Re(ifft2(C))", "fourierft", {"frequencies": 1000}, "a thousand numbers a layer, of any rank"),
-    ("`dylora`", "γ·B[:, :b]·A[:b]", "dylora", {"rank": 16}, "the rank is to be chosen after training"),
-]
+#: the kinds of README.md, of a structure of their own
+STRUCTURES = ("lora", "loha", "lokr", "loldu", "dora", "oft", "boft", "ia3", "glora", "full")
 
 
-def adapters_table(adapters: Sequence[tuple[str, str, str, dict[str, Any], str]] = ADAPTERS) -> str:
-    rows = ["| adapter | ΔW | options | parameters | use it when |", "| --- | --- | --- | --- | --- |"]
-    for name, formula, kind, options, when in adapters:
-        count = pk.plan(nn.Linear(768, 768, device="meta"), kind, **options).parameters
-        shown = ", ".join(f"{k}={v}" for k, v in options.items() if k != "decompose")
-        rows.append(f"| {name} | {formula} | {f'`{shown}`' if shown else ''} | {count:,} | {when} |")
+#: the options that parameters are counted for, where they are not the defaults
+COUNTED: dict[str, dict[str, Any]] = {
+    "dora": {"rank": 8},
+    "oft": {"block_size": 32},
+    "lora-xs": {"rank": 32},
+    "fourierft": {"frequencies": 1000},
+    "loldu": {"rank": 256},
+    "boft": {"block_size": 8},
+    "svdlora": {"rank": 8},
+    "dylora": {"rank": 8},
+    "anchored": {"rank": 8},
+    "miss": {"rank": 8},
+    "melora": {"rank": 8, "blocks": 4},
+    "block-lora": {"rank": 8, "blocks": 4},
+    "svft": {"off_diag": 4},
+    "vb-lora": {"rank": 4, "vectors": 90},
+}
+
+
+def described(kind: str) -> Description:
+    """A kind on a 768×768 Linear, with the options of the table."""
+    return pk.describe(kind, 768, 768, **COUNTED.get(kind, {}))
+
+
+def _options(found: Description) -> str:
+    """The options that say how many numbers there are: those given, or rank and the like as they are by default."""
+    given = COUNTED.get(found.kind) or {
+        name: found.options[name]
+        for name in ("rank", "block_size", "factor", "frequencies")
+        if found.options.get(name) is not None
+    }
+    return f"`{', '.join(f'{name}={value}' for name, value in given.items())}`" if given else ""
+
+
+def adapters_table() -> str:
+    """What the kinds of README.md are, with what they train on a 768×768 Linear."""
+    rows = ["| adapter | ΔW | options | parameters | use it when |", "| --- | --- | --- | ---: | --- |"]
+    for found in map(described, STRUCTURES):
+        names = ", ".join(f"`{name}`" for name in (found.kind, *found.aliases) if "_" not in name)
+        facts = found.facts
+        rows.append(f"| {names} | {facts.formula} | {_options(found)} | {found.parameters:,} | {facts.when} |")
     return "\n".join(rows)
+
+
+def kinds_tables() -> str:
+    """All kinds by family: what they are, what files of them hold, what others call them, and their papers."""
+    own = [kind for kind in pk.kinds() if registry.get(kind).__module__.startswith("peftkit.")]
+    found = [described(kind) for kind in own]
+    head = ["| adapter | ΔW | options | parameters | use it when | in files | in PEFT | in LyCORIS | source |"]
+    head.append("| --- | --- | --- | ---: | --- | --- | --- | --- | --- |")
+    parts: list[str] = []
+    for family in FAMILIES:
+        rows = [_kind_row(one) for one in found if one.facts.family == family]
+        parts += [f"**{family.capitalize()}**", "", *head, *rows, ""]
+    return "\n".join(parts).rstrip()
+
+
+def _kind_row(found: Description) -> str:
+    others = " ".join(f"`{name}`" for name in found.aliases if "_" not in name)
+    facts, paper = found.facts, found.paper.rpartition("/")[2]
+    cells = [
+        f"[`{found.kind}`]({found.kind}.md) {others}".rstrip(),
+        facts.formula,
+        _options(found),
+        f"{found.parameters:,}",
+        facts.when,
+        _in_files(found.kind),
+        facts.peft and f"`{facts.peft}`",
+        facts.lycoris,
+        f"[{paper}]({found.paper})",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _in_files(kind: str) -> str:
+    """What programs get, of the first row of the table on the kind's page."""
+    page = (ROOT / "docs" / "algorithms" / f"{kind}.md").read_text()
+    table = page.partition("<!-- support -->")[2].strip().splitlines()
+    titles, cells = ([cell.strip() for cell in line.strip("|").split("|")][1:] for line in (table[0], table[2]))
+    groups: dict[str, list[str]] = {}
+    for title, cell in zip(titles, cells, strict=True):
+        groups.setdefault(cell.rstrip("⁰¹²³⁴⁵⁶⁷⁸⁹˒"), []).append(title)
+    if len(groups) == 1:
+        return next(iter(groups))
+    *few, most = sorted(groups, key=lambda how: len(groups[how]))
+    return "; ".join([*(f"{how} in {', '.join(groups[how])}" for how in few), f"{most} elsewhere"])
 
 
 def digits_table(measured: dict[str, dict[str, Any]]) -> str:
@@ -429,10 +434,10 @@ def compared(name: str) -> list[Row]:
 #: document -> generated part -> what makes it; these take seconds together
 MEASURED: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
-        "adapters": lambda: adapters_table(),
+        "adapters": adapters_table,
         "headlines": lambda: headlines(compared("unet"), compared("merge"), compared("step")),
     },
-    "docs/algorithms/index.md": {"adapters": lambda: adapters_table([*ADAPTERS, *METHODS])},
+    "docs/algorithms/index.md": {"adapters": kinds_tables},
     "docs/guides/families.md": {"families": family_table.table},
     "docs/benchmarks/training.md": {
         "step": lambda: step_table(compared("step")),
@@ -474,7 +479,7 @@ def renewed(document: str, parts: dict[str, Callable[[], str]]) -> str:
 
 
 def main() -> None:
-    for document, parts in [*MEASURED.items(), *support().items()]:
+    for document, parts in [*support().items(), *MEASURED.items()]:  # the table of kinds reads those of their pages
         (ROOT / document).write_text(renewed(document, parts))
     if not (DEMO / "table.json").exists():
         print("no out/digits/table.json: run make demo to renew the table of the digits")

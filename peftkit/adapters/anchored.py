@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.frame import frame
 from peftkit.adapters.options import factory, limited_rank, rank_scale, require, times, uniform_fan_in_
 from peftkit.adapters.pair import Pair
@@ -56,6 +57,12 @@ class AnchoredLoRA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2404.02948"
+    facts: ClassVar[Facts] = Facts(
+        "low rank",
+        "γ·(B·A − B₀·A₀)",
+        "LoRA learns slowly: PiSSA's, MiLoRA's or OLoRA's start",
+        peft='LoraConfig(init_lora_weights="pissa")',
+    )
     convention: ClassVar[str] = "gamma*((up0+up)@(down0+down)-up0@down0)"
     on_another_base: ClassVar[str] = (
         "is made of the first base's own factors, which this file does not hold: save it with portable=True"

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.form import Additive, Form
 from peftkit.adapters.in_common import Common, held_together
 from peftkit.adapters.pair import Pair
@@ -32,6 +33,8 @@ class Adapter(nn.Module, ABC):
     kind: ClassVar[str] = ""
     #: where the algorithm is described
     paper: ClassVar[str] = ""
+    #: what tables say of it
+    facts: ClassVar[Facts] = Facts()
     #: what the stored numbers mean; changes with their meaning, so that an old file is refused, never misread
     convention: ClassVar[str] = "1"
     #: whether ΔW depends on the values of W when it is computed; without it, `delta` may be given W in any shape

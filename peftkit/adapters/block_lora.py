@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import factory, rank_scale, require, require_rank, times, uniform_fan_in_
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
@@ -41,6 +42,11 @@ class BlockLoRA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2501.16720"
+    facts: ClassVar[Facts] = Facts(
+        "low rank",
+        "γ·B·[A₁ … A₁]",
+        "the down-projection is to be small; experimental",
+    )
     convention: ClassVar[str] = "gamma*up@repeat(down)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})
     by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.cayley import bound_on_norm, bounded, cayley, skew_blocks, upper_triangle
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.form import Form, first_reason, per_row
 from peftkit.adapters.oft import UNBOUNDED, beyond_bound, detached
 from peftkit.adapters.options import factory, require
@@ -84,6 +85,12 @@ class BOFT(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.06243"
+    facts: ClassVar[Facts] = Facts(
+        "rotations",
+        "(R_t ⋯ R_1 − I)·W",
+        "OFT's blocks are too far apart, and more time a step is there",
+        lycoris="boft",
+    )
     convention: ClassVar[str] = "stages of cayley(I+Q)(I-Q)^-1 on outputs,upper triangle row by row"
     reads_base = True
     on_another_base: ClassVar[str] = "rotates the new base the same way"

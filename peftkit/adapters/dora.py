@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter, Stored
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.form import Form, PeftConfig, per_channel, per_row
 from peftkit.adapters.options import require
 from peftkit.delta import Decomposed, Delta, LowRank
@@ -95,6 +96,13 @@ class DoRA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.09353"
+    facts: ClassVar[Facts] = Facts(
+        "scales",
+        "t·(W + γ·B·A) − W, t = μ/‖W + γ·B·A‖",
+        "LoRA falls short of full fine-tuning, and memory for one more output a layer is there",
+        peft="LoraConfig(use_dora=True)",
+        lycoris="lora with weight_decompose",
+    )
     convention: ClassVar[str] = "magnitude/base_norm*norm(W)/norm(W+V)*(W+V)-W"
     reads_base = True
     resizable: ClassVar[frozenset[str]] = frozenset({"detach_norm"})

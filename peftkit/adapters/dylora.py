@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import factory, rank_scale, require, require_rank, times, uniform_fan_in_
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
@@ -44,6 +45,12 @@ class DyLoRA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.07558"
+    facts: ClassVar[Facts] = Facts(
+        "low rank",
+        "γ·B[:, :b]·A[:b]",
+        "the rank is to be chosen after training",
+        lycoris="dylora",
+    )
     convention: ClassVar[str] = "gamma*up[:,:b]@down[:b]"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})
     by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import factory, require
 from peftkit.adapters.peft_form import PeftForm
 from peftkit.adapters.registry import register
@@ -55,6 +56,12 @@ class FourierFT(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.03003"
+    facts: ClassVar[Facts] = Facts(
+        "frozen factors",
+        "s·Re(ifft2(C))",
+        "a thousand numbers a layer must do, of any rank",
+        peft="FourierFTConfig",
+    )
     convention: ClassVar[str] = "s*Re(ifft2(spectrum at indices))"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"spectrum"})
     decays = frozenset({"spectrum"})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.form import Additive, Form, PeftConfig, first_reason
 from peftkit.adapters.options import factory, require
 from peftkit.adapters.registry import register
@@ -75,6 +76,12 @@ class Full(Adapter):
     """
 
     paper: ClassVar[str] = "https://github.com/KohakuBlueleaf/LyCORIS"
+    facts: ClassVar[Facts] = Facts(
+        "whole matrices",
+        "M",
+        "nothing is to be restricted, and a matrix of the weight's size may be trained",
+        lycoris="full",
+    )
     convention: ClassVar[str] = "change"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"change"})
     decays = frozenset({"change"})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.form import Form, first_reason
 from peftkit.adapters.options import factory, rank_scale, require_rank, uniform_fan_in_
 from peftkit.adapters.registry import register
@@ -81,6 +82,12 @@ class GLoRA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.07967"
+    facts: ClassVar[Facts] = Facts(
+        "low rank",
+        "γ·(W·A₁·A₂ + B₁·B₂)",
+        "the change should follow the base it is put on",
+        lycoris="glora",
+    )
     convention: ClassVar[str] = "gamma*(W@base_up@base_down+up@down)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"base_up", "up"})
     by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.form import Form, first_reason, per_channel
 from peftkit.adapters.options import factory, require
 from peftkit.adapters.registry import register
@@ -66,6 +67,13 @@ class IA3(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.05638"
+    facts: ClassVar[Facts] = Facts(
+        "scales",
+        "diag(w)·W",
+        "one gain a channel must do",
+        peft="IA3Config",
+        lycoris="ia3",
+    )
     convention: ClassVar[str] = "gate*W"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"gate"})
     reads_base = True

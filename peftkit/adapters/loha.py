@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.form import Additive, PeftConfig
 from peftkit.adapters.lora import tucker_down
 from peftkit.adapters.options import factory, rank_scale, require, require_kernel, require_rank, times, uniform_fan_in_
@@ -74,6 +75,13 @@ class LoHa(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2108.06098"
+    facts: ClassVar[Facts] = Facts(
+        "products",
+        "γ·(B₁·A₁) ⊙ (B₂·A₂)",
+        "a rank up to r² is wanted for twice a LoRA's numbers",
+        peft="LoHaConfig",
+        lycoris="loha",
+    )
     convention: ClassVar[str] = "gamma*(up1@down1)*(up2@down2)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up1"})
     by_row: ClassVar[frozenset[str] | None] = frozenset({"up1", "up2"})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter, Stored, placeholder_weight
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.form import Additive, PeftConfig
 from peftkit.adapters.lora import tucker_down
 from peftkit.adapters.options import (
@@ -169,6 +170,13 @@ class LoKr(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.10650"
+    facts: ClassVar[Facts] = Facts(
+        "products",
+        "γ·C ⊗ D",
+        "files are to be small, and little of the base is to change",
+        peft="LoKrConfig",
+        lycoris="lokr",
+    )
     convention: ClassVar[str] = "gamma*kron(outer,block)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"outer", "outer_left"})
     resizable: ClassVar[frozenset[str]] = frozenset(

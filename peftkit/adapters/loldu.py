@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import factory, limited_rank, rank_scale, require
 from peftkit.adapters.registry import register
 from peftkit.delta import DiagonalLowRank, LowRank
@@ -55,6 +56,11 @@ class LoLDU(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.13618"
+    facts: ClassVar[Facts] = Facts(
+        "factors of the base",
+        "P·L·diag(σ·z − σ₀·z₀)·U",
+        "a few hundred numbers a layer must do, on one known base",
+    )
     convention: ClassVar[str] = "P@L*(sigma*z-sigma0*z0)@U"
     on_another_base: ClassVar[str] = (
         "is made of the first base's own LDU factors, which this file does not hold: save it with portable=True"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.form import Additive, PeftConfig
 from peftkit.adapters.options import (
     factory,
@@ -97,6 +98,13 @@ class LoRA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
+    facts: ClassVar[Facts] = Facts(
+        "low rank",
+        "γ·B·A",
+        "every program has to read the file; a good default",
+        peft="LoraConfig",
+        lycoris="lora, locon",
+    )
     convention: ClassVar[str] = "gamma*up@down"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})
     by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import factory, rank_scale, require_rank, times, uniform_fan_in_
 from peftkit.adapters.pair import Pair
 from peftkit.adapters.registry import register
@@ -42,6 +43,11 @@ class LoRAFA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2308.03303"
+    facts: ClassVar[Facts] = Facts(
+        "low rank",
+        "γ·B·A, A frozen",
+        "memory for activations is short",
+    )
     convention: ClassVar[str] = "gamma*up@down"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})
     by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.frame import frame
 from peftkit.adapters.options import factory, limited_rank, rank_scale, require, times
 from peftkit.adapters.registry import register
@@ -45,6 +46,11 @@ class LoRAXS(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.17604"
+    facts: ClassVar[Facts] = Facts(
+        "factors of the base",
+        "γ·U·R·S·Vᵀ",
+        "r² numbers a layer must do, whatever its size",
+    )
     convention: ClassVar[str] = "gamma*U@core@S@V"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"core"})
     on_another_base: ClassVar[str] = (

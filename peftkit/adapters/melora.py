@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import factory, rank_scale, require, require_rank, times, uniform_fan_in_
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
@@ -41,6 +42,11 @@ class MELoRA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.17263"
+    facts: ClassVar[Facts] = Facts(
+        "low rank",
+        "γ·blockdiag(B_i·A_i)",
+        "a higher rank is wanted for the same numbers, and blocks need not mix",
+    )
     convention: ClassVar[str] = "gamma*blockdiag(up@down)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})
     starts_at_zero = frozenset({"up"})

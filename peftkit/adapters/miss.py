@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import factory, limited_rank, require
 from peftkit.adapters.peft_form import PeftForm
 from peftkit.adapters.registry import register
@@ -49,6 +50,12 @@ class MiSS(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.15371"
+    facts: ClassVar[Facts] = Facts(
+        "low rank",
+        "Dᵀ·[I … I]",
+        "a fast start is wanted with half of LoRA's numbers",
+        peft="MissConfig",
+    )
     convention: ClassVar[str] = "block.T@[I I ...], or W@block+block"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"block"})
     decays = frozenset({"block"})

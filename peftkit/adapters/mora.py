@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import factory, require, require_rank
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
@@ -45,6 +46,11 @@ class MoRA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.12130"
+    facts: ClassVar[Facts] = Facts(
+        "whole matrices",
+        "M[i mod k, j mod k]",
+        "new facts are to be learned, at a high rank",
+    )
     convention: ClassVar[str] = "expand@core@compress, wrapped"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"core"})
     decays = frozenset({"core"})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import factory, rank_scale, require, require_rank, times, uniform_fan_in_
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
@@ -41,6 +42,11 @@ class MosLoRA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.11909"
+    facts: ClassVar[Facts] = Facts(
+        "low rank",
+        "γ·B·M·A",
+        "LoRA of the same rank learns too slowly, and one more r×r matrix may cost a little",
+    )
     convention: ClassVar[str] = "gamma*up@mixer@down"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})
     by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.cayley import bound_on_norm, bounded, cayley, cayley_series, skew_blocks, upper_triangle
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.form import Form, PeftConfig, first_reason, per_row
 from peftkit.adapters.options import factory, require
 from peftkit.adapters.registry import register
@@ -140,6 +141,13 @@ class OFT(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.07280"
+    facts: ClassVar[Facts] = Facts(
+        "rotations",
+        "(R − I)·W",
+        "norms and angles between neurons must stay",
+        peft="OFTConfig",
+        lycoris="diag-oft",
+    )
     convention: ClassVar[str] = "cayley(I+Q)(I-Q)^-1,upper triangle row by row"
     reads_base = True
     on_another_base: ClassVar[str] = "rotates the new base the same way"

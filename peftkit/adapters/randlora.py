@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.bank import bank
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import factory, rank_scale, require, require_rank
 from peftkit.adapters.peft_form import PeftForm
 from peftkit.adapters.registry import register
@@ -55,6 +56,12 @@ class RandLoRA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.00987"
+    facts: ClassVar[Facts] = Facts(
+        "frozen factors",
+        "γ·Σ B_j·diag(Λ_j)·A·diag(Γ_j)",
+        "full rank is wanted for few numbers, and time is not short",
+        peft="RandLoraConfig",
+    )
     convention: ClassVar[str] = "gamma*sum(B@diag(lambda)@A@diag(gamma)), paper's pairing, bank 1"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"lambdas"})
     starts_at_zero = frozenset({"lambdas"})

@@ -64,6 +64,11 @@ def kinds() -> tuple[str, ...]:
     return tuple(_CLASSES)
 
 
+def aliases(kind: str) -> tuple[str, ...]:
+    """Return the other names of a registered kind."""
+    return tuple(alias for alias, name in _ALIASES.items() if name == kind)
+
+
 def get(kind: str) -> type[Adapter]:
     """Return the class that is registered under a name or an alias.
 

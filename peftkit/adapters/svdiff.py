@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.frame import frame
 from peftkit.adapters.options import factory
 from peftkit.adapters.registry import register
@@ -37,6 +38,11 @@ class SVDiff(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2303.11305"
+    facts: ClassVar[Facts] = Facts(
+        "factors of the base",
+        "U·diag(max(S + δ, 0) − S)·Vᵀ",
+        "there are a few images, and little is to change",
+    )
     convention: ClassVar[str] = "U@diag(max(S+shift,0)-S)@V"
     on_another_base: ClassVar[str] = (
         "is made of the first base's own singular vectors, which this file does not hold: save it with portable=True"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import factory, rank_scale, require, require_rank, uniform_fan_in_
 from peftkit.adapters.peft_form import PeftForm
 from peftkit.adapters.registry import register
@@ -43,6 +44,12 @@ class SVDLoRA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2303.10512"
+    facts: ClassVar[Facts] = Facts(
+        "low rank",
+        "γ·P·diag(λ)·Q",
+        "ranks are to be pruned while training",
+        peft="AdaLoraConfig",
+    )
     convention: ClassVar[str] = "gamma*up@diag(gate)@down"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"gate"})
     by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.frame import frame, orthonormal
 from peftkit.adapters.options import factory, require
 from peftkit.adapters.registry import register
@@ -50,6 +51,11 @@ class SVFT(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.19597"
+    facts: ClassVar[Facts] = Facts(
+        "factors of the base",
+        "U·M·Vᵀ, M sparse",
+        "SVDiff is too little, and its directions should mix",
+    )
     convention: ClassVar[str] = "U@M@V, M[indices]=entries"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"entries"})
     on_another_base: ClassVar[str] = (

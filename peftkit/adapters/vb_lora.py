@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.bank import bank
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import Factory, factory, require, require_rank
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
@@ -53,6 +54,12 @@ class VBLoRA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.15179"
+    facts: ClassVar[Facts] = Facts(
+        "frozen factors",
+        "B·A − B₀·A₀, in pieces of one bank",
+        "many layers are to learn from few numbers in common",
+        peft="VBLoRAConfig",
+    )
     convention: ClassVar[str] = "mixed(logits_up)@mixed(logits_down)-start, bank 1"
     shares: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({"bank": ("seed", "bound")})
     chosen_up: Tensor

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.bank import bank
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import factory, require_rank
 from peftkit.adapters.peft_form import PeftForm
 from peftkit.adapters.registry import register
@@ -47,6 +48,12 @@ class VeRA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.11454"
+    facts: ClassVar[Facts] = Facts(
+        "frozen factors",
+        "diag(b)·B·diag(d)·A",
+        "files of a few kilobytes are wanted, many of them",
+        peft="VeraConfig",
+    )
     convention: ClassVar[str] = "diag(b)@B@diag(d)@A, bank 1"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"lambda_b"})
     starts_at_zero = frozenset({"lambda_b"})

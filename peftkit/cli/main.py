@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from peftkit._version import __version__
-from peftkit.cli import adapters, bench, checkpoints, monitor, reports
+from peftkit.cli import adapters, bench, checkpoints, kinds, monitor, reports
 from peftkit.cli.options import grouped
 from peftkit.cli.terminal import OUT
 
@@ -29,6 +29,7 @@ COMMANDS = {
     "resize": adapters.resize,
     "rescale": adapters.rescale,
     "combine": adapters.combine,
+    "kinds": kinds.kinds,
 }
 for name, command in COMMANDS.items():
     # a factor of rescale may be negative, and is no option then

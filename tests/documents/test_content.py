@@ -37,6 +37,8 @@ def test_every_kind_has_a_page_that_states_its_options_and_their_defaults(kind: 
     assert f"({kind}.svg)" in page and (DOCS / "algorithms" / f"{kind}.svg").is_file()
     assert page.count("$$") == 2
     assert registry.get(kind).paper in page
+    when = page.partition("## When to use it\n\n")[2].partition("\n\n")[0]
+    assert len(when.split()) > 20 and when.endswith(".")
     assert f"**On another base** it {registry.get(kind).on_another_base}." in page or kind in ("loldu", "dora")
     assert f"algorithms/{kind}.md" in (ROOT / "mkdocs.yml").read_text()
 
