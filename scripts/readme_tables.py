@@ -54,6 +54,7 @@ COUNTED: dict[str, dict[str, Any]] = {
     "block-lora": {"rank": 8, "blocks": 4},
     "svft": {"off_diag": 4},
     "vb-lora": {"rank": 4, "vectors": 90},
+    "tiny-lora": {"size": 13},
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.bank import bank
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import factory, rank_scale, require_rank, times
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
@@ -46,6 +47,11 @@ class TiedLoRA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.09578"
+    facts: ClassVar[Facts] = Facts(
+        "frozen factors",
+        "γ·diag(v)·B·diag(u)·A",
+        "layers are many and equal, and B and A may be one pair for all of them",
+    )
     convention: ClassVar[str] = "gamma*diag(v)@up@diag(u)@down"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"v"})
     by_row: ClassVar[frozenset[str] | None] = frozenset({"up", "v"})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.bank import drawn
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.facts import Facts
 from peftkit.adapters.frame import frame
 from peftkit.adapters.options import factory, limited_rank, require
 from peftkit.adapters.registry import register
@@ -48,6 +49,12 @@ class TinyLoRA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2602.04118"
+    facts: ClassVar[Facts] = Facts(
+        "factors of the base",
+        "U·√S·(Σ v_i·P_i)·√S·Vᵀ",
+        "a dozen numbers for the whole model must do, as under reinforcement learning",
+        peft="TinyLoraConfig",
+    )
     convention: ClassVar[str] = "U@sqrt(S)@sum(vector*P)@sqrt(S)@V, bank 1"
     on_another_base: ClassVar[str] = (
         "is made of the first base's own singular vectors, which this file does not hold: save it with portable=True"
