@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,13 +24,11 @@ class Common:
     _before = 0
 
     def follow(self, adapter: Adapter, name: str, before: nn.Parameter | None) -> None:
-        """Let an adapter hold what the others do, after torch has put another parameter in the place of `before`."""
+        """Let an adapter hold what the others do, where torch has put another parameter in the place of `before`."""
         parameters = own_parameters(adapter)
-        if parameters[name] is before:
-            return
         if self._now is not None and before is not self._now and id(before) == self._before:
             parameters[name] = self._now
-        else:
+        elif parameters[name] is not before:
             self._before, self._now = id(before), parameters[name]
 
     def __getstate__(self) -> None:
@@ -78,3 +76,17 @@ def held_together(adapter: Adapter) -> Iterator[None]:
     yield
     for name, mark in adapter.common.items():
         mark.follow(adapter, name, before[name])
+
+
+def borrow_(adapters: Iterable[Adapter]) -> None:
+    """Leave each common parameter in the state dict of a model to the first of its adapters. adapters: in its order."""
+    before: set[Common] = set()
+    for adapter in adapters:
+        for _, part in adapter.parts():
+            part.borrowed = frozenset(name for name, mark in part.common.items() if mark in before)
+            before.update(part.common.values())
+
+
+def borrowed_keys(adapter: Adapter) -> frozenset[str]:
+    """Return the keys of an adapter's parameters that a state dict of its model has at another adapter."""
+    return frozenset(own.key for own in shareable(adapter) if own.name in own.part.borrowed)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from peftkit.adapters.in_common import borrowed_keys
 from peftkit.errors import FullCheckpointError, MergeStateError, MismatchError, UnknownAdapterError, WrongBaseError
 from peftkit.files.base import Base, open_base
 from peftkit.files.bind import alike, shown
@@ -80,7 +81,6 @@ def take(
         _find(found, checkpoint, stored, prefix, site, own)
     for own in base_parameters(model):
         _find_beside(found, checkpoint, stored.get(prefix + own.name), own)
-    _require_agreeing(found, adapters)
     report = _report(found, name, _strangers(stored, prefix, name, adapters))
     if not report.loaded or (strict and not report.complete):
         raise MismatchError(
@@ -119,7 +119,9 @@ def _installed(model: nn.Module, path: object, name: str) -> dict[str, dict[str,
         if merged is not None and name in merged.names:
             raise MergeStateError(f"{name!r} is merged into {at.site or 'the model'}: restore(model) before loading it")
         before = dotted(hosts[id(at.host)], at.key)
-        found[at.site] = {f"{before}.{key}": tensor for key, tensor in at.adapter.state_dict().items()}
+        elsewhere = borrowed_keys(at.adapter)
+        own = {key: tensor for key, tensor in at.adapter.state_dict().items() if key not in elsewhere}
+        found[at.site] = {f"{before}.{key}": tensor for key, tensor in own.items()}
     if not found:
         raise FullCheckpointError(
             f"{path} is a full checkpoint of a model with the adapter {name!r}, which says neither its kind nor its "
@@ -151,15 +153,6 @@ def _find(
     if not (lost or unlike or endless):
         found.values += [(own[key], value) for key, value in values.items()]
         found.loaded.append(site)
-
-
-def _require_agreeing(found: _Found, adapters: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Note where a checkpoint has different values for a tensor that several adapters of the model share."""
-    names = {id(tensor): key for own in adapters.values() for key, tensor in own.items()}
-    first: dict[tuple[int, torch.Size], Tensor] = {}
-    for tensor, value in found.values:
-        if not torch.equal(first.setdefault((tensor.data_ptr(), tensor.shape), value), value):
-            found.mismatched.append(f"{names[id(tensor)]}: other adapters, which share it, have other numbers for it")
 
 
 def _find_beside(found: _Found, checkpoint: Base, key: str | None, own: BaseParameter) -> None:

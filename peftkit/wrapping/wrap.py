@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
+from peftkit.adapters.in_common import borrowed_keys
 from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.classes import as_wrapped, become_
@@ -64,7 +65,8 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
         name: of the adapter; may be left out where there is only one.
 
     Returns:
-        Name -> tensor. `peftkit.save` writes them to a file with what it takes to read them back.
+        Name -> tensor; one that several layers share comes once, at the first. `peftkit.save` writes them to a file
+        with what it takes to read them back.
 
     Raises:
         UnknownAdapterError: there is no adapter of that name, or several and none is named.
@@ -79,6 +81,7 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
         dotted(at.site, key): tensor
         for at in installed_adapters(model, [one_name(model, name)])
         for key, tensor in at.adapter.state_dict().items()
+        if key not in borrowed_keys(at.adapter)
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftkit as pk
@@ -154,10 +154,34 @@ def test_a_full_checkpoint_fills_the_shared_parameter(kind: str, tmp_path: Path)
     twin = wrapped(kind)
     pk.load(twin, path)
     assert torch.equal(twin(X), model(X)) and is_shared(kind, twin)
-    key = next(key for key in state if key.startswith("2.") and key.endswith(f".{SHARING[kind][1][0]}"))
-    state[key] += 1
-    with pytest.raises(MismatchError, match="other adapters, which share it, have other numbers for it"):
-        pk.load(twin, write(tmp_path / "apart.safetensors", state))
+    apart = net()
+    for site in ("0", "2", "3"):
+        pk.wrap(apart, kind, targets=site, **SHARING[kind][0])
+    with pytest.raises(MismatchError, match=r"unexpected \(\d\)(?s:.)*the model has no such adapter"):
+        pk.load(twin, write(tmp_path / "apart.safetensors", apart.state_dict()))
+
+
+@kinds
+def test_a_state_dict_of_the_model_has_it_once(kind: str, tmp_path: Path) -> None:
+    """Under the name that named_parameters gives it, whichever layer was wrapped first; safetensors take it as it is."""
+    model = net()
+    pk.wrap(model, kind, targets=["3", "0", "2"], **SHARING[kind][0])
+    train(model)
+    state = model.state_dict()
+    assert {key for key, parameter in model.named_parameters() if parameter.requires_grad} <= {*state}
+    for name in SHARING[kind][1]:
+        assert [key for key in state if key.endswith(f".{name}")] == [f"0.adapters.default.{name}"]
+        assert [key for key in pk.adapter_state_dict(model) if key.endswith(f".{name}")] == [f"0.{name}"]
+        assert all(name in own.state_dict() for own in adapters(model))
+    save_file(state, tmp_path / "state.safetensors")
+    twin = wrapped(kind)
+    twin.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert torch.equal(twin(X), model(X))
+    repeated = {f"2.adapters.default.{name}": adapters(model)[1].get_parameter(name) for name in SHARING[kind][1]}
+    twin.load_state_dict({**state, **repeated}, strict=False)
+    del state[f"0.adapters.default.{SHARING[kind][1][0]}"]
+    with pytest.raises(RuntimeError, match=f"Missing key.*{SHARING[kind][1][0]}"):
+        twin.load_state_dict(state)
 
 
 @kinds
