@@ -184,12 +184,19 @@ class Adapter(nn.Module, ABC):
             del destination[f"{prefix}{name}"]
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         with held_together(self):
-            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args, **kwargs)
         borrowed = {f"{prefix}{name}" for name in self.borrowed}
-        missing[:] = [key for key in missing if key not in borrowed]
+        missing_keys[:] = [key for key in missing_keys if key not in borrowed]
         self._refresh()
         if not self.unset:
             return

@@ -39,7 +39,8 @@ def parameter_groups(
     which ΔW goes to 0: on factors and angles, not on DoRA's magnitudes, on gates or on trained scales.
 
     Trainable parameters beside the adapters, as a new head, are in the groups too: at lr, with weight decay on those
-    of two and more dimensions. What is frozen is left out; what is shared is in one group, once.
+    of two and more dimensions. What is frozen is left out; what is shared is in one group, once, by the first module
+    that has it.
 
     Args:
         model: a wrapped model.
@@ -59,6 +60,7 @@ def parameter_groups(
             starts at 0 beside others; or nothing requires gradients.
         TargetError: a pattern matches no module with trainable parameters, or only what earlier ones have taken.
         UnknownAdapterError: there is no adapter of that name, or none at all.
+        SharedParameterError: a parameter that adapters share has become several.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))

@@ -163,7 +163,7 @@ def test_a_full_checkpoint_fills_the_shared_parameter(kind: str, tmp_path: Path)
 
 @kinds
 def test_a_state_dict_of_the_model_has_it_once(kind: str, tmp_path: Path) -> None:
-    """Under the name that named_parameters gives it, whichever layer was wrapped first; safetensors take it as it is."""
+    """Under the name that named_parameters gives it, whichever layer was wrapped first, as safetensors take it."""
     model = net()
     pk.wrap(model, kind, targets=["3", "0", "2"], **SHARING[kind][0])
     train(model)

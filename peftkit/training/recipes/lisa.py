@@ -26,7 +26,8 @@ class LISA(Recipe):
     Blocks are drawn uniformly, without replacement, from a generator of the rule's own, so that processes with one seed
     draw alike. The adapters of the others have requires_grad False and no gradients, and the optimiser drops its state
     of those that fall asleep: gradients and state take the memory of the blocks that are awake
-    (https://arxiv.org/abs/2403.17919). It is for adapters of every kind; with `full` it is the paper's method.
+    (https://arxiv.org/abs/2403.17919). It is for adapters of every kind; with `full` it is the paper's method. What
+    layers have in common, as the bank of `vb-lora`, is awake with any of them.
 
     The optimiser must have been made with the parameters of all blocks. So must DistributedDataParallel, which averages
     the gradients of what trained when it was made, and no others: make it before the rule is attached, with
@@ -83,6 +84,8 @@ class LISA(Recipe):
         require_option(awake <= len(blocks), "awake", awake, f"at most {len(blocks)}, the number of blocks,")
         #: block -> the parameters of its adapters
         self.blocks = {block: self._parameters(own) for block, own in blocks.items()}
+        sleeping = {site for own in blocks.values() for site in own}
+        self._always = set(self._parameters(site for site in sites if site not in sleeping))
         self._every, self._count = every, awake
         self._generator = torch.Generator().manual_seed(seed)
         self._steps, self._awake = 0, ()
@@ -156,12 +159,13 @@ class LISA(Recipe):
         """Let some blocks train, and free the gradients and the optimiser's state of the others."""
         assert self._optimizer is not None
         self._awake = names
-        for block, own in self.blocks.items():
-            for parameter in own:
-                parameter.requires_grad_(block in names)
-        for parameter in (p for block, own in self.blocks.items() if block not in names for p in own):
-            parameter.grad = None
-            self._optimizer.state.pop(parameter, None)
+        # What layers have in common is awake with any of them
+        awake = self._always.union(*(self.blocks[block] for block in names))
+        for parameter in dict.fromkeys(p for own in self.blocks.values() for p in own):
+            parameter.requires_grad_(parameter in awake)
+            if parameter not in awake:
+                parameter.grad = None
+                self._optimizer.state.pop(parameter, None)
 
 
 def _blocks(sites: Iterable[str]) -> dict[str, list[str]]:
