@@ -49,7 +49,7 @@ def merge(
         from peftkit.files.formats.disk import require_output
 
         require_output(output.out, [base, rebase.origin, *given], output.force)
-        reports.plan(base, adapters, rebase, part, reading, dtype, output.every, output.as_json)
+        reports.plan_of_merge(base, adapters, rebase, part, reading, dtype, output.every, output.as_json)
         output.conclude()
         return
     from peftkit.files.merge import merge_checkpoint

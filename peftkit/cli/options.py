@@ -44,13 +44,12 @@ def among(*names: str, words: tuple[str, ...], help: str = "") -> Any:
 
 File = Annotated[str, typer.Argument(help="An adapter file, a folder of PEFT, or its name on the hub.")]
 Checkpoint = Annotated[Path, typer.Argument(help="The checkpoint: a file, a folder of shards, or of a pipeline.")]
-Adapters = Annotated[
-    list[str],
-    typer.Argument(
-        help="FILE, FILE=NUMBER, FILE=PATTERN=NUMBER,… or FILE=RULES.json, which holds {pattern: number}.",
-        metavar="FILE[=STRENGTH]...",
-    ),
-]
+_ADAPTERS = typer.Argument(
+    help="FILE, FILE=NUMBER, FILE=PATTERN=NUMBER,… or FILE=RULES.json, which holds {pattern: number}.",
+    metavar="FILE[=STRENGTH]...",
+)
+Adapters = Annotated[list[str], _ADAPTERS]
+AnyAdapters = Annotated[list[str] | None, _ADAPTERS]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 All = Annotated[bool, typer.Option("--all", help="List every module, not one line for all that are alike.")]
 Force = Annotated[
@@ -160,6 +159,34 @@ class PartOptions:
     def given(self) -> dict[str, Any]:
         """As the library's functions take them."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """Ranks of a new adapter within a budget."""
+
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Plan the ranks of a new adapter instead: what it may take, as 5MB.")
+    ] = None
+    kind: Annotated[str | None, typer.Option("--kind", "-k", help="With a budget: the kind, by default lora.")] = None
+    target: Annotated[
+        list[str] | None, typer.Option("--target", help="With a budget: a pattern of weights to adapt.")
+    ] = None
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="With a budget: a pattern of weights to leave out.")
+    ] = None
+    scores: Annotated[
+        Path | None, typer.Option(help="With a budget: JSON of {weight: [what each rank is worth, …]}.")
+    ] = None
+    tuned: Annotated[
+        Path | None,
+        typer.Option(help="With a budget: a fine-tuned checkpoint; its difference says what ranks are worth."),
+    ] = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was given of them, beside the budget itself."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value and name != "budget"}
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from peftkit.cli.options import (
-    Adapters,
     All,
+    AnyAdapters,
     BaseOptions,
+    BudgetOptions,
     Checkpoint,
     Dtype,
     File,
@@ -19,7 +21,8 @@ from peftkit.cli.options import (
     RebaseOptions,
 )
 from peftkit.cli.strengths import strengths
-from peftkit.cli.terminal import dtype_of, show
+from peftkit.cli.terminal import OUT, dtype_of, show
+from peftkit.errors import OptionError
 
 Modules = Annotated[
     bool | None,
@@ -79,18 +82,43 @@ def diff(
 
 def plan(
     base: Checkpoint,
-    adapters: Adapters,
     rebase: RebaseOptions,
     part: PartOptions,
     reading: ReadingOptions,
+    ranks: BudgetOptions,
+    adapters: AnyAdapters = None,
     dtype: Dtype = None,
     every: All = False,
     as_json: Json = False,
 ) -> None:
     """Plan a merge: find the place of every tensor of every file in the base. Writes nothing.
 
+    With --budget, plan the ranks of a new adapter of the base instead.
+
     Example: peftkit plan sd15.safetensors style.safetensors=0.8 face.safetensors=-0.3
     """
+    if ranks.budget is not None:
+        if adapters or rebase != RebaseOptions():
+            raise OptionError("--budget plans a new adapter, and there is none to merge: leave files and --rebase out")
+        _plan_ranks(base, ranks, part, reading, dtype, every, as_json)
+        return
+    if not adapters or ranks.given:
+        which = f"--{next(iter(ranks.given))} is for a new adapter" if ranks.given else "no adapter was given"
+        raise OptionError(f"{which}: name files to merge, or --budget to plan the ranks of a new one")
+    plan_of_merge(base, adapters, rebase, part, reading, dtype, every, as_json)
+
+
+def plan_of_merge(
+    base: Path,
+    adapters: list[str],
+    rebase: RebaseOptions,
+    part: PartOptions,
+    reading: ReadingOptions,
+    dtype: str | None,
+    every: bool,
+    as_json: bool,
+) -> None:
+    """Plan a merge, and print it."""
     from peftkit.files.merge_plan import plan_merge
 
     options = {**rebase.given, **part.given, **reading.given}
@@ -101,3 +129,41 @@ def plan(
         show({**steps, "touched": planned.touched, "left_out": planned.base.copies}, as_json)
     else:
         show(planned, as_json, planned.table(every=every))
+
+
+def _plan_ranks(
+    base: Path,
+    ranks: BudgetOptions,
+    part: PartOptions,
+    reading: ReadingOptions,
+    dtype: str | None,
+    every: bool,
+    as_json: bool,
+) -> None:
+    """Plan the ranks of a new adapter, and print them."""
+    from peftkit.files.ranks import plan_ranks, read_scores
+
+    assert ranks.budget is not None
+    planned = plan_ranks(
+        base,
+        ranks.kind or "lora",
+        ranks.budget,
+        scores=None if ranks.scores is None else read_scores(ranks.scores),
+        tuned=ranks.tuned,
+        targets=ranks.target or "full",
+        exclude=ranks.exclude or (),
+        **part.given,
+        allow_pickle=reading.allow_pickle,
+        dtype=dtype_of(dtype),
+    )
+    weights = {
+        entry.site.name: {"kind": entry.kind, "rank": entry.options.get("rank"), "bytes": entry.bytes}
+        for entry in planned.entries
+    }
+    if as_json:
+        show({"budget": planned.budget, "bytes": planned.bytes, "weights": weights, "why": planned.why}, as_json)
+        return
+    OUT.print(str(planned), soft_wrap=True)
+    for name, why in planned.why.items() if every else ():
+        own = weights.get(name)
+        OUT.print(f"{name}: {own['kind']} {own['rank'] or ''}: {why}" if own else f"{name}: {why}", soft_wrap=True)
