@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from peftkit.files.export.programs import Target
 
 
-_ON_KERNELS = "{} is not known to read GLoRA on a kernel larger than 1"
-
-
 @dataclass(frozen=True)
 class BaseProductForm(Form):
     """ΔW = W·a1·a2 + b1·b2, under alpha = rank, because A1111, whose layout is the old one, ignores alpha."""
@@ -36,11 +33,10 @@ class BaseProductForm(Form):
         return "glora old" if "glora old" in program.reads else "glora"
 
     def refusal(self, program: Target, shape: Shape) -> str:
-        wide = self.a1.shape[1] in (shape.rows, shape.columns)
+        wide = self.a1.shape[1] in (shape.rows, shape.channels)
         return (
             first_reason((wide, "a GLoRA as wide as its weight can be read in two layouts"))
             or program.refusal("glora", shape)
-            or first_reason((shape.positions > 1 and not program.infers_sizes, _ON_KERNELS.format(program.title)))
             or first_reason((self.structure(program) not in program.reads, f"{program.title} has no GLoRA"))
         )
 

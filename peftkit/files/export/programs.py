@@ -220,6 +220,7 @@ _LYCORIS = Target(
     _OUT,
     nonlinear=frozenset({"oft rescaled", "boft", "dora"}),
     tucker=_TUCKER,
+    limits=(Limit("LyCORIS fails on GLoRA of a grouped convolution", structures=frozenset({"glora"}), grouped=True),),
     kohya_metadata=False,
     generic="lycoris_",
     any_model=True,

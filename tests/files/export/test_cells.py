@@ -75,14 +75,27 @@ HOW_ON: Mapping[tuple[str, str, str], str] = {
     ("ia3", "a1111", "conv 1×1"): BAKED,
     ("ia3", "a1111", "conv 3×3"): BAKED,
     ("glora", "a1111", "conv 1×1"): BAKED,
-    **{("glora", target, "conv 3×3"): BAKED for target in ("a1111", "forge", "comfyui")},
+    ("glora", "a1111", "conv 3×3"): BAKED,
     ("oft in", "peft", "conv 3×3"): BAKED,
     ("oft series", "peft", "conv 3×3"): BAKED,
 }
 CELLS = [(a, t, layer) for a in ADAPTERS for layer in LAYERS if exists(a, layer) for t in TARGETS]
 #: One of each structure: what a program makes of a layer depends on nothing else
 STRUCTURES = (
-    *("lora", "lora tucker", "loha", "lokr", "lokr rank", "lokr as told", "loldu", "full", "ia3", "ia3 in", "oft"),
+    *(
+        "lora",
+        "lora tucker",
+        "loha",
+        "lokr",
+        "lokr rank",
+        "lokr as told",
+        "loldu",
+        "full",
+        "ia3",
+        "ia3 in",
+        "glora",
+        "oft",
+    ),
     *("oft in", "boft", "dora", "dora in", "dora of loha", "dora of lokr in", "oft rescaled geodesic"),
 )
 RARE_CELLS = [
