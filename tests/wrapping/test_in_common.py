@@ -248,6 +248,19 @@ def test_an_adapter_inside_another_shares_too() -> None:
 
 
 @kinds
+def test_a_layer_whose_adapter_goes_leaves_what_it_shares_to_the_others(kind: str) -> None:
+    model = wrapped(kind)
+    train(model)
+    pk.resize_(model, {"0": 0})
+    held = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert held and held <= {*model.state_dict()}
+    twin = net()
+    pk.wrap(twin, kind, targets=["2", "3"], **SHARING[kind][0])
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(X), model(X))
+
+
+@kinds
 def test_what_has_come_apart_is_refused(kind: str, tmp_path: Path) -> None:
     model, name = wrapped(kind), SHARING[kind][1][0]
     train(model)
