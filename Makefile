@@ -71,6 +71,7 @@ bench: $(VENV)/ready-dev
 	$(BIN)/python benchmarks/unet.py --save
 	$(BIN)/python benchmarks/transformer.py --peers lycoris,peft --save
 	$(BIN)/python benchmarks/routes.py --save
+	$(BIN)/python benchmarks/starts.py --save
 	$(BIN)/python benchmarks/curves.py --save
 	$(BIN)/peftkit bench step --shapes $(STEPS) --dtype fp32,bf16 --peers lycoris,peft --rounds 3 --json $(RESULTS)/step.json --force
 	$(BIN)/peftkit bench merge --kinds lora,loha,lokr,dora,loldu --shapes sd15-unet --peers lycoris,peft --rounds 3 \

@@ -401,6 +401,38 @@ def shortcuts_table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"| {row['case']} | {next(iter(row['values'].values()))} |" for row in found["rows"])])
 
 
+def starts_table(found: list[Row]) -> str:
+    """How near the first step of each start is to the gradient, what the pass keeps, and how long it takes."""
+    cells = {(row.kind, row.case): row for row in found if row.question == "starts"}
+    layers = list(dict.fromkeys(layer for _, layer in cells))
+    best = [f"{cells['lora-ga', layer].values['best']:.2f}" for layer in layers]
+    lines = [
+        "| start | " + " | ".join(layers) + " | memory | time |",
+        "| --- |" + " ---: |" * (len(layers) + 2),
+        "| best of rank 2r | " + " | ".join(best) + " | 1 | |",
+    ]
+    for how in dict.fromkeys(how for how, _ in cells):
+        own = [cells[how, layer] for layer in layers]
+        shown = [
+            f"{row.values['alignment']:.2f}" + (f" (PEFT {row.values['peft']:.2f})" if "peft" in row.values else "")
+            for row in own
+        ]
+        memory = f"{own[0].values['memory']:.2f}" if own[0].values["memory"] else ""
+        lines.append(f"| {how} | " + " | ".join(shown) + f" | {memory} | {own[0].ratio['ours'].median:.1f} |")
+    unets = [row for row in found if row.question != "starts"]
+    whole = "; ".join(f"{row.kind} {row.values['memory']:.1%}, {row.values['passes']} passes" for row in unets)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Alignment: the cosine of the first step of gradient descent and of the weight's gradient, rank 8. Memory: "
+            "what the pass keeps, over all gradients, and time over one forward and backward pass of the data, both of "
+            f"the Linear layer. On the {unets[0].values['layers']} layers of SD 1.5's U-Net at rank 4, the pass keeps, "
+            f"over the model: {whole} (`python benchmarks/starts.py`).",
+        ]
+    )
+
+
 def headlines(unet: list[Row], merges: list[Row], steps: list[Row]) -> str:
     """Three comparisons with the peers, for README.md."""
     dora = next(row for row in unet if row.kind == "dora")
@@ -439,6 +471,7 @@ MEASURED: dict[str, dict[str, Callable[[], str]]] = {
         "headlines": lambda: headlines(compared("unet"), compared("merge"), compared("step")),
     },
     "docs/algorithms/index.md": {"adapters": kinds_tables},
+    "docs/guides/starts.md": {"starts": lambda: starts_table(compared("starts"))},
     "docs/guides/families.md": {"families": family_table.table},
     "docs/benchmarks/training.md": {
         "step": lambda: step_table(compared("step")),

@@ -77,18 +77,23 @@ class _Probe(Adapter):
 
 
 class _Sketch(_Probe):
-    """ΔW = B·Ω + Ψ·A with B = A = 0: the gradients of B and A are G·Ωᵀ and Ψᵀ·G, k and 2k + 1 numbers a row."""
+    """ΔW = B·Ω + Ψ·A with B = A = 0: the gradients of B and A are G·Ωᵀ and Ψᵀ·G.
+
+    The sketch of the longer side has k rows, and that of the shorter one 2k + 1, which takes the least memory.
+    """
 
     omega: Tensor
     psi: Tensor
 
     def __init__(self, shape: Shape, weight: Tensor, k: int, seed: int) -> None:
         super().__init__()
+        self.wide = shape.columns > shape.rows
+        left, right = _sizes(self.wide, k)
         zero = torch.zeros((), **factory(weight))  # one number in memory: only the gradients are of the full size
-        self.up = nn.Parameter(zero.expand(shape.rows, k))
-        self.down = nn.Parameter(zero.expand(2 * k + 1, shape.columns))
-        self.register_buffer("omega", bank(seed, "start omega", shape.columns, k, zero).mT)
-        self.register_buffer("psi", bank(seed, "start psi", shape.rows, 2 * k + 1, zero))
+        self.up = nn.Parameter(zero.expand(shape.rows, left))
+        self.down = nn.Parameter(zero.expand(right, shape.columns))
+        self.register_buffer("omega", bank(seed, "start omega", shape.columns, left, zero).mT)
+        self.register_buffer("psi", bank(seed, "start psi", shape.rows, right, zero))
 
     def delta(self, weight: Tensor) -> LowRank:
         del weight
@@ -97,15 +102,33 @@ class _Sketch(_Probe):
     def gradient(self) -> Gradient:
         Y, Z = self.up.grad, self.down.grad
         assert Y is not None and Z is not None
-        Y, Z, psi = Y.double(), Z.double(), self.psi.double()
-        Q = torch.linalg.qr(Y)[0]
-        core = torch.linalg.lstsq(psi.mT @ Q, Z).solution  # of G ≈ Q·(QᵀG), as in Tropp et al., arXiv:1609.00048
-        U, S, V = torch.linalg.svd(core, full_matrices=False)
-        # what of G is outside of Q, by the equations that are left over, and what of it got into the core
-        k, rows = core.shape[0], psi.shape[1]
-        outside = float((Z - psi.mT @ (Q @ core)).square().sum()) / (max(rows - k, 1) * _VARIANCE)
-        noise = k * outside / max(rows - k - 1, 1)
-        return Gradient(Q @ U, S, V, max(float(S.square().sum()) - noise, 0.0) + outside, noise)
+        if not self.wide:
+            return _gradient(Y.double(), Z.double(), self.psi.double())
+        turned = _gradient(Z.double().mT, Y.double().mT, self.omega.double().mT)
+        return Gradient(turned.V.mT, turned.S, turned.U.mT, turned.total, turned.noise)
+
+
+def _sizes(wide: bool, k: int) -> tuple[int, int]:
+    """How many columns G·Ωᵀ has, and how many rows Ψᵀ·G."""
+    return (2 * k + 1, k) if wide else (k, 2 * k + 1)
+
+
+def _gradient(Y: Tensor, Z: Tensor, psi: Tensor) -> Gradient:
+    """G from Y = G·Ωᵀ (m, k) and Z = Ψᵀ·G (2k + 1, n): G ≈ Q·(QᵀG), as in Tropp et al., arXiv:1609.00048."""
+    Q = torch.linalg.qr(Y)[0]
+    core = torch.linalg.lstsq(psi.mT @ Q, Z).solution
+    U, S, V = torch.linalg.svd(core, full_matrices=False)
+    # what of G is outside of Q, by the equations that are left over, and what of it got into the core
+    k, rows = core.shape[0], psi.shape[1]
+    outside = float((Z - psi.mT @ (Q @ core)).square().sum()) / (max(rows - k, 1) * _VARIANCE)
+    noise = k * outside / max(rows - k - 1, 1)
+    return Gradient(Q @ U, S, V, max(float(S.square().sum()) - noise, 0.0) + outside, noise)
+
+
+def _is_cheap(shape: Shape, k: int) -> bool:
+    """Whether G itself takes no more than its sketch."""
+    left, right = _sizes(shape.columns > shape.rows, k)
+    return shape.rows * shape.columns <= shape.rows * left + right * shape.columns
 
 
 class _Whole(_Probe):
@@ -145,7 +168,7 @@ def gradients_of(
         backward: computes a loss and calls its backward().
         k: how many singular triples of each are wanted.
         seed: of the random matrices.
-        whole: keep every G itself.
+        whole: keep every G itself, as is done where its sketch would take more.
     """
     if backward is None:
         raise OptionError("backward=None was given, and the gradients of a loss are needed: pass a function")
@@ -170,7 +193,7 @@ def _probing(
             parameter.requires_grad_(False)
         for at, count in zip(found, k, strict=True):
             shape = at.slot.geometry.shape
-            probe = _Whole(shape, at.base) if whole else _Sketch(shape, at.base, count, seed)
+            probe = _Whole(shape, at.base) if whole or _is_cheap(shape, count) else _Sketch(shape, at.base, count, seed)
             at.put_(probe)
             at.host.adapter_state.route = "factored"
             probes.append(probe)

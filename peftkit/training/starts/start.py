@@ -37,7 +37,7 @@ def start(
     backward: Callable[[nn.Module, Any], object] | None = None,
     *,
     name: str | None = None,
-    oversample: int = 4,
+    oversample: int = 8,
     seed: int = 0,
 ) -> StartReport:
     r"""Give adapters the start that their base, or some batches of data, show to be a good one; ΔW stays exactly 0.
@@ -47,7 +47,7 @@ def start(
     over the batches, "lora-ga", "lora-one" and "lora-sb"; of inputs "eva" and "corda". `peftkit.training.starts` has a
     class of each, with its formula, source and numbers, and `LoftQ`, for quantised bases.
 
-    No gradient of a weight is kept: a sketch of (m + 2n)·k numbers a layer is, or of n·k of its inputs, with
+    No gradient of a weight is kept: a sketch of (m + n + min(m, n))·k numbers a layer is, or of n·k of its inputs, with
     k = oversample·r, for every layer that can be adapted. In a group of processes the sketches are summed over all of
     them, each with its own batches: every process gets the same start.
 
@@ -58,7 +58,7 @@ def start(
         backward: called as backward(model, batch), it computes a loss and calls its backward(). Starts made of inputs
             need no backward, and by default call the model with the batch.
         name: of the adapters; by default all.
-        oversample: k/r, 4 by default and at least 2.
+        oversample: k/r, 8 by default and at least 2.
         seed: of the random matrices of the sketch.
 
     Returns:
