@@ -64,7 +64,7 @@ def gradient_energy(
     require_integer("most", most, 1, "an integer")
     with _looking(model, targets, exclude) as found:
         seen, _ = gradients_of(model, found, batches, backward, k=_sizes(found, most), seed=seed)
-    values = [[0.0] * most if own is None else own.energies()[:most].tolist() for own in seen]
+    values = [[0.0] * most if own is None else own.worth()[:most].tolist() for own in seen]
     return dict(zip([at.site for at in found], values, strict=True))
 
 
@@ -110,7 +110,7 @@ def explained_variance(
     require_integer("most", most, 1, "an integer")
     with _looking(model, targets, exclude) as found:
         seen, _ = inputs_of(model, found, batches, call, k=_sizes(found, most), seed=seed)
-    values = [[0.0] * most if own is None else (own.values[:most] / (own.total or 1)).tolist() for own in seen]
+    values = [[0.0] * most if own is None else own.worth()[:most].tolist() for own in seen]
     return dict(zip([at.site for at in found], values, strict=True))
 
 

@@ -103,7 +103,15 @@ def test_ranks_by_explained_variance_are_those_of_peft_s_eva() -> None:
     found = {name: theirs.base_model.model.get_submodule(name).r["default"] for name in ranks}
     assert ranks == found and sum(ranks.values()) == 9
     assert pk.resize_(ours, ranks) == {name: (3, rank) for name, rank in ranks.items() if rank != 3}
+    again = copy.deepcopy(net)
+    pk.wrap(again, "lora", rank=3)
+    report = pk.start(again, "eva", [x], rho=2)
+    assert report.ranks == {name: (3, rank) for name, rank in ranks.items() if rank != 3}
+    assert {name: again.get_submodule(name).adapters["default"].options["rank"] for name in ranks} == ranks  # type: ignore[index, union-attr]
     pk.start(ours, "eva", [x])
+    for name in ranks:
+        first, second = (m.get_submodule(name).adapters["default"].down for m in (ours, again))  # type: ignore[index, union-attr]
+        assert torch.allclose(first.abs(), second.abs(), atol=1e-4)  # type: ignore[union-attr, operator]
 
 
 def test_contribution_is_the_integral_of_the_gradient_along_the_way() -> None:

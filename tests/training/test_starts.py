@@ -330,6 +330,25 @@ def test_loftq_begins_nearer_to_the_weights_before_quantising(kind: str) -> None
         start(model, "loftq")
 
 
+def test_ranks_go_where_the_gradient_is() -> None:
+    """An adapter that gets no rank is taken off; the others start as they would with their new rank."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    with torch.no_grad():
+        model[2].weight.mul_(1e-4)  # so that hardly a gradient comes to the first two
+    before, x, y = model(torch.ones(1, 16)), torch.randn(64, 16), torch.randn(64, 16)
+    pk.wrap(model, "anchored", rank=2, start="given", alpha=4)
+    report = start(model, "lora-ga", [x], lambda m, x: (m(x) - y).square().sum().backward(), rho=3)
+    assert report.ranks == {"0": (2, 0), "1": (2, 0), "2": (2, 6)} and report.modules == 1
+    adapter: Any = model[2].adapters["default"]  # type: ignore[index]
+    assert adapter.scale == 2 and adapter.up0.shape == (16, 6) and type(model[0]) is nn.Linear
+    assert torch.equal(model(torch.ones(1, 16)), before) and "other ranks on 3" in str(report)
+    with pytest.raises(OptionError, match="pissa looks at no data"):
+        start(model, "pissa", rho=2)
+    with pytest.raises(OptionError, match="rho=5 was given, a number from 1 to oversample/2, 4"):
+        start(model, "lora-ga", [x], rho=5)
+
+
 def _started(how: str, batches: list[Tensor]) -> list[Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 24), nn.Conv1d(1, 4, 3))

@@ -41,6 +41,10 @@ class Gradient:
         """Return about σᵢ(G)² (k,), falling."""
         return (self.S.square() - self.noise / len(self.S)).clamp(min=0)
 
+    def worth(self) -> Tensor:
+        """Return what each rank is worth: σᵢ(G)², to which a step of gradient descent lowers the loss in proportion."""
+        return self.energies()
+
     def energy(self, count: int) -> float:
         """Return about the share of ‖G‖² in the first triples."""
         return min(float(self.energies()[:count].sum()) / self.total, 1.0) if self.total > 0 else 0.0

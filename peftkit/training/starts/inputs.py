@@ -24,6 +24,10 @@ class Inputs:
     values: Tensor
     total: float
 
+    def worth(self) -> Tensor:
+        """Return what each rank is worth: the share of the inputs that is in its direction."""
+        return self.values / (self.total or 1.0)
+
     def energy(self, count: int) -> float:
         """Return about the share of the inputs' energy in the first directions."""
         return min(float(self.values[:count].sum()) / self.total, 1.0) if self.total > 0 else 0.0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.errors import OptionError, require_choice, require_integer, require_option
+from peftkit.errors import OptionError, require_choice, require_integer, require_number, require_option
 from peftkit.training.starts.corda import CorDA
 from peftkit.training.starts.eva import EVA
 from peftkit.training.starts.gradients import Gradient, gradients_of
@@ -22,6 +22,8 @@ from peftkit.training.starts.protocol import Seen, Start
 from peftkit.training.starts.report import StartReport
 from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, names_of
 from peftkit.wrapping.pipeline import of_models
+from peftkit.wrapping.resize import resize_
+from peftkit.wrapping.spread import spread
 from peftkit.wrapping.walk import dotted
 
 STARTS: dict[str, type[Start]] = {
@@ -38,6 +40,7 @@ def start(
     *,
     name: str | None = None,
     oversample: int = 8,
+    rho: float = 1.0,
     seed: int = 0,
 ) -> StartReport:
     r"""Give adapters the start that their base, or some batches of data, show to be a good one; ΔW stays exactly 0.
@@ -59,6 +62,9 @@ def start(
             need no backward, and by default call the model with the batch.
         name: of the adapters; by default all.
         oversample: k/r, 8 by default and at least 2.
+        rho: above 1, each adapter may have up to ρ times its rank, and ranks go where data says, as many as before:
+            EVA's redistribution, by the share of the inputs, or by σᵢ(G)² for starts made of gradients. An adapter may
+            lose all of them, and is then taken off.
         seed: of the random matrices of the sketch.
 
     Returns:
@@ -79,31 +85,63 @@ def start(
     """
     method = _method(how)
     require_integer("oversample", oversample, 2, "an integer")
+    require_number("rho", rho)
+    require_option(1 <= rho <= oversample / 2, "rho", rho, f"a number from 1 to oversample/2, {oversample / 2:g}")
     found = list(installed_adapters(model, names_of(model, name)))
     for at in found:
         _require_takes(at, method)
     k = [oversample * at.adapter.options["rank"] for at in found]
-    gradients: Sequence[Gradient | None] = [None] * len(found)
-    inputs: Sequence[Inputs | None] = [None] * len(found)
-    held = 0
-    if method.needs == "gradient":
-        gradients, held = gradients_of(model, found, batches, backward, k=k, seed=seed, whole=method.whole)
-    if method.needs == "inputs":
-        inputs, held = inputs_of(model, found, batches, backward, k=k, seed=seed)
-    for at, gradient, own in zip(found, gradients, inputs, strict=True):
-        _require_seen(at, method, gradient, own)
+    seen, held = _look(model, method, found, batches, backward, k, seed)
+    before = {at.site: at.adapter.options["rank"] for at in found}
+    if rho > 1:
+        worth = {at.site: _worth(own, int(rho * before[at.site]), method) for at, own in zip(found, seen, strict=True)}
+        ranks = spread(worth, dict.fromkeys(worth, 1), sum(before.values()))
+        resize_(model, ranks, name=name)
+        left = {at.site: at for at in installed_adapters(model, names_of(model, name))}
+        kept = [(left[at.site], own) for at, own in zip(found, seen, strict=True) if ranks[at.site]]
+        found, seen = [at for at, _ in kept], [own for _, own in kept]
     draws = torch.Generator().manual_seed(seed)
-    made = [
-        method.factors(_seen(at, draws, gradient, own))
-        for at, gradient, own in zip(found, gradients, inputs, strict=True)
-    ]
+    made = [method.factors(_seen(at, draws, own)) for at, own in zip(found, seen, strict=True)]
     alignment: dict[str, float] = {}
-    for at, (up, down, _), gradient in zip(found, made, gradients, strict=True):
+    for at, (up, down, _), own in zip(found, made, seen, strict=True):
         (at.adapter.begin_ if method.moves else at.adapter.anchor_)(up, down)
-        if gradient is not None:
-            alignment[at.site] = gradient.alignment(up, down, framed=at.adapter.takes_start() == "frame")
+        if isinstance(own, Gradient):
+            alignment[at.site] = own.alignment(up, down, framed=at.adapter.takes_start() == "frame")
     energy = {at.site: own.energy for at, own in zip(found, made, strict=True) if own.energy is not None}
-    return StartReport(method.name, len(found), energy, alignment, held)
+    after = {at.site: at.adapter.options["rank"] for at in found}
+    changed = {site: (rank, after.get(site, 0)) for site, rank in before.items() if after.get(site, 0) != rank}
+    return StartReport(method.name, len(found), energy, alignment, held, changed)
+
+
+def _look(
+    model: nn.Module,
+    method: Start,
+    found: Sequence[InstalledAdapter],
+    batches: Iterable[Any],
+    backward: Callable[[nn.Module, Any], object] | None,
+    k: Sequence[int],
+    seed: int,
+) -> tuple[Sequence[Gradient | Inputs | None], int]:
+    """What the start needs to see of each weight, and how many bytes the pass kept."""
+    if method.needs == "gradient":
+        seen, held = gradients_of(model, found, batches, backward, k=k, seed=seed, whole=method.whole)
+        why = "no gradient came to it: give batches, and a loss of it"
+    elif method.needs == "inputs":
+        seen, held = inputs_of(model, found, batches, backward, k=k, seed=seed)
+        why = "it was not called: give batches"
+    else:
+        return [None] * len(found), 0
+    gone = next((at for at, own in zip(found, seen, strict=True) if own is None), None)
+    if gone is not None:
+        raise OptionError(f"{gone.site or 'the model'}: {why}")
+    return seen, held
+
+
+def _worth(seen: Gradient | Inputs | None, most: int, method: Start) -> list[float]:
+    """What each rank of a weight is worth, of those that it may have."""
+    if seen is None:
+        raise OptionError(f"rho was given, and {method.name} looks at no data that could say where ranks should go")
+    return seen.worth()[:most].tolist()
 
 
 def _method(how: object) -> Start:
@@ -131,15 +169,6 @@ def _require_takes(at: InstalledAdapter, method: Start) -> None:
     require_option(rank <= least, where, rank, f"at most {least}, the singular values of this {shape} weight")
 
 
-def _require_seen(at: InstalledAdapter, method: Start, gradient: Gradient | None, inputs: Inputs | None) -> None:
-    """Raise unless the pass saw what the start needs."""
-    where = at.site or "the model"
-    if method.needs == "gradient" and gradient is None:
-        raise OptionError(f"{where}: no gradient came to it: give batches, and a loss of it")
-    if method.needs == "inputs" and inputs is None:
-        raise OptionError(f"{where}: it was not called: give batches")
-
-
 def _matrix(at: InstalledAdapter, parameter: Tensor) -> Tensor:
     """W (m, n) of a tensor in the place of the adapter's parameter."""
     geometry, part = at.slot.geometry, at.slot.of(parameter)
@@ -151,7 +180,7 @@ def _matrix(at: InstalledAdapter, parameter: Tensor) -> Tensor:
     return geometry.matrix(part)
 
 
-def _seen(at: InstalledAdapter, draws: torch.Generator, gradient: Gradient | None, inputs: Inputs | None) -> Seen:
+def _seen(at: InstalledAdapter, draws: torch.Generator, own: Gradient | Inputs | None) -> Seen:
     host = at.site.removesuffix(at.slot_name).removesuffix(".") if at.slot_name else at.site
     return Seen(
         at.site,
@@ -161,6 +190,6 @@ def _seen(at: InstalledAdapter, draws: torch.Generator, gradient: Gradient | Non
         at.adapter.scale,
         lambda tensor: _matrix(at, tensor),
         draws,
-        gradient,
-        inputs,
+        own if isinstance(own, Gradient) else None,
+        own if isinstance(own, Inputs) else None,
     )
