@@ -28,7 +28,8 @@ class VBLoRA(Adapter):
     `bank` (h, b), from U(±bound), which all layers have in common; `logits_up` (⌈m/b⌉, r, h) and `logits_down`
     (r, ⌈n/b⌉, h), in which each piece starts with the quantiles of N(0, deviation²) in an order of its own. B₀ and A₀
     are B and A at the start, which the paper and PEFT leave in: here ΔW starts at exactly 0, with the same gradients.
-    ΔW is of rank up to 2r. A file has which vectors the start was mixed of.
+    ΔW is of rank up to 2r. A file has the numbers of the vectors that the start was mixed of; −1 where it is left in,
+    as in what PEFT has trained.
 
     Paper: https://arxiv.org/abs/2405.15179.
 
@@ -114,8 +115,9 @@ class VBLoRA(Adapter):
         start, top = _bank(self.seed, h, b, self.bound, self.bank), self.chosen_up.shape[-1]
         largest = _quantiles(h, self.deviation, self.bank).flip(0)[:top]
         s, t = (largest.expand(chosen.shape).contiguous() for chosen in (self.chosen_up, self.chosen_down))
+        start = torch.cat((start, torch.zeros_like(start[:1])))  # of number −1
         # Numbers that `to_empty` leaves are no numbers of vectors
-        i, j = (chosen.long().clamp(0, h - 1) for chosen in (self.chosen_up, self.chosen_down))
+        i, j = (chosen.long().clamp(-1, h - 1) for chosen in (self.chosen_up, self.chosen_down))
         self.up0.copy_(self._up(s, start[i]))
         self.down0.copy_(self._down(t, start[j]))
 
@@ -123,7 +125,7 @@ class VBLoRA(Adapter):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name in ("chosen_up", "chosen_down"):
             chosen, count = state_dict.get(f"{prefix}{name}"), self.bank.shape[-2]
-            if chosen is not None and not chosen.is_meta and not bool(((chosen >= 0) & (chosen < count)).all()):
+            if chosen is not None and not chosen.is_meta and not bool(((chosen >= -1) & (chosen < count)).all()):
                 raise FileError(f"vb-lora: {name} has numbers that are none of the {count} vectors: it is damaged")
 
     def _up(self, logits: Tensor, vectors: Tensor) -> Tensor:

@@ -20,7 +20,16 @@ from peftkit.errors import (
 )
 from peftkit.files import hub
 from peftkit.files.foreign import read_foreign, refuse_unknown, scaled_bias
-from peftkit.files.formats import disk, embeddings, native, peft, peft_config, peft_experts, peft_projections
+from peftkit.files.formats import (
+    disk,
+    embeddings,
+    native,
+    peft,
+    peft_config,
+    peft_experts,
+    peft_projections,
+    peft_shared,
+)
 from peftkit.files.formats.alphas import AlphaOptions
 from peftkit.files.formats.disk import Stamp
 from peftkit.files.formats.patch import AdapterFile, OnDemand, Patch
@@ -195,6 +204,7 @@ def _native(source: Source) -> AdapterFile:
 
 
 def _peft(source: Source, config: Mapping[str, Any]) -> AdapterFile:
+    peft_shared.require_one_vector(source.keys, config)
     modules, unknown = peft.modules(source.keys)
     modules, tables = peft_projections.tables(modules)
     modules, parameters = peft_experts.named(modules, config)
@@ -212,7 +222,7 @@ def _peft(source: Source, config: Mapping[str, Any]) -> AdapterFile:
         if module in tokens:
             return embeddings.tokens_patch(module, source.factor(tokens[module]), config)
         reader = peft_experts if module in parameters else peft
-        return reader.patch(module, shared() | source.factors(modules[module]), config, scale)
+        return reader.patch(module, shared() | source.factors(modules[module], peft_shared.NUMBERS), config, scale)
 
     patches = OnDemand(source.path, [*modules, *tokens], patch)
     vectors = {f"{m}.bias": _shift(patches, m, source.factor(key)) for m, key in shifts.items()}

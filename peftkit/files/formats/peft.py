@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from peftkit.errors import FileError, require_file
-from peftkit.files.formats import embeddings, kohya, peft_methods, peft_multiplicative, peft_projections
+from peftkit.files.formats import embeddings, kohya, peft_methods, peft_multiplicative, peft_projections, peft_shared
 from peftkit.files.formats.kohya import Modules
 from peftkit.files.formats.patch import Patch
 from peftkit.files.formats.peft_config import CONFIG as CONFIG
@@ -28,12 +28,12 @@ _KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 #: the types that train biases of adapted layers (bias="lora_only"), go on embeddings, and are read by servers
 BIASED = ON_EMBEDDINGS = SERVED = ("LORA",)
 #: the types that go on layers whose weight is kept as (in, out), GPT-2's Conv1D, by fan_in_fan_out
-FLIPPED = ("LORA", "IA3", "ADALORA", "VERA", "RANDLORA", "FOURIERFT")
+FLIPPED = ("LORA", "IA3", "ADALORA", "VERA", "RANDLORA", "FOURIERFT", "VBLORA", "TINYLORA")
 #: the types that PEFT does not write as kohya does -> their readers
 _READERS = MappingProxyType(
-    {**peft_multiplicative.READERS, **peft_methods.READERS, **peft_projections.READERS},
+    {**peft_multiplicative.READERS, **peft_methods.READERS, **peft_projections.READERS, **peft_shared.READERS},
 )
-_ENDS = {**embeddings.ENDS, **peft_methods.ENDS, **peft_projections.ENDS}
+_ENDS = {**embeddings.ENDS, **peft_methods.ENDS, **peft_projections.ENDS, **peft_shared.ENDS}
 #: the tensors that PEFT writes, by role
 _ROLES = frozenset(
     {"up", "down", "magnitude", "oft_R", "ia3_l", *_ENDS.values()}

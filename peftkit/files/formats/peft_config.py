@@ -21,7 +21,7 @@ CONFIG = "adapter_config.json"
 #: what is read
 TYPES = (
     *("LORA", "LOHA", "LOKR", "OFT", "IA3", "TRAINABLE_TOKENS"),
-    *("ADALORA", "MISS", "VERA", "RANDLORA", "FOURIERFT"),
+    *("ADALORA", "MISS", "VERA", "RANDLORA", "FOURIERFT", "VBLORA", "TINYLORA"),
 )
 #: the entries of a configuration that are about the model
 _OF_MODEL = ("base_model_name_or_path", "task_type", "auto_mapping", "revision")
