@@ -22,7 +22,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 $(VENV)/ready-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[$*]"
 	touch $@
 
 demo: $(VENV)/ready-demo

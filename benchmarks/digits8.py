@@ -29,15 +29,15 @@ from handwriting.unet import UNet
 FILE = Path(__file__).with_suffix(".safetensors")
 BATCH = 20  # images a step, when an adapter is trained
 HELD_OUT = 150  # of the digits 0 to 7
+LR = {"locon": 4e-3, "loha": 1e-2, "lokr": 4e-3, "loldu": 3e-3, "dora": 4e-3, "oft": 1e-2}
 #: kind -> rules that cover all 40 layers; conv_out has one row and so one pivot, conv_in has nine columns
-RULES: dict[str, list[pk.Rule]] = {kind: recipe.rules for kind, recipe in RECIPES.items()} | {
+RULES: dict[str, list[pk.Rule]] = {kind: RECIPES[kind].rules for kind in LR} | {
     "loldu": [
         pk.Rule("conv_out", "loldu", rank=1),
         pk.Rule("conv_in", "loldu", rank=9),
         pk.Rule("full", "loldu", rank=32),
     ]
 }
-LR = {"locon": 4e-3, "loha": 1e-2, "lokr": 4e-3, "loldu": 3e-3, "dora": 4e-3, "oft": 1e-2}
 
 
 def digits() -> tuple[Tensor, Tensor]:

@@ -143,7 +143,8 @@ def digits_table(measured: dict[str, dict[str, Any]]) -> str:
         "",
         "Held-out loss: of the 490 other nines, on the noisier half of the diffusion's times. Samples: 100 of every "
         f"model, judged by a classifier that is right about {measured['base']['judge accuracy']:.1%} of real digits. "
-        "LoLDU's file carries its base's factors, so that it fits another base; it is small without them.",
+        "The files of LoLDU, LoRA-XS and PiSSA carry their base's factors, so that they fit another base; without them "
+        "they are small.",
     ]
     return "\n".join(rows)
 

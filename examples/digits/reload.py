@@ -1,6 +1,6 @@
 """What a user does with a file: load it in a new process, merge it, restore, and merge it into another base.
 
-    python examples/digits/reload.py FOLDER KIND…
+    python examples/digits/reload.py FOLDER PROCESSES KIND…
 
 demo.py runs this after training. Every claim is checked; the first that does not hold stops it.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,15 @@ def bits(model: nn.Module) -> dict[str, bytes]:
     return {key: tensor.numpy().tobytes() for key, tensor in model.state_dict().items()}
 
 
-def reload(kind: str, folder: Path, judge: Judge) -> tuple[dict[str, Any], Tensor]:
-    """Load, check and sample one file; what was measured, and samples of the merged model."""
+def sampled(path: Path | None = None) -> Tensor:
+    """Draw samples of a base: the demo's own, or that of a file."""
+    torch.set_num_threads(1)
+    return sample(base_model(path) if path else base_model(), SAMPLES)
+
+
+def reload(kind: str, folder: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Load, check and sample one file; what was measured, and samples of the merged model on both bases."""
+    torch.set_num_threads(1)
     held_out = new_digit()[1]
     probe = held_out[:8], torch.arange(8) * 25
     model = base_model()
@@ -72,28 +81,26 @@ def reload(kind: str, folder: Path, judge: Judge) -> tuple[dict[str, Any], Tenso
     pk.load(other, folder / f"{kind}.safetensors", other_base=True)
     pk.merge(other)
     pk.unwrap(other, keep_merged=True)
-    return {
-        "share": judge.share(images),
-        "share on the other base": judge.share(sample(other, SAMPLES)),
-        "merged against wrapped": error,
-        "‖ΔW‖": report.norm,
-    }, images
+    return {"merged against wrapped": error, "‖ΔW‖": report.norm}, images, sample(other, SAMPLES)
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    folder, kinds = Path(sys.argv[1]), sys.argv[2:]
-    judge = Judge()
-    base = sample(base_model(), SAMPLES)
-    other = sample(base_model(folder / "other.safetensors"), SAMPLES)
-    shares = {"share": judge.share(base), "share on the other base": judge.share(other)}
-    results: dict[str, dict[str, Any]] = {"base": {**shares, "judge accuracy": judge.accuracy}}
-    samples = {"base": base[:SHOWN]}
-    for kind in track(kinds, description="reload"):
-        results[kind], images = reload(kind, folder, judge)
-        samples[kind] = images[:SHOWN].contiguous()
+    folder, processes, kinds = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        bases = pool.submit(sampled), pool.submit(sampled, folder / "other.safetensors")
+        reloaded = zip(kinds, pool.map(reload, kinds, [folder] * len(kinds)), strict=True)
+        judge = Judge()
+        found = dict(track(reloaded, description="reload", total=len(kinds)))
+        own, other = (base.result() for base in bases)
+    found = {"base": ({"judge accuracy": judge.accuracy}, own, other), **found}
+    results = {
+        kind: {**measured, "share": judge.share(images), "share on the other base": judge.share(others)}
+        for kind, (measured, images, others) in found.items()
+    }
     (folder / "reload.json").write_text(json.dumps(results))
-    save_file(samples, folder / "samples.safetensors")
+    save_file(
+        {kind: images[:SHOWN].contiguous() for kind, (_, images, _) in found.items()}, folder / "samples.safetensors"
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from torch import nn
 from peftkit.adapters import registry
 from peftkit.adapters.lokr import factorize
 from peftkit.errors import did_you_mean, require_file
+from peftkit.geometry import is_layer, of
 from peftkit.wrapping.preset import Override
+from peftkit.wrapping.sites import slots
 
 #: LyCORIS' algorithms -> kinds
 ALGORITHMS: Mapping[str, str] = {
@@ -30,12 +32,13 @@ class Layer(NamedTuple):
 
 def layer_of(module: nn.Module) -> Layer | None:
     """Return the sizes of a layer that LyCORIS adapts, None of another module. A kernel is known by its first side."""
-    if isinstance(module, nn.Linear):
-        return Layer(module.out_features, module.in_features, 1, False)
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        positions = module.weight[0, 0].numel()
-        return Layer(module.out_channels, module.weight.shape[1], positions, module.kernel_size[0] > 1)
-    return None
+    if not is_layer(module):
+        return None
+    own = slots(module).get("")  # none where a layer cannot be adapted, which `wrap` then says
+    geometry = of(module) if own is None else own.geometry
+    shape = geometry.shape
+    large = bool(shape.kernel) and shape.kernel[0] > 1
+    return None if geometry.transposed else Layer(shape.rows, shape.channels, shape.positions, large)
 
 
 def adapter_of(

@@ -24,7 +24,15 @@ def base_model(path: Path = FILE, patch: int = 2) -> UNet:
 
 
 def train(
-    model: nn.Module, images: Tensor, *, steps: int, lr: float, batch: int, seed: int = 0, decay: float = 0.995
+    model: nn.Module,
+    images: Tensor,
+    *,
+    steps: int,
+    lr: float,
+    batch: int,
+    seed: int = 0,
+    decay: float = 0.995,
+    shown: bool = True,
 ) -> nn.Module:
     """Train all weights by AdamW with one cycle of the learning rate, and return their average over the steps.
 
@@ -36,12 +44,13 @@ def train(
         batch: Images a step, drawn with replacement.
         seed: Of the images, times and noise drawn.
         decay: Of the moving average, per step; it is faster in the beginning.
+        shown: Whether a progress bar is.
     """
     torch.manual_seed(seed)
     average = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    for step in track(range(steps), description=f"training {steps} steps"):
+    for step in track(range(steps), description=f"training {steps} steps", disable=not shown):
         value = loss(model, images[torch.randint(0, len(images), (batch,))])
         optimizer.zero_grad()
         value.backward()

@@ -45,6 +45,8 @@ def draw_runs(logs: dict[str, Path], path: Path) -> None:
     lines = -(-len(logs) // columns)
     figure = Figure(figsize=(WIDTH, 3.3 * lines + 0.4), layout="constrained")
     grid = figure.subplots(2 * lines, columns, sharex=True, height_ratios=(3, 2) * lines, squeeze=False)
+    for unused in grid.reshape(lines, 2, columns).transpose(0, 2, 1).reshape(-1, 2)[len(logs) :].flat:
+        unused.set_visible(False)
     losses = []
     for i, (name, log) in enumerate(logs.items()):
         line, column = divmod(i, columns)
@@ -55,8 +57,9 @@ def draw_runs(logs: dict[str, Path], path: Path) -> None:
         if column == 0:
             above.set_ylabel("CS")
             below.set_ylabel("fluctuation")
-        if line == lines - 1:
+        if i + columns >= len(logs):  # the last of its column
             below.set_xlabel("steps")
+            below.tick_params(labelbottom=True)
         if loss is not None:
             losses.append(loss)
             loss.yaxis.set_major_locator(MaxNLocator(4))
