@@ -269,6 +269,22 @@ PICTURES: dict[str, tuple[Matrix | str, ...]] = {
         "·",
         Matrix("F", "n", "n", "frozen"),
     ),
+    "t-lora": (
+        Matrix("ΔW", "m", "n", "computed"),
+        "= γ (",
+        Matrix("P", "m", "b"),
+        "·",
+        Matrix("λ", "b", "b", "trained", "diagonal"),
+        "·",
+        Matrix("Q", "b", "n"),
+        "−",
+        Matrix("P₀", "m", "b", "frozen"),
+        "·",
+        Matrix("λ₀", "b", "b", "frozen", "diagonal"),
+        "·",
+        Matrix("Q₀", "b", "n", "frozen"),
+        ")",
+    ),
     "dylora": (Matrix("ΔW", "m", "n", "computed"), "= γ", Matrix("B", "m", "b"), "·", Matrix("A", "b", "n")),
 }
 

@@ -58,6 +58,7 @@ METHODS: dict[str, dict[str, str]] = {
     "`tiny-lora`": {"tiny-lora": ""},
     "`fourierft`": {"fourierft": ""},
     "`dylora`": {"dylora": ""},
+    "`t-lora`": {"t-lora": ""},
 }
 #: rows of the table of language models: title -> the case of tests/support/language_cells.py
 OTHER_LAYERS = {

@@ -31,6 +31,7 @@ from peftkit.adapters.registry import register as register
 from peftkit.adapters.svdiff import SVDiff as SVDiff
 from peftkit.adapters.svdlora import SVDLoRA as SVDLoRA
 from peftkit.adapters.svft import SVFT as SVFT
+from peftkit.adapters.t_lora import TLoRA as TLoRA
 from peftkit.adapters.tied_lora import TiedLoRA as TiedLoRA
 from peftkit.adapters.tiny_lora import TinyLoRA as TinyLoRA
 from peftkit.adapters.vb_lora import VBLoRA as VBLoRA

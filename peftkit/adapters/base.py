@@ -88,6 +88,8 @@ class Adapter(nn.Module, ABC):
     stochastic: bool = False
     #: whether training draws how many of its ranks it uses, which `use_prefix` may say for a whole model
     draws_prefixes: ClassVar[bool] = False
+    #: whether the timestep of a diffusion says how many of its ranks it uses, through `use_prefix`
+    follows_timesteps: ClassVar[bool] = False
     #: the parameter that scales each of its ranks, and takes a rank out at 0
     gates: ClassVar[str | None] = None
     #: whether `project_` may move its parameters

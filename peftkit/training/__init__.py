@@ -1,7 +1,7 @@
 """Training aids: what an optimiser is given, and bounds on what it makes.
 
 May import wrapping and what is below it; reads live models, no files. Public: `parameter_groups`,
-`limit_norms_`, `start` and the rules of `recipes/`.
+`limit_norms_`, `use_timestep`, `start` and the rules of `recipes/`.
 """
 
 from peftkit.training.contribution import contribution as contribution
@@ -27,4 +27,5 @@ from peftkit.training.scores import explained_variance as explained_variance
 from peftkit.training.scores import gradient_energy as gradient_energy
 from peftkit.training.starts import StartReport as StartReport
 from peftkit.training.starts.start import start as start
+from peftkit.training.timesteps import use_timestep as use_timestep
 from peftkit.wrapping.spread import spread as spread

@@ -18,14 +18,14 @@ MIXED = {"loldu", "loldu rank 1", "dora of loldu", "dora in", "dora of lokr in",
 }
 #: what is of other numbers for a weight of fewer rows
 SIZED = (
-    *("melora", "mora", "miss", "vera", "randlora", "lora-xs", "svdiff", "svft", "fourierft"),
+    *("melora", "mora", "miss", "vera", "randlora", "lora-xs", "svdiff", "svft", "t-lora", "fourierft"),
     *("pissa", "milora", "olora", "vb-lora", "tiny-lora"),
 )
 MIXED |= {name for name in METHODS if name.startswith(SIZED)}
 #: what no tensor scales alone
 DISPROPORTIONATE = (
     (MIXED - METHODS.keys())
-    | {"svdiff", "pissa", "milora", "olora", "vb-lora", "tiny-lora"}
+    | {"svdiff", "t-lora", "pissa", "milora", "olora", "vb-lora", "tiny-lora"}
     | {name for name, case in ADAPTERS.items() if case.kind in ("dora", "oft")}
     | {"dora of loha"}
 )

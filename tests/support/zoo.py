@@ -216,6 +216,7 @@ METHODS: dict[str, AdapterCase] = {
     "pissa": AdapterCase("anchored", {"rank": 2, "alpha": 1}),
     "milora": AdapterCase("anchored", {"rank": 2, "start": "milora", "rslora": True}),
     "olora": AdapterCase("anchored", {"rank": 3, "start": "olora"}),
+    "t-lora": AdapterCase("t-lora", {"rank": 3, "alpha": 1.5, "start": "last"}),
     "fourierft": AdapterCase("fourierft", {"frequencies": 2, "scaling": 40.0}),
     "fourierft dense": AdapterCase("fourierft", {"frequencies": 7, "scaling": 40.0}),
     "vb-lora": AdapterCase("vb-lora", {"rank": 2, "vectors": 12, "length": 5, "top": 3, "bound": 0.5, "seed": 3}),
