@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -151,3 +152,16 @@ def test_what_no_budget_divides(options: dict[str, Any], message: str) -> None:
         pk.plan(network(), "lora", **options)
     with pytest.raises(OptionError, match="ia3 takes none: it has none"):
         pk.plan(network(), "ia3", budget="1KB")
+
+
+def test_a_model_of_real_size_is_within_one_in_a_hundred_and_the_same_each_time() -> None:
+    layer = nn.TransformerEncoderLayer(768, 12, 3072, device="meta")
+    model = nn.Sequential(*(copy.deepcopy(layer) for _ in range(12)))
+    generator = torch.Generator().manual_seed(0)
+    size = {name: float(torch.rand((), generator=generator)) for name in pk.plan(model, "lora").modules}
+    scores = {name: [own * 0.8**i for i in range(16)] for name, own in size.items()}
+    for budget in (10**6, 5 * 10**6):
+        plans = [pk.plan(model, "lora", budget=budget, scores=scores, dtype=torch.float16) for _ in range(2)]
+        assert 0.99 * budget <= plans[0].bytes <= budget
+        ranks, again = ([(e.site.name, e.options) for e in plan.entries] for plan in plans)
+        assert ranks == again and plans[0].why == plans[1].why
