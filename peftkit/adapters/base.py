@@ -304,6 +304,15 @@ class Adapter(nn.Module, ABC):
         """Return what `rebase_` would recompute: with it, a file needs no base to say what ΔW is."""
         return {}
 
+    def refused(self, tensors: Mapping[str, Tensor]) -> str:
+        """Return why a file's tensors, of the right shapes, are none of this adapter, "" where they are.
+
+        Args:
+            tensors: as `state_dict` names them.
+        """
+        del tensors
+        return ""
+
     def form(self, weight: Tensor) -> Form | None:
         """Return what files of other programs hold of an adapter that reads its base; None where they hold none of it.
 

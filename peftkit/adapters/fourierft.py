@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.facts import Facts
-from peftkit.adapters.options import factory, require
+from peftkit.adapters.options import factory, misplaced, require
 from peftkit.adapters.peft_form import PeftForm
 from peftkit.adapters.registry import register
 from peftkit.delta import Delta, Dense, LowRank
@@ -103,6 +104,9 @@ class FourierFT(Adapter):
         """2π·frequency·i/size, (size, k), with the whole turns left out before they are rounded."""
         place = torch.arange(size, device=frequency.device)[:, None]
         return (place * frequency % size).to(self.spectrum.dtype) * (2 * math.pi / size)
+
+    def refused(self, tensors: Mapping[str, Tensor]) -> str:
+        return misplaced(tensors["indices"], self.rows, self.columns)
 
     def form(self, weight: Tensor) -> PeftForm | None:
         count, seed = len(self.spectrum), self.seed

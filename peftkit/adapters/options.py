@@ -75,6 +75,14 @@ def require_probability(kind: str, option: str, value: float) -> None:
     require(isinstance(value, (int, float)) and 0 <= value < 1, kind, option, value, "a probability in [0, 1)")
 
 
+def misplaced(indices: Tensor, rows: int, columns: int) -> str:
+    """Return why numbers (2, k) are no places of a matrix, each its own, "" where they are."""
+    u, v = indices.long()
+    within = bool(((u >= 0) & (u < rows) & (v >= 0) & (v < columns)).all())
+    once = within and len(torch.unique(u * columns + v)) == len(u)
+    return "" if once else f"indices: they are not {len(u)} different places of a {rows}×{columns} matrix"
+
+
 def require_kernel(kind: str, shape: Shape) -> None:
     """Raise OptionError unless the kernel has several positions, which the core of Tucker factors runs over."""
     require(

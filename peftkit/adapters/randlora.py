@@ -60,7 +60,7 @@ class RandLoRA(Adapter):
         "frozen factors",
         "γ·Σ B_j·diag(Λ_j)·A·diag(Γ_j)",
         "full rank is wanted for few numbers, and time is not short",
-        peft="RandLoraConfig",
+        peft='RandLoraConfig, with pairing="peft"',
     )
     convention: ClassVar[str] = "gamma*sum(B@diag(lambda)@A@diag(gamma)), paper's pairing, bank 1"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"lambdas"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -46,6 +47,11 @@ class Stacked(Adapter):
         if type(self).batched:
             return cast(Any, kind_of(type(self)).delta)(self, weight)
         return self.at(weight, 1.0)
+
+    def refused(self, tensors: Mapping[str, Tensor]) -> str:
+        one = kind_of(type(self)).refused
+        slices = ({key: tensor[expert] for key, tensor in tensors.items()} for expert in range(self.count))
+        return next(filter(None, (one(self, own) for own in slices)), "")
 
     def inner_and_sqnorm(self, weight: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
         return Adapter.inner_and_sqnorm(self, weight, cache)  # the kind's own is of one matrix

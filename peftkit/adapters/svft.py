@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.facts import Facts
 from peftkit.adapters.frame import frame, orthonormal
-from peftkit.adapters.options import factory, require
+from peftkit.adapters.options import factory, misplaced, require
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.delta.base import WeightCache
@@ -108,6 +109,9 @@ class SVFT(Adapter):
         # Σ M ⊙ (Uᵀ·W·V), on its own base Σ M_ii·S_i, and ‖M‖²
         seen = cache("seen", lambda: (left.mT @ LowRank(left, right).projected(weight))[tuple(self.indices)])
         return torch.dot(entries, seen), torch.dot(entries, entries)
+
+    def refused(self, tensors: Mapping[str, Tensor]) -> str:
+        return misplaced(tensors["indices"], len(self.right), len(self.right)) if "indices" in tensors else ""
 
     @torch.no_grad()
     def rebase_(self, weight: Tensor) -> None:

@@ -67,10 +67,13 @@ def misfit(
     found = patch.on(shape).tensors
     both = [(key, found[key], e) for key, e in expected.items() if key in found]
     unlike = [(key, t, e) for key, t, e in both if not alike(t, e)]
+    mismatched = [f"{key}: {shown(t)} in the file, {shown(e)} expected" for key, t, e in unlike]
+    if numbers and not mismatched and len(both) == len(expected) and (why := sketch.refused(found)):
+        mismatched.append(why)
     return Misfit(
         missing=tuple(key for key in expected if key not in found and key not in sketch.from_base),
         unexpected=tuple(key for key in found if key not in expected),
-        mismatched=tuple(f"{key}: {shown(t)} in the file, {shown(e)} expected" for key, t, e in unlike),
+        mismatched=tuple(mismatched),
         non_finite=tuple(key for key, t, e in both if numbers and not all_finite(t.to(e.dtype))),
     )
 
