@@ -18,7 +18,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.support import laws
-from tests.support.zoo import ADAPTERS, LAYERS
+from tests.support.zoo import ADAPTERS, LAYERS, METHODS
+
+CASES = {**ADAPTERS, **METHODS}
 
 
 def cell(adapter: str, layer: str) -> tuple[str, str | None]:
@@ -40,11 +42,11 @@ def main() -> int:
     console = Console(width=max(60, 24 + 6 * len(LAYERS)))
     results = {
         (adapter, layer): cell(adapter, layer)
-        for adapter in track(ADAPTERS, description="laws", transient=True)
+        for adapter in track(CASES, description="laws", transient=True)
         for layer in LAYERS
     }
     table = Table("adapter", *(str(i + 1) for i in range(len(LAYERS))), title="laws that hold (1–6, 8–11)")
-    for adapter in ADAPTERS:
+    for adapter in CASES:
         table.add_row(adapter, *(results[adapter, layer][0] for layer in LAYERS))
     console.print(table)
     console.print("layers: " + "; ".join(f"{i + 1} {layer}" for i, layer in enumerate(LAYERS)), highlight=False)

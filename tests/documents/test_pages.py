@@ -1,4 +1,4 @@
-"""Every block of Python in README.md and docs/ runs, page by page, in order, in one process and an empty folder."""
+"""Every block of Python in README.md and docs/ runs, in order, a page in a process and a folder of its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,9 @@ LlamaForCausalLM(LlamaConfig(vocab_size=32, **text)).save_pretrained("llama")
 
 
 #: warnings that other libraries give of themselves, by their beginnings: PEFT and TRL of transformers, Lightning of
-#: torch and of a machine with many cores
+#: torch and of a machine with many cores; and Python's of a fork where a library has started threads
 TOLERATED = (
+    "This process:DeprecationWarning",
     "`is_gradient_checkpointing` is deprecated:FutureWarning",
     "`gradient_checkpointing:FutureWarning",
     "`isinstance(treespec, LeafSpec)` is deprecated:FutureWarning",
@@ -48,25 +50,55 @@ TOLERATED = (
 )
 
 
-def run(folder: Path, name: str, code: str) -> None:
-    """Run code as a program in a folder; warnings are errors, but for those that are tolerated."""
+#: runs a script a line of its input as a process of its own, which has what most pages import without importing it anew
+_RUNNER = """
+import os, runpy, sys
+import torch, diffusers, transformers, peftkit.files.load, peftkit.files.save, peftkit.wrapping.wrap
+
+for line in sys.stdin:
+    folder, name = line.rstrip("\\n").rsplit("/", 1)
+    page = os.fork()
+    if not page:
+        os.chdir(folder)
+        sys.path[0], sys.argv = folder, [name]
+        for number, stream in enumerate(("out", "err"), 1):
+            os.dup2(os.open(f"{name}.{stream}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+        runpy.run_path(name, run_name="__main__")
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(page, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[subprocess.Popen[str]]:
+    """Warnings are errors in it, but for those that are tolerated."""
+    tolerated = [option for text in TOLERATED for option in ("-W", f"ignore:{text}")]
+    command = [sys.executable, "-W", "error", *tolerated, "-c", _RUNNER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def run(runner: subprocess.Popen[str], folder: Path, name: str, code: str) -> None:
+    """Run code as a program in a folder."""
     script = folder / name
     script.write_text(code)
-    tolerated = [option for text in TOLERATED for option in ("-W", f"ignore:{text}")]
-    command = [sys.executable, "-W", "error", *tolerated, name]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
+    assert runner.stdin is not None and runner.stdout is not None
+    print(script, file=runner.stdin, flush=True)
+    ended = runner.stdout.readline().strip()
+    assert ended == "0", Path(f"{script}.err").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_runs(page: str, tmp_path: Path) -> None:
+def test_a_page_runs(page: str, tmp_path: Path, runner: subprocess.Popen[str]) -> None:
     if page == "README.md":
         letters = "abcdefghijklmnopqrstuvwxyz"
         words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
         (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
         (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-        run(tmp_path, "models.py", _MODELS)
-    run(tmp_path, "page.py", "\n".join(PAGES[page]))
+        run(runner, tmp_path, "models.py", _MODELS)
+    run(runner, tmp_path, "page.py", "\n".join(PAGES[page]))
 
 
 def test_pages_with_code_are_found() -> None:
