@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftkit.adapters.facts import Facts
 from peftkit.adapters.form import Additive, Form
-from peftkit.adapters.in_common import Common, held_together, shareable
+from peftkit.adapters.in_common import Common, held_together
 from peftkit.adapters.pair import Pair
 from peftkit.delta.base import Delta, WeightCache
 from peftkit.errors import OptionError, UnsetAdapterError
@@ -72,8 +72,6 @@ class Adapter(nn.Module, ABC):
     unset: bool = False
     #: the parameters that it has in common with other adapters, each with the mark that they all have
     common: Mapping[str, Common] = MappingProxyType({})
-    #: those among them that the state dict of its model has at an adapter before it, once
-    borrowed: frozenset[str] = frozenset()
     #: how many adapters share a parameter at most, one after another in the order of the model; None for all
     shared_by: int | None = None
     #: the trained factors that start at 0 beside others that do not, which have no gradient until these have moved
@@ -171,19 +169,12 @@ class Adapter(nn.Module, ABC):
         self._refresh()
         return self
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return all tensors, those in common with other adapters too, which the state dict of a model has once."""
-        found = super().state_dict(*args, **kwargs)
-        if not args and kwargs.get("destination") is None:
-            prefix, kept = kwargs.get("prefix", ""), kwargs.get("keep_vars", False)
-            for own in shareable(self):
-                found.setdefault(f"{prefix}{own.key}", own.parameter if kept else own.parameter.detach())
-        return found
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self.borrowed:
-            del destination[f"{prefix}{name}"]
+        # Once, as named_parameters has it: files refuse tensors that share memory
+        for name, mark in self.common.items():
+            if not mark.is_first(destination, f"{prefix}{name}"):
+                del destination[f"{prefix}{name}"]
 
     def _load_from_state_dict(
         self,
@@ -197,13 +188,14 @@ class Adapter(nn.Module, ABC):
     ) -> None:
         with held_together(self):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args, **kwargs)
-        borrowed = {f"{prefix}{name}" for name in self.borrowed}
-        missing_keys[:] = [key for key in missing_keys if key not in borrowed]
+        keys = {f"{prefix}{name}": mark for name, mark in self.common.items()}
+        loaded = {key for key, mark in keys.items() if mark.is_loaded(key in state_dict, missing_keys)}
+        missing_keys[:] = [key for key in missing_keys if key not in loaded]
         self._refresh()
         if not self.unset:
             return
         own = {f"{prefix}{key}": tensor for key, tensor in self.state_dict().items() if "." not in key}
-        if all(key in state_dict for key in own if key not in borrowed):
+        if all(key in state_dict or key in loaded for key in own):
             weight = placeholder_weight(self.shape).to(next(iter(own.values())).device)
             _set_constants(self, type(self)(self.shape, weight, **self.options))
             vars(self).pop("unset", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,6 +22,8 @@ class Common:
 
     _now: nn.Parameter | None = None
     _before = 0
+    _written = (0, "")
+    _loaded: object = None
 
     def follow(self, adapter: Adapter, name: str, before: nn.Parameter | None) -> None:
         """Let an adapter hold what the others do, where torch has put another parameter in the place of `before`."""
@@ -30,6 +32,25 @@ class Common:
             parameters[name] = self._now
         elif parameters[name] is not before:
             self._before, self._now = id(before), parameters[name]
+
+    def is_first(self, destination: Mapping[str, object], key: str) -> bool:
+        """Return whether a state dict that is being made has the parameter under no other key, and note this one."""
+        state, noted = self._written
+        if state == id(destination) and noted in destination and noted != key:
+            return False
+        self._written = id(destination), key
+        return True
+
+    def is_loaded(self, found: bool, missing: list[str]) -> bool:
+        """Return whether the parameter is loaded with the model: from here, or from an adapter before.
+
+        Args:
+            found: whether the state dict has it here.
+            missing: the list of missing keys, which is one object while a model is loaded.
+        """
+        if found:
+            self._loaded = missing
+        return self._loaded is missing
 
     def __getstate__(self) -> None:
         """Leave out where the parameter was, which is true in this process alone."""
@@ -76,17 +97,3 @@ def held_together(adapter: Adapter) -> Iterator[None]:
     yield
     for name, mark in adapter.common.items():
         mark.follow(adapter, name, before[name])
-
-
-def borrow_(adapters: Iterable[Adapter]) -> None:
-    """Leave each common parameter in the state dict of a model to the first of its adapters. adapters: in its order."""
-    before: set[Common] = set()
-    for adapter in adapters:
-        for _, part in adapter.parts():
-            part.borrowed = frozenset(name for name, mark in part.common.items() if mark in before)
-            before.update(part.common.values())
-
-
-def borrowed_keys(adapter: Adapter) -> frozenset[str]:
-    """Return the keys of an adapter's parameters that a state dict of its model has at another adapter."""
-    return frozenset(own.key for own in shareable(adapter) if own.name in own.part.borrowed)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapters.in_common import borrowed_keys
 from peftkit.errors import FullCheckpointError, MergeStateError, MismatchError, UnknownAdapterError, WrongBaseError
 from peftkit.files.base import Base, open_base
 from peftkit.files.bind import alike, shown
@@ -20,6 +19,7 @@ from peftkit.files.formats import native
 from peftkit.files.formats.state_dict import adapters_in, plain_key
 from peftkit.files.load_report import LoadReport
 from peftkit.wrapping.extras import BaseParameter, base_parameters
+from peftkit.wrapping.in_common import distinct_state
 from peftkit.wrapping.installed import adapted_modules, installed_adapters
 from peftkit.wrapping.strength import set_strength
 from peftkit.wrapping.walk import dotted
@@ -114,13 +114,11 @@ def _installed(model: nn.Module, path: object, name: str) -> dict[str, dict[str,
     """Adapters of that name on the model -> their tensors, by the keys of a state dict."""
     hosts = {id(host): host_name for host_name, host in adapted_modules(model).items()}
     found: dict[str, dict[str, Tensor]] = {}
-    for at in installed_adapters(model, [name], every_place=True):
+    for at, own in distinct_state(installed_adapters(model, [name], every_place=True)):
         merged = at.host.adapter_state.merged
         if merged is not None and name in merged.names:
             raise MergeStateError(f"{name!r} is merged into {at.site or 'the model'}: restore(model) before loading it")
         before = dotted(hosts[id(at.host)], at.key)
-        elsewhere = borrowed_keys(at.adapter)
-        own = {key: tensor for key, tensor in at.adapter.state_dict().items() if key not in elsewhere}
         found[at.site] = {f"{before}.{key}": tensor for key, tensor in own.items()}
     if not found:
         raise FullCheckpointError(

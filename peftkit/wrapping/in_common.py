@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.in_common import Common, Held, Shareable, hold_, shareable
@@ -94,3 +94,12 @@ def places(installed: Iterable[InstalledAdapter]) -> dict[Common, list[tuple[str
 def require_together(model: nn.Module, names: Sequence[str]) -> None:
     """Raise SharedParameterError unless parameters that adapters have in common are still one object."""
     places(installed_adapters(model, names))
+
+
+def distinct_state(installed: Iterable[InstalledAdapter]) -> Iterator[tuple[InstalledAdapter, dict[str, Tensor]]]:
+    """Yield adapters with their tensors, of which one that several share comes with the first."""
+    seen: set[int] = set()
+    for at in installed:
+        again = {own.key for own in shareable(at.adapter) if id(own.parameter) in seen}
+        seen.update(id(own.parameter) for own in shareable(at.adapter))
+        yield at, {key: tensor for key, tensor in at.adapter.state_dict().items() if key not in again}

@@ -11,13 +11,11 @@ from torch import nn
 from torch.distributed import get_world_size
 
 from peftkit.adapters.base import Adapter
-from peftkit.adapters.in_common import borrow_
 from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError, require_choice
 from peftkit.kernels.sharding import sharded
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.classes import adapted_class, become_, expected_class
 from peftkit.wrapping.extras import base_parameters
-from peftkit.wrapping.installed import installed_adapters
 from peftkit.wrapping.layer import WEIGHT, Adapted
 from peftkit.wrapping.replicated import replicate_, require_common
 from peftkit.wrapping.roll import enrol
@@ -74,7 +72,6 @@ def install(
     replicate_(dict.fromkeys(adapter for site, adapter in built if sharded(site.parameter)))
     for site, adapter in built:
         _attach(site, adapter, name, strength, route, site.name in untie)
-    borrow_(at.adapter for at in installed_adapters(root, [name]))
     enrol(root, {site.module_name: cast(Adapted, site.module) for site, _ in built})
 
 

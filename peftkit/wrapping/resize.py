@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
-from peftkit.adapters.in_common import borrow_
 from peftkit.delta import LowRank
 from peftkit.delta.truncation import Keep, truncate
 from peftkit.errors import (
@@ -82,7 +81,6 @@ def resize_(model: nn.Module, ranks: Mapping[str, int], *, name: str | None = No
                 take_off(at)
             else:
                 at.put_(adapter)
-    borrow_(at.adapter for at in installed_adapters(model, [name]))
     return changed
 
 

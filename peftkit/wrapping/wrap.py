@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
-from peftkit.adapters.in_common import borrowed_keys
 from peftkit.errors import MergeStateError, OptionError, UnsupportedLayerError
 from peftkit.kernels.torch_private import own_parameters
 from peftkit.wrapping.classes import as_wrapped, become_
 from peftkit.wrapping.divided import require_not_empty, settle
 from peftkit.wrapping.extras import give_back_, require_returnable
-from peftkit.wrapping.in_common import join_, require_together
+from peftkit.wrapping.in_common import distinct_state, join_, require_together
 from peftkit.wrapping.install import TRAINABLE, check_install, install
 from peftkit.wrapping.installed import InstalledAdapter, adapted_modules, installed_adapters, names_of, one_name
 from peftkit.wrapping.layer import WEIGHT, Adapted, base_class
@@ -77,12 +76,8 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
         >>> sorted(pk.adapter_state_dict(model))
         ['0.down', '0.up']
     """
-    return {
-        dotted(at.site, key): tensor
-        for at in installed_adapters(model, [one_name(model, name)])
-        for key, tensor in at.adapter.state_dict().items()
-        if key not in borrowed_keys(at.adapter)
-    }
+    installed = installed_adapters(model, [one_name(model, name)])
+    return {dotted(at.site, key): tensor for at, own in distinct_state(installed) for key, tensor in own.items()}
 
 
 @of_models

@@ -177,6 +177,11 @@ def test_a_state_dict_of_the_model_has_it_once(kind: str, tmp_path: Path) -> Non
     twin = wrapped(kind)
     twin.load_state_dict(load_file(tmp_path / "state.safetensors"))
     assert torch.equal(twin(X), model(X))
+    part = model[3].state_dict()  # has all that it takes, whatever came before
+    other = wrapped(kind)[3]
+    other.load_state_dict(part)
+    assert torch.equal(other(X), model[3](X))
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
     repeated = {f"2.adapters.default.{name}": adapters(model)[1].get_parameter(name) for name in SHARING[kind][1]}
     twin.load_state_dict({**state, **repeated}, strict=False)
     del state[f"0.adapters.default.{SHARING[kind][1][0]}"]
