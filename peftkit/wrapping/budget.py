@@ -1,16 +1,16 @@
-"""Ranks within a budget of bytes: what each rank of each weight costs, and which are taken."""
+"""Ranks within a budget of bytes: which of those that weights could have are taken."""
 
 from __future__ import annotations
 
-import math
+import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from peftkit.errors import OptionError, did_you_mean
-from peftkit.wrapping.spread import spread
+from peftkit.wrapping.price import Price
+from peftkit.wrapping.spread import numbers, spread
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -29,36 +29,6 @@ def bytes_of(budget: int | str) -> int:
     return size
 
 
-@dataclass(frozen=True)
-class Price:
-    """What an adapter on one weight costs, in bytes.
-
-    Attributes:
-        first: with one rank.
-        more: of each further rank.
-        most: the largest rank that its kind can have on the weight.
-        full: of a ΔW of every number.
-    """
-
-    first: int
-    more: int
-    most: int
-    full: int
-
-    def steps(self) -> list[int]:
-        """Return what each rank costs; the last one makes it a full ΔW, if ranks would cost as much before `most`."""
-        count = min(self.most, 1 + max(0, (self.full - 1 - self.first) // self.more))
-        each = [self.first] + [self.more] * (count - 1)
-        if self.first >= self.full:
-            return [self.full]
-        return each + ([self.full - sum(each)] if count < self.most else [])
-
-    def is_full(self, rank: int) -> bool:
-        """Return whether that many steps make it a full ΔW."""
-        steps = self.steps()
-        return rank == len(steps) and sum(steps) == self.full
-
-
 def divide(
     prices: Mapping[str, Price], budget: int, scores: Mapping[str, Sequence[float] | Tensor] | None
 ) -> tuple[dict[str, int], dict[str, str]]:
@@ -74,33 +44,34 @@ def divide(
     """
     steps = {name: price.steps() for name, price in prices.items()}
     if scores is None:
-        worth = {name: [cost / (1 + i) for i, cost in enumerate(own)] for name, own in steps.items()}
+        # a step is worth less the larger the rank it leads to, whatever it costs
+        worth = {name: [c / (prices[name].rank(i) or i) for i, c in enumerate(own, 1)] for name, own in steps.items()}
     else:
-        worth = {name: _worth(name, scores, own, prices[name]) for name, own in steps.items()}
+        worth = {name: _worth(name, scores, price) for name, price in prices.items()}
     least = min(own[0] for own in steps.values())
     if budget < least:
-        raise OptionError(f"budget={budget} bytes were given, and the cheapest adapter of one rank takes {least}")
+        raise OptionError(f"budget={budget} bytes were given, and the cheapest adapter takes {least}")
     ranks = spread(worth, steps, budget)
     if scores is None:
-        return ranks, {name: f"rank {rank}: equal ranks, as far as they go" for name, rank in ranks.items()}
+        return ranks, {name: _equal(prices[name].rank(step)) for name, step in ranks.items()}
     rates = {name: [w / c for w, c in zip(own, steps[name], strict=False)] for name, own in worth.items()}
     bar = min((rates[name][rank - 1] for name, rank in ranks.items() if rank), default=0.0)
     total = sum(sum(own) for own in worth.values()) or 1.0
     return ranks, {name: _reason(worth[name], rates[name], rank, bar, total) for name, rank in ranks.items()}
 
 
-def _worth(
-    name: str, scores: Mapping[str, Sequence[float] | Tensor], steps: Sequence[int], price: Price
-) -> list[float]:
-    """What each step is worth; the one to a full ΔW all that is left."""
-    if name not in scores:
-        raise OptionError(f"{name}: scores has nothing for it.{did_you_mean(name, scores)} Score every target")
-    own = [max(float(score), 0.0) for score in scores[name]]
-    if not all(map(math.isfinite, own)):
-        raise OptionError(f"{name}: a score is not finite")
-    if price.is_full(len(steps)) and len(own) > len(steps) - 1:
-        return [*own[: len(steps) - 1], sum(own[len(steps) - 1 :])]
-    return own[: len(steps)]
+def _worth(name: str, scores: Mapping[str, Sequence[float] | Tensor], price: Price) -> list[float]:
+    """What each step is worth: the ranks that it adds; the one to a full ΔW all that are left."""
+    if not isinstance(scores, Mapping) or name not in scores:
+        hint = did_you_mean(name, scores) if isinstance(scores, Mapping) else ""
+        raise OptionError(f"{name}: scores has nothing for it.{hint} Score every target")
+    own = [max(score, 0.0) for score in numbers(f"{name}: score", scores[name])]
+    ends = [price.rank(step) for step in range(len(price.steps()) + 1)]
+    return [sum(own[before:after]) for before, after in itertools.pairwise(ends)]
+
+
+def _equal(rank: int | None) -> str:
+    return f"{'full' if rank is None else f'rank {rank}'}: equal ranks, as far as they go"
 
 
 def _reason(worth: Sequence[float], rates: Sequence[float], rank: int, bar: float, total: float) -> str:

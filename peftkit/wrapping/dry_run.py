@@ -33,6 +33,7 @@ class Entry:
         route: how a training step on 4096 tokens or pixels computes: "factored", "dense", "weight" where the weight
             is read without its layer being called, or "input" where the change depends on the layer's input and has
             no dense route.
+        read: whether the rule adapts the weight where other code reads it.
     """
 
     site: Site
@@ -42,6 +43,7 @@ class Entry:
     parameters: int
     bytes: int
     route: str
+    read: bool = False
 
 
 class DryRun:
@@ -57,7 +59,7 @@ class DryRun:
         adapter, route = self._measured(site, rule)
         own = [] if again else own_numbers(adapter, self.pool, site.parameter.device)
         counts = sum(p.numel() for p in own), sum(p.nbytes for p in own)
-        return Entry(site, rule.kind, dict(rule.options), pattern, *counts, route)
+        return Entry(site, rule.kind, dict(rule.options), pattern, *counts, route, rule.read)
 
     def alone(self, site: Site, rule: Rule) -> int:
         """The bytes of the rule's adapter on one site, which shares nothing."""

@@ -14,7 +14,6 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from peftkit.adapters import registry
 from peftkit.adapters.options import require_dtype
 from peftkit.errors import (
     DuplicateNameError,
@@ -24,16 +23,19 @@ from peftkit.errors import (
     UnsupportedLayerError,
     require_choice,
 )
-from peftkit.wrapping.budget import Price, bytes_of, divide
+from peftkit.wrapping.budget import bytes_of, divide
 from peftkit.wrapping.coverage import Covered, coverage, described, warn_of_little
 from peftkit.wrapping.divided import settle
 from peftkit.wrapping.dry_run import DryRun, Entry
 from peftkit.wrapping.layer import Adapted
 from peftkit.wrapping.pipeline import of_models
+from peftkit.wrapping.price import price, with_rank
 from peftkit.wrapping.rule import Rule
 from peftkit.wrapping.select import Selection, Selector, listed, reasons, tied_with
 from peftkit.wrapping.share import at_every_place, shared_places
 from peftkit.wrapping.sites import Site, as_read
+from peftkit.wrapping.vectors import is_norm, vectors
+from peftkit.wrapping.walk import dotted
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,13 +79,23 @@ class Plan:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """Rules that choose this for each weight by its name: `wrap(model, rules=plan.rules)` carries it out."""
-        groups: dict[tuple[str, str], list[Entry]] = {}
+        """Rules that choose this for each weight by its name: `wrap(model, rules=plan.rules)` carries it out.
+
+        Give `wrap` the `tied`, `dtype` and `name` of the plan too.
+        """
+        groups: dict[tuple[str, str, bool, bool], list[Entry]] = {}
         for entry in self.entries:
-            groups.setdefault((entry.kind, repr(entry.options)), []).append(entry)
+            of_norm = is_norm(entry.site.module) and not entry.site.slot_name
+            groups.setdefault((entry.kind, repr(entry.options), entry.read, of_norm), []).append(entry)
         return tuple(
-            Rule([f"re:{re.escape(entry.site.name)}" for entry in own], own[0].kind, **own[0].options)
-            for own in groups.values()
+            Rule(
+                [_exactly(entry.site.name) for entry in own],
+                own[0].kind,
+                exclude=_beside(own) if of_norm else (),
+                read=read,
+                **own[0].options,
+            )
+            for (_, _, read, of_norm), own in groups.items()
         )
 
     @property
@@ -143,7 +155,8 @@ def plan(
         tied: "skip" or "untie" a targeted weight that another module shares, or "share" the adapter too.
         dtype: of the adapters' parameters; by default at least float32.
         budget: what the adapters may take, in bytes or as "5MB": each weight then gets the rank that fits in it best,
-            none, or the kind "full" where that takes no more. `wrap(model, rules=plan.rules)` carries it out.
+            none, or the kind "full" where that takes no more. An `alpha` is that of each weight, γ = α/r: leave it
+            out for γ = 1 at every rank. `wrap(model, rules=plan.rules)` carries it out.
         scores: with a budget, weight -> what its first rank is worth, its second, …, as
             `pk.training.gradient_energy` finds in one pass over data; by default all ranks are as equal as they can be.
         **options: the adapter's own options, as rank=8.
@@ -255,38 +268,27 @@ def _within(
 ) -> tuple[_Choice, dict[str, str]]:
     """The choice with the ranks that a budget allows, without the weights that get none, and the reasons."""
     owned = {site: choice for site, choice in chosen.items() if site not in first}
-    prices = {site: _price(selector.all_sites[site], rule, dry) for site, (rule, _) in owned.items()}
-    ranks, why = divide(prices, budget, scores)
+    prices = {site: price(selector.all_sites[site], rule, dry) for site, (rule, _) in owned.items()}
+    steps, why = divide(prices, budget, scores)
     made: dict[tuple[int, int | None], Rule] = {}
     found: dict[str, tuple[Rule, str]] = {}
     for site, (rule, pattern) in chosen.items():
         own = first.get(site, site)
-        rank = None if prices[own].is_full(ranks[own]) else ranks[own]
+        rank = prices[own].rank(steps[own])
         if rank != 0:
-            found[site] = made.setdefault((id(rule), rank), _with_rank(rule, rank)), pattern
+            found[site] = made.setdefault((id(rule), rank), with_rank(rule, rank)), pattern
     return found, why
 
 
-def _price(site: Site, rule: Rule, dry: DryRun) -> Price:
-    """What the rule's adapter on one weight costs at every rank."""
-    cls = registry.get(rule.kind)
-    why_not = f"{rule!r} gives one" if "rank" in rule.options else "" if registry.takes(cls, "rank") else "it has none"
-    if why_not or cls.shares:
-        raise OptionError(
-            f"{site.label}: a budget chooses a rank for each weight, and {rule.kind} takes none: "
-            f"{why_not or 'layers share its numbers'}. Leave it out, or name another kind"
-        )
-    shape = site.slot.geometry.shape
-    most = min(shape.rows, shape.columns)
-    first, second = (dry.alone(site, _with_rank(rule, min(rank, most))) for rank in (1, 2))
-    return Price(first, max(second - first, 1), most, dry.alone(site, Rule(rule.targets, "full")))
+def _exactly(name: str) -> str:
+    """The pattern of a weight by its whole name."""
+    return f"re:{re.escape(name)}"
 
 
-def _with_rank(rule: Rule, rank: int | None) -> Rule:
-    """The rule with a rank; None for a full ΔW."""
-    if rank is None:
-        return Rule(rule.targets, "full", exclude=rule.exclude, read=rule.read)
-    return Rule(rule.targets, rule.kind, exclude=rule.exclude, read=rule.read, **rule.options, rank=rank)
+def _beside(norms: Sequence[Entry]) -> list[str]:
+    """The patterns of what norms have beside their weights, which their names stand for too."""
+    own = [(entry.site.module_name, slot) for entry in norms for slot in vectors(entry.site.module) if slot]
+    return [_exactly(dotted(name, slot)) for name, slot in own]
 
 
 def _ranks(entries: Sequence[Entry]) -> str:

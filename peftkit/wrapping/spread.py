@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def spread(
     """
     require_integer("least", least, 0, "an integer")
     require_number("budget", budget)
-    values = {name: [float(score) for score in own] for name, own in scores.items()}
+    values = {name: numbers(f"{name}: score", own) for name, own in scores.items()}
     costs = {name: _costs(name, cost.get(name), own) for name, own in values.items()}
     ranks = {name: min(least, len(own)) for name, own in values.items()}
     needed = sum(sum(costs[name][:rank]) for name, rank in ranks.items())
@@ -70,13 +71,31 @@ def spread(
     return ranks
 
 
+def numbers(what: str, values: Sequence[float] | Tensor) -> list[float]:
+    """Return finite numbers as a list.
+
+    Args:
+        what: they are, for the message.
+        values: a sequence or a 1-d tensor.
+
+    Raises:
+        OptionError: they are something else.
+    """
+    given: object = values.tolist() if isinstance(values, Tensor) and not values.is_meta else values
+    own = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Tensor)) else [None]
+    found = [float(value) for value in own if isinstance(value, (Real, Tensor))]
+    if len(found) < len(own):
+        raise OptionError(f"{what}s={values!r} were given, a number for each rank was expected, as [2.0, 1.0]")
+    if not all(map(math.isfinite, found)):
+        raise OptionError(f"{what}s={found!r} were given, and one is not finite")
+    return found
+
+
 def _costs(name: str, cost: float | Sequence[float] | None, scores: Sequence[float]) -> Sequence[float]:
     """What each rank of a weight costs."""
     if cost is None:
         raise OptionError(f"{name}: cost has nothing for it, a number above 0 was expected")
-    each = [float(cost)] * len(scores) if isinstance(cost, (int, float)) else [float(own) for own in cost]
-    if len(each) < len(scores) or not all(math.isfinite(own) and own > 0 for own in each):
+    each = numbers(f"{name}: cost", [cost] * len(scores) if isinstance(cost, (int, float)) else cost)
+    if len(each) < len(scores) or not all(own > 0 for own in each):
         raise OptionError(f"{name}: cost={cost!r} was given, a number above 0 for each rank was expected")
-    if not all(math.isfinite(score) for score in scores):
-        raise OptionError(f"{name}: a score is not finite")
     return each
