@@ -104,10 +104,10 @@ def test_the_archive_has_what_its_tests_need(unpacked: Path) -> None:
 
 def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as opened:
-        names = opened.namelist()
+        names = {*opened.namelist()}
         metadata = opened.read(f"peftkit-{pk.__version__}.dist-info/METADATA").decode()
-    assert modules(names) == OWN
-    assert "peftkit/py.typed" in names
+    assert modules([*names]) == OWN
+    assert names >= {"peftkit/py.typed", "peftkit/wrapping/presets/full.toml"}
     assert {name.split("/")[0] for name in names} == {"peftkit", f"peftkit-{pk.__version__}.dist-info"}
     assert f"Version: {pk.__version__}" in metadata
     assert "Author: peftkit contributors" in metadata
