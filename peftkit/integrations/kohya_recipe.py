@@ -12,7 +12,7 @@ from torch import nn
 from peftkit.adapters import registry
 from peftkit.errors import OptionError, TargetError
 from peftkit.integrations.kohya_blocks import SD, SDXL, Layout, block_numbers, block_of, block_rates, number
-from peftkit.wrapping.preset_options import ALGORITHMS, has_size
+from peftkit.wrapping.preset_options import algorithms, has_size
 from peftkit.wrapping.preset_rules import preset_rules
 from peftkit.wrapping.rule import Rule
 from peftkit.wrapping.select import Selector
@@ -60,7 +60,7 @@ class Recipe:
         given = {name: value for name, value in arguments.items() if value is not None}
         self.arguments = {name: str(given[name]) for name in given if name in _OWN}
         kind = self.arguments.get("kind", self.arguments.get("algo", "lora"))
-        self.kind = registry.get(ALGORITHMS.get(kind, kind)).kind
+        self.kind = registry.get(algorithms().get(kind, kind)).kind
         options = {name: _value(value) for name, value in given.items() if name not in _OWN}
         options |= {"dropout": options.get("dropout") if dropout is None else dropout}
         self.options = {name: value for name, value in options.items() if name != "dropout" or value}

@@ -14,11 +14,17 @@ from peftkit.geometry import is_layer, of
 from peftkit.wrapping.preset import Override
 from peftkit.wrapping.sites import slots
 
-#: LyCORIS' algorithms -> kinds
-ALGORITHMS: Mapping[str, str] = {
-    **{name: name for name in ("lora", "locon", "loha", "lokr", "dylora", "glora", "full", "boft", "ia3")},
-    "diag-oft": "oft",
-}
+
+def algorithms() -> dict[str, str]:
+    """Return LyCORIS' algorithms with the kinds that are the same, as these say.
+
+    Example:
+        >>> from peftkit.wrapping.preset_options import algorithms
+        >>> algorithms()["diag-oft"]
+        'oft'
+    """
+    said = {kind: registry.get(kind).facts.lycoris.split(", ") for kind in registry.kinds()}
+    return {name: kind for kind, names in said.items() for name in names if name and " " not in name}
 
 
 class Layer(NamedTuple):
@@ -73,10 +79,11 @@ def adapter_of(
 
 
 def _kind(algorithm: str) -> str:
-    known = ", ".join(ALGORITHMS)
-    hint = did_you_mean(algorithm, ALGORITHMS, count=1)
-    require_file(algorithm.lower() in ALGORITHMS, f"algo = {algorithm!r}", f"one of {known} was expected.{hint}")
-    return registry.get(ALGORITHMS[algorithm.lower()]).kind
+    known = algorithms()
+    hint = did_you_mean(algorithm, known, count=1)
+    expected = f"one of {', '.join(known)} was expected.{hint}"
+    require_file(algorithm.lower() in known, f"algo = {algorithm!r}", expected)
+    return known[algorithm.lower()]
 
 
 #: LyCORIS' sizes of every algorithm -> ours; as there, 0 is as if it was left out
@@ -154,11 +161,14 @@ _OPTIONS: Mapping[str, Callable[[Any, Layer], dict[str, Any]]] = {
     "constraint": lambda value, _: {"constraint": value or None},
     "rescaled": lambda value, _: {"rescale": value},
     "train_on_input": lambda value, _: {"side": "in" if value else "out"},
+    "sig_type": lambda value, _: {"start": value},
+    "use_data_init": lambda value, _: {"of": "base" if value else "random"},
 }
 
 #: LyCORIS' options that no adapter has here, and what to do
 _REFUSED: Mapping[str, str] = {
     "bypass_mode": "a route is chosen for the whole model, as by pk.wrap(…, route='factored')",
+    "mask_group_id": "pk.training.use_timestep(model, t) tells all adapters of a model",
     "use_scalar": "no adapter has a trained scale of its own; leave it out",
 }
 

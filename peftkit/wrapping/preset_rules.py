@@ -12,7 +12,7 @@ from peftkit.adapters import registry
 from peftkit.errors import TargetError, error_context, require_choice, require_option
 from peftkit.wrapping.pipeline import of_models, parts_of
 from peftkit.wrapping.preset import Override, Preset, read_preset
-from peftkit.wrapping.preset_options import ALGORITHMS, Layer, adapter_of, has_size, layer_of
+from peftkit.wrapping.preset_options import Layer, adapter_of, algorithms, has_size, layer_of
 from peftkit.wrapping.rule import Rule
 
 
@@ -66,7 +66,7 @@ def preset_rules(
     """
     require_choice("part", part, ("model", "unet", "text_encoder", None))
     read = read_preset(preset)
-    kind = registry.get(ALGORITHMS.get(kind, kind)).kind
+    kind = registry.get(algorithms().get(kind, kind)).kind
     sizes = {"rank": rank, "alpha": alpha}, {"rank": conv_rank or rank, "alpha": conv_alpha or alpha}
     groups: dict[str, tuple[list[str], str, dict[str, Any]]] = {}
     for name, layer, said in _layers(read, model, part, train_llm_adapter):

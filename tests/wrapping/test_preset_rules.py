@@ -12,13 +12,14 @@ import torch
 from lycoris.config import PRESET
 from lycoris.kohya import LycorisNetworkKohya
 from lycoris.kohya import create_network as create_theirs
-from lycoris.wrapper import LycorisNetwork, create_lycoris
+from lycoris.wrapper import LycorisNetwork, create_lycoris, network_module_dict
 from torch import Tensor, nn
 
 import peftkit as pk
 from peftkit.errors import FileError, OptionError, TargetError
 from peftkit.integrations import kohya
 from peftkit.wrapping.preset import builtin_presets, read_preset
+from peftkit.wrapping.preset_options import algorithms
 from tests.support.real import UNet2DConditionModel, clip_text_model, sd15_unet, stable_diffusion
 
 
@@ -52,7 +53,9 @@ KINDS = {
     "DiagOFTModule": "oft",
     "ButterflyOFTModule": "boft",
     "IA3Module": "ia3",
+    "TLoraModule": "t-lora",
 }
+RANKED = ("lora", "loha", "glora", "dylora", "t-lora")
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +85,7 @@ def theirs(network: Any, **roots: nn.Module) -> Modules:
             size += blocks.numel() // (b * b) * (b * (b - 1) // 2) - blocks.numel()
         if kind == "full" and lora.bias is not None:
             size -= lora.bias.numel()
-        ranked = kind in ("lora", "loha", "glora", "dylora")
+        ranked = kind in RANKED
         found[paths[id(lora.org_module[0])]] = kind, size, round(float(lora.scale), 6) if ranked else None
     return found
 
@@ -92,9 +95,13 @@ def ours(model: Any, rules: list[pk.Rule]) -> Modules:
     for entry in pk.plan(model, rules=rules).entries:
         rank, alpha = entry.options.get("rank", 1), entry.options.get("alpha", 1.0)
         scale = alpha / (rank**0.5 if entry.options.get("rslora") else rank)
-        ranked = entry.kind in ("lora", "loha", "glora", "dylora")
+        ranked = entry.kind in RANKED
         found[entry.site.name] = entry.kind, entry.parameters, round(scale, 6) if ranked else None
     return found
+
+
+def test_every_algorithm_of_lycoris_is_a_kind_here() -> None:
+    assert algorithms().keys() == network_module_dict.keys()
 
 
 def without_repeats(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +218,12 @@ lora_prefix = "lycoris"
 [module_algo_map.Attention]
 algo = "glora"
 
+[name_algo_map."time_embedding.*"]
+algo = "tlora"
+dim = 3
+sig_type = "last"
+use_data_init = false
+
 [name_algo_map."*.ff.net.2"]
 algo = "dylora"
 dim = 6
@@ -225,7 +238,7 @@ def test_a_preset_of_a_single_model(tmp_path: Path) -> None:
     model = UNETS["SDXL"]()
     network = create_lycoris(model, 1.0, 2, 1.0, False, preset=str(path), algo="loha", block_size=2)
     found = ours(model, pk.preset_rules(model, path, "loha", rank=2, alpha=1.0))
-    assert {kind for kind, *_ in found.values()} == {"loha", "glora", "dylora"}
+    assert {kind for kind, *_ in found.values()} == {"loha", "glora", "dylora", "t-lora"}
     assert found == theirs(network, model=model)
     with pytest.raises(FileError, match="target_module and target_name are of a single model"):
         pk.preset_rules(stable_diffusion(), path)
@@ -274,7 +287,7 @@ def test_sd_scripts_take_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("target_name = [", "is not a TOML file"),
         ('lora_prefix = "mine"', "lora_prefix = 'mine'"),
         ('module_algo_map = ["Linear"]', "a table for each class"),
-        ('[module_algo_map.Linear]\nalgo = "tlora"', r"module_algo_map\.Linear: algo = 'tlora': one of lora,"),
+        ('[module_algo_map.Linear]\nalgo = "xlora"', r"module_algo_map\.Linear: algo = 'xlora': one of .*lora, locon,"),
         (
             "[module_algo_map.Linear]\nfactr = 2",
             r"module_algo_map\.Linear: unknown option 'factr'.*Did you mean 'factor'",
