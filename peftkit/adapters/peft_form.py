@@ -78,3 +78,11 @@ class PeftForm(Form):
             if not all(table[place].equal(part) for place, part in zip(places, parts, strict=True)):
                 return None
         return found
+
+
+class CommonForm(PeftForm):
+    """What all modules share is whole in each."""
+
+    def table_sizes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        del rows, columns
+        return {name: tuple(table.shape) for name, table in self.tables.items()}

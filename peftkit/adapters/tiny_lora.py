@@ -14,6 +14,7 @@ from peftkit.adapters.base import Adapter
 from peftkit.adapters.facts import Facts
 from peftkit.adapters.frame import frame
 from peftkit.adapters.options import factory, limited_rank, require
+from peftkit.adapters.peft_form import CommonForm, PeftForm
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
@@ -94,6 +95,13 @@ class TinyLoRA(Adapter):
     def delta(self, weight: Tensor) -> LowRank:
         del weight
         return LowRank(self.left @ (self.vector[:, None, None] * self.projections).sum(0), self.right)
+
+    def form(self, weight: Tensor) -> PeftForm:
+        size, rank = self.projections.shape[:2]
+        options = {"r": rank, "u": size, "weight_tying": 1.0, "save_projection": True}
+        own = {"tinylora_A": self.right, "tinylora_B": self.left, "tinylora_P": self.projections}
+        vector = {"tinylora_v.0": self.vector}
+        return CommonForm("tiny-lora", ("TINYLORA", options), own, self.delta(weight), vector)
 
     @torch.no_grad()
     def refresh_(self) -> None:

@@ -13,6 +13,7 @@ from peftkit.adapters.bank import bank
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import Factory, factory, require, require_rank
+from peftkit.adapters.peft_form import CommonForm, PeftForm
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.errors import FileError
@@ -108,6 +109,16 @@ class VBLoRA(Adapter):
         (s, i), (t, j) = self.logits_up.topk(top), self.logits_down.topk(top)
         up, down = self._up(s, self.bank[i]), self._down(t, self.bank[j])
         return LowRank(torch.cat((up - self.up0, self.up0), dim=1), torch.cat((down, down - self.down0)))
+
+    def form(self, weight: Tensor) -> PeftForm | None:
+        (h, b), started = self.bank.shape, bool((self.chosen_up >= 0).any() or (self.chosen_down >= 0).any())
+        if started or self.rows % b or self.columns % b:
+            return None  # PEFT takes no start off, and cuts no vector
+        top, rank = self.chosen_up.shape[-1], len(self.logits_down)
+        options = {"r": rank, "topk": top, "num_vectors": h, "vector_length": b, "init_vector_bank_bound": self.bound}
+        own = {"vblora_logits_A": self.logits_down, "vblora_logits_B": self.logits_up}
+        common = {"vblora_vector_bank": self.bank}
+        return CommonForm("vb-lora", ("VBLORA", options), own, self.delta(weight), common)
 
     @torch.no_grad()
     def refresh_(self) -> None:

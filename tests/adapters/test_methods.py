@@ -404,7 +404,7 @@ def test_files_are_small_and_exact(case: str, tmp_path: Path) -> None:
     assert sum(t.numel() for t in own.values() if t.is_floating_point()) == stored
 
 
-PEFTS = ("svdlora", "sora", "miss", "vera", "randlora", "fourierft")
+PEFTS = ("svdlora", "sora", "miss", "vera", "randlora", "fourierft", "tiny-lora")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -43,7 +43,7 @@ NONLINEAR = {
     ("peft", "dora"): "s inside the norm",
     ("peft", "oft in"): "s has no effect",
     ("peft", "miss"): "s has no effect",
-    **{("peft", kind): "there is none" for kind in ("vera", "randlora", "fourierft")},
+    **{("peft", kind): "there is none" for kind in ("vera", "randlora", "fourierft", "tiny-lora", "vb-lora")},
 }
 
 

@@ -159,7 +159,7 @@ _UNTURNED = "{title} has the two halves of this layer in the other order, in whi
 _GROUPED = "{title} gives the adapter of a grouped convolution another meaning"
 _PEFT_FAILS = "PEFT fails on {structure} of a {dims}-dimensional convolution"
 #: kinds for which PEFT has no strength
-_PEFT_UNSCALED = frozenset({"miss", "vera", "randlora", "fourierft"})
+_PEFT_UNSCALED = frozenset({"miss", "vera", "randlora", "fourierft", "vb-lora", "tiny-lora"})
 #: made from the weight's own shape, so that groups change nothing
 _PEFT_BY_SHAPE = frozenset({"loha", "lokr"})
 

@@ -91,6 +91,55 @@ def test_tiny_lora_is_read_as_a_lora(tmp_path: Path) -> None:
     assert {patch.kind for patch in pk.read(folder).patches.values()} == {"lora"}
 
 
+def in_peft(folder: Path) -> nn.Module:
+    return peft.PeftModel.from_pretrained(net(), str(folder)).eval()
+
+
+def type_of(folder: Path) -> str:
+    return json.loads((folder / "adapter_config.json").read_text())["peft_type"]
+
+
+def test_tiny_lora_goes_into_a_folder_of_its_own_type(tmp_path: Path) -> None:
+    model, x = net(), torch.randn(4, N)
+    pk.wrap(model, "tiny-lora", rank=3, size=5)
+    with torch.no_grad():
+        pk.adapter_parameters(model)[0].normal_()
+    folder = pk.export(model, tmp_path / "one", target="peft").path
+    assert type_of(folder) == "TINYLORA"
+    torch.testing.assert_close(in_peft(folder)(x), model(x))
+    twin = net()
+    pk.load(twin, folder)
+    torch.testing.assert_close(twin(x), model(x))
+    several = net()
+    pk.wrap(several, "tiny-lora", rank=3, size=5, shared_by=1)
+    with torch.no_grad():
+        for parameter in pk.adapter_parameters(several):
+            parameter.normal_()
+    folder = pk.export(several, tmp_path / "several", target="peft").path
+    assert type_of(folder) == "LORA"  # which module has which vector is in no file of PEFT
+    torch.testing.assert_close(in_peft(folder)(x), several(x))
+
+
+def test_vb_lora_without_its_start_taken_off_goes_back_as_it_came(tmp_path: Path) -> None:
+    folder, x, _ = saved(config_of("vb-lora"), tmp_path / "came")
+    model = net()
+    pk.load(model, folder)
+    optimizer = torch.optim.SGD(pk.adapter_parameters(model), lr=0.01)
+    model(x).square().sum().backward()
+    optimizer.step()
+    back = pk.export(model, tmp_path / "back", target="peft").path
+    assert type_of(back) == "VBLORA"
+    torch.testing.assert_close(in_peft(back)(x), model(x))
+    fresh = net()
+    pk.wrap(fresh, "vb-lora", rank=3, vectors=9, length=2, top=3, bound=0.5)
+    with torch.no_grad():
+        for parameter in pk.adapter_parameters(fresh):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    lora = pk.export(fresh, tmp_path / "lora", target="peft").path
+    assert type_of(lora) == "LORA"
+    torch.testing.assert_close(in_peft(lora)(x), fresh(x))
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [

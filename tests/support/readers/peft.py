@@ -68,7 +68,9 @@ def wrapped(weights: Mapping[str, Tensor], family: str | None, keys: Iterable[st
     choices: list[tuple[str, Mapping[str, Tensor]]] = [("", base_weights(weights))]
     choices += [(f"{name}.", paths) for name, paths in split_components(weights, family).items()]
     paths = [
-        re.split(r"\.(?:lora_|hada_|lokr_|oft_|ia3_|miss_|vera_|randlora_|fourierft_)", key.removeprefix(PREFIX))[0]
+        re.split(
+            r"\.(?:lora_|hada_|lokr_|oft_|ia3_|miss_|vera_|randlora_|fourierft_|tinylora_)", key.removeprefix(PREFIX)
+        )[0]
         for key in keys
     ]
 
@@ -111,7 +113,8 @@ class Layer:
     ) -> None:
         self.name, self.weight, self.config, self.bias = name, weight, config, bias
         self.prefix = f"{PREFIX}{name}."
-        self.shared = {key.removeprefix("base_model."): t for key, t in tensors.items() if key.count(".") == 1}
+        common = {key: t for key, t in tensors.items() if not key.startswith(PREFIX)}
+        self.shared = {key.removeprefix("base_model."): t for key, t in common.items()}
         self.own = {key.removeprefix(self.prefix): t for key, t in tensors.items() if key.startswith(self.prefix)}
         self.used: list[str] = []
 
@@ -370,6 +373,8 @@ def table_sizes(config: Config, rows: int, columns: int) -> list[tuple[int, ...]
     rank = config["r"]
     if config["peft_type"] == "VERA":
         return [(rank, columns), (rows, rank)]
+    if config["peft_type"] == "TINYLORA":
+        return [(config["u"],)]
     short, long = sorted((rows, columns))
     return [(rank, 1, short), (long, math.ceil(short / rank), rank)]
 
@@ -386,8 +391,21 @@ def _fourierft(layer: Layer, strength: float) -> Change:
     return torch.fft.ifft2(spectrum.reshape(weight.shape)).real * config["scaling"], None
 
 
+def _tinylora(layer: Layer, strength: float) -> Change:
+    """One vector for all where weight_tying is 1; the frames are in the file (tinylora/layer.py)."""
+    layer.require(2)
+    del strength
+    (out, into), config = layer.weight.shape, layer.config
+    assert config["weight_tying"] == 1
+    assert config["save_projection"]
+    rank, size = config["r"], config["u"]
+    projections = layer.parameter("tinylora_P", (size, rank, rank))
+    core = torch.einsum("i,ijk->jk", layer.shared["tinylora_v.0"].to(projections.dtype), projections)
+    return layer.parameter("tinylora_B", (out, rank)) @ core @ layer.parameter("tinylora_A", (rank, into)), None
+
+
 #: the tables that all modules share
-SHARED = {"VERA": ("vera_A", "vera_B"), "RANDLORA": ("randlora_A", "randlora_B")}
+SHARED = {"TINYLORA": ("tinylora_v.0",), "VERA": ("vera_A", "vera_B"), "RANDLORA": ("randlora_A", "randlora_B")}
 METHODS: dict[str, Callable[[Layer, float], Change]] = {
     "LORA": _lora,
     "LOHA": _loha,
@@ -399,4 +417,5 @@ METHODS: dict[str, Callable[[Layer, float], Change]] = {
     "VERA": _vera,
     "RANDLORA": _randlora,
     "FOURIERFT": _fourierft,
+    "TINYLORA": _tinylora,
 }
