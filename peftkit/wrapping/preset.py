@@ -16,10 +16,7 @@ from typing import Any
 from torch import nn
 
 from peftkit.errors import FileError, did_you_mean, require_file
-from peftkit.wrapping.select import class_names
-
-#: the presets that LyCORIS has by name, in the form of its preset files
-_FOLDER = Path(__file__).with_name("presets")
+from peftkit.wrapping.select import LYCORIS_PRESETS, class_names
 
 _PARTS = {"model": "", "unet": "unet_", "text_encoder": "text_encoder_"}
 _LISTS = (*(f"{part}target_{what}" for part in _PARTS.values() for what in ("module", "name")), "exclude_name")
@@ -161,7 +158,7 @@ def builtin_presets() -> tuple[str, ...]:
         >>> "unet-transformer-only" in builtin_presets()
         True
     """
-    return tuple(sorted(path.stem for path in _FOLDER.glob("*.toml")))
+    return tuple(sorted(path.stem for path in LYCORIS_PRESETS.glob("*.toml")))
 
 
 def read_preset(source: str | os.PathLike[str]) -> Preset:
@@ -183,7 +180,7 @@ def read_preset(source: str | os.PathLike[str]) -> Preset:
 
 
 def _builtin(name: str) -> Preset:
-    return _parsed(_FOLDER / f"{name}.toml", f"preset {name!r}")
+    return _parsed(LYCORIS_PRESETS / f"{name}.toml", f"preset {name!r}")
 
 
 def _parsed(path: Path, source: str) -> Preset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,8 @@ _ALL_LINEAR = (
     " PEFT's 'all-linear' is 'full' here, every Linear and convolution but the output head, "
     "or 'Linear', every Linear layer."
 )
+#: where the presets of LyCORIS are, which are lists of classes and no targets
+LYCORIS_PRESETS = Path(__file__).with_name("presets")
 
 
 class Selection(NamedTuple):
@@ -236,6 +239,8 @@ class Selector:
             return " It has no Linear or convolution at all."
         if pattern == "all-linear":
             return _ALL_LINEAR
+        if (LYCORIS_PRESETS / f"{pattern}.toml").is_file():
+            return f" It is a preset of LyCORIS: give rules=pk.preset_rules(model, {pattern!r}, kind, …)."
         holders = [name for name in self.modules if name and self.within.get(self.canonical[name])]
         if any(name.endswith(f".{pattern}") for name in holders):
             return f" The layers inside modules of that last name are matched by '*.{pattern}.*'."

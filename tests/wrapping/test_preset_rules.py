@@ -314,3 +314,5 @@ def test_a_name_that_is_no_preset_and_sizes_that_nothing_has() -> None:
         pk.preset_rules(model, "full", "full", part="model", rank=4)
     with pytest.raises(TargetError, match="adapts no layer of this Sequential"):
         pk.preset_rules(model, "attn-mlp")
+    with pytest.raises(TargetError, match=r"It is a preset of LyCORIS: give rules=pk.preset_rules\(model, 'unet-only'"):
+        pk.plan(model, "lora", targets="unet-only")
