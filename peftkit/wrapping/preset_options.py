@@ -64,17 +64,16 @@ def adapter_of(
     """
     own = kind if said.algorithm is None else _kind(said.algorithm)
     cls = registry.get(own)
-    theirs = {name: value for name, value in said.options.items() if name not in ("dim", "alpha")}
-    ranks = {ours: said.options[name] for name, ours in _RANKS.items() if said.options.get(name)}
     _require_numbers(said.options)
-    made = _sized(own, layer, {**sizes, **ranks})
-    made |= {name: value for name, value in options.items() if own == kind or registry.takes(cls, name)}
-    asked = {"alpha": None} if "alpha" in ranks else {}
-    asked |= {ours: value for name in theirs for ours, value in _translated(name, theirs[name], layer).items()}
+    ranks = {ours: said.options[name] for name, ours in _RANKS.items() if said.options.get(name)}
+    inherited = {name: value for name, value in options.items() if own == kind or registry.takes(cls, name)}
+    asked: dict[str, Any] = {}
+    for name, value in said.options.items():
+        asked |= _translated(name, value, layer)
     has = (*registry.option_names(cls), *(() if cls.reads_base else ("decompose", "axis")))
     for name in asked:
         require_file(name in has, own, f"it has no option {name!r}; it has {', '.join(has) or 'none'}")
-    made |= {name: value for name, value in asked.items() if name != "alpha"}
+    made = _sized(own, layer, {**sizes, **ranks}) | inherited | asked
     return own, _FINISHED[own](made, layer) if own in _FINISHED else made
 
 
@@ -134,35 +133,41 @@ def divisor(size: int, bound: int) -> int:
 
 def _translated(name: str, value: Any, layer: Layer) -> dict[str, Any]:
     """An option of LyCORIS as ours."""
-    known = (*_RANKS, *_OPTIONS, *_REFUSED)
+    known = (*_OPTIONS, *_REFUSED)
     hint = did_you_mean(name, known, count=1)
     require_file(name in known, f"unknown option {name!r}", f"LyCORIS' options are {', '.join(known)}.{hint}")
-    if name in _REFUSED:
-        require_file(not value, f"{name} = {value!r}", _REFUSED[name])
-        return {}
-    return _OPTIONS[name](value, layer)
+    require_file(name in _OPTIONS or not value, f"{name} = {value!r}", _REFUSED.get(name, ""))
+    return _OPTIONS[name](value, layer) if name in _OPTIONS else {}
 
 
-#: LyCORIS' options -> ours, of a value and a layer
+def _when(condition: object, **options: Any) -> dict[str, Any]:
+    return options if condition else {}
+
+
+_SIDES = ("in", "out")
+_BASES = ("random", "base")
+#: LyCORIS' options -> ours, of a value and a layer; dim is among the sizes
 _OPTIONS: Mapping[str, Callable[[Any, Layer], dict[str, Any]]] = {
-    **{
-        name: lambda value, _, name=name: {name: value}
-        for name in ("dropout", "rank_dropout", "module_dropout", "decompose_both")
-    },
-    "use_tucker": lambda value, layer: {"tucker": True} if value and layer.positions > 1 else {},
+    "dim": lambda value, _: {},
+    "alpha": lambda value, _: _when(value, alpha=value),
+    "dropout": lambda value, _: {"dropout": value},
+    "rank_dropout": lambda value, _: {"rank_dropout": value},
+    "module_dropout": lambda value, _: {"module_dropout": value},
+    "decompose_both": lambda value, _: {"decompose_both": value},
+    "use_tucker": lambda value, layer: _when(value and layer.positions > 1, tucker=True),
     "weight_decompose": lambda value, _: {"decompose": value},
-    "wd_on_out": lambda value, _: {"axis": "out" if value else "in"},
-    "wd_on_output": lambda value, _: {"axis": "out" if value else "in"},
+    "wd_on_out": lambda value, _: {"axis": _SIDES[bool(value)]},
+    "wd_on_output": lambda value, _: {"axis": _SIDES[bool(value)]},
     "rs_lora": lambda value, _: {"rslora": value},
     "block_size": lambda value, _: {"block": value},
     "factor": lambda value, layer: {"factor": (divisor(layer.rows, value), divisor(layer.channels, value))},
-    "unbalanced_factorization": lambda value, _: {"outer": ()} if value else {},
-    "full_matrix": lambda value, _: {"full": True} if value else {},
+    "unbalanced_factorization": lambda value, _: _when(value, outer=()),  # _kronecker says the sizes
+    "full_matrix": lambda value, _: _when(value, full=True),
     "constraint": lambda value, _: {"constraint": value or None},
     "rescaled": lambda value, _: {"rescale": value},
-    "train_on_input": lambda value, _: {"side": "in" if value else "out"},
+    "train_on_input": lambda value, _: {"side": _SIDES[not value]},
     "sig_type": lambda value, _: {"start": value},
-    "use_data_init": lambda value, _: {"of": "base" if value else "random"},
+    "use_data_init": lambda value, _: {"of": _BASES[bool(value)]},
 }
 
 #: LyCORIS' options that no adapter has here, and what to do
