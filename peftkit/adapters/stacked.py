@@ -49,9 +49,8 @@ class Stacked(Adapter):
         return self.at(weight, 1.0)
 
     def refused(self, tensors: Mapping[str, Tensor]) -> str:
-        one = kind_of(type(self)).refused
         slices = ({key: tensor[expert] for key, tensor in tensors.items()} for expert in range(self.count))
-        return next(filter(None, (one(self, own) for own in slices)), "")
+        return next(filter(None, (one.refused(own) for one, own in zip(self.experts, slices, strict=True))), "")
 
     def inner_and_sqnorm(self, weight: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:
         return Adapter.inner_and_sqnorm(self, weight, cache)  # the kind's own is of one matrix

@@ -33,7 +33,11 @@ def twice(indices: Tensor) -> None:
 @pytest.mark.parametrize("layer", ["linear", "experts"])
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("fourierft", {"frequencies": 3}), ("fourierft", {"frequencies": 30}), ("svft", {"pattern": "random"})],
+    [
+        ("fourierft", {"frequencies": 3}),
+        ("fourierft", {"frequencies": 30}),
+        ("svft", {"pattern": "random", "off_diag": 2}),
+    ],
 )
 def test_what_are_no_places_is_refused(
     kind: str, options: dict[str, Any], layer: str, damage: Callable[[Tensor], None], tmp_path: Path
