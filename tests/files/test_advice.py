@@ -198,6 +198,7 @@ ELSEWHERE = {
     *("portable", "assign"),  # tests/adapters/test_loldu.py; of torch's load_state_dict
     *("training", "path"),  # what came
     *("init_lora_weights", "init_weights", "use_dora", "block_share"),  # of PEFT's configuration
+    *("save_projection", "weight_tying"),  # of PEFT's too: tests/files/formats/test_peft_shared.py
 }
 
 
