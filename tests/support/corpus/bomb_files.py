@@ -79,6 +79,10 @@ def _with_a_large_neighbour(path: Path) -> None:
         file.truncate(400 * MB)
 
 
+def _of_zeros(path: Path) -> None:
+    path.write_bytes(zipped(b"\x80\x02X" + struct.pack("<I", 400 * MB) + bytes(400 * MB) + b"."))
+
+
 def bombs() -> dict[str, Bomb]:
     head = [group("loldu", {"rank": 2}, {"a": [3 * 10**7, 8, [], 1]})]
     wide = torch.zeros(1).expand(12_000, 12_000)
@@ -118,10 +122,7 @@ def bombs() -> dict[str, Bomb]:
         "a pickle of a change of 12,000 by 12,000": Bomb(
             saved({"a.diff": wide}), ("read", "inspect"), "bomb.pt", options={"allow_pickle": True}
         ),
-        "an archive of 400 MB of zeros": Bomb(
-            zipped(b"\x80\x02X" + struct.pack("<I", 400 * MB) + bytes(400 * MB) + b"."), ("read",), "bomb.pt",
-            options={"allow_pickle": True},
-        ),
+        "an archive of 400 MB of zeros": Bomb(_of_zeros, ("read",), "bomb.pt", options={"allow_pickle": True}),
         "a pickle of 700 MB of nothing": Bomb(
             zipped(b"\x80\x02cbuiltins\nbytearray\nJ" + struct.pack("<I", 700 * MB) + b"\x85R."), ("read",), "bomb.pt",
             options={"allow_pickle": True},
