@@ -15,6 +15,7 @@ from peftkit.adapters.pair import Pair
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
+from peftkit.kernels.sharding import divided_as
 
 STARTS = ("pissa", "milora", "olora", "given")
 
@@ -115,7 +116,7 @@ class AnchoredLoRA(Adapter):
     @torch.no_grad()
     def anchor_(self, up: Tensor, down: Tensor) -> None:
         for own, new in ((self.up0, up), (self.down0, down)):
-            own.copy_(new)
+            own.copy_(divided_as(own, new))
         self.up.zero_()
         self.down.zero_()
 

@@ -17,7 +17,7 @@ from peftkit.adapters.pair import Pair
 from peftkit.delta.base import Delta, WeightCache
 from peftkit.errors import OptionError, UnsetAdapterError
 from peftkit.geometry import Shape
-from peftkit.kernels.sharding import sharded
+from peftkit.kernels.sharding import divided_as, sharded
 from peftkit.kernels.torch_private import own_buffers
 
 
@@ -269,7 +269,8 @@ class Adapter(nn.Module, ABC):
     def begin_(self, up: Tensor, down: Tensor) -> None:
         """Start again at ΔW = γ·B₀·A₀; of kinds that take A₀, or factors."""
         self.anchor_(torch.zeros_like(up), down)
-        self.get_parameter("up").copy_(up)
+        own = self.get_parameter("up")
+        own.copy_(divided_as(own, up))
 
     def use_prefix(self, share: float | None) -> None:
         """Use, in training, the ranks that a number in [0, 1) stands for; None: draw anew at each call."""

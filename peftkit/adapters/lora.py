@@ -26,6 +26,7 @@ from peftkit.adapters.registry import register
 from peftkit.delta import LowRank, LowRankStack
 from peftkit.delta.as_low_rank import balanced
 from peftkit.geometry import Shape
+from peftkit.kernels.sharding import divided_as
 
 if TYPE_CHECKING:
     from peftkit.files.export.programs import Target
@@ -153,8 +154,8 @@ class LoRA(Adapter):
 
     @torch.no_grad()
     def anchor_(self, up: Tensor, down: Tensor) -> None:
-        self.up.copy_(up)
-        self.down.copy_(down)
+        for own, new in ((self.up, up), (self.down, down)):
+            own.copy_(divided_as(own, new))
 
     def pair(self) -> Pair | None:
         return Pair(self.up, self.down, self.scale) if self.core is None and self.up.dim() == 2 else None

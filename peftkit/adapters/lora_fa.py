@@ -14,6 +14,7 @@ from peftkit.adapters.pair import Pair
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
+from peftkit.kernels.sharding import divided_as
 
 
 @register("lora-fa", "lora_fa")
@@ -69,8 +70,8 @@ class LoRAFA(Adapter):
 
     @torch.no_grad()
     def anchor_(self, up: Tensor, down: Tensor) -> None:
-        self.up.copy_(up)
-        self.down.copy_(down)
+        for own, new in ((self.up, up), (self.down, down)):
+            own.copy_(divided_as(own, new))
 
     def pair(self) -> Pair | None:
         return Pair(self.up, self.down, self.scale) if self.up.dim() == 2 else None

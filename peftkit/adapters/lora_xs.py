@@ -16,6 +16,7 @@ from peftkit.delta import LowRank
 from peftkit.delta.base import WeightCache
 from peftkit.geometry import Shape
 from peftkit.kernels.blocks import upcast
+from peftkit.kernels.sharding import divided_as
 
 
 @register("lora-xs", "lora_xs")
@@ -83,8 +84,8 @@ class LoRAXS(Adapter):
 
     @torch.no_grad()
     def anchor_(self, up: Tensor, down: Tensor) -> None:
-        self.left.copy_(up)
-        self.right.copy_(down)
+        for own, new in ((self.left, up), (self.right, down)):
+            own.copy_(divided_as(own, new))
         self.core.zero_()
 
     def inner_and_sqnorm(self, weight: Tensor, cache: WeightCache) -> tuple[Tensor, Tensor]:

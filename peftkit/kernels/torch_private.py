@@ -7,7 +7,8 @@ import inspect
 import sys
 import threading
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -192,6 +193,12 @@ def compiled(model: nn.Module) -> set[int]:
     """Return the ids of modules that run as parts of compiled code, by `module.compile()` or inside torch.compile's."""
     whole = (m for m in model.modules() if m._compiled_call_impl is not None or "_orig_mod" in own_modules(m))
     return {id(inside) for module in whole for inside in module.modules()}
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Return a context in which compiled code runs as it is written, with hooks that came later; from torch 2.6 on."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if stance is None else stance("force_eager")
 
 
 def set_training(module: nn.Module, mode: bool) -> None:

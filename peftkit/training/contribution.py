@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,15 @@ from torch import Tensor, nn
 from peftkit.adapters.base import Adapter
 from peftkit.delta import Dense
 from peftkit.errors import OptionError, require_integer
+from peftkit.kernels.sharding import whole
+from peftkit.training.stand_in import (
+    frozen,
+    require_finite,
+    require_function,
+    require_matrices,
+    require_whole,
+    standing_in,
+)
 from peftkit.training.starts.processes import sum_over_processes
 from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.pipeline import of_models
@@ -46,7 +54,10 @@ def contribution(
         Weight -> its contribution.
 
     Raises:
-        OptionError: `steps` is less than 1, a ΔW is 0 everywhere, or no gradient came to a weight.
+        OptionError: `steps` is less than 1, ΔW is 0 everywhere, an adapter does not act, is of a stack of experts, or
+            no gradient, or none that is finite, came to a weight.
+        MergeStateError: the adapter is merged.
+        UnsupportedLayerError: the model is inside DistributedDataParallel, or the adapter is divided among processes.
         UnknownAdapterError: there is no adapter of that name, or several and none is named.
 
     Example:
@@ -59,7 +70,10 @@ def contribution(
     """
     require_integer("steps", steps, 1, "an integer")
     found = list(installed_adapters(model, [one_name(model, name)]))
-    with _on_the_way(model, found) as points:
+    require_function(backward)
+    require_matrices(found)
+    require_whole(found, "ask for contributions")
+    with frozen(model), standing_in(model, found, lambda _, at: _Point(_change(at))) as points:
         if not any(bool(point.change.any()) for point in points):
             raise OptionError("ΔW is 0 on every weight: contribution is of adapters that are trained")
         for step in range(steps):
@@ -70,7 +84,19 @@ def contribution(
         for at, missing in zip(found, sum_over_processes([[point.matrix] for point in points]), strict=True):
             if missing:
                 raise OptionError(f"{at.site or 'the model'}: no gradient came to it: give batches, and a loss of it")
-        return {at.site: point.contribution() / steps for at, point in zip(found, points, strict=True)}
+        contributions = {at: point.contribution() / steps for at, point in zip(found, points, strict=True)}
+    for at, own in contributions.items():
+        require_finite(at, "its gradient", own)
+    return {at.site: own for at, own in contributions.items()}
+
+
+def _change(at: InstalledAdapter) -> Tensor:
+    """ΔW (m, n) of a trained adapter."""
+    training = at.adapter.training
+    try:
+        return at.adapter.eval()(whole(at.base), 1.0).upcast().dense().detach()
+    finally:
+        at.adapter.train(training)
 
 
 class _Point(Adapter):
@@ -94,26 +120,3 @@ class _Point(Adapter):
     def contribution(self) -> float:
         assert self.matrix.grad is not None
         return float((self.change * self.matrix.grad).abs().sum())
-
-
-@contextmanager
-def _on_the_way(model: nn.Module, found: Sequence[InstalledAdapter]) -> Iterator[list[_Point]]:
-    """Put points in the places of adapters, and let nothing else have gradients."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    points: list[_Point] = []
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        for at in found:
-            at.require_values()
-            training = at.adapter.training
-            change = at.adapter.eval()(at.base, 1.0).upcast().dense().detach()
-            at.adapter.train(training)
-            points.append(_Point(change))
-            at.put_(points[-1])
-        yield points
-    finally:
-        for at, _ in zip(found, points, strict=False):
-            at.put_(at.adapter)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)

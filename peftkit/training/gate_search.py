@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from peftkit.adapters.base import Adapter
 from peftkit.delta.base import Delta
 from peftkit.errors import OptionError, require_number
-from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, names_of
+from peftkit.training.stand_in import require_finite, require_function, require_whole, standing_in
+from peftkit.training.starts.processes import sum_over_processes
+from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.pipeline import of_models
 
 
@@ -30,7 +32,8 @@ def searched_gates(
     """Return how strongly each adapter of a model should act, found by training gates beside the adapters.
 
     Each adapter gets a gate, gᵢ = L·softmax(a)ᵢ over the L adapters, all 1 at first: ΔW becomes gᵢ·ΔW. Of each pair,
-    AdamW moves the adapters by the training batch, then Adam moves a by the validation batch. Adapters and model are
+    AdamW moves the adapters by the training batch, then Adam moves a by the validation batch; in a group of
+    processes by the gradients of all. Adapters and model are
     then put back as they were: give those with small gates no rank by `pk.resize_`, and train.
 
     Experimental: a reading of DiffoRA (https://arxiv.org/abs/2502.08905), and of Flexora
@@ -42,14 +45,17 @@ def searched_gates(
         backward: called as backward(model, batch), it computes a loss and calls its backward().
         lr: learning rate of the adapters.
         gate_lr: learning rate of a.
-        name: of the adapters; by default all.
+        name: of the adapter; may be left out where there is only one.
 
     Returns:
         Weight -> its gate; their mean is 1.
 
     Raises:
-        OptionError: a rate is not above 0, or no gradient came to the gates.
-        UnknownAdapterError: there is no adapter of that name, or none at all.
+        OptionError: a rate is not above 0, an adapter does not act, or no gradient, or none that is finite, came to the
+            gates.
+        MergeStateError: the adapter is merged.
+        UnsupportedLayerError: the model is inside DistributedDataParallel, or the adapter is divided among processes.
+        UnknownAdapterError: there is no adapter of that name, or several and none is named.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
@@ -61,9 +67,11 @@ def searched_gates(
     """
     require_number("lr", lr, positive=True)
     require_number("gate_lr", gate_lr, positive=True)
-    found = list(installed_adapters(model, names_of(model, name)))
+    require_function(backward)
+    found = list(installed_adapters(model, [one_name(model, name)]))
+    require_whole(found, "search gates")
     logits = nn.Parameter(torch.zeros(len(found)))
-    with _gated(model, found, logits):
+    with _numbers_kept(found), standing_in(model, found, lambda index, at: _Gated(at.adapter, logits, index)):
         own = [p for at in found for p in at.adapter.parameters() if p.requires_grad]
         adapters, gates = torch.optim.AdamW(own, lr=lr), torch.optim.Adam([logits], lr=gate_lr)
         for training, validation in pairs:
@@ -71,10 +79,13 @@ def searched_gates(
                 model.zero_grad()
                 logits.grad = None
                 backward(model, batch)
+                sum_over_processes([[parameter] for group in optimizer.param_groups for parameter in group["params"]])
                 optimizer.step()
         if logits.grad is None:
             raise OptionError("no gradient came to the gates: give pairs of batches, and a loss of the adapted layers")
     values = _gates(logits.detach()).tolist()
+    for at, value in zip(found, values, strict=True):
+        require_finite(at, "the gradient of its gate", value)
     return {at.site: value for at, value in zip(found, values, strict=True)}
 
 
@@ -104,21 +115,11 @@ class _Gated(Adapter):
 
 
 @contextmanager
-def _gated(model: nn.Module, found: Sequence[InstalledAdapter], logits: nn.Parameter) -> Iterator[None]:
-    """Put gates on adapters for a block, and leave numbers and gradients as they were."""
+def _numbers_kept(found: Sequence[InstalledAdapter]) -> Iterator[None]:
+    """Leave the numbers of adapters as they were."""
     numbers = [copy.deepcopy(at.adapter.state_dict()) for at in found]
-    gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    training = {at.adapter: at.adapter.training for at in found}
     try:
-        for parameter in gradients:
-            parameter.grad = None
-        for index, at in enumerate(found):
-            at.put_(_Gated(at.adapter, logits, index))
         yield
     finally:
         for at, held in zip(found, numbers, strict=True):
-            at.put_(at.adapter)
             at.adapter.load_state_dict(cast("dict[str, Any]", held))
-            at.adapter.train(training[at.adapter])
-        for parameter, grad in gradients.items():
-            parameter.grad = grad

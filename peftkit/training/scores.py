@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from peftkit.errors import require_integer
-from peftkit.training.starts.gradients import gradients_of
-from peftkit.training.starts.inputs import inputs_of
+from peftkit.training.stand_in import require_gradients
+from peftkit.training.starts.gradients import Gradient, gradients_of
+from peftkit.training.starts.inputs import Inputs, inputs_of
 from peftkit.wrapping.installed import InstalledAdapter, installed_adapters
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.roll import roll_of
@@ -51,7 +52,8 @@ def gradient_energy(
 
     Raises:
         TargetError: a target matches no layer.
-        OptionError: an option has a value it cannot take.
+        OptionError: an option has a value it cannot take, a weight is a stack of experts, or a gradient is not finite.
+        MergeStateError: adapters are merged into a weight.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -64,8 +66,7 @@ def gradient_energy(
     require_integer("most", most, 1, "an integer")
     with _looking(model, targets, exclude) as found:
         seen, _ = gradients_of(model, found, batches, backward, k=_sizes(found, most), seed=seed)
-    values = [[0.0] * most if own is None else own.worth()[:most].tolist() for own in seen]
-    return dict(zip([at.site for at in found], values, strict=True))
+        return _scores(found, seen, most)
 
 
 @of_models
@@ -98,7 +99,9 @@ def explained_variance(
 
     Raises:
         TargetError: a target matches no layer.
-        OptionError: an option has a value it cannot take, or a weight is read by its module and has no inputs.
+        OptionError: an option has a value it cannot take, a weight is read by its module or looked up, and has no
+            inputs, or an input is not finite.
+        MergeStateError: adapters are merged into a weight.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -110,7 +113,16 @@ def explained_variance(
     require_integer("most", most, 1, "an integer")
     with _looking(model, targets, exclude) as found:
         seen, _ = inputs_of(model, found, batches, call, k=_sizes(found, most), seed=seed)
-    values = [[0.0] * most if own is None else own.worth()[:most].tolist() for own in seen]
+        return _scores(found, seen, most)
+
+
+def _scores(
+    found: Sequence[InstalledAdapter], seen: Sequence[Gradient | Inputs | None], most: int
+) -> dict[str, list[float]]:
+    """What each rank of each weight is worth, of no more than its matrix has."""
+    shapes = [at.slot.geometry.shape for at in found]
+    counts = [min(most, shape.rows, shape.columns) for shape in shapes]
+    values = [[0.0] * n if own is None else own.worth()[:n].tolist() for n, own in zip(counts, seen, strict=True)]
     return dict(zip([at.site for at in found], values, strict=True))
 
 
@@ -119,6 +131,9 @@ def _looking(
     model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str]
 ) -> Iterator[list[InstalledAdapter]]:
     """Put an adapter on each target, which changes nothing, and take all off again."""
+    before = roll_of(model)
+    pending = before is None or before.pending
+    require_gradients()
     wrap(model, "lora", targets=targets, exclude=exclude, name=_NAME, tied="share", rank=1)
     roll = roll_of(model)
     assert roll is not None
@@ -127,7 +142,7 @@ def _looking(
         yield list(installed_adapters(model, [_NAME]))
     finally:
         unwrap(model, _NAME)
-        roll.pending = True
+        roll.pending = pending
 
 
 def _sizes(found: Sequence[InstalledAdapter], most: int) -> list[int]:

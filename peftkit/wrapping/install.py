@@ -60,7 +60,7 @@ def install(
             f"{copied[0]}: tied='untie' was given, and its weight is divided among processes (fully_shard), which "
             "would not divide a copy: wrap or load first, then shard"
         )
-    _require_averaged(model)
+    require_averaged(model, "wrap or load")
     root = unwrapped(model)
     if TRAINABLE not in root.__dict__:
         nested = [own for _, module in named_modules(root) for own in module.__dict__.pop(TRAINABLE, ())]
@@ -75,13 +75,13 @@ def install(
     enrol(root, {site.module_name: cast(Adapted, site.module) for site, _ in built})
 
 
-def _require_averaged(model: nn.Module) -> None:
+def require_averaged(model: nn.Module, doing: str) -> None:
     """Raise if a wrapper averages gradients over processes: of the parameters that it found when it was made."""
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel) and get_world_size(module.process_group) > 1:
             raise UnsupportedLayerError(
                 "the model is inside DistributedDataParallel already, which would not average the gradients of its "
-                "adapters: wrap or load first, then DistributedDataParallel(model)"
+                f"adapters: {doing} first, then DistributedDataParallel(model)"
             )
 
 

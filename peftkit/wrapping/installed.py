@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
-from peftkit.errors import UnknownAdapterError, UnsetAdapterError, did_you_mean
+from peftkit.errors import MergeStateError, UnknownAdapterError, UnsetAdapterError, did_you_mean
 from peftkit.wrapping.hooks import present
 from peftkit.wrapping.layer import WEIGHT, Adapted
 from peftkit.wrapping.lookup import Lookup
@@ -49,14 +49,20 @@ class InstalledAdapter:
         return isinstance(self.host, Adapted) and self.host.adapter(self.name, self.slot_name) is self.adapter
 
     def put_(self, adapter: Adapter) -> None:
-        """Put another adapter in its place."""
-        held = self.host.adapters[self.name]
-        adapter.train(self.host.training)
+        """Put another adapter in its place, in the mode of the one that is there."""
+        held, there = self.host.adapters[self.name], self.host.adapter(self.name, self.slot_name)
+        adapter.train(self.host.training if there is None else there.training)
         if isinstance(held, nn.ModuleDict):
             held[self.slot_name or WEIGHT] = adapter
         else:
             self.host.adapters[self.name] = adapter
         self.host.adapter_state.refresh()
+
+    def require_unmerged(self, doing: str) -> None:
+        """Raise MergeStateError if the adapter is merged into its weight."""
+        merged = self.host.adapter_state.merged
+        if merged is not None and self.name in merged.names:
+            raise MergeStateError(f"{self.name} is merged into {self.site or 'the model'}: restore before {doing}")
 
     def require_values(self, *, written: bool = False) -> None:
         """Raise UnsetAdapterError if the adapter, or the weight it is on, has no values.

@@ -14,7 +14,6 @@ from peftkit.adapters.base import Adapter
 from peftkit.delta import LowRank
 from peftkit.delta.truncation import Keep, truncate
 from peftkit.errors import (
-    MergeStateError,
     OptionError,
     TargetError,
     UnsupportedLayerError,
@@ -22,6 +21,7 @@ from peftkit.errors import (
     require_integer,
 )
 from peftkit.kernels.sharding import sharded
+from peftkit.wrapping.install import require_averaged
 from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.wrap import take_off
@@ -42,14 +42,15 @@ def resize_(model: nn.Module, ranks: Mapping[str, int], *, name: str | None = No
         name: of the adapter; may be left out where there is only one.
 
     Returns:
-        Weight -> its rank before and after, of those whose rank changed.
+        Weight -> its rank before and after, of those whose rank changed; min(m, n) of a kind without a rank.
 
     Raises:
         TargetError: there is no adapter of that name on a weight, or every adapter would go.
-        OptionError: the kind has no rank, shares it with other layers, cannot have that one, or cannot have another
-            once it is trained.
+        OptionError: the kind has no rank and is not taken off, shares it with other layers, cannot have that one, or
+            cannot have another once it is trained.
         MergeStateError: the adapter is merged into a weight: restore first.
-        UnsupportedLayerError: the adapter is divided among processes: resize before fully_shard.
+        UnsupportedLayerError: the adapter is divided among processes: resize before fully_shard; or the model
+            is inside DistributedDataParallel: resize before.
         UnknownAdapterError: there is no adapter of that name, or several and none is named.
 
     Example:
@@ -58,6 +59,9 @@ def resize_(model: nn.Module, ranks: Mapping[str, int], *, name: str | None = No
         >>> pk.resize_(model, {"0": 6, "1": 0})
         {'0': (4, 6), '1': (4, 0)}
     """
+    if not isinstance(ranks, Mapping):
+        raise OptionError(f"ranks={ranks!r} was given, a rank for each weight was expected, as {{'0': 4}}")
+    require_averaged(model, "resize")
     name = one_name(model, name)
     places: dict[int, list[InstalledAdapter]] = {}
     for at in installed_adapters(model, [name], every_place=True):
@@ -72,9 +76,9 @@ def resize_(model: nn.Module, ranks: Mapping[str, int], *, name: str | None = No
     built = {
         site: _resized(found[site][0], rank) if rank else None
         for site, rank in ranks.items()
-        if _rank(found[site][0]) != rank
+        if _rank(found[site][0], rank) != rank
     }
-    changed = {site: (_rank(found[site][0]), ranks[site]) for site in built}
+    changed = {site: (_rank(found[site][0], ranks[site]), ranks[site]) for site in built}
     for site, adapter in built.items():
         for at in found[site]:
             if adapter is None:
@@ -84,9 +88,12 @@ def resize_(model: nn.Module, ranks: Mapping[str, int], *, name: str | None = No
     return changed
 
 
-def _rank(at: InstalledAdapter) -> int:
-    rank = at.adapter.options.get("rank")
+def _rank(at: InstalledAdapter, wanted: int) -> int:
+    """The rank of an adapter; of a kind without one that of a whole matrix, where it is only to be taken off."""
+    rank, shape = at.adapter.options.get("rank"), at.slot.geometry.shape
     if not isinstance(rank, int):
+        if wanted == 0:
+            return min(shape.rows, shape.columns)
         raise OptionError(f"{at.site or 'the model'}: {at.adapter.kind} was wrapped without a rank that could change")
     return rank
 
@@ -98,9 +105,7 @@ def _resized(at: InstalledAdapter, rank: int) -> Adapter:
     at.require_values()
     if any(sharded(tensor) for tensor in (*old.state_dict().values(), at.host.parameter_of(at.slot))):
         raise UnsupportedLayerError(f"{where} is divided among processes (fully_shard): resize before")
-    merged = at.host.adapter_state.merged
-    if merged is not None and at.name in merged.names:
-        raise MergeStateError(f"{at.name} is merged into {where}: restore before resizing")
+    at.require_unmerged("resizing")
     if any(part.shares for _, part in old.parts()):
         raise OptionError(f"{where}: layers share the numbers of {old.kind}, so that none can have another rank alone")
     gamma = _gamma(old)
@@ -116,6 +121,9 @@ def _resized(at: InstalledAdapter, rank: int) -> Adapter:
     if gamma is not None and not (found is not None and math.isclose(gamma, found, rel_tol=1e-9)):
         raise OptionError(f"{where}: the scale of {old.kind} depends on its rank, and cannot stay {gamma:g}")
     _carry(where, old, new, base)
+    trainable = {key: parameter.requires_grad for key, parameter in old.named_parameters()}
+    for key, parameter in new.named_parameters():
+        parameter.requires_grad_(trainable.get(key, parameter.requires_grad))
     return new
 
 

@@ -157,3 +157,16 @@ def test_kinds_that_cannot_keep_their_change_say_so() -> None:
     pk.merge(merged)
     with pytest.raises(MergeStateError, match="restore before resizing"):
         pk.resize_(merged, {"0": 3})
+
+
+def test_modes_and_flags_stay_and_a_kind_without_a_rank_is_taken_off() -> None:
+    model = model_of(rank=2)
+    adapter(model, 0).eval()
+    adapter(model, 0).down.requires_grad_(False)
+    pk.resize_(model, {"0": 3, "2": 3})
+    assert not adapter(model, 0).training and adapter(model, 2).training
+    assert [p.requires_grad for p in adapter(model, 0).parameters()] == [True, False]
+    whole = model_of("full")
+    assert pk.resize_(whole, {"0": 0}) == {"0": (10, 0)} and type(whole[0]) is nn.Linear
+    with pytest.raises(OptionError, match="a rank for each weight was expected"):
+        pk.resize_(model, [("0", 4)])  # type: ignore[arg-type]

@@ -15,8 +15,8 @@ from peftkit.adapters.base import Adapter
 from peftkit.adapters.options import factory
 from peftkit.delta import Dense, LowRank
 from peftkit.delta.base import Delta
-from peftkit.errors import OptionError
 from peftkit.geometry import Shape
+from peftkit.training.stand_in import frozen, require_finite, require_function, require_matrices, standing_in
 from peftkit.training.starts.processes import sum_over_processes
 from peftkit.wrapping.installed import InstalledAdapter
 
@@ -174,38 +174,34 @@ def gradients_of(
         seed: of the random matrices.
         whole: keep every G itself, as is done where its sketch would take more.
     """
-    if backward is None:
-        raise OptionError("backward=None was given, and the gradients of a loss are needed: pass a function")
-    with _probing(model, found, k, seed, whole) as probes:
+
+    def probe(index: int, at: InstalledAdapter) -> _Probe:
+        shape = at.slot.geometry.shape
+        if whole or _is_cheap(shape, k[index]):
+            return _Whole(shape, at.base)
+        return _Sketch(shape, at.base, k[index], seed)
+
+    require_matrices(found)
+    require_function(backward)
+    assert backward is not None
+    with frozen(model), standing_in(model, found, probe) as probes, _factored(found):
         for batch in batches:
             backward(model, batch)
         missing = sum_over_processes([probe.sketches for probe in probes])
         held = sum(p.grad.nbytes for probe in probes for p in probe.sketches if p.grad is not None)
-        return [None if gone else probe.gradient() for probe, gone in zip(probes, missing, strict=True)], held
+        for at, own in zip(found, probes, strict=True):
+            require_finite(at, "its gradient", [p.grad for p in own.sketches if p.grad is not None])
+        return [None if gone else own.gradient() for own, gone in zip(probes, missing, strict=True)], held
 
 
 @contextmanager
-def _probing(
-    model: nn.Module, found: Sequence[InstalledAdapter], k: Sequence[int], seed: int, whole: bool
-) -> Iterator[list[_Probe]]:
-    """Put probes in the places of adapters, and let nothing else have gradients."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    routes = {at.host: at.host.adapter_state.route for at in found}
-    probes: list[_Probe] = []
+def _factored(found: Sequence[InstalledAdapter]) -> Iterator[None]:
+    """Compute by the factors of sketches, which are small, whatever route was chosen."""
+    routes = {at.host.adapter_state: at.host.adapter_state.route for at in found}
     try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        for at, count in zip(found, k, strict=True):
-            shape = at.slot.geometry.shape
-            probe = _Whole(shape, at.base) if whole or _is_cheap(shape, count) else _Sketch(shape, at.base, count, seed)
-            at.put_(probe)
-            at.host.adapter_state.route = "factored"
-            probes.append(probe)
-        yield probes
+        for state in routes:
+            state.route = "factored"
+        yield
     finally:
-        for at, _ in zip(found, probes, strict=False):
-            at.put_(at.adapter)
-        for host, route in routes.items():
-            host.adapter_state.route = route
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+        for state, route in routes.items():
+            state.route = route

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from peftkit.adapters.bank import bank
 from peftkit.errors import OptionError
+from peftkit.kernels.torch_private import uncompiled
+from peftkit.training.stand_in import everywhere, kept, require_finite, require_gradients
 from peftkit.training.starts.processes import sum_over_processes
 from peftkit.wrapping.installed import InstalledAdapter
 
@@ -46,13 +49,15 @@ class _Held(nn.Module):
         self.sketch = nn.Parameter(like.expand(k, columns))
         self.squares = nn.Parameter(like)
 
-    def see(self, at: InstalledAdapter, x: Tensor) -> None:
-        """Add the inputs of one call."""
-        with torch.enable_grad():
+    def see(self, at: InstalledAdapter, input: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add the inputs of one call, in single precision also under autocast."""
+        geometry = at.slot.geometry.sized_for(at.host, input, *args, **kwargs)
+        x = input.detach().to(self.omega.dtype)
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             A = self.omega.clone().requires_grad_()
-            h = at.slot.geometry.contract(x.detach().to(A.dtype), A)
+            h = geometry.contract(x, A)
             (seen,) = torch.autograd.grad(h, A, h.detach())
-        squares = at.slot.geometry.contract(x.detach().to(A.dtype).square(), torch.ones_like(A[:1])).sum()
+            squares = geometry.contract(x.square(), torch.ones_like(self.omega[:1])).sum()
         for own, new in ((self.sketch, seen), (self.squares, squares)):
             own.grad = new if own.grad is None else own.grad + new
 
@@ -80,47 +85,46 @@ def inputs_of(
         k: how many directions of each are wanted.
         seed: of the random matrices.
     """
-    read = next((at for at in found if at.slot.parameter in at.host.adapter_state.reads), None)
-    if read is not None:
-        raise OptionError(
-            f"{read.site}: its weight is read by its module, so that its inputs are not seen: use a start that is made "
-            "of gradients, as lora-ga"
-        )
+    require_gradients()
+    places = everywhere(model, found)
+    for at in itertools.chain(*places):
+        _require_seen(at)
     held = [_Held(at, own, seed) for at, own in zip(found, k, strict=True)]
-    with _gradients_kept(model), _seeing(found, held), torch.set_grad_enabled(call is not None):
+    with kept(model), _seeing(places, held), uncompiled(), torch.set_grad_enabled(call is not None):
         for batch in batches:
             (call or called)(model, batch)
     missing = sum_over_processes([[own.sketch, own.squares] for own in held])
+    for at, own in zip(found, held, strict=True):
+        require_finite(at, "its input", [p.grad for p in (own.sketch, own.squares) if p.grad is not None])
     seen = [None if gone else own.inputs() for own, gone in zip(held, missing, strict=True)]
     return seen, sum(own.sketch.nbytes for own in held)
 
 
+def _require_seen(at: InstalledAdapter) -> None:
+    """Raise OptionError for a weight that no input is multiplied with."""
+    at.require_values()
+    where, instead = at.site or "the model", "use a start that is made of gradients, as lora-ga"
+    if at.slot.parameter in at.host.adapter_state.reads:
+        raise OptionError(f"{where}: its weight is read by its module, so that its inputs are not seen: {instead}")
+    if at.looks_up:
+        raise OptionError(f"{where} is an embedding, whose input is numbers of rows, with no directions: {instead}")
+
+
 @contextmanager
-def _seeing(found: Sequence[InstalledAdapter], held: Sequence[_Held]) -> Iterator[None]:
+def _seeing(places: Sequence[Sequence[InstalledAdapter]], held: Sequence[_Held]) -> Iterator[None]:
     def hook(at: InstalledAdapter, own: _Held) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        return lambda _, args, options: own.see(at, args[0] if args else options["input"])
+        return lambda _, args, options: own.see(at, *args, **options)
 
     handles = [
-        at.host.register_forward_pre_hook(hook(at, own), with_kwargs=True) for at, own in zip(found, held, strict=True)
+        at.host.register_forward_pre_hook(hook(at, own), with_kwargs=True)
+        for of_one, own in zip(places, held, strict=True)
+        for at in of_one
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _gradients_kept(model: nn.Module) -> Iterator[None]:
-    """Add to no gradient that is there: each parameter has its own again afterwards."""
-    held = {parameter: parameter.grad for parameter in model.parameters()}
-    try:
-        for parameter in held:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, grad in held.items():
-            parameter.grad = grad
 
 
 def called(model: nn.Module, batch: Any) -> object:

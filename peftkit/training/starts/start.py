@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.errors import OptionError, require_choice, require_integer, require_number, require_option
+from peftkit.kernels.sharding import whole
 from peftkit.training.starts.corda import CorDA
 from peftkit.training.starts.eva import EVA
 from peftkit.training.starts.gradients import Gradient, gradients_of
@@ -20,7 +21,7 @@ from peftkit.training.starts.of_base import MiLoRA, OLoRA, PiSSA
 from peftkit.training.starts.orthogonal import Orthogonal
 from peftkit.training.starts.protocol import Seen, Start
 from peftkit.training.starts.report import StartReport
-from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, names_of
+from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, names_of, one_name
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.resize import resize_
 from peftkit.wrapping.spread import spread
@@ -71,9 +72,12 @@ def start(
         How much of the energy the start has of each layer, how near its first step is to the gradient, and the memory.
 
     Raises:
-        OptionError: an option has a value it cannot take, an adapter takes no such start, or no gradient came to a
-            layer.
-        UnknownAdapterError: there is no adapter of that name, or none at all.
+        OptionError: an option has a value it cannot take, an adapter takes no such start or does not act, or no
+            gradient, or none that is finite, came to a layer.
+        MergeStateError: an adapter is merged into its weight.
+        UnsupportedLayerError: the model is inside DistributedDataParallel, or divided and rho is given.
+        UnknownAdapterError: there is no adapter of that name, or none at all, or several and one is to be named for
+            rho.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
@@ -85,19 +89,20 @@ def start(
     """
     method = _method(how)
     require_integer("oversample", oversample, 2, "an integer")
+    require_integer("seed", seed, 0, "an integer")
     require_number("rho", rho)
     require_option(1 <= rho <= oversample / 2, "rho", rho, f"a number from 1 to oversample/2, {oversample / 2:g}")
-    found = list(installed_adapters(model, names_of(model, name)))
+    names = names_of(model, name) if rho == 1 else (one_name(model, name),)  # ranks go from one weight to another
+    found = list(installed_adapters(model, names))
     for at in found:
         _require_takes(at, method)
     k = [oversample * at.adapter.options["rank"] for at in found]
     seen, held = _look(model, method, found, batches, backward, k, seed)
-    before = {at.site: at.adapter.options["rank"] for at in found}
+    before = {_key(at, names): at.adapter.options["rank"] for at in found}
     if rho > 1:
-        worth = {at.site: _worth(own, int(rho * before[at.site]), method) for at, own in zip(found, seen, strict=True)}
-        ranks = spread(worth, dict.fromkeys(worth, 1), sum(before.values()))
-        resize_(model, ranks, name=name)
-        left = {at.site: at for at in installed_adapters(model, names_of(model, name))}
+        ranks = _ranks(found, seen, rho, method)
+        resize_(model, ranks, name=names[0])
+        left = {at.site: at for at in installed_adapters(model, names)}
         kept = [(left[at.site], own) for at, own in zip(found, seen, strict=True) if ranks[at.site]]
         found, seen = [at for at, _ in kept], [own for _, own in kept]
     draws = torch.Generator().manual_seed(seed)
@@ -106,9 +111,9 @@ def start(
     for at, (up, down, _), own in zip(found, made, seen, strict=True):
         (at.adapter.begin_ if method.moves else at.adapter.anchor_)(up, down)
         if isinstance(own, Gradient):
-            alignment[at.site] = own.alignment(up, down, framed=at.adapter.takes_start() == "frame")
-    energy = {at.site: own.energy for at, own in zip(found, made, strict=True) if own.energy is not None}
-    after = {at.site: at.adapter.options["rank"] for at in found}
+            alignment[_key(at, names)] = own.alignment(up, down, framed=at.adapter.takes_start() == "frame")
+    energy = {_key(at, names): own.energy for at, own in zip(found, made, strict=True) if own.energy is not None}
+    after = {_key(at, names): at.adapter.options["rank"] for at in found}
     changed = {site: (rank, after.get(site, 0)) for site, rank in before.items() if after.get(site, 0) != rank}
     return StartReport(method.name, len(found), energy, alignment, held, changed)
 
@@ -137,11 +142,27 @@ def _look(
     return seen, held
 
 
-def _worth(seen: Gradient | Inputs | None, most: int, method: Start) -> list[float]:
-    """What each rank of a weight is worth, of those that it may have."""
-    if seen is None:
-        raise OptionError(f"rho was given, and {method.name} looks at no data that could say where ranks should go")
-    return seen.worth()[:most].tolist()
+def _key(at: InstalledAdapter, names: Sequence[str]) -> str:
+    """What the report calls an adapter: by its weight, and by its name where adapters of several are started."""
+    return at.site if len(names) == 1 else f"{at.site}[{at.name}]"
+
+
+def _ranks(
+    found: Sequence[InstalledAdapter], seen: Sequence[Gradient | Inputs | None], rho: float, method: Start
+) -> dict[str, int]:
+    """As many ranks as there are, where they are worth most; up to ρ times its own for each weight."""
+    worth: dict[str, list[float]] = {}
+    total = 0
+    for at, own in zip(found, seen, strict=True):
+        if own is None:
+            raise OptionError(f"rho was given, and {method.name} looks at no data that could say where ranks should go")
+        shape, rank = at.slot.geometry.shape, at.adapter.options["rank"]
+        worth[at.site] = own.worth()[: min(int(rho * rank), shape.rows, shape.columns)].tolist()
+        total += rank
+    ranks = spread(worth, dict.fromkeys(worth, 1), total)
+    if not any(ranks.values()):
+        raise OptionError(f"rho={rho:g} was given, and no rank is worth anything on these batches, which are all 0")
+    return ranks
 
 
 def _method(how: object) -> Start:
@@ -162,6 +183,7 @@ def _require_takes(at: InstalledAdapter, method: Start) -> None:
             f"{at.site or 'the model'}: {at.adapter.kind} takes no such start as {method.name}: wrap with the kind "
             f"{kinds} and start='given'"
         )
+    at.require_unmerged("giving it a start")
     at.require_values()
     shape, rank = at.slot.geometry.shape, at.adapter.options["rank"]
     least = min(shape.rows, shape.columns)
@@ -185,7 +207,7 @@ def _seen(at: InstalledAdapter, draws: torch.Generator, own: Gradient | Inputs |
     return Seen(
         at.site,
         dotted(host, at.slot.parameter),
-        at.base,
+        whole(at.base),
         at.adapter.options["rank"],
         at.adapter.scale,
         lambda tensor: _matrix(at, tensor),
