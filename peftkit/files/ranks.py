@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from peftkit.errors import FileError, OptionError
-from peftkit.files.base import Base, open_base
+from peftkit.files.base import Base
 from peftkit.files.formats import strict_json
+from peftkit.files.quantised import open_plain
 from peftkit.files.skeleton import skeleton
 from peftkit.wrapping.plan import Plan, plan
 
@@ -36,7 +38,8 @@ def plan_ranks(
     """Plan an adapter of a checkpoint on disk: the rank of each weight, within a budget of bytes.
 
     Args:
-        base: the checkpoint, of which only the header is read.
+        base: the checkpoint, of which the header is read, and the weights with `tuned`; quantised ones are what they
+            stand for.
         kind: of the adapter.
         budget: as in `plan`.
         scores: as in `plan`.
@@ -50,7 +53,8 @@ def plan_ranks(
 
     Raises:
         OptionError: scores and tuned are both given, or as in `plan`.
-        FileError: a file cannot be read, or `tuned` is of another model.
+        FileError: a file cannot be read, or `tuned` is of another model or not finite.
+        UnsupportedLayerError: weights are quantised in a format that is not read.
         TargetError: a target matches nothing.
     """
     if scores is not None and tuned is not None:
@@ -64,7 +68,7 @@ def plan_ranks(
 
 
 def _opened(path: str | os.PathLike[str], component: str | None, variant: str | None, allow_pickle: bool) -> Base:
-    opened = open_base(path, variant=variant, allow_pickle=allow_pickle)
+    opened = open_plain(path, variant=variant, allow_pickle=allow_pickle)
     return opened if component is None else opened.part(component)
 
 
@@ -91,7 +95,18 @@ def _of_difference(base: Base, tuned: Base, weights: Sequence[str]) -> dict[str,
             raise FileError(
                 f"{tuned.path}: {key} is {what}, {base.info(key).shape} was expected: give one of the same model"
             )
-        change = (tuned.tensor(key).double() - base.tensor(key).double()).flatten(1)
+        change = (_numbers(tuned, key) - _numbers(base, key)).flatten(1)
         gram = change @ change.mT if change.shape[0] <= change.shape[1] else change.mT @ change
         found[weight] = torch.linalg.eigvalsh(gram).clamp(min=0).flip(0)[:_MOST].tolist()
+    return found
+
+
+def _numbers(base: Base, key: str) -> Tensor:
+    """A weight in float64."""
+    tensor = base.tensor(key)
+    if not tensor.is_floating_point():
+        raise FileError(f"{base.path}: {key} is {tensor.dtype}, floating-point numbers were expected")
+    found = tensor.double()
+    if not bool(found.isfinite().all()):
+        raise FileError(f"{base.path}: {key} has numbers that are not finite: give a checkpoint that is sound")
     return found

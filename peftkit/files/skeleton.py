@@ -34,12 +34,12 @@ def skeleton(base: Base) -> nn.Module:
         path, _, leaf = key.rpartition(".")
         info = base.info(key)
         dtype = _DTYPES.get(info.dtype, torch.int8)
-        if leaf != "weight" or not path or path.startswith(_OTHERS) or not dtype.is_floating_point:
+        if leaf != "weight" or not all(path.split(".")) or path.startswith(_OTHERS) or not dtype.is_floating_point:
             continue
         layer = _layer(path, info.shape, dtype if dtype.itemsize > 1 else torch.bfloat16)
         if layer is not None:
             _put(root, path, layer)
-    if not any(True for _ in root.children()):
+    if not own_modules(root):
         raise FileError(f"{base.path} has no weight of a Linear or a convolution: it is no checkpoint to plan for")
     return root
 
@@ -55,10 +55,9 @@ def _layer(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Module |
 
 def _put(root: nn.Module, path: str, layer: nn.Module) -> None:
     *parents, name = path.split(".")
-    for parent in parents:
-        if parent not in dict(root.named_children()):
-            root.add_module(parent, nn.Module())
-        root = root.get_submodule(parent)
-    for own, child in (own_modules(root).get(name) or nn.Module()).named_children():
-        layer.add_module(own, child)  # what is inside a weight's own module, which came before it
-    root.add_module(name, layer)
+    for parent in parents:  # by torch's own dictionary, since a name may be that of a method, as "type" is
+        root = own_modules(root).setdefault(parent, nn.Module()) or root
+    there = own_modules(root).get(name)
+    if there is not None:
+        own_modules(layer).update(own_modules(there))  # what is inside a weight's own module, which came before it
+    own_modules(root)[name] = layer

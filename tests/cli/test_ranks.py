@@ -53,6 +53,10 @@ def test_a_weight_may_hold_others(tmp_path: Path) -> None:
     found = pk.plan(skeleton(open_base(tmp_path / "x.safetensors")), "lora", rank=1).modules
     assert sorted(found) == ["a", "a.b", "c.d"]
     save_file({"ids": torch.zeros(4, dtype=torch.int64), "norm.weight": torch.zeros(3)}, tmp_path / "y.safetensors")
+    names = ("train.weight", "a.type.weight", "b.forward.weight", "_modules.weight", "c..weight", "weight")
+    save_file({name: torch.zeros(4, 4) for name in names}, tmp_path / "z.safetensors")
+    found = pk.plan(skeleton(open_base(tmp_path / "z.safetensors")), "lora", rank=1).modules
+    assert sorted(found) == ["_modules", "a.type", "b.forward", "train"]
     with pytest.raises(FileError, match="no weight of a Linear or a convolution"):
         skeleton(open_base(tmp_path / "y.safetensors"))
 
@@ -113,3 +117,25 @@ def test_another_model_is_no_tuned_one(files: Path, tmp_path: Path) -> None:
         plan_ranks(base, "lora", "1KB", scores={}, tuned=other)
     (tmp_path / "s.json").write_text('{"a": [1, 0.5]}')
     assert read_scores(tmp_path / "s.json") == {"a": [1, 0.5]}
+
+
+def test_quantised_numbers_are_what_they_stand_for(tmp_path: Path) -> None:
+    """As ComfyUI's fp8 under a scale: a copy of it has learned nothing, and a plain one what it has."""
+    W = torch.linspace(-1, 1, 24 * 16).reshape(24, 16)
+    narrow = (W * 256).to(torch.float8_e4m3fn)
+    scaled = {"a.weight": narrow, "a.scale_weight": torch.tensor(1 / 256), "scaled_fp8": torch.zeros(2).to(narrow)}
+    save_file(scaled, tmp_path / "fp8.safetensors")
+    plain = narrow.float() / 256
+    save_file({"a.weight": plain}, tmp_path / "same.safetensors")
+    change = torch.outer(torch.ones(24), torch.ones(16))
+    save_file({"a.weight": plain + change}, tmp_path / "tuned.safetensors")
+    assert plan_ranks(tmp_path / "fp8.safetensors", "lora", "1KB", tuned=tmp_path / "same.safetensors").entries == ()
+    plan = plan_ranks(tmp_path / "fp8.safetensors", "lora", "1KB", tuned=tmp_path / "tuned.safetensors")
+    assert plan.why["a"].startswith("100.00%") and plan.entries[0].options["rank"] >= 1
+    for wrong, message in (
+        (W * float("inf"), "not finite"),
+        (W.to(torch.int8), "floating-point numbers were expected"),
+    ):
+        save_file({"a.weight": wrong}, tmp_path / "wrong.safetensors")
+        with pytest.raises(FileError, match=message):
+            plan_ranks(tmp_path / "same.safetensors", "lora", "1KB", tuned=tmp_path / "wrong.safetensors")
