@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftkit.adapters.base import Adapter
-from peftkit.errors import OptionError, require_integer, require_option
+from peftkit.errors import OptionError, UnknownAdapterError, require_integer, require_option
 from peftkit.training.recipes.recipe import Recipe
 
 #: what is kept of each parameter: the averages of its importance, and of how much that varies
@@ -75,9 +75,9 @@ class AdaLoRA(Recipe):
             require_integer(option, value, least, "an integer")
         require_integer("total", total, warmup + final + 1, "more steps than warmup and final take: an integer")
         require_integer("every", every, 1, "an integer")
-        require_option(
-            len(betas) == 2 and all(0 < beta < 1 for beta in betas), "betas", betas, "two numbers between 0 and 1"
-        )
+        numbers = isinstance(betas, Sequence) and all(isinstance(beta, (int, float)) for beta in betas)
+        between = numbers and len(betas) == 2 and all(0 < beta < 1 for beta in betas)
+        require_option(between, "betas", betas, "two numbers between 0 and 1")
         super().__init__(model, name=name)
         self.target, self.total, self.warmup, self.final, self.every = target, total, warmup, final, every
         self.betas, self.steps = betas, 0
@@ -107,10 +107,23 @@ class AdaLoRA(Recipe):
             terms += [torch.linalg.matrix_norm(B.mT @ B - one), torch.linalg.matrix_norm(A @ A.mT - one)]
         return torch.stack([term.to(terms[0].device) for term in terms]).mean()
 
-    def ranks(self) -> dict[str, int]:
-        """Return weight -> how many of its gates are not 0."""
-        gates = {self.parts[place].at.site: gate for place, gate in self._gates().items()}
-        return {site: int(gate.count_nonzero()) for site, gate in gates.items()}
+    def ranks(self, name: str | None = None) -> dict[str, int]:
+        """Return weight -> how many of its gates are not 0.
+
+        Args:
+            name: of the adapter; may be left out where the rule is for one.
+
+        Raises:
+            UnknownAdapterError: the rule is for several and none is named, or for none of that name.
+        """
+        names = list(dict.fromkeys(part.at.name for part in self.parts.values()))
+        wanted = names[0] if name is None and len(names) == 1 else name
+        if wanted not in names:
+            raise UnknownAdapterError(
+                f"AdaLoRA: name={name!r} was given, and the rule is for {', '.join(names)}: say which by name="
+            )
+        gates = {self.parts[place].at: gate for place, gate in self._gates().items()}
+        return {at.site: int(gate.count_nonzero()) for at, gate in gates.items() if at.name == wanted}
 
     def after_step(self, optimizer: Optimizer) -> None:
         del optimizer
@@ -119,7 +132,7 @@ class AdaLoRA(Recipe):
         if self.steps < last:
             for place, part in self.parts.items():
                 self._see(place, part.adapter)
-        if self.steps > last or (self.steps > self.warmup and self.steps % self.every == 0):
+        if self.steps >= last or (self.steps > self.warmup and self.steps % self.every == 0):
             self._allocate()
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,7 +170,7 @@ class AdaLoRA(Recipe):
                 continue
             kept = own.setdefault(name, {key: torch.zeros_like(parameter) for key in _KEYS})
             importance, variation = (kept[key] for key in _KEYS)
-            now = (parameter * parameter.grad).abs()
+            now = (parameter * parameter.grad).abs().nan_to_num(0.0, 0.0)  # a bad step says nothing, nor later ones
             importance.lerp_(now, 1 - self.betas[0])
             variation.lerp_((now - importance).abs(), 1 - self.betas[1])
 
