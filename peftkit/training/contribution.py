@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from peftkit.delta import Dense
 from peftkit.errors import OptionError, require_integer
 from peftkit.kernels.sharding import whole
 from peftkit.training.stand_in import (
+    add_up,
     frozen,
     require_finite,
     require_function,
@@ -54,8 +55,8 @@ def contribution(
         Weight -> its contribution.
 
     Raises:
-        OptionError: `steps` is less than 1, ΔW is 0 everywhere, an adapter does not act, is of a stack of experts, or
-            no gradient, or none that is finite, came to a weight.
+        OptionError: `steps` is less than 1, batches come only once, ΔW is 0 everywhere, an adapter does not act or is
+            of a stack of experts, or no gradient, or none that is finite, came to a weight.
         MergeStateError: the adapter is merged.
         UnsupportedLayerError: the model is inside DistributedDataParallel, or the adapter is divided among processes.
         UnknownAdapterError: there is no adapter of that name, or several and none is named.
@@ -71,6 +72,8 @@ def contribution(
     require_integer("steps", steps, 1, "an integer")
     found = list(installed_adapters(model, [one_name(model, name)]))
     require_function(backward)
+    if isinstance(batches, Iterator):
+        raise OptionError(f"batches={batches!r} was given, which ends after one of {steps} steps: give a list")
     require_matrices(found)
     require_whole(found, "ask for contributions")
     with frozen(model), standing_in(model, found, lambda _, at: _Point(_change(at))) as points:
@@ -79,8 +82,7 @@ def contribution(
         for step in range(steps):
             for point in points:
                 point.go_to((step + 0.5) / steps)
-            for batch in batches:
-                backward(model, batch)
+            add_up(model, batches, backward, [point.matrix for point in points])
         for at, missing in zip(found, sum_over_processes([[point.matrix] for point in points]), strict=True):
             if missing:
                 raise OptionError(f"{at.site or 'the model'}: no gradient came to it: give batches, and a loss of it")

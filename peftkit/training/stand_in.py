@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,26 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def add_up(
+    model: nn.Module,
+    batches: Iterable[Any],
+    backward: Callable[[nn.Module, Any], object],
+    parameters: Sequence[nn.Parameter],
+) -> None:
+    """Leave the gradients of parameters summed over batches, also where `backward` zeroes those of the model."""
+    sums = {parameter: parameter.grad for parameter in parameters}
+    for parameter in sums:
+        parameter.grad = None
+    for batch in batches:
+        backward(model, batch)
+        for parameter, before in sums.items():
+            if parameter.grad is not None:
+                sums[parameter] = parameter.grad if before is None else before + parameter.grad
+                parameter.grad = None
+    for parameter, total in sums.items():
+        parameter.grad = total
+
+
 def everywhere(model: nn.Module, found: Sequence[InstalledAdapter]) -> list[list[InstalledAdapter]]:
     """Return all places of each adapter, which are several where layers share it."""
     places: dict[int, list[InstalledAdapter]] = {id(at.adapter): [] for at in found}
@@ -117,14 +137,15 @@ def require_function(backward: object) -> None:
         )
 
 
-def require_finite(at: InstalledAdapter, what: str, found: Sequence[Tensor] | float) -> None:
+#: what to do about gradients and inputs that are not finite
+_LOOK = "look at the batches and the loss, and where a GradScaler is used, begin with a smaller scale"
+
+
+def require_finite(at: InstalledAdapter, what: str, found: Sequence[Tensor] | float, instead: str = _LOOK) -> None:
     """Raise OptionError if something that was seen of a weight is infinite or no number."""
     finite = math.isfinite(found) if isinstance(found, (float, int)) else all(bool(t.isfinite().all()) for t in found)
     if not finite:
-        raise OptionError(
-            f"{at.site or 'the model'}: {what} is not finite: look at the batches and the loss, and where a GradScaler "
-            "is used, begin with a smaller scale"
-        )
+        raise OptionError(f"{at.site or 'the model'}: {what} is not finite: {instead}")
 
 
 @contextmanager

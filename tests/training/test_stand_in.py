@@ -132,6 +132,26 @@ def test_what_has_no_inputs_is_not_seen() -> None:
     assert all(parameter.requires_grad for parameter in stack.parameters())
 
 
+@pytest.mark.parametrize("how", ["gradient_energy", "contribution"])
+def test_a_loss_that_zeroes_gradients_first_adds_to_those_of_other_batches(how: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    pk.wrap(model, "lora", rank=2)
+    for parameter in pk.adapter_parameters(model):
+        nn.init.normal_(parameter, std=0.2)
+    look = gradient_energy if how == "gradient_energy" else contribution
+    x = [torch.randn(4, 8), torch.randn(4, 8)]
+
+    def careful(model: nn.Module, x: Tensor) -> None:
+        model.zero_grad()
+        backward(model, x)
+
+    expected = look(model, x, backward)
+    assert look(model, x, careful) == expected
+    assert look(model, x[1:], careful) != expected
+    with pytest.raises(OptionError, match="which ends after one of 10 steps"):
+        contribution(model, iter(x), backward)  # type: ignore[arg-type]
+
+
 class Tied(nn.Module):
     """A head that shares its weight with an embedding."""
 

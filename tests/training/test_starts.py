@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import peftkit as pk
 from peftkit.adapters import Adapter
 from peftkit.errors import OptionError
-from peftkit.training.starts import CorDA, LoftQ, LoRAOne, LoRASB
+from peftkit.training.starts import CorDA, Factors, LoftQ, LoRAOne, LoRASB, Seen, Start
 from peftkit.training.starts.start import STARTS, start
 from tests.support.processes import distributed
 
@@ -377,3 +378,57 @@ def test_processes_with_a_part_of_the_data_each_get_the_start_of_one_with_all(ho
         assert torch.equal(one, other)
         signs = (one * expected).sum(0 if one.shape[0] > one.shape[1] else 1, keepdim=True).sign()
         assert torch.allclose(one * signs, expected, atol=1e-4)  # singular vectors have no sign of their own
+
+
+@pytest.mark.parametrize("how", ["pissa", "milora", "olora", "corda", "lora-ga"])
+@pytest.mark.parametrize("alpha", [-2.0, 1e-20, 1e20])
+def test_starts_are_finite_under_any_scale(how: str, alpha: float) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(12, 8)
+    before = model(x)
+    pk.wrap(model, "anchored", rank=2, start="given", alpha=alpha)
+    report = start(model, how, [x], lambda m, x: m(x).square().sum().backward())
+    adapter: Any = model[0].adapters["default"]  # type: ignore[index]
+    assert torch.equal(model(x), before) and bool(adapter.up0.isfinite().all() and adapter.down0.isfinite().all())
+    assert 0 < report.energy["0"] < float("inf")
+    if how == "pissa":
+        U, S, V = torch.linalg.svd(model[0].weight.detach().double())  # type: ignore[arg-type]
+        found = adapter.scale * adapter.up0.double() @ adapter.down0.double()
+        assert torch.allclose(found, (U[:, :2] * S[:2]) @ V[:2], atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Own(Start):
+    """A start that is not what it should be."""
+
+    up: Tensor
+    name: ClassVar[str] = "own"
+    gives: ClassVar[frozenset[str]] = frozenset({"factors"})
+
+    def factors(self, seen: Seen) -> Factors:
+        return Factors(self.up, torch.zeros(seen.rank, seen.weight.shape[1]))
+
+
+def test_a_start_that_fits_no_weight_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(8, 6))
+    adapter = given(model[0], rank=2)
+    before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    for up, message in (
+        (torch.zeros(1, 1), r"0: own gave factors \(1, 1\) and \(2, 8\), \(6, 2\) and \(2, 8\) were expected"),
+        (torch.full((6, 2), float("nan")), "0: the start that own found is not finite"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            start(model, Own(up))
+    with pytest.raises(OptionError, match="original='x' was given"):
+        LoftQ("x")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"original has numbers in '0\.weight' that are not finite"):
+        start(model, LoftQ({"0.weight": torch.full((6, 8), float("inf"))}))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.state_dict().items())
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")  # type: ignore[index, operator]
+    with pytest.raises(OptionError, match="0: its weight is not finite: load a base that is sound"):
+        start(model, "pissa")
+    nothing = nn.Sequential(nn.Linear(8, 6))
+    pk.wrap(nothing, "anchored", rank=2, start="given", alpha=0.0)
+    with pytest.raises(OptionError, match="0: alpha=0 makes every start 0"):
+        start(nothing, "olora")

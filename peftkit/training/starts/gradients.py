@@ -16,7 +16,7 @@ from peftkit.adapters.options import factory
 from peftkit.delta import Dense, LowRank
 from peftkit.delta.base import Delta
 from peftkit.geometry import Shape
-from peftkit.training.stand_in import frozen, require_finite, require_function, require_matrices, standing_in
+from peftkit.training.stand_in import add_up, frozen, require_finite, require_function, require_matrices, standing_in
 from peftkit.training.starts.processes import sum_over_processes
 from peftkit.wrapping.installed import InstalledAdapter
 
@@ -185,8 +185,7 @@ def gradients_of(
     require_function(backward)
     assert backward is not None
     with frozen(model), standing_in(model, found, probe) as probes, _factored(found):
-        for batch in batches:
-            backward(model, batch)
+        add_up(model, batches, backward, [parameter for own in probes for parameter in own.sketches])
         missing = sum_over_processes([probe.sketches for probe in probes])
         held = sum(p.grad.nbytes for probe in probes for p in probe.sketches if p.grad is not None)
         for at, own in zip(found, probes, strict=True):

@@ -30,6 +30,10 @@ class LoftQ(Start):
     name: ClassVar[str] = "loftq"
     gives: ClassVar[frozenset[str]] = frozenset({"factors", "input"})
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.original, Mapping):
+            raise OptionError(f"original={self.original!r} was given, weights by their names were expected")
+
     @property
     def moves(self) -> bool:
         return True
@@ -38,6 +42,8 @@ class LoftQ(Start):
         if seen.parameter not in self.original:
             raise OptionError(f"loftq: original has no {seen.parameter!r}: give the weights before quantising by name")
         before = seen.matrix(self.original[seen.parameter])
+        if not bool(before.isfinite().all()):
+            raise OptionError(f"loftq: original has numbers in {seen.parameter!r} that are not finite")
         U, S, V = frame(before.to(seen.weight.device).float() - seen.weight.float())
         r = seen.rank
         root = (S[:r] / abs(seen.scale)).sqrt()

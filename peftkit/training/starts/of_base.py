@@ -16,9 +16,11 @@ class _OfBase(Start):
     gives: ClassVar[frozenset[str]] = frozenset({"factors"})
 
     def factors(self, seen: Seen) -> Factors:
-        up, down = factors_of_base(self.name, seen.weight, seen.rank, seen.scale)
-        energy = ((up.mT @ up) * (down @ down.mT)).sum() * seen.scale**2
-        return Factors(up, down, float(energy / seen.weight.float().square().sum().clamp(min=1e-30)))
+        up, down = factors_of_base(self.name, seen.weight, seen.rank, abs(seen.scale))
+        B, A = up.double(), down.double()
+        energy = ((B.mT @ B) * (A @ A.mT)).sum() * seen.scale**2
+        share = float(energy / seen.weight.double().square().sum().clamp(min=1e-300))
+        return Factors(up if seen.scale > 0 else -up, down, share)
 
 
 class PiSSA(_OfBase):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftkit.errors import OptionError, require_choice, require_integer, require_number, require_option
 from peftkit.kernels.sharding import whole
+from peftkit.training.stand_in import require_finite
 from peftkit.training.starts.corda import CorDA
 from peftkit.training.starts.eva import EVA
 from peftkit.training.starts.gradients import Gradient, gradients_of
@@ -19,7 +20,7 @@ from peftkit.training.starts.lora_one import LoRAOne
 from peftkit.training.starts.lora_sb import LoRASB
 from peftkit.training.starts.of_base import MiLoRA, OLoRA, PiSSA
 from peftkit.training.starts.orthogonal import Orthogonal
-from peftkit.training.starts.protocol import Seen, Start
+from peftkit.training.starts.protocol import Factors, Seen, Start
 from peftkit.training.starts.report import StartReport
 from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, names_of, one_name
 from peftkit.wrapping.pipeline import of_models
@@ -99,22 +100,21 @@ def start(
     k = [oversample * at.adapter.options["rank"] for at in found]
     seen, held = _look(model, method, found, batches, backward, k, seed)
     before = {_key(at, names): at.adapter.options["rank"] for at in found}
-    if rho > 1:
-        ranks = _ranks(found, seen, rho, method)
-        resize_(model, ranks, name=names[0])
-        left = {at.site: at for at in installed_adapters(model, names)}
-        kept = [(left[at.site], own) for at, own in zip(found, seen, strict=True) if ranks[at.site]]
-        found, seen = [at for at, _ in kept], [own for _, own in kept]
+    ranks = before if rho == 1 else _ranks(found, seen, rho, method)
+    kept = [(at, own) for at, own in zip(found, seen, strict=True) if ranks[_key(at, names)]]
     draws = torch.Generator().manual_seed(seed)
-    made = [method.factors(_seen(at, draws, own)) for at, own in zip(found, seen, strict=True)]
+    made = [_made(at, method, _seen(at, ranks[_key(at, names)], draws, own)) for at, own in kept]
+    if rho > 1:
+        resize_(model, ranks, name=names[0])
+    left = {_key(at, names): at for at in installed_adapters(model, names)}
+    found, seen = [left[_key(at, names)] for at, _ in kept], [own for _, own in kept]
     alignment: dict[str, float] = {}
     for at, (up, down, _), own in zip(found, made, seen, strict=True):
         (at.adapter.begin_ if method.moves else at.adapter.anchor_)(up, down)
         if isinstance(own, Gradient):
             alignment[_key(at, names)] = own.alignment(up, down, framed=at.adapter.takes_start() == "frame")
     energy = {_key(at, names): own.energy for at, own in zip(found, made, strict=True) if own.energy is not None}
-    after = {_key(at, names): at.adapter.options["rank"] for at in found}
-    changed = {site: (rank, after.get(site, 0)) for site, rank in before.items() if after.get(site, 0) != rank}
+    changed = {key: (rank, ranks[key]) for key, rank in before.items() if ranks[key] != rank}
     return StartReport(method.name, len(found), energy, alignment, held, changed)
 
 
@@ -185,10 +185,28 @@ def _require_takes(at: InstalledAdapter, method: Start) -> None:
         )
     at.require_unmerged("giving it a start")
     at.require_values()
+    if at.adapter.scale == 0:
+        raise OptionError(f"{at.site or 'the model'}: alpha=0 makes every start 0: wrap with another")
     shape, rank = at.slot.geometry.shape, at.adapter.options["rank"]
     least = min(shape.rows, shape.columns)
     where = f"{at.site or 'the model'}: rank"
     require_option(rank <= least, where, rank, f"at most {least}, the singular values of this {shape} weight")
+
+
+def _made(at: InstalledAdapter, method: Start, seen: Seen) -> Factors:
+    """The factors of one weight, which fit it."""
+    if method.needs != "gradient":
+        require_finite(at, "its weight", [seen.weight], "load a base that is sound")
+    made = method.factors(seen)
+    (rows, columns), rank = seen.weight.shape, seen.rank
+    shapes = tuple(made.up.shape), tuple(made.down.shape)
+    if shapes != ((rows, rank), (rank, columns)):
+        raise OptionError(
+            f"{at.site or 'the model'}: {method.name} gave factors {shapes[0]} and {shapes[1]}, ({rows}, {rank}) and "
+            f"({rank}, {columns}) were expected"
+        )
+    require_finite(at, f"the start that {method.name} found", made[:2], "give it another")
+    return made
 
 
 def _matrix(at: InstalledAdapter, parameter: Tensor) -> Tensor:
@@ -202,13 +220,13 @@ def _matrix(at: InstalledAdapter, parameter: Tensor) -> Tensor:
     return geometry.matrix(part)
 
 
-def _seen(at: InstalledAdapter, draws: torch.Generator, own: Gradient | Inputs | None) -> Seen:
+def _seen(at: InstalledAdapter, rank: int, draws: torch.Generator, own: Gradient | Inputs | None) -> Seen:
     host = at.site.removesuffix(at.slot_name).removesuffix(".") if at.slot_name else at.site
     return Seen(
         at.site,
         dotted(host, at.slot.parameter),
         whole(at.base),
-        at.adapter.options["rank"],
+        rank,
         at.adapter.scale,
         lambda tensor: _matrix(at, tensor),
         draws,
