@@ -352,6 +352,7 @@ def test_every_function_has_a_test() -> None:
         "tensor_without_memory",
         "tracing",
         "transformed",
+        "uncompiled",
         "version",
         "wrapped",
     }
@@ -418,3 +419,13 @@ def test_what_runs_compiled() -> None:
     model[2] = torch.compile(model[2], backend="eager")
     named = {id(module): name for name, module in model.named_modules()}
     assert {named[each] for each in torch_private.compiled(model)} == {"1", "1.0", "2", "2._orig_mod"}
+
+
+def test_hooks_that_come_late_are_called_by_code_that_runs_as_it_is_written() -> None:
+    model = torch.compile(nn.Sequential(nn.Linear(2, 2)), backend="eager")
+    x, calls = torch.ones(1, 2), []
+    before = model(x)
+    next(iter(model.modules())).get_submodule("_orig_mod.0").register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch_private.uncompiled():
+        assert torch.equal(model(x), before)
+    assert len(calls) == (torch.__version__ >= "2.6")
