@@ -239,7 +239,7 @@ class Selector:
             return " It has no Linear or convolution at all."
         if pattern == "all-linear":
             return _ALL_LINEAR
-        if (LYCORIS_PRESETS / f"{pattern}.toml").is_file():
+        if not self.is_preset(pattern) and (LYCORIS_PRESETS / f"{pattern}.toml").is_file():
             return f" It is a preset of LyCORIS: give rules=pk.preset_rules(model, {pattern!r}, kind, …)."
         holders = [name for name in self.modules if name and self.within.get(self.canonical[name])]
         if any(name.endswith(f".{pattern}") for name in holders):
