@@ -42,11 +42,7 @@ class BlockLoRA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2501.16720"
-    facts: ClassVar[Facts] = Facts(
-        "low rank",
-        "γ·B·[A₁ … A₁]",
-        "the down-projection is to be small; experimental",
-    )
+    facts: ClassVar[Facts] = Facts("low rank", "γ·B·[A₁ … A₁]", "the down-projection is to be small; experimental")
     convention: ClassVar[str] = "gamma*up@repeat(down)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})
     by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})

@@ -46,10 +46,7 @@ class DyLoRA(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.07558"
     facts: ClassVar[Facts] = Facts(
-        "low rank",
-        "γ·B[:, :b]·A[:b]",
-        "the rank is to be chosen after training",
-        lycoris="dylora",
+        "low rank", "γ·B[:, :b]·A[:b]", "the rank is to be chosen after training", lycoris="dylora"
     )
     convention: ClassVar[str] = "gamma*up[:,:b]@down[:b]"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})

@@ -69,13 +69,7 @@ class FourierFT(Adapter):
     indices: Tensor
 
     def __init__(
-        self,
-        shape: Shape,
-        weight: Tensor,
-        *,
-        frequencies: int | None = None,
-        scaling: float = 150.0,
-        seed: int = 777,
+        self, shape: Shape, weight: Tensor, *, frequencies: int | None = None, scaling: float = 150.0, seed: int = 777
     ) -> None:
         super().__init__()
         size = shape.rows * shape.columns

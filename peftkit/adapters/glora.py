@@ -79,10 +79,7 @@ class GLoRA(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.07967"
     facts: ClassVar[Facts] = Facts(
-        "low rank",
-        "γ·(W·A₁·A₂ + B₁·B₂)",
-        "the change should follow the base it is put on",
-        lycoris="glora",
+        "low rank", "γ·(W·A₁·A₂ + B₁·B₂)", "the change should follow the base it is put on", lycoris="glora"
     )
     convention: ClassVar[str] = "gamma*(W@base_up@base_down+up@down)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"base_up", "up"})

@@ -67,13 +67,7 @@ class IA3(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.05638"
-    facts: ClassVar[Facts] = Facts(
-        "scales",
-        "diag(w)·W",
-        "one gain a channel must do",
-        peft="IA3Config",
-        lycoris="ia3",
-    )
+    facts: ClassVar[Facts] = Facts("scales", "diag(w)·W", "one gain a channel must do", peft="IA3Config", lycoris="ia3")
     convention: ClassVar[str] = "gate*W"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"gate"})
     reads_base = True

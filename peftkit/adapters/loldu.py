@@ -57,9 +57,7 @@ class LoLDU(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.13618"
     facts: ClassVar[Facts] = Facts(
-        "factors of the base",
-        "P·L·diag(σ·z − σ₀·z₀)·U",
-        "a few hundred numbers a layer must do, on one known base",
+        "factors of the base", "P·L·diag(σ·z − σ₀·z₀)·U", "a few hundred numbers a layer must do, on one known base"
     )
     convention: ClassVar[str] = "P@L*(sigma*z-sigma0*z0)@U"
     on_another_base: ClassVar[str] = (

@@ -44,11 +44,7 @@ class LoRAFA(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2308.03303"
-    facts: ClassVar[Facts] = Facts(
-        "low rank",
-        "γ·B·A, A frozen",
-        "memory for activations is short",
-    )
+    facts: ClassVar[Facts] = Facts("low rank", "γ·B·A, A frozen", "memory for activations is short")
     convention: ClassVar[str] = "gamma*up@down"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})
     by_row: ClassVar[frozenset[str] | None] = frozenset({"up"})

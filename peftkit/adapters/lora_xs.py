@@ -47,11 +47,7 @@ class LoRAXS(Adapter):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.17604"
-    facts: ClassVar[Facts] = Facts(
-        "factors of the base",
-        "γ·U·R·S·Vᵀ",
-        "r² numbers a layer must do, whatever its size",
-    )
+    facts: ClassVar[Facts] = Facts("factors of the base", "γ·U·R·S·Vᵀ", "r² numbers a layer must do, whatever its size")
     convention: ClassVar[str] = "gamma*U@core@S@V"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"core"})
     on_another_base: ClassVar[str] = (

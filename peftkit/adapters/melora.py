@@ -43,9 +43,7 @@ class MELoRA(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.17263"
     facts: ClassVar[Facts] = Facts(
-        "low rank",
-        "γ·blockdiag(B_i·A_i)",
-        "a higher rank is wanted for the same numbers, and blocks need not mix",
+        "low rank", "γ·blockdiag(B_i·A_i)", "a higher rank is wanted for the same numbers, and blocks need not mix"
     )
     convention: ClassVar[str] = "gamma*blockdiag(up@down)"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})

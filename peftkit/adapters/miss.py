@@ -51,10 +51,7 @@ class MiSS(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.15371"
     facts: ClassVar[Facts] = Facts(
-        "low rank",
-        "Dᵀ·[I … I]",
-        "a fast start is wanted with half of LoRA's numbers",
-        peft="MissConfig",
+        "low rank", "Dᵀ·[I … I]", "a fast start is wanted with half of LoRA's numbers", peft="MissConfig"
     )
     convention: ClassVar[str] = "block.T@[I I ...], or W@block+block"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"block"})

@@ -47,9 +47,7 @@ class MoRA(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.12130"
     facts: ClassVar[Facts] = Facts(
-        "whole matrices",
-        "M[i mod k, j mod k]",
-        "new facts are to be learned, at a high rank",
+        "whole matrices", "M[i mod k, j mod k]", "new facts are to be learned, at a high rank"
     )
     convention: ClassVar[str] = "expand@core@compress, wrapped"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"core"})

@@ -43,9 +43,7 @@ class MosLoRA(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.11909"
     facts: ClassVar[Facts] = Facts(
-        "low rank",
-        "γ·B·M·A",
-        "LoRA of the same rank learns too slowly, and one more r×r matrix may cost a little",
+        "low rank", "γ·B·M·A", "LoRA of the same rank learns too slowly, and one more r×r matrix may cost a little"
     )
     convention: ClassVar[str] = "gamma*up@mixer@down"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"up"})

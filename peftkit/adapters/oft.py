@@ -142,11 +142,7 @@ class OFT(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.07280"
     facts: ClassVar[Facts] = Facts(
-        "rotations",
-        "(R − I)·W",
-        "norms and angles between neurons must stay",
-        peft="OFTConfig",
-        lycoris="diag-oft",
+        "rotations", "(R − I)·W", "norms and angles between neurons must stay", peft="OFTConfig", lycoris="diag-oft"
     )
     convention: ClassVar[str] = "cayley(I+Q)(I-Q)^-1,upper triangle row by row"
     reads_base = True

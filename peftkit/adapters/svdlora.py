@@ -45,10 +45,7 @@ class SVDLoRA(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2303.10512"
     facts: ClassVar[Facts] = Facts(
-        "low rank",
-        "γ·P·diag(λ)·Q",
-        "ranks are to be pruned while training",
-        peft="AdaLoraConfig",
+        "low rank", "γ·P·diag(λ)·Q", "ranks are to be pruned while training", peft="AdaLoraConfig"
     )
     convention: ClassVar[str] = "gamma*up@diag(gate)@down"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"gate"})

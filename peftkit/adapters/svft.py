@@ -53,9 +53,7 @@ class SVFT(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.19597"
     facts: ClassVar[Facts] = Facts(
-        "factors of the base",
-        "U·M·Vᵀ, M sparse",
-        "SVDiff is too little, and its directions should mix",
+        "factors of the base", "U·M·Vᵀ, M sparse", "SVDiff is too little, and its directions should mix"
     )
     convention: ClassVar[str] = "U@M@V, M[indices]=entries"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"entries"})
@@ -73,14 +71,8 @@ class SVFT(Adapter):
         super().__init__()
         size = min(shape.rows, shape.columns)
         require(pattern in ("banded", "random", "top"), "svft", "pattern", pattern, "'banded', 'random' or 'top'")
-        square = pattern != "top" or shape.rows == shape.columns
-        require(
-            square,
-            "svft",
-            "pattern",
-            pattern,
-            f"'banded' or 'random': the singular vectors of {shape} differ in length",
-        )
+        fits = pattern != "top" or shape.rows == shape.columns
+        require(fits, "svft", "pattern", pattern, f"another: the singular vectors of {shape} differ in length")
         require(0 <= off_diag < size, "svft", "off_diag", off_diag, f"0 to {size - 1}, the off-diagonals of {shape}")
         left, _, right = frame(weight)
         self.register_buffer("left", left)

@@ -49,10 +49,7 @@ class VeRA(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.11454"
     facts: ClassVar[Facts] = Facts(
-        "frozen factors",
-        "diag(b)·B·diag(d)·A",
-        "files of a few kilobytes are wanted, many of them",
-        peft="VeraConfig",
+        "frozen factors", "diag(b)·B·diag(d)·A", "files of a few kilobytes are wanted, many of them", peft="VeraConfig"
     )
     convention: ClassVar[str] = "diag(b)@B@diag(d)@A, bank 1"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"lambda_b"})
