@@ -58,10 +58,7 @@ class FourierFT(Adapter):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.03003"
     facts: ClassVar[Facts] = Facts(
-        "frozen factors",
-        "s·Re(ifft2(C))",
-        "a thousand numbers a layer must do, of any rank",
-        peft="FourierFTConfig",
+        "frozen factors", "s·Re(ifft2(C))", "a thousand numbers a layer must do, of any rank", peft="FourierFTConfig"
     )
     convention: ClassVar[str] = "s*Re(ifft2(spectrum at indices))"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"spectrum"})
@@ -103,10 +100,9 @@ class FourierFT(Adapter):
         return misplaced(tensors["indices"], self.rows, self.columns)
 
     def form(self, weight: Tensor) -> PeftForm | None:
-        count, seed = len(self.spectrum), self.seed
-        if not places(self.rows, self.columns, count, seed).equal(self.indices.cpu()):
+        options = {"n_frequency": len(self.spectrum), "scaling": self.scaling, "random_loc_seed": self.seed}
+        if not places(self.rows, self.columns, len(self.spectrum), self.seed).equal(self.indices.cpu()):
             return None  # PEFT stores no places
-        options = {"n_frequency": count, "scaling": self.scaling, "random_loc_seed": seed}
         own = {"fourierft_spectrum": self.spectrum}
         return PeftForm("fourierft", ("FOURIERFT", options), own, self.delta(weight))
 

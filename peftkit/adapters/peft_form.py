@@ -86,3 +86,19 @@ class CommonForm(PeftForm):
     def table_sizes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         del rows, columns
         return {name: tuple(table.shape) for name, table in self.tables.items()}
+
+
+class VeRAForm(PeftForm):
+    """Vectors, and tables as large as the largest layer needs."""
+
+    def table_sizes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        rank = self.peft[1]["r"]
+        return {"vera_A": (rank, columns), "vera_B": (rows, rank)}
+
+
+class RandLoRAForm(PeftForm):
+    """Scales, and bases as many and as large as PEFT expects for a layer of the most rows and the most columns."""
+
+    def table_sizes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        rank, (short, long) = self.peft[1]["r"], sorted((rows, columns))
+        return {"randlora_A": (rank, 1, short), "randlora_B": (long, -(-short // rank), rank)}

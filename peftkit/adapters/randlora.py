@@ -13,7 +13,7 @@ from peftkit.adapters.bank import bank
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import factory, rank_scale, require, require_rank
-from peftkit.adapters.peft_form import PeftForm
+from peftkit.adapters.peft_form import PeftForm, RandLoRAForm
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
@@ -118,11 +118,3 @@ class RandLoRA(Adapter):
         own = {"randlora_lambda": self.lambdas.mT, "randlora_gamma": self.gammas}
         config = "RANDLORA", {**options, "save_projection": True}
         return RandLoRAForm(self.structure(self.options), config, own, self.delta(weight), tables)
-
-
-class RandLoRAForm(PeftForm):
-    """Scales, and bases as many and as large as PEFT expects for a layer of the most rows and the most columns."""
-
-    def table_sizes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        rank, (short, long) = self.peft[1]["r"], sorted((rows, columns))
-        return {"randlora_A": (rank, 1, short), "randlora_B": (long, -(-short // rank), rank)}

@@ -11,7 +11,7 @@ from peftkit.adapters.bank import bank
 from peftkit.adapters.base import Adapter
 from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import factory, require_rank
-from peftkit.adapters.peft_form import PeftForm
+from peftkit.adapters.peft_form import PeftForm, VeRAForm
 from peftkit.adapters.registry import register
 from peftkit.delta import LowRank
 from peftkit.geometry import Shape
@@ -92,11 +92,3 @@ class VeRA(Adapter):
         options = {"r": len(d), "projection_prng_key": self.seed, "save_projection": True}
         own = {"vera_lambda_b": self.lambda_b, "vera_lambda_d": d}
         return VeRAForm("vera", ("VERA", options), own, self.delta(weight), tables)
-
-
-class VeRAForm(PeftForm):
-    """Vectors, and tables as large as the largest layer needs."""
-
-    def table_sizes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        rank = self.peft[1]["r"]
-        return {"vera_A": (rank, columns), "vera_B": (rows, rank)}
