@@ -20,6 +20,9 @@ from peftkit.geometry import Shape
 from peftkit.kernels.sharding import divided_as, sharded
 from peftkit.kernels.torch_private import own_buffers
 
+#: `on_another_base` of kinds whose derived tensors a file has with portable=True alone
+MADE_OF_BASE = "is made of the first base's own {}, which this file does not hold: save it with portable=True"
+
 
 class Adapter(nn.Module, ABC):
     """An algorithm's parameters for one weight matrix W (m, n), and the ΔW they stand for.

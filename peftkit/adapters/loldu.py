@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapters.base import Adapter
+from peftkit.adapters.base import MADE_OF_BASE, Adapter
 from peftkit.adapters.facts import Facts
 from peftkit.adapters.options import factory, limited_rank, rank_scale, require
 from peftkit.adapters.registry import register
@@ -60,9 +60,7 @@ class LoLDU(Adapter):
         "factors of the base", "P·L·diag(σ·z − σ₀·z₀)·U", "a few hundred numbers a layer must do, on one known base"
     )
     convention: ClassVar[str] = "P@L*(sigma*z-sigma0*z0)@U"
-    on_another_base: ClassVar[str] = (
-        "is made of the first base's own LDU factors, which this file does not hold: save it with portable=True"
-    )
+    on_another_base: ClassVar[str] = MADE_OF_BASE.format("LDU factors")
 
     decays = frozenset({"shift"})
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapters.base import Adapter
+from peftkit.adapters.base import MADE_OF_BASE, Adapter
 from peftkit.adapters.facts import Facts
 from peftkit.adapters.frame import frame
 from peftkit.adapters.options import factory, limited_rank, rank_scale, require, times
@@ -50,9 +50,7 @@ class LoRAXS(Adapter):
     facts: ClassVar[Facts] = Facts("factors of the base", "γ·U·R·S·Vᵀ", "r² numbers a layer must do, whatever its size")
     convention: ClassVar[str] = "gamma*U@core@S@V"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"core"})
-    on_another_base: ClassVar[str] = (
-        "is made of the first base's own singular vectors, which this file does not hold: save it with portable=True"
-    )
+    on_another_base: ClassVar[str] = MADE_OF_BASE.format("singular vectors")
     decays = frozenset({"core"})
     left: Tensor
     right: Tensor

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapters.base import Adapter
+from peftkit.adapters.base import MADE_OF_BASE, Adapter
 from peftkit.adapters.facts import Facts
 from peftkit.adapters.frame import frame
 from peftkit.adapters.options import factory
@@ -44,9 +44,7 @@ class SVDiff(Adapter):
         "there are a few images, and little is to change",
     )
     convention: ClassVar[str] = "U@diag(max(S+shift,0)-S)@V"
-    on_another_base: ClassVar[str] = (
-        "is made of the first base's own singular vectors, which this file does not hold: save it with portable=True"
-    )
+    on_another_base: ClassVar[str] = MADE_OF_BASE.format("singular vectors")
     decays = frozenset({"shift"})
     left: Tensor
     values: Tensor

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapters.base import Adapter
+from peftkit.adapters.base import MADE_OF_BASE, Adapter
 from peftkit.adapters.facts import Facts
 from peftkit.adapters.frame import frame, orthonormal
 from peftkit.adapters.options import factory, misplaced, require
@@ -57,9 +57,7 @@ class SVFT(Adapter):
     )
     convention: ClassVar[str] = "U@M@V, M[indices]=entries"
     scaling_parameters: ClassVar[frozenset[str]] = frozenset({"entries"})
-    on_another_base: ClassVar[str] = (
-        "is made of the first base's own singular vectors, which this file does not hold: save it with portable=True"
-    )
+    on_another_base: ClassVar[str] = MADE_OF_BASE.format("singular vectors")
     decays = frozenset({"entries"})
     left: Tensor
     right: Tensor

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkit.adapters.base import Adapter
+from peftkit.adapters.base import MADE_OF_BASE, Adapter
 from peftkit.adapters.facts import Facts
 from peftkit.adapters.frame import frame
 from peftkit.adapters.options import factory, limited_rank, rank_scale, require, times
@@ -57,9 +57,7 @@ class TLoRA(Adapter):
         lycoris="tlora",
     )
     convention: ClassVar[str] = "gamma*((up0+up)@diag(gate0+gate)@(down0+down)-up0@diag(gate0)@down0)"
-    on_another_base: ClassVar[str] = (
-        "is made of the first base's own factors, which this file does not hold: save it with portable=True"
-    )
+    on_another_base: ClassVar[str] = MADE_OF_BASE.format("factors")
     decays = frozenset({"up", "gate", "down"})
     follows_timesteps: ClassVar[bool] = True
     up0: Tensor

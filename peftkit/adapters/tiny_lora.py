@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.adapters.bank import drawn
-from peftkit.adapters.base import Adapter
+from peftkit.adapters.base import MADE_OF_BASE, Adapter
 from peftkit.adapters.facts import Facts
 from peftkit.adapters.frame import frame
 from peftkit.adapters.options import factory, limited_rank, require
@@ -57,9 +57,7 @@ class TinyLoRA(Adapter):
         peft="TinyLoraConfig",
     )
     convention: ClassVar[str] = "U@sqrt(S)@sum(vector*P)@sqrt(S)@V, bank 1"
-    on_another_base: ClassVar[str] = (
-        "is made of the first base's own singular vectors, which this file does not hold: save it with portable=True"
-    )
+    on_another_base: ClassVar[str] = MADE_OF_BASE.format("singular vectors")
     shares: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({"vector": ("group",)})
     decays = frozenset({"vector"})
     left: Tensor

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from peftkit.adapters.base import Adapter
 from peftkit.delta import Dense
 from peftkit.errors import OptionError, require_integer
-from peftkit.kernels.sharding import whole
 from peftkit.training.stand_in import (
     add_up,
     frozen,
@@ -22,6 +21,7 @@ from peftkit.training.stand_in import (
     standing_in,
 )
 from peftkit.training.starts.processes import sum_over_processes
+from peftkit.wrapping.divided import gathered_base
 from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, one_name
 from peftkit.wrapping.pipeline import of_models
 
@@ -76,7 +76,11 @@ def contribution(
         raise OptionError(f"batches={batches!r} was given, which ends after one of {steps} steps: give a list")
     require_matrices(found)
     require_whole(found, "ask for contributions")
-    with frozen(model), standing_in(model, found, lambda _, at: _Point(_change(at))) as points:
+
+    def point(_: int, at: InstalledAdapter) -> _Point:
+        return _Point(at.change(gathered_base(at)).upcast().dense().detach())
+
+    with frozen(model), standing_in(model, found, point) as points:
         if not any(bool(point.change.any()) for point in points):
             raise OptionError("ΔW is 0 on every weight: contribution is of adapters that are trained")
         for step in range(steps):
@@ -90,15 +94,6 @@ def contribution(
     for at, own in contributions.items():
         require_finite(at, "its gradient", own)
     return {at.site: own for at, own in contributions.items()}
-
-
-def _change(at: InstalledAdapter) -> Tensor:
-    """ΔW (m, n) of a trained adapter."""
-    training = at.adapter.training
-    try:
-        return at.adapter.eval()(whole(at.base), 1.0).upcast().dense().detach()
-    finally:
-        at.adapter.train(training)
 
 
 class _Point(Adapter):

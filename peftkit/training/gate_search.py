@@ -32,9 +32,9 @@ def searched_gates(
     """Return how strongly each adapter of a model should act, found by training gates beside the adapters.
 
     Each adapter gets a gate, gᵢ = L·softmax(a)ᵢ over the L adapters, all 1 at first: ΔW becomes gᵢ·ΔW. Of each pair,
-    AdamW moves the adapters by the training batch, then Adam moves a by the validation batch; in a group of
-    processes by the gradients of all. Adapters and model are
-    then put back as they were: give those with small gates no rank by `pk.resize_`, and train.
+    AdamW moves the adapters by the training batch, then Adam moves a by the validation batch; in a group of processes
+    by the gradients of all. Adapters and model are then put back as they were: give those with small gates no rank by
+    `pk.resize_`, and train.
 
     Experimental: a reading of DiffoRA (https://arxiv.org/abs/2502.08905), and of Flexora
     (https://arxiv.org/abs/2408.10774) with one step in the place of its unrolled ones; both texts were not at hand.

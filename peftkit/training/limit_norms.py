@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from peftkit.errors import MergeStateError, NormError, require_number
+from peftkit.errors import NormError, require_number
 from peftkit.wrapping.divided import require_not_empty
 from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, names_of
 from peftkit.wrapping.pipeline import of_models
@@ -83,9 +83,7 @@ def limit_norms_(model: nn.Module, most: float, name: str | None = None) -> tupl
 
 def _scaling_parameters(at: InstalledAdapter) -> list[nn.Parameter]:
     """The parameters that, times c, make ΔW c·ΔW; raises where there are none."""
-    merged = at.host.adapter_state.merged
-    if merged is not None and at.name in merged.names:
-        raise MergeStateError(f"{at.name} is merged into {at.site}: restore before limiting its norm")
+    at.require_unmerged("limiting its norm")
     found = [p for key, p in at.adapter.named_parameters() if key in at.adapter.scaling_parameters]
     if not found:
         raise NormError(
@@ -98,15 +96,5 @@ def _scaling_parameters(at: InstalledAdapter) -> list[nn.Parameter]:
 
 def _norms(installed: Sequence[InstalledAdapter]) -> list[float]:
     """‖ΔW‖_F of each adapter at strength 1, fetched from their device together."""
-    squares = [_sqnorm(at) for at in installed]
+    squares = [at.change().upcast().sqnorm().double() for at in installed]
     return torch.stack([square.to(squares[0].device) for square in squares]).clamp(min=0).sqrt().tolist()
-
-
-def _sqnorm(at: InstalledAdapter) -> Tensor:
-    """‖ΔW‖_F², a scalar in float64, of ΔW in eval mode."""
-    training = at.adapter.training
-    at.adapter.eval()
-    try:
-        return at.adapter(at.base, 1.0).upcast().sqnorm().double()
-    finally:
-        at.adapter.train(training)

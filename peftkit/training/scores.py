@@ -35,8 +35,8 @@ def gradient_energy(
     """Return σᵢ(G)² of the gradient G of each weight over some batches: how fast its i-th rank can lower the loss.
 
     A step of gradient descent of rank r lowers the loss by η·Σ_{i≤r} σᵢ(G)², to first order. The gradients are
-    sketched and not kept, as `pk.start` does, with k = 1.5·most; in a group of processes
-    they are those of all the data. The model stays as it is.
+    sketched and not kept, as `pk.start` does, with k = 1.5·most; in a group of processes they are those of all the
+    data. The model stays as it is.
 
     Args:
         model: wrapped or not.

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from peftkit.adapters.base import Adapter
+from peftkit.delta.base import Delta
 from peftkit.errors import MergeStateError, UnknownAdapterError, UnsetAdapterError, did_you_mean
 from peftkit.wrapping.hooks import present
 from peftkit.wrapping.layer import WEIGHT, Adapted
@@ -84,6 +85,18 @@ class InstalledAdapter:
             raise UnsetAdapterError(
                 f"{self.site or 'the model'}: its weight is on the meta device: it is not loaded. Load it first"
             )
+
+    def change(self, base: Tensor | None = None) -> Delta:
+        """ΔW at strength 1 as it is outside of training, whatever mode the adapter is in.
+
+        base: W (m, n) where it is at hand; by default `self.base`.
+        """
+        training = self.adapter.training
+        self.adapter.eval()
+        try:
+            return self.adapter(self.base if base is None else base, 1.0)
+        finally:
+            self.adapter.train(training)
 
     @property
     def strength(self) -> float:

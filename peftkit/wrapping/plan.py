@@ -197,8 +197,9 @@ def plan(
         _refuse_shared(shared)
     dry = DryRun(dtype)
     why: dict[str, str] = {}
-    if budget is not None:
-        chosen, why = _within(selector, chosen, first, dry, bytes_of(budget), scores)
+    most = None if budget is None else bytes_of(budget)
+    if most is not None:
+        chosen, why = _within(selector, chosen, first, dry, most, scores)
         skipped = {**skipped, **{site: "the budget gives it no rank" for site in why if site not in chosen}}
     entries = tuple(
         dry.entry(as_read(found) if rule.read or found.read else found, rule, pattern, found.name in first)
@@ -207,9 +208,7 @@ def plan(
     refuse_taken([entry.site for entry in entries], name)
     shares = coverage(selector.distinct(), [entry.site for entry in entries])
     untie = frozenset(shared) if tied == "untie" else frozenset()
-    return Plan(
-        entries, tuple(skipped.items()), untie, shares, first, why, None if budget is None else bytes_of(budget)
-    )
+    return Plan(entries, tuple(skipped.items()), untie, shares, first, why, most)
 
 
 #: site -> the rule and the pattern that selected it

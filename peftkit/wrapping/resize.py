@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftkit.adapters import registry
 from peftkit.adapters.base import Adapter
@@ -120,7 +120,7 @@ def _resized(at: InstalledAdapter, rank: int) -> Adapter:
     found = _gamma(new)
     if gamma is not None and not (found is not None and math.isclose(gamma, found, rel_tol=1e-9)):
         raise OptionError(f"{where}: the scale of {old.kind} depends on its rank, and cannot stay {gamma:g}")
-    _carry(where, old, new, base)
+    _carry(at, new)
     trainable = {key: parameter.requires_grad for key, parameter in old.named_parameters()}
     for key, parameter in new.named_parameters():
         parameter.requires_grad_(trainable.get(key, parameter.requires_grad))
@@ -133,19 +133,18 @@ def _gamma(adapter: Adapter) -> float | None:
     return next((scale for scale in scales if isinstance(scale, float)), None)
 
 
-def _carry(where: str, old: Adapter, new: Adapter, base: Tensor) -> None:
-    """Give the new adapter the numbers of the old one."""
+def _carry(at: InstalledAdapter, new: Adapter) -> None:
+    """Give the new adapter the numbers of the one that is there."""
+    old = at.adapter
     before, after = old.options["rank"], new.options["rank"]
     own, given = new.state_dict(), old.state_dict()
-    training = old.training
-    trained = bool(old.eval()(base, 1.0).sqnorm())
-    old.train(training)
+    trained = bool(at.change().sqnorm())
     pair, gates = old.pair(), type(old).gates
     exact = pair is not None and pair.up0 is None
     if trained and not (exact or gates):
         raise OptionError(
-            f"{where}: {old.kind} has been trained, and its numbers at rank {before} say nothing at rank {after}: "
-            "resize before training"
+            f"{at.site or 'the model'}: {old.kind} has been trained, and its numbers at rank {before} say nothing at "
+            f"rank {after}: resize before training"
         )
     if trained and gates and after < before:
         up, down = given["up"] * given[gates], given["down"]

@@ -25,7 +25,7 @@ TYPES = (
 )
 #: the entries of a configuration that are about the model
 _OF_MODEL = ("base_model_name_or_path", "task_type", "auto_mapping", "revision")
-_LARGE = 2**62
+LARGE = 2**62
 #: no real name or pattern is longer, and matching takes long
 _LONGEST = 1000
 
@@ -78,7 +78,7 @@ def scale_of(config: Mapping[str, Any]) -> Scale:
         rank = configured if rank is None else rank
         agreed = configured in (None, rank)
         require_file(agreed, module, f"{CONFIG} says rank {configured!r}, its tensors are of rank {rank}")
-        numbers = type(alpha) in (int, float) and type(rank) is int and abs(alpha) < _LARGE > rank > 0
+        numbers = type(alpha) in (int, float) and type(rank) is int and abs(alpha) < LARGE > rank > 0
         both = f"alpha is {alpha!r:.40} and the rank {rank!r:.40}"
         require_file(numbers, module, f"{both} in {CONFIG}, numbers were expected")
         assert rank is not None
@@ -134,7 +134,7 @@ def flag(config: Mapping[str, Any], name: str) -> bool:
 
 def number(value: Any, name: str, module: str) -> float:
     """Return a number of a configuration. Raises FileError for anything else."""
-    is_number = type(value) in (int, float) and abs(value) < _LARGE
+    is_number = type(value) in (int, float) and abs(value) < LARGE
     require_file(is_number, module, f"{name} is {value!r:.40}, a number was expected")
     return float(value)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peftkit.errors import require_file
 from peftkit.files.formats.patch import Patch
-from peftkit.files.formats.peft_config import CONFIG, flag
+from peftkit.files.formats.peft_config import CONFIG, LARGE, flag
 from peftkit.geometry import Shape
 
 #: of OFT on a convolution with a larger kernel, where PEFT's forward and its merge are not the same
@@ -20,7 +20,6 @@ _MERGED = (
     "PEFT rotates patches of the input that overlap, which no change of the weight does; the file is read as "
     "merge_and_unload() of PEFT merges it, which is not the forward that PEFT trained"
 )
-_LARGE = 2**62
 
 
 def _oft(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Patch:
@@ -34,7 +33,7 @@ def _oft(module: str, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Pat
     require_file(not flag(config, "block_share"), module, shared)
     if flag(config, "coft"):
         eps = config.get("eps", 6e-5)
-        fits = type(eps) in (int, float) and 0 < eps < _LARGE
+        fits = type(eps) in (int, float) and 0 < eps < LARGE
         require_file(fits, CONFIG, f"eps is {eps!r:.40}, a positive number was expected")
         vectors = _projected(vectors, float(eps))
     series = "use_cayley_neumann" not in config or flag(config, "use_cayley_neumann")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,24 +38,20 @@ class Gradient:
     total: float
     noise: float = 0.0
 
-    def energies(self) -> Tensor:
-        """Return about σᵢ(G)² (k,), falling."""
-        return (self.S.square() - self.noise / len(self.S)).clamp(min=0)
-
     def worth(self) -> Tensor:
-        """Return what each rank is worth: σᵢ(G)², to which a step of gradient descent lowers the loss in proportion."""
-        return self.energies()
+        """Return what each rank is worth: about σᵢ(G)² (k,), falling, to which a step lowers the loss in proportion."""
+        return (self.S.square() - self.noise / len(self.S)).clamp(min=0)
 
     def energy(self, count: int) -> float:
         """Return about the share of ‖G‖² in the first triples."""
-        return min(float(self.energies()[:count].sum()) / self.total, 1.0) if self.total > 0 else 0.0
+        return min(float(self.worth()[:count].sum()) / self.total, 1.0) if self.total > 0 else 0.0
 
     def alignment(self, up: Tensor, down: Tensor, *, framed: bool = False) -> float:
         """Return about the cosine of G and the first step of gradient descent from B₀ and A₀.
 
         The step is B₀·B₀ᵀ·G + G·A₀ᵀ·A₀, or B₀·(B₀ᵀ·G·A₀ᵀ)·A₀ where they are frames that stay.
         """
-        up, down, S = up.to(self.U), down.to(self.V), self.energies().sqrt()
+        up, down, S = up.to(self.U), down.to(self.V), self.worth().sqrt()
         left, right = (up.mT @ self.U * S) @ self.V, (self.U * S) @ (self.V @ down.mT)
         if framed:
             core = left @ down.mT
@@ -75,9 +72,9 @@ class _Probe(Adapter):
     def sketches(self) -> tuple[nn.Parameter, ...]:
         return tuple(self.parameters())
 
+    @abstractmethod
     def gradient(self) -> Gradient:
         """What is known of G, after the pass."""
-        raise NotImplementedError
 
 
 class _Sketch(_Probe):
@@ -91,8 +88,7 @@ class _Sketch(_Probe):
 
     def __init__(self, shape: Shape, weight: Tensor, k: int, seed: int) -> None:
         super().__init__()
-        self.wide = shape.columns > shape.rows
-        left, right = _sizes(self.wide, k)
+        left, right = _sizes(shape, k)
         zero = torch.zeros((), **factory(weight))  # one number in memory: only the gradients are of the full size
         self.up = nn.Parameter(zero.expand(shape.rows, left))
         self.down = nn.Parameter(zero.expand(right, shape.columns))
@@ -106,15 +102,15 @@ class _Sketch(_Probe):
     def gradient(self) -> Gradient:
         Y, Z = self.up.grad, self.down.grad
         assert Y is not None and Z is not None
-        if not self.wide:
+        if Y.shape[1] < len(Z):
             return _gradient(Y.double(), Z.double(), self.psi.double())
         turned = _gradient(Z.double().mT, Y.double().mT, self.omega.double().mT)
         return Gradient(turned.V.mT, turned.S, turned.U.mT, turned.total, turned.noise)
 
 
-def _sizes(wide: bool, k: int) -> tuple[int, int]:
+def _sizes(shape: Shape, k: int) -> tuple[int, int]:
     """How many columns G·Ωᵀ has, and how many rows Ψᵀ·G."""
-    return (2 * k + 1, k) if wide else (k, 2 * k + 1)
+    return (2 * k + 1, k) if shape.columns > shape.rows else (k, 2 * k + 1)
 
 
 def _gradient(Y: Tensor, Z: Tensor, psi: Tensor) -> Gradient:
@@ -131,7 +127,7 @@ def _gradient(Y: Tensor, Z: Tensor, psi: Tensor) -> Gradient:
 
 def _is_cheap(shape: Shape, k: int) -> bool:
     """Whether G itself takes no more than its sketch."""
-    left, right = _sizes(shape.columns > shape.rows, k)
+    left, right = _sizes(shape, k)
     return shape.rows * shape.columns <= shape.rows * left + right * shape.columns
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.errors import OptionError, require_choice, require_integer, require_number, require_option
-from peftkit.kernels.sharding import whole
 from peftkit.training.stand_in import require_finite
 from peftkit.training.starts.corda import CorDA
 from peftkit.training.starts.eva import EVA
@@ -22,6 +21,7 @@ from peftkit.training.starts.of_base import MiLoRA, OLoRA, PiSSA
 from peftkit.training.starts.orthogonal import Orthogonal
 from peftkit.training.starts.protocol import Factors, Seen, Start
 from peftkit.training.starts.report import StartReport
+from peftkit.wrapping.divided import gathered_base
 from peftkit.wrapping.installed import InstalledAdapter, installed_adapters, names_of, one_name
 from peftkit.wrapping.pipeline import of_models
 from peftkit.wrapping.resize import resize_
@@ -225,7 +225,7 @@ def _seen(at: InstalledAdapter, rank: int, draws: torch.Generator, own: Gradient
     return Seen(
         at.site,
         dotted(host, at.slot.parameter),
-        whole(at.base),
+        gathered_base(at),
         rank,
         at.adapter.scale,
         lambda tensor: _matrix(at, tensor),
